@@ -1,0 +1,191 @@
+"""Settings of the three scripts. Each field's comment is its --help; the units are in it.
+
+A script reads its settings before it imports anything heavy, so that --help and a misspelt flag answer at once:
+
+    config = parse_args(TrainConfig)
+    import torch
+"""
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from captions import Style
+
+DEMO_FOLDER = Path(__file__).parent / "demo"  # the renderer and the small base model
+DEMO_DATA = Path("demo-data")  # what the renderer draws
+DEMO_SCENES = 2000  # drawn for --demo, all splits together
+
+# On a CPU bitsandbytes warns at import that an optional kernel, which it would fetch from the hub, is not there.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+class UserError(Exception):
+    """Something that the user can mend. The message names the thing, its value and the remedy."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where labels and pictures come from and how captions are worded."""
+
+    demo: bool = False  # use the drawn scenes and the small model that ship with the project: CPU, no network
+    labels: tuple[Path, ...] = ()  # BDD100K label files or folders; none: those of the Kaggle data set
+    kaggle_dataset: str = "solesensei/solesensei_bdd100k/versions/2"  # Kaggle handle with its version
+    style: Style = "plain"  # wording of the captions
+
+
+@dataclass(frozen=True)
+class PipelineConfig(DataConfig):
+    """Turn BDD100K labels into captions, a CSV of name,raw_caption."""
+
+    output: Path = Path("bdd100k_captions.csv")  # CSV file to write
+
+
+@dataclass(frozen=True)
+class TrainConfig(DataConfig):
+    """Fine-tune BLIP-2 with QLoRA on captions made from BDD100K labels."""
+
+    images: Path | None = None  # folder with the pictures, searched to any depth; none: the Kaggle data set's
+    captions: Path = Path("bdd100k_captions.csv")  # captions CSV, written anew from the labels
+    output: Path = Path("blip2-finetuned")  # folder of the adapter, processor, settings and split
+    limit: int | None = None  # use at most this many frames; none: all
+
+    model: str = "Salesforce/blip2-opt-2.7b"  # BLIP-2 checkpoint: a name on the Hugging Face hub or a local folder
+    load_in_4bit: bool = True  # quantise the frozen weights to NF4 with double quantisation
+    lora_target: Literal["qformer", "lm", "both"] = "both"  # where LoRA is added: Q-Former, language model, both
+    lora_rank: int = 16  # rank of the LoRA matrices
+    lora_alpha: int = 32  # LoRA scale, divided by the rank
+    lora_dropout: float = 0.05  # share of LoRA inputs dropped in training
+
+    num_train_epochs: float = 5.0  # passes over the training frames
+    max_steps: int = -1  # optimiser steps, overrides the epochs; -1: by epochs
+    per_device_train_batch_size: int = 4  # frames a forward pass on each device
+    per_device_eval_batch_size: int = 16  # frames a validation pass on each device
+    gradient_accumulation_steps: int = 4  # forward passes an optimiser step
+    learning_rate: float = 5e-5  # peak of the linear schedule
+    weight_decay: float = 0.01  # AdamW's
+    warmup_ratio: float = 0.1  # share of the steps in which the learning rate rises
+    max_caption_tokens: int = 256  # a longer caption is cut to this many tokens before its end token
+    gradient_checkpointing: bool = False  # recompute activations: less memory, slower
+    dataloader_workers: int = 4  # processes that decode pictures; 0: the main process
+
+    train_share: float = 0.6  # share of the frames for training; whole rides only
+    val_share: float = 0.28  # share of the frames for validation; what is left is the test split
+    seed: int = 42  # of the split, LoRA's start, dropout and the order of frames
+    logging_steps: int = 10  # optimiser steps between two logged losses
+    run_name: str | None = None  # name of the folder in logs/ and of the wandb run; none: date and time
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online if logged in, else disabled
+
+    def __post_init__(self):
+        _check(self, "more than 0", lambda value: value > 0, "lora_rank", "lora_alpha", "learning_rate")
+        _check(
+            self, "more than 0", lambda value: value > 0, "per_device_train_batch_size", "per_device_eval_batch_size"
+        )
+        _check(self, "more than 0", lambda value: value > 0, "gradient_accumulation_steps", "logging_steps")
+        _check(self, "more than 0", lambda value: value > 0, "max_caption_tokens", "num_train_epochs")
+        _check(self, "0 or more", lambda value: value >= 0, "weight_decay", "dataloader_workers")
+        _check(self, "0 or more, and less than 1", lambda value: 0 <= value < 1, "warmup_ratio", "lora_dropout")
+        if self.limit is not None and self.limit < 3:
+            raise UserError(f"--limit {self.limit}: must be 3 or more, for train, validation and test")
+        if not (0 < self.train_share < 1 and 0 < self.val_share < 1 and self.train_share + self.val_share < 1):
+            raise UserError(
+                f"--train-share {self.train_share} --val-share {self.val_share}: each must be between 0 and 1, "
+                "and their sum less than 1, so that frames are left to test on"
+            )
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Caption test pictures with the fine-tuned model and score the captions."""
+
+    demo: bool = False  # evaluate what `main.py --demo` trained
+    adapter: Path = Path("blip2-finetuned")  # folder that main.py wrote
+    predictions: Path | None = None  # score this JSON lines file of name, prediction, references; no model is loaded
+    base: bool = False  # caption with the model as it was before fine-tuning, the adapter left out
+    split: Literal["train", "val", "test"] = "test"  # frames to draw the sample from
+    num_samples: int | Literal["all"] = 20  # random frames to caption
+    greedy: bool = False  # take the likeliest token each time instead of sampling
+    temperature: float = 0.7  # of sampling
+    top_p: float = 0.9  # share of the probability that sampling draws from
+    max_new_tokens: int | None = None  # longest caption in tokens; none: as saved in training
+    batch_size: int = 16  # pictures captioned at once
+    show: int = 3  # captions printed beside their references
+    seed: int = 42  # of the sample and of sampling
+    run_name: str | None = None  # name of the folder in logs/; none: date and time
+
+    def __post_init__(self):
+        _check(self, "more than 0", lambda value: value > 0, "temperature", "batch_size")
+        _check(self, "more than 0, and at most 1", lambda value: 0 < value <= 1, "top_p")
+        if self.num_samples != "all" and self.num_samples < 1:
+            raise UserError(f"--num-samples {self.num_samples}: must be 1 or more, or the word all")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens {self.max_new_tokens}: must be 1 or more")
+
+
+# What --demo changes; flags on the command line come on top.
+DEMO = {
+    PipelineConfig: {"output": DEMO_DATA / "bdd100k_captions.csv"},
+    TrainConfig: {
+        "captions": DEMO_DATA / "bdd100k_captions.csv",
+        "output": Path("blip2-finetuned-demo"),
+        "model": str(DEMO_FOLDER / "base"),
+        "num_train_epochs": 2.0,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 64,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 2e-3,
+        "dataloader_workers": 0,
+    },
+    EvalConfig: {"adapter": Path("blip2-finetuned-demo"), "num_samples": 200, "greedy": True, "batch_size": 100},
+}
+
+Config = TypeVar("Config", PipelineConfig, TrainConfig, EvalConfig)
+
+
+def parse_args(config_class: type[Config], args: list[str] | None = None) -> Config:
+    """Read `args` (default: the command line). A wrong flag prints what it may have meant and exits with 2."""
+    import tyro
+
+    args = sys.argv[1:] if args is None else args
+    defaults = DEMO[config_class] | {"demo": True} if "--demo" in args else {}
+    try:
+        return tyro.cli(config_class, default=config_class(**defaults), args=args)
+    except UserError as error:
+        sys.exit(_report(error))
+
+
+def run_script(main, config) -> None:
+    """Call main(config); an error that the user can mend is one message and exit code 2, no traceback."""
+    try:
+        main(config)
+    except UserError as error:
+        sys.exit(_report(error))
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+
+
+def config_to_json(config) -> dict:
+    """A configuration as JSON types."""
+    return {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
+
+
+def _plain(value):
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _check(config, must_be: str, holds: Callable[[float], bool], *names: str) -> None:
+    for name in names:
+        if not holds(getattr(config, name)):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be {must_be}")
+
+
+def _report(error: UserError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2

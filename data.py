@@ -1,0 +1,202 @@
+"""Labels, captions CSV, pictures and splits: which frames there are, where they lie, and which split each is in."""
+
+import csv
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from captions import Style, describe
+from config import DEMO_DATA, DEMO_SCENES, DataConfig, UserError
+from labels import NAME, LabelReport, read_labels
+
+SPLITS = ("train", "val", "test")
+CSV_HEADER = ["name", "raw_caption"]
+SPLIT_COLUMNS = ["name", "split", "image", "raw_caption"]  # of split.csv, which main.py writes and eval.py reads
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+DEMO_IMAGES = DEMO_DATA / "images"
+
+# Where things lie in the Kaggle data set.
+KAGGLE_VAL_LABELS = "bdd100k_labels_release/bdd100k/labels/bdd100k_labels_images_val.json"
+KAGGLE_VAL_IMAGES = "bdd100k/bdd100k/images/100k/val"
+
+
+class Example(NamedTuple):
+    """A picture and its caption."""
+
+    name: str
+    image: Path
+    caption: str
+
+
+# --------------------------------------------------------------------------------------------------------------
+# files
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator:
+    """Open `path` for writing text under a temporary name; it gets its own name only when all is written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            yield file
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror})") from None
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+def write_captions(path: Path, rows: Iterable[tuple[str, str]]) -> int:
+    """Write (name, caption) rows as CSV, the caption always in quotes. Returns how many."""
+    count = 0
+    with atomic_write(path) as file:
+        file.write(",".join(CSV_HEADER) + "\n")
+        for name, caption in rows:
+            file.write(f'{name},"{caption}"\n')  # neither can hold a quote: NAME and the caption grammar see to it
+            count += 1
+    return count
+
+
+def read_captions(path: Path) -> dict[str, str]:
+    """Read a captions CSV as {name: caption}."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such captions file; write it with python bdd100k_data_pipeline.py --output {path}")
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            reader = csv.reader(file)
+            if (header := next(reader, None)) != CSV_HEADER:
+                raise UserError(f"{path}: its first line must be {','.join(CSV_HEADER)}, not {header}")
+            captions = {}
+            for row in reader:
+                if len(row) != 2 or not NAME.fullmatch(row[0]) or row[0] in captions:
+                    raise UserError(f"{path}, line {reader.line_num}: must be a new image name and a caption")
+                captions[row[0]] = row[1]
+            return captions
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as CSV ({error})") from None
+
+
+# --------------------------------------------------------------------------------------------------------------
+# labels
+
+
+def find_labels(config: DataConfig) -> Sequence[Path]:
+    """The label files to read: those given, the drawn ones, or those of the Kaggle data set."""
+    if config.labels:
+        return config.labels
+    if config.demo:
+        from demo.draw import draw_dataset
+
+        return [draw_dataset(DEMO_DATA, range(DEMO_SCENES))]
+    return [fetch_from_kaggle(config.kaggle_dataset, KAGGLE_VAL_LABELS)]
+
+
+def caption_labels(labels: Sequence[Path], style: Style, output: Path) -> LabelReport:
+    """Write the captions of all frames in `labels` to the CSV `output`."""
+    report = LabelReport()
+    write_captions(output, ((frame.name, describe(frame.facts, style)) for frame in read_labels(labels, report)))
+    print(report)
+    print(f"captions written to {output}")
+    return report
+
+
+# --------------------------------------------------------------------------------------------------------------
+# pictures
+
+
+def index_images(folder: Path) -> dict[str, Path]:
+    """{file name: path} of the pictures below `folder`. The first of equal names in alphabetical order counts."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the folder with the pictures with --images, or try --demo")
+    index: dict[str, Path] = {}
+    for parent, folders, files in os.walk(folder):
+        folders.sort()
+        for name in sorted(files):
+            if name.lower().endswith(IMAGE_SUFFIXES):
+                index.setdefault(name, Path(parent, name))
+    if not index:
+        raise UserError(f"{folder}: no picture in this folder ({', '.join(IMAGE_SUFFIXES)})")
+    return index
+
+
+def match_images(captions: dict[str, str], images: dict[str, Path]) -> list[Example]:
+    """The captions that have a picture. Prints how many have none; raises UserError when that is all of them."""
+    examples = [Example(name, images[name], caption) for name, caption in captions.items() if name in images]
+    missing = len(captions) - len(examples)
+    if not examples:
+        name = next(iter(captions), "none")
+        raise UserError(
+            f"none of the {len(captions)} captioned frames has a picture: {name}, for one, is not among the "
+            f"{len(images)} pictures; give the folder that belongs to the labels with --images"
+        )
+    if missing:
+        print(f"{missing:,} of {len(captions):,} captioned frames have no picture and are left out")
+    return examples
+
+
+# --------------------------------------------------------------------------------------------------------------
+# splits
+
+
+def ride_of(name: str) -> str:
+    """The ride that a frame belongs to: the first half of `<8 hex>-<8 hex>.jpg`. Frames of a ride look alike."""
+    return Path(name).stem.split("-")[0]
+
+
+def split_by_ride(names: Sequence[str], train_share: float, val_share: float, seed: int) -> dict[str, list[str]]:
+    """Split names into train, val and test so that no ride is in two of them.
+
+    Rides are ordered by a hash of seed and ride, so the order of `names` does not matter, and are dealt out until
+    each split has its share of the frames, to within a ride. Each split gets one ride at least.
+    """
+    rides: dict[str, list[str]] = {}
+    for name in sorted(names):
+        rides.setdefault(ride_of(name), []).append(name)
+    if len(rides) < len(SPLITS):
+        raise UserError(
+            f"{len(names)} frames of {len(rides)} rides can't be split: train, validation and test need a ride each"
+        )
+    order = sorted(rides, key=lambda ride: hashlib.sha256(f"{seed}:{ride}".encode()).digest())
+    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
+    ends = {"train": train_share, "val": train_share + val_share, "test": 1.0}
+    dealt, current = 0, 0
+    for position, ride in enumerate(order):
+        left = len(order) - position  # rides, this one included
+        middle = (dealt + len(rides[ride]) / 2) / len(names)
+        while current < 2 and splits[SPLITS[current]] and (
+            middle > ends[SPLITS[current]] or left <= len(SPLITS) - 1 - current
+        ):  # fmt: skip
+            current += 1
+        splits[SPLITS[current]] += rides[ride]
+        dealt += len(rides[ride])
+    return splits
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Kaggle
+
+
+def fetch_from_kaggle(dataset: str, path: str | None = None) -> Path:
+    """Download a Kaggle data set, or one file of it, and return where it lies; what is cached is not fetched again."""
+    import kagglehub
+    from kagglehub.exceptions import KaggleApiHTTPError
+
+    what = f"{dataset}/{path}" if path else dataset
+    remedy = (
+        "check the connection and, for a private set, KAGGLE_USERNAME and KAGGLE_KEY; or download it by hand and give "
+        "--labels and --images; or try --demo, which needs no network"
+    )
+    try:
+        return Path(kagglehub.dataset_download(dataset, path=path))
+    except (KaggleApiHTTPError, OSError, ValueError) as error:
+        raise UserError(f"Kaggle data set {what} can't be had ({_first_line(error)}): {remedy}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,281 @@
+"""Fine-tune BLIP-2 with QLoRA on BDD100K captions.
+
+    python main.py                                                  # Kaggle data, BLIP-2 from the hub, one GPU
+    python main.py --demo                                           # drawn scenes, small model, CPU
+    python main.py --labels LABELS.json --images FOLDER --model FOLDER
+
+Labels become captions, captions and pictures a train, a validation and a test split with no ride in two of them;
+LoRA is trained on the NF4 model with the Hugging Face Trainer; the adapter with the best validation loss is saved
+with its processor, generation settings, configuration and split, for eval.py or plain peft.
+"""
+
+from config import TrainConfig, parse_args, run_script
+
+if __name__ == "__main__":
+    config = parse_args(TrainConfig)  # before the heavy imports, so that --help answers at once
+
+import csv
+import importlib.metadata
+import json
+import netrc
+import os
+import platform
+import shutil
+import subprocess
+import time
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils import logging as transformers_logging
+
+from config import UserError, config_to_json
+from data import (
+    DEMO_IMAGES,
+    KAGGLE_VAL_IMAGES,
+    SPLIT_COLUMNS,
+    Example,
+    atomic_write,
+    caption_labels,
+    fetch_from_kaggle,
+    find_labels,
+    index_images,
+    match_images,
+    read_captions,
+    split_by_ride,
+)
+from model import (
+    CaptionCollator,
+    CaptionDataset,
+    add_lora,
+    end_token,
+    load_model,
+    load_processor,
+    make_generation_config,
+    pick_device,
+    pick_dtype,
+)
+
+SPARE_TOKENS = 16  # that generation may write beyond the longest training caption
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")  # whose versions a run records
+
+
+# --------------------------------------------------------------------------------------------------------------
+# data
+
+
+def prepare_splits(config: TrainConfig) -> dict[str, list[Example]]:
+    """Labels -> captions CSV -> examples with pictures -> {split: examples}."""
+    caption_labels(find_labels(config), config.style, config.captions)
+    captions = read_captions(config.captions)
+    examples = match_images(captions, index_images(find_images(config)))[: config.limit]
+    by_name = {example.name: example for example in examples}
+    names = split_by_ride(list(by_name), config.train_share, config.val_share, config.seed)
+    splits = {split: [by_name[name] for name in names[split]] for split in names}
+    print(", ".join(f"{len(examples):,} {split}" for split, examples in splits.items()) + " frames, split by ride")
+    return splits
+
+
+def find_images(config: TrainConfig) -> Path:
+    if config.images is not None:
+        return config.images
+    if config.labels:
+        raise UserError("--labels without --images: give the folder with the pictures too")
+    if config.demo:
+        return DEMO_IMAGES
+    return fetch_from_kaggle(config.kaggle_dataset) / KAGGLE_VAL_IMAGES
+
+
+# --------------------------------------------------------------------------------------------------------------
+# training
+
+
+def make_arguments(config: TrainConfig, run_name: str, device: torch.device) -> TrainingArguments:
+    dtype = pick_dtype(device)
+    return TrainingArguments(
+        output_dir=str(config.output),
+        run_name=run_name,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        per_device_eval_batch_size=config.per_device_eval_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup_ratio,  # below 1 it is a share of all steps
+        lr_scheduler_type="linear",
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=device.type == "cpu",
+        seed=config.seed,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        logging_steps=config.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # a NaN must show
+        prediction_loss_only=True,
+        remove_unused_columns=False,  # the dataset's columns become model inputs in the collator
+        label_names=["labels"],
+        dataloader_num_workers=config.dataloader_workers,
+        dataloader_persistent_workers=config.dataloader_workers > 0,
+        dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
+        report_to="wandb" if choose_wandb_mode(config.wandb) != "disabled" else "none",
+    )
+
+
+def choose_wandb_mode(wandb: str) -> str:
+    """The mode that wandb is to run in; it is never left to ask for a login."""
+    if wandb == "auto":
+        wandb = os.environ.get("WANDB_MODE") or ("online" if is_logged_in_to_wandb() else "disabled")
+    if wandb == "online" and not is_logged_in_to_wandb():
+        raise UserError("--wandb online: not logged in; run wandb login, set WANDB_API_KEY, or use --wandb offline")
+    os.environ["WANDB_MODE"] = wandb
+    os.environ.setdefault("WANDB_PROJECT", "blip2-bdd100k")
+    return wandb
+
+
+def is_logged_in_to_wandb() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class RunLog(TrainerCallback):
+    """Writes what the Trainer logs to `run_dir`: each record at once as a JSON line, the curves as a picture."""
+
+    def __init__(self, run_dir: Path):
+        self.run_dir = run_dir
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.records = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        record = {"step": state.global_step, **logs}
+        self.records.append(record)
+        with open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        plot_curves(self.records, self.run_dir / "curves.png")
+
+
+def plot_curves(records: list[dict], path: Path) -> None:
+    """Losses, learning rate and gradient norm over the optimiser steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {
+        "loss (nats a token)": {"loss": "training", "eval_loss": "validation"},
+        "learning rate": {"learning_rate": None},
+        "gradient norm": {"grad_norm": None},
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), layout="constrained")
+    for axis, (title, curves) in zip(axes, panels.items(), strict=True):
+        for key, label in curves.items():
+            points = [(record["step"], record[key]) for record in records if key in record]
+            axis.plot(*zip(*points, strict=True), label=label, marker="o" if key == "eval_loss" else None)
+        axis.set(title=title, xlabel="optimiser step")
+        axis.grid(alpha=0.3)
+    axes[0].set_yscale("log")
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# saving
+
+
+def save_finetuned(output: Path, model, processor, generation, splits, run: dict) -> None:
+    """Write everything that eval.py and plain peft need, under temporary names first; run.json comes last."""
+    temporary = output / f".saving.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    (temporary / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    processor.save_pretrained(temporary)
+    generation.save_pretrained(temporary)
+    write_splits(temporary / "split.csv", splits)
+    for file in sorted(temporary.iterdir()):
+        os.replace(file, output / file.name)
+    temporary.rmdir()
+    with atomic_write(output / "run.json") as file:
+        json.dump(run, file, indent=2)
+
+
+def write_splits(path: Path, splits: dict[str, list[Example]]) -> None:
+    with atomic_write(path) as file:
+        writer = csv.writer(file)
+        writer.writerow(SPLIT_COLUMNS)
+        for split, examples in splits.items():
+            writer.writerows((e.name, split, e.image.resolve(), e.caption) for e in examples)
+
+
+def describe_run(config: TrainConfig, run_name: str, device: torch.device, results: dict) -> dict:
+    """What is needed to tell later how an adapter came about."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return {
+        "run_name": run_name,
+        "config": config_to_json(config),
+        "results": results,
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "python": platform.python_version(),
+        "git_commit": commit.stdout.strip() or None,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def main(config: TrainConfig) -> None:
+    start = time.perf_counter()
+    transformers_logging.set_verbosity_error()
+    run_name = config.run_name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    device = pick_device()
+    arguments = make_arguments(config, run_name, device)
+    set_seed(config.seed)  # before LoRA draws its first weights
+
+    splits = prepare_splits(config)
+    processor = load_processor(config.model)
+    model = load_model(config.model, config.load_in_4bit, device)
+    end = end_token(model.config)
+    datasets = {
+        split: CaptionDataset(splits[split], processor, config.max_caption_tokens, end) for split in ("train", "val")
+    }
+    longest = max(map(len, datasets["train"].caption_ids))
+    generation = make_generation_config(model.config, longest + SPARE_TOKENS)
+    model = add_lora(model, config.lora_target, config.lora_rank, config.lora_alpha, config.lora_dropout)
+    model.print_trainable_parameters()
+
+    run_dir = Path("logs") / run_name
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=datasets["train"],
+        eval_dataset=datasets["val"],
+        data_collator=CaptionCollator(model.config),
+        callbacks=[RunLog(run_dir)],
+    )
+    trained = trainer.train()
+    results = {**trained.metrics, "best_eval_loss": trainer.state.best_metric}
+    if device.type == "cuda":
+        results["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    save_finetuned(config.output, model, processor, generation, splits, describe_run(config, run_name, device, results))
+    print(f"best validation loss {trainer.state.best_metric:.4f}; curves in {run_dir / 'curves.png'}")
+    print(f"adapter saved to {config.output} after {time.perf_counter() - start:.0f} s")
+    print("next: python eval.py" + (" --demo" if config.demo else f" --adapter {config.output}"))
+
+
+if __name__ == "__main__":
+    run_script(main, config)

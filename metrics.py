@@ -1,0 +1,61 @@
+"""Scores of captions against their references. No torch.
+
+bleu = score_bleu(["a red car"], [["a red car", "one red car"]])
+"""
+
+import re
+import warnings
+from collections.abc import Sequence
+
+import nltk
+from nltk.tokenize import NLTKWordTokenizer
+from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu, sentence_bleu
+
+# What pycocoevalcap drops after PTB tokenisation.
+COCO_PUNCTUATION = {"''", "'", "``", "`", "(", ")", "{", "}", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
+_WORD_TOKENIZER = NLTKWordTokenizer()
+
+
+def tokenize_coco(text: str) -> list[str]:
+    """Tokens as in COCO's evaluation: Penn Treebank, lower case, punctuation dropped (but not `*`).
+
+    The Penn Treebank rules split a full stop only at the end of a text, hence sentence by sentence.
+    """
+    sentences = re.split(r"(?<=[.!?])\s+", text.strip())
+    tokens = (token.lower() for sentence in sentences for token in _WORD_TOKENIZER.tokenize(sentence))
+    return [token for token in tokens if token not in COCO_PUNCTUATION]
+
+
+def score_bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Corpus BLEU-1 to BLEU-4, 0 to 1, on COCO tokens, unsmoothed (Papineni et al. 2002, closest reference length)."""
+    tokens = [tokenize_coco(prediction) for prediction in predictions]
+    reference_tokens = [[tokenize_coco(reference) for reference in row] for row in references]
+    weights = [tuple(1 / n for _ in range(n)) for n in range(1, 5)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no overlap at all is a score of 0 here, not a reason to warn
+        scores = corpus_bleu(reference_tokens, tokens, weights=weights)
+    return {f"BLEU-{n}": float(score) for n, score in enumerate(scores, start=1)}
+
+
+def score_reference_bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """BLEU-1 to BLEU-4 as the reference's code has it: mean of sentence BLEU, smoothing method4, split at spaces.
+
+    Its BLEU-3 weighs 0.33 three times. method4 differs between nltk versions, so the signature names the version.
+    """
+    weights = [(1,), (0.5, 0.5), (0.33, 0.33, 0.33), (0.25, 0.25, 0.25, 0.25)]
+    smoothing = SmoothingFunction().method4
+    totals = [0.0] * len(weights)
+    for prediction, row in zip(predictions, references, strict=True):
+        tokens = prediction.lower().split()
+        if not tokens:
+            continue  # an empty prediction scores 0
+        reference_tokens = [reference.lower().split() for reference in row]
+        for n, weight in enumerate(weights):
+            totals[n] += float(sentence_bleu(reference_tokens, tokens, weight, smoothing_function=smoothing))
+    return {f"BLEU-{n}": total / len(predictions) for n, total in enumerate(totals, start=1)}
+
+
+def make_signature(**facts) -> str:
+    """One line that says how a score came about, in the manner of sacrebleu."""
+    facts |= {"nltk": nltk.__version__}
+    return "|".join(f"{name}:{value}" for name, value in facts.items())

@@ -1,0 +1,274 @@
+"""BLIP-2: loading, NF4, LoRA, batches with masked labels, generation. What main.py and eval.py share.
+
+Shapes: B rows, Q image tokens a row (32 in BLIP-2), T text tokens, S image side in pixels (224 in BLIP-2).
+A row of a training batch is [Q x <image>][bos][caption][newline][padding]; only caption and newline carry loss.
+The newline is OPT's end token in BLIP-2: a model that was not trained to write it never stops.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import (
+    AutoConfig,
+    BitsAndBytesConfig,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    GenerationConfig,
+)
+
+from config import UserError
+from data import Example
+
+IGNORED = -100  # label of a position that carries no loss
+
+# fc1 and fc2 name layers of the frozen ViT too, so LoRA's targets are expressions over whole module names.
+LORA_TARGETS = {
+    "qformer": r"qformer\..*\.(query|key|value|dense)",
+    "lm": r"language_model\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)",
+}
+LORA_TARGETS["both"] = f"({LORA_TARGETS['qformer']}|{LORA_TARGETS['lm']})"
+
+CPU_PARAMETERS = 3e8  # a larger model is refused on a CPU: a step would take minutes
+BYTES_PER_PARAMETER = {"nf4": 0.57, "half": 2.0}  # of the frozen weights on a GPU; NF4 includes its scales
+TRAINING_MARGIN = 1.0  # GiB beside the weights, below which not even a micro-batch of 1 fits
+
+
+# --------------------------------------------------------------------------------------------------------------
+# loading
+
+
+def pick_device() -> torch.device:
+    """This process's GPU, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def pick_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the GPU has it, else fp16; fp32 on a CPU."""
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def load_processor(source: str | Path) -> Blip2Processor:
+    """The processor of a checkpoint; pictures are prepared with Pillow, so torchvision is not needed."""
+    return _load(Blip2Processor, source, backend="pil")
+
+
+def load_model(source: str | Path, load_in_4bit: bool, device: torch.device) -> Blip2ForConditionalGeneration:
+    """Load a BLIP-2 checkpoint onto `device`, its linear layers in NF4 if asked for.
+
+    Raises UserError when it can't be had, is no BLIP-2 with an OPT, or is too large for the device.
+    """
+    config = _load(AutoConfig, source)
+    if config.model_type != "blip-2" or not config.use_decoder_only_language_model:
+        raise UserError(f"{source}: a {config.model_type} model; --model takes a BLIP-2 checkpoint with an OPT")
+    if config.image_token_index is None:
+        raise UserError(f"{source}: its config.json has no image_token_index; fetch the checkpoint's latest revision")
+    check_fits(source, config, load_in_4bit, device)
+    dtype = pick_dtype(device)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    model = _load(
+        Blip2ForConditionalGeneration,
+        source,
+        dtype=dtype,
+        device_map={"": device},
+        quantization_config=quantization if load_in_4bit else None,
+    )
+    model.requires_grad_(False)
+    if load_in_4bit:
+        check_nf4(model)
+    return model
+
+
+def check_fits(source, config, load_in_4bit: bool, device: torch.device) -> None:
+    """Raise UserError if the model that `config` describes is out of the device's reach, before weights are fetched."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Blip2ForConditionalGeneration(config).parameters())
+    billions = parameters / 1e9
+    if device.type == "cpu":
+        if parameters > CPU_PARAMETERS:
+            raise UserError(
+                f"{source} has {billions:.1f} billion parameters and needs an NVIDIA GPU, but torch "
+                f"{torch.__version__} sees none; check nvidia-smi and that torch is a CUDA build, or try --demo, which "
+                "runs on a CPU"
+            )
+        return
+    need = parameters * BYTES_PER_PARAMETER["nf4" if load_in_4bit else "half"] / 2**30 + TRAINING_MARGIN
+    free, total = (size / 2**30 for size in torch.cuda.mem_get_info(device))
+    if free < need:
+        raise UserError(
+            f"{source} with {billions:.1f} billion parameters needs at least {need:.1f} GiB of GPU memory, but "
+            f"{torch.cuda.get_device_name(device)} has {free:.1f} of {total:.1f} GiB free; close what else uses it, "
+            "keep --load-in-4bit, take a larger GPU, or try --demo"
+        )
+
+
+def check_nf4(model: torch.nn.Module) -> None:
+    """Raise UserError unless every 4-bit layer is NF4 with double quantisation: a misspelt key would give FP4."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    if not layers:
+        raise UserError("the model has no 4-bit layer: bitsandbytes did not quantise it; check its installation")
+    for name, layer in layers.items():
+        state = layer.weight.quant_state
+        if state is None or state.quant_type != "nf4" or not state.nested:
+            kind = state and f"{state.quant_type}, double quantisation {state.nested}"
+            raise UserError(f"{name} is not NF4 with double quantisation but {kind}; check the bitsandbytes version")
+        # On CPUs with AVX512-BF16 the first evaluation would re-pack the weights, and training after it crash.
+        layer.support_avx512bf16_for_cpu = False
+
+
+def _load(auto_class, source: str | Path, **options):
+    """auto_class.from_pretrained, its failures as one UserError."""
+    local = Path(source)
+    is_local = local.is_absolute() or str(source).startswith((".", "~")) or local.exists()
+    if is_local and not any((local / name).is_file() for name in ("config.json", "processor_config.json")):
+        raise UserError(f"{source}: no model folder (no config.json in it); --model takes a folder or a hub name")
+    try:
+        return auto_class.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{source}: the model can't be loaded ({reason}). Check the name, the connection and the disk; with "
+            "HF_HUB_OFFLINE=1 only a model that was fetched before is found; --demo needs no network"
+        ) from None
+
+
+# --------------------------------------------------------------------------------------------------------------
+# LoRA and the saved folder
+
+
+def add_lora(model, target: str, rank: int, alpha: int, dropout: float) -> PeftModel:
+    """Put trainable LoRA matrices on the frozen model's linear layers that `target`, a key of LORA_TARGETS, names."""
+    lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS[target], bias="none")
+    return get_peft_model(model, lora)
+
+
+def load_finetuned(folder: Path, device: torch.device, base: bool = False):
+    """(model, processor, generation settings) of a folder that main.py wrote; `base` leaves the adapter out."""
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder}: no fine-tuned model in it; train one with python main.py --output {folder}")
+    run = read_run(folder)
+    model = load_model(run["config"]["model"], run["config"]["load_in_4bit"], device)
+    if not base:
+        model = PeftModel.from_pretrained(model, folder)
+    return model.eval(), load_processor(folder), GenerationConfig.from_pretrained(folder)
+
+
+def read_run(folder: Path) -> dict:
+    """What main.py wrote about its run: configuration, pictures, versions."""
+    try:
+        return json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'run.json'}: can't be read ({error}); train again with python main.py") from None
+
+
+# --------------------------------------------------------------------------------------------------------------
+# batches
+
+
+def load_pixels(image: Path, processor: Blip2Processor) -> Tensor:
+    """(3, S, S) pixel values of a picture file."""
+    try:
+        with Image.open(image) as picture:
+            return processor.image_processor(picture.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{image}: not readable as a picture ({error}); remove it or fetch it again") from None
+
+
+def end_token(model_config) -> int:
+    """The token that ends a caption: OPT's own end token in BLIP-2, a newline."""
+    return model_config.text_config.eos_token_id
+
+
+def tokenize_caption(caption: str, processor: Blip2Processor, max_tokens: int, end: int) -> list[int]:
+    """Caption tokens and the end token, which comes after any cut so that it is never lost."""
+    return [*processor.tokenizer(caption, add_special_tokens=False)["input_ids"][:max_tokens], end]
+
+
+class CaptionDataset(Dataset):
+    """Examples as {"pixel_values": (3, S, S), "caption_ids": list of tokens with the end token}."""
+
+    def __init__(self, examples: Sequence[Example], processor: Blip2Processor, max_tokens: int, end: int):
+        self.examples, self.processor = examples, processor
+        self.caption_ids = [tokenize_caption(e.caption, processor, max_tokens, end) for e in examples]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict:
+        pixels = load_pixels(self.examples[index].image, self.processor)
+        return {"pixel_values": pixels, "caption_ids": self.caption_ids[index]}
+
+
+def prefix_ids(model_config) -> list[int]:
+    """[Q x <image>][bos]: what stands before the text, in training as in generation."""
+    image = [model_config.image_token_index] * model_config.num_query_tokens
+    return [*image, model_config.text_config.bos_token_id]
+
+
+class CaptionCollator:
+    """Rows of CaptionDataset -> a batch for Blip2ForConditionalGeneration, right-padded to the longest caption."""
+
+    def __init__(self, model_config):
+        self.prefix = prefix_ids(model_config)
+        self.pad = model_config.text_config.pad_token_id
+
+    def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
+        longest = max(len(row["caption_ids"]) for row in rows)
+        input_ids, labels, mask = [], [], []
+        for row in rows:
+            caption = row["caption_ids"]
+            padding = longest - len(caption)
+            input_ids.append(self.prefix + caption + [self.pad] * padding)
+            labels.append([IGNORED] * len(self.prefix) + caption + [IGNORED] * padding)
+            mask.append([1] * (len(self.prefix) + len(caption)) + [0] * padding)
+        return {
+            "pixel_values": torch.stack([row["pixel_values"] for row in rows]),  # (B, 3, S, S)
+            "input_ids": torch.tensor(input_ids),  # (B, Q+1+T)
+            "attention_mask": torch.tensor(mask),  # (B, Q+1+T)
+            "labels": torch.tensor(labels),  # (B, Q+1+T)
+        }
+
+
+# --------------------------------------------------------------------------------------------------------------
+# generation
+
+
+def make_generation_config(model_config, max_new_tokens: int) -> GenerationConfig:
+    """Settings that are saved beside the adapter; generate() of BLIP-2 knows none of them by itself."""
+    text = model_config.text_config
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        bos_token_id=text.bos_token_id,
+        eos_token_id=text.eos_token_id,
+        pad_token_id=text.pad_token_id,
+    )
+
+
+@torch.inference_mode()
+def generate_captions(model, processor, pixel_values: Tensor, generation: GenerationConfig, **options) -> list[str]:
+    """Captions of pixel_values (B, 3, S, S); `options` override `generation` (do_sample, temperature, ...)."""
+    prefix = torch.tensor([prefix_ids(model.config)], device=model.device).expand(len(pixel_values), -1)  # (B, Q+1)
+    tokens = model.generate(
+        pixel_values=pixel_values.to(model.device, model.dtype),
+        input_ids=prefix,
+        attention_mask=torch.ones_like(prefix),
+        generation_config=GenerationConfig(**{**generation.to_diff_dict(), **options}),
+    )  # (B, Q+1+T): the prefix comes back too
+    texts = processor.batch_decode(tokens[:, prefix.shape[1] :], skip_special_tokens=True)
+    return [re.sub(r"\s+", " ", text).strip() for text in texts]

@@ -1,0 +1,43 @@
+"""What the tests share: a tiny BLIP-2 with random weights in the hub's layout, and drawn frames to train it on."""
+
+import os
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", CUDA_VISIBLE_DEVICES="")  # before torch is imported
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "bdd100k"  # real samples, which are not ours to ship: tests of them skip without
+
+needs_real_samples = pytest.mark.skipif(not SHARED.is_dir(), reason="the real BDD100K samples are not here")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """Folder of a BLIP-2 that is small enough to train in seconds."""
+    import torch
+
+    from demo.pretrain import build_model, build_processor
+
+    folder = tmp_path_factory.mktemp("tiny-blip2")
+    torch.manual_seed(0)
+    processor = build_processor(side=32, queries=8)
+    model = build_model(processor, side=32, width=64, layers=(2, 2, 2))
+    for name, weight in model.named_parameters():
+        if name.endswith("weight") and weight.dim() > 1 and "embed_" not in name:
+            # keeps the variance, so that the picture reaches the text
+            torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+    model.half().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory) -> Path:
+    """Folder with labels.json and images/ of a few drawn scenes."""
+    from demo.draw import draw_dataset
+
+    folder = tmp_path_factory.mktemp("drawn")
+    draw_dataset(folder, range(12), workers=1)
+    return folder

@@ -1,0 +1,98 @@
+"""The command line of the three scripts: defaults, wrong flags, and how fast --help answers."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from config import DEMO, EvalConfig, PipelineConfig, TrainConfig, config_to_json, parse_args
+
+SCRIPTS = ["main.py", "eval.py", "bdd100k_data_pipeline.py"]
+
+
+def run(script, *args):
+    return subprocess.run([sys.executable, ROOT / script, *args], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_answers_at_once(script):
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        help_run = run(script, "--help")
+        seconds.append(time.perf_counter() - start)
+        assert help_run.returncode == 0
+        assert "--demo" in help_run.stdout
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_misspelt_flag_is_refused_with_a_suggestion(script):
+    wrong, right = {
+        "main.py": ("--learning-rat", "--learning-rate"),
+        "eval.py": ("--num-sample", "--num-samples"),
+        "bdd100k_data_pipeline.py": ("--ouput", "--output"),
+    }[script]
+    refused = run(script, wrong, "3")
+    assert refused.returncode == 2
+    assert right in refused.stderr + refused.stdout
+    assert "Traceback" not in refused.stderr
+
+
+def test_defaults_are_those_of_the_reference():
+    config = parse_args(TrainConfig, [])
+    assert config.model == "Salesforce/blip2-opt-2.7b"
+    assert config.kaggle_dataset == "solesensei/solesensei_bdd100k/versions/2"
+    assert (config.output, config.captions) == (Path("blip2-finetuned"), Path("bdd100k_captions.csv"))
+    assert (config.num_train_epochs, config.learning_rate, config.weight_decay) == (5, 5e-5, 0.01)
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (4, 4)
+    assert (config.lora_target, config.lora_rank, config.lora_alpha) == ("both", 16, 32)
+    assert (config.train_share, config.val_share) == (0.6, 0.28)
+    evaluation = parse_args(EvalConfig, [])
+    assert (evaluation.num_samples, evaluation.temperature, evaluation.top_p) == (20, 0.7, 0.9)
+
+
+def test_flags_come_on_top_of_the_demo():
+    config = parse_args(TrainConfig, ["--demo", "--learning-rate", "1e-4"])
+    assert config.demo
+    assert config.learning_rate == 1e-4
+    assert config.output == DEMO[TrainConfig]["output"]
+
+
+@pytest.mark.parametrize(
+    ("config_class", "args"),
+    [
+        (TrainConfig, ["--lora-rank", "0"]),
+        (TrainConfig, ["--learning-rate", "-1"]),
+        (TrainConfig, ["--learning-rate", "nan"]),
+        (TrainConfig, ["--train-share", "0.8", "--val-share", "0.2"]),
+        (TrainConfig, ["--limit", "2"]),
+        (EvalConfig, ["--top-p", "1.1"]),
+        (EvalConfig, ["--temperature", "0"]),
+        (EvalConfig, ["--num-samples", "0"]),
+        (EvalConfig, ["--num-samples", "some"]),
+    ],
+)
+def test_impossible_values_are_refused(config_class, args, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_args(config_class, args)
+    assert stopped.value.code == 2
+    assert args[0].lstrip("-") in capsys.readouterr().err.replace("_", "-").lower()
+
+
+@pytest.mark.parametrize("config_class", [PipelineConfig, TrainConfig, EvalConfig])
+def test_every_field_has_a_comment(config_class):
+    tree = ast.parse((ROOT / "config.py").read_text())
+    lines = (ROOT / "config.py").read_text().splitlines()
+    [node] = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == config_class.__name__]
+    fields = [child for child in node.body if isinstance(child, ast.AnnAssign)]
+    assert fields
+    assert all("  # " in lines[field.end_lineno - 1] for field in fields)
+
+
+def test_config_to_json_has_json_types_only():
+    assert config_to_json(TrainConfig(labels=(Path("a"), Path("b"))))["labels"] == ["a", "b"]
