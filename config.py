@@ -9,6 +9,7 @@ A script reads its settings before it imports anything heavy, so that --help and
 import dataclasses
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ DEMO_SCENES = 2000  # drawn for --demo, all splits together
 
 # On a CPU bitsandbytes warns at import that an optional kernel, which it would fetch from the hub, is not there.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# transformers warns of names that the oldest release we support does not know the successors of.
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 class UserError(Exception):

@@ -57,7 +57,7 @@ COUNTS = {  # place: category: weight of 0, 1, 2, ... objects; those that find r
 HIDE, TRUNCATE = 0.45, 0.12  # chance to try an overlap, and (vehicles) to try a cut by the border
 SOLO = {"bus": 0.6, "truck": 0.6, "bike": 0.6}  # chance to stay out of overlaps, which few of these would else
 MIXED = 0.20  # chance of a second traffic light to differ from the first
-COVERED, CUT = (0.26, 0.54), (0.26, 0.54)  # shares of a box that an overlap or the border may take away
+COVERED, CUT = (0.24, 0.46), (0.24, 0.50)  # shares of a box that an overlap or the border may take away
 GAP, MARGIN = 5, 5  # pixels between clear objects, and from the border
 
 # ---- the world in metres: x to the right, h up, z ahead; objects are a third larger than life, so as to be seen ----
@@ -82,14 +82,15 @@ SKIES = {  # weather: time: top, middle and foot of the sky
     "clear": {"daytime": "2b7bd4 74b7f0 d9f0fb", "night": "050a20 101b44 34467f", "dawn/dusk": "37418c c56f9c ffc076"},
     "partly cloudy": {"daytime": "3f88d3 86bdeb deeef7", "night": "080f2b 18244d 43527f",
                       "dawn/dusk": "464a90 bd789f ffb780"},
-    "overcast": {"daytime": "8893a0 a5afb9 c9cfd4", "night": "171a22 262a34 3f4450", "dawn/dusk": "635a73 93798a d3a489"},
+    "overcast": {"daytime": "8893a0 a5afb9 c9cfd4", "night": "171a22 2a2e39 444955",
+                 "dawn/dusk": "635a73 93798a d3a489"},
     "rainy": {"daytime": "53606f 6d7b88 98a4ad", "night": "0f131b 1b222c 333c49", "dawn/dusk": "453f5a 6f5d76 b58a86"},
     "snowy": {"daytime": "a9b8c6 c8d3dc e9eef2", "night": "1f2639 343d56 5f6a86", "dawn/dusk": "736f93 b097b2 ecc1b4"},
-    "foggy": {"daytime": "b7c1c5 c9d1d3 d9dede", "night": "2a3038 3b424b 565e66", "dawn/dusk": "9c8793 c4a5a2 e2bfa7"},
+    "foggy": {"daytime": "b7c1c5 c9d1d3 d9dede", "night": "3b424b 4d545d 69717a", "dawn/dusk": "9c8793 c4a5a2 e2bfa7"},
 }
 DAYLIGHT = {"daytime": (1.0, 1.0, 1.0), "night": (0.50, 0.54, 0.70), "dawn/dusk": (1.0, 0.82, 0.80)}
 DIM = {"clear": 1.0, "partly cloudy": 0.98, "overcast": 0.88, "rainy": 0.78, "snowy": 0.95, "foggy": 0.92}
-SIGHT = {"clear": 150, "partly cloudy": 140, "overcast": 110, "rainy": 75, "snowy": 75, "foggy": 26}  # metres
+SIGHT = {"clear": 150, "partly cloudy": 140, "overcast": 110, "rainy": 75, "snowy": 75, "foggy": 24}  # metres
 LIT_WINDOWS = {"daytime": 0.0, "night": 0.5, "dawn/dusk": 0.3}
 SUNS = dict(zip(TIMES, parse_colours("fff4be f6f3dc ffe296"), strict=True))
 CLOUDS = dict(zip(TIMES, parse_colours("ffffff 808aac ffd6c4"), strict=True))
@@ -103,7 +104,7 @@ PAINTS = {  # category: colours, no two objects of one scene alike
 FACADES = parse_colours("c9705a e3c7a0 8fa6b8 b98a8f d9b48a 9aa58f a7788e cfc4b4 7f92a8")
 WALLS, ROOFS = parse_colours("f2e3c9 e8c9b2 cfdbe0 f0d9a8 d8e0c8"), parse_colours("a8483c 7a4a3e 5f6673 8c5a44 4f5d73")
 LEAVES, PANES = parse_colours("4f8f47 6aa84f 3f7d52 7fb25a"), parse_colours("708ca6 8cacc6")
-FACES = list(itertools.product(parse_colours("f1c9a5 c98e62 8d5a3b"), parse_colours("2a211c 6b4426 c9a24a")))  # skin, hair
+SKINS, HAIRS = parse_colours("f1c9a5 c98e62 8d5a3b"), parse_colours("2a211c 6b4426 c9a24a")
 SNOW, WHITE, BLACK, STEEL, MAST, GLASS = parse_colours("f1f5fa ffffff 1d2027 9aa3ad 4a505a 35495c")
 WARM, TAIL, BEAM, RED, AMBER, BLUE, GREEN = parse_colours("ffd98a e8302a fff6dc ce2626 fac428 2660c8 16764e")
 # fmt: on
@@ -143,9 +144,12 @@ ENDS: dict[str, Art] = {  # the near end of a vehicle, in shares of its width an
     "truck rear": [(0.86, rect(-0.24, 0.44, 0.28, 0.95)), (0.86, rect(0.24, 0.44, 0.28, 0.95)),
                    (0.6, rect(-0.05, 0.025, 0.32, 0.9)), (0.6, rect(0.05, 0.025, 0.32, 0.9)),
                    (WHITE, rect(0, 0.96, 0.15, 0.22))] + [(RED, rect(i / 6, 0.084, 0.15, 0.22)) for i in (-2, 0, 2)],
-    "truck front": [(GLASS, [(-0.41, 0.43), (-0.39, 0.7), (0.39, 0.7), (0.41, 0.43)]), (BLACK, rect(0, 0.5, 0.22, 0.35))],
-    "bus rear": [(WHITE, rect(0, 1, 0.28, 0.375)), (BLACK, rect(0, 0.7, 0.86, 0.965)), (GLASS, rect(0, 0.84, 0.55, 0.82))],
-    "bus front": [(WHITE, rect(0, 1, 0.28, 0.375)), (BLACK, rect(0, 0.7, 0.86, 0.965)), (GLASS, rect(0, 0.9, 0.43, 0.84))],
+    "truck front": [(GLASS, [(-0.41, 0.43), (-0.39, 0.7), (0.39, 0.7), (0.41, 0.43)]),
+                    (BLACK, rect(0, 0.5, 0.22, 0.35))],
+    "bus rear": [(WHITE, rect(0, 1, 0.28, 0.375)), (BLACK, rect(0, 0.7, 0.86, 0.965)),
+                 (AMBER, rect(0, 0.5, 0.885, 0.94)), (GLASS, rect(0, 0.84, 0.55, 0.82))],
+    "bus front": [(WHITE, rect(0, 1, 0.28, 0.375)), (BLACK, rect(0, 0.7, 0.86, 0.965)),
+                  (AMBER, rect(0, 0.5, 0.885, 0.94)), (GLASS, rect(0, 0.9, 0.43, 0.84))],
 }
 PERSON: Art = [  # in metres; hands, head and hair follow
     ((43, 53, 80), [(-0.24, 1.15), (-0.34, 0.02), (-0.12, 0.02), (0.0, 0.95)]),
@@ -244,7 +248,7 @@ def place_signs(scene: Scene, count: int) -> None:
         if gantry:
             thing = make_thing(scene, "traffic sign", "panel", side * 2.7, 5.2, OVERHEAD)
         else:
-            x, h, z = side * rng.uniform(8.2, 8.8), rng.uniform(2.8, 3.3), rng.uniform(16.5, 20)
+            x, h, z = side * rng.uniform(8.2, 8.6), rng.uniform(2.8, 3.3), rng.uniform(17.5, 20.4)
             thing = make_thing(scene, "traffic sign", model, x, h, z)
         scene.things.append(thing)
 
@@ -422,7 +426,9 @@ class Canvas:
         a, b = x - width / 2, x + width / 2
         self.quad(colour, (a, 0, near), (b, 0, near), (b, 0, far), (a, 0, far))
 
-    def block(self, colour, x, z, length, low: Pair, high: Pair, lean: Pair = (0, 0), corner: float = 0) -> None:
+    def block(
+        self, colour: Colour, x: float, z: float, length: float, low: Pair, high: Pair, lean=(0, 0), corner=0.0
+    ) -> None:
         """A box or frustum. low and high are its (width, height) below and above; lean moves the near and far ends
         of the top inwards; corner cuts its long upper edges."""
         (w0, h0), (w1, h1) = low, high
@@ -438,11 +444,11 @@ class Canvas:
                 self.draw.polygon((near[i], near[i + 1], far[i + 1], far[i]), self.tint(side, z))
         self.draw.polygon(near, self.tint(colour, z))
 
-    def art(self, art: Art, x: float, h: float, z: float, colour: Colour = WHITE, scale: Pair = (1, 1)) -> None:
+    def art(self, art: Art, x: float, h: float, z: float, colour=WHITE, scale: Pair = (1, 1), lit=False) -> None:
         """A flat picture with its origin at (x, h, z)."""
         for paint, shape in art:
             paint = shade(colour, paint) if isinstance(paint, float) else paint
-            self.bar(paint, x, z, [(dx * scale[0], h + dh * scale[1]) for dx, dh in shape])
+            self.bar(paint, x, z, [(dx * scale[0], h + dh * scale[1]) for dx, dh in shape], lit)
 
     def glow(self, x: float, h: float, z: float, r: float, colour: Colour, strength: int = 150) -> None:
         """A halo of r metres, and on a wet road its long mirror image."""
@@ -478,8 +484,9 @@ def paint_stars(c: Canvas, count: int) -> None:
 
 def paint_sun(c: Canvas) -> None:
     """Sun or moon, where traffic lights and signs leave the most room."""
+    columns = (330, 630) if c.scene.place == "city street" else (100, 860)
     rows = (150, 190) if c.scene.time == "dawn/dusk" else (60, 110)
-    spots = [(c.rng.randint(300, 660), c.rng.randint(*rows)) for _ in range(4)]
+    spots = [(c.rng.randint(*columns), c.rng.randint(*rows)) for _ in range(6)]
     taken = [(t.box[0] + t.box[2], t.box[1] + t.box[3]) for t in c.scene.things if t.h > 0]  # middles, on the canvas
     x, y = max(spots, key=lambda spot: min((math.dist(spot, middle) for middle in taken), default=0))
     colour = SUNS[c.scene.time]
@@ -744,7 +751,7 @@ def paint_bus(c: Canvas, t: Thing) -> None:
 
 
 def paint_person(c: Canvas, t: Thing) -> None:
-    skin, hair = c.rng.choice(FACES)
+    skin, hair = c.rng.choice(SKINS), c.rng.choice(HAIRS)
     c.floor((60, 62, 70), t.x, 0.9, t.z - 0.1, t.z + 0.3)
     c.art(PERSON, t.x, 0, t.z, t.colour)
     for colour, dx, h, r in (
@@ -768,7 +775,7 @@ def paint_bike(c: Canvas, t: Thing) -> None:
 def paint_sign(c: Canvas, t: Thing) -> None:
     if t.model != "panel":
         c.bar(STEEL, t.x, t.z, rect(0, 0.14, 0, t.h + 0.4))
-    c.art(SIGNS[t.model], t.x, t.h + SIZES[t.model][2] / 2, t.z)
+    c.art(SIGNS[t.model], t.x, t.h + SIZES[t.model][2] / 2, t.z, lit=c.night)  # they reflect the headlights
 
 
 def paint_light(c: Canvas, t: Thing) -> None:
@@ -841,9 +848,9 @@ def make_poly(points: list[Pair], closed: bool) -> dict:
 
 
 def name_image(seed: int) -> str:
-    """'<ride>-<frame>.jpg'. The ride is the seed times an odd number modulo 2^32, so no two seeds share one."""
+    """'<ride>-<frame>.jpg'. Times an odd number modulo 2^32 is one-to-one, so no two seeds share a ride."""
     assert 0 <= seed < 2**32, f"seed {seed} is not in 0 .. 2^32 - 1"
-    return f"{seed * 0x9E3779B1 % 2**32:08x}-{hashlib.sha256(b'%d' % seed).hexdigest()[:8]}.jpg"
+    return f"{(seed * 0x9E3779B1 + 0x7F4A7C15) % 2**32:08x}-{hashlib.sha256(b'%d' % seed).hexdigest()[:8]}.jpg"
 
 
 def draw_scene(seed: int) -> tuple[Image.Image, dict]:
@@ -860,7 +867,7 @@ def draw_dataset(folder: Path, seeds: Sequence[int], workers: int | None = None)
     Nothing is drawn if the folder already holds these frames of this VERSION. `workers` is a number of processes,
     all cores if None.
     """
-    labels, images, stamp = folder / "labels.json", folder / "images", folder / "drawn.json"
+    labels, images, stamp = folder / "labels.json", folder / "images", folder / "labels.stamp"
     names = [name_image(seed) for seed in seeds]
     assert len(set(names)) == len(names), "the same seed was given twice"
     made = json.dumps({"version": VERSION, "frames": hashlib.sha256("\n".join(names).encode()).hexdigest()})

@@ -207,13 +207,10 @@ class SceneBatches:
 
     def sample(self, size: int) -> dict[str, torch.Tensor]:
         index = torch.randint(len(self.pixels), (size,), device=self.pixels.device)
-        batch = {key: value[index] for key, value in self.text.items()}
-        longest = int(batch["attention_mask"].sum(1).max())
-        batch = {key: value[:, :longest] for key, value in batch.items()}
         pixels = self.pixels[index]
         half = size // 2
         pixels[:half] = pixels[:half].flip(2)
-        return {"pixel_values": self.normalise(pixels), **batch}
+        return {"pixel_values": self.normalise(pixels), **{key: value[index] for key, value in self.text.items()}}
 
 
 class PixelNormaliser:
@@ -249,24 +246,29 @@ class EnglishBatches:
 # training
 
 
-def train(model, scenes: SceneBatches, english: EnglishBatches, args) -> list[dict]:
-    """AdamW, one-cycle, bf16 autocast. Returns the logged losses."""
+def train(model, scenes: SceneBatches, unseen: SceneBatches, english: EnglishBatches, args) -> list[dict]:
+    """AdamW, one-cycle, bf16 autocast, every fourth step on English too. Returns the logged losses."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.05)
-    log, device, start = [], model.device, time.perf_counter()
+    log, device, start, text_loss = [], model.device, time.perf_counter(), torch.tensor(0.0)
     model.train()
     for step in tqdm(range(1, args.steps + 1), desc="pre-training", mininterval=10):
+        optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16):
             loss = model(**scenes.sample(args.batch)).loss
-            text_loss = model.language_model(**english.sample(args.batch // 4)).loss
-        optimizer.zero_grad()
-        (loss + 0.1 * text_loss).backward()
+            loss.backward()
+            if step % 4 == 0:
+                text_loss = model.language_model(**english.sample(args.batch // 4)).loss
+                (0.4 * text_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 250 == 0 or step == args.steps:
+        if step % 500 == 0 or step == args.steps:
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+                unseen_loss = model(**unseen.sample(1000)).loss
             seconds = round(time.perf_counter() - start, 1)
-            log.append({"step": step, "loss": loss.item(), "text_loss": text_loss.item(), "seconds": seconds})
+            losses = {"loss": loss.item(), "unseen_loss": unseen_loss.item(), "text_loss": text_loss.item()}
+            log.append({"step": step, **losses, "seconds": seconds})
             tqdm.write(json.dumps(log[-1]))
     return log
 
@@ -297,11 +299,11 @@ def score(model, processor, pixels: np.ndarray, captions: list[str]) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=200_000, help="scenes drawn for training")
+    parser.add_argument("--scenes", type=int, default=120_000, help="scenes drawn for training")
     parser.add_argument("--test-scenes", type=int, default=1_000, help="unseen scenes drawn for the scores")
-    parser.add_argument("--steps", type=int, default=14_000, help="optimiser steps")
-    parser.add_argument("--batch", type=int, default=256, help="scenes a step")
-    parser.add_argument("--lr", type=float, default=8e-4, help="peak learning rate")
+    parser.add_argument("--steps", type=int, default=4_800, help="optimiser steps")
+    parser.add_argument("--batch", type=int, default=768, help="scenes a step")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
     parser.add_argument("--out", type=Path, default=DEMO_FOLDER, help="folder for base/ and pretrain.json")
     args = parser.parse_args()
@@ -317,7 +319,8 @@ def main() -> None:
     processor = build_processor()
     model = build_model(processor).to(device)
     scenes = SceneBatches(pixels, captions, processor, model, device)
-    log = train(model, scenes, EnglishBatches(processor, model, device), args)
+    unseen = SceneBatches(*test, processor, model, device)
+    log = train(model, scenes, unseen, EnglishBatches(processor, model, device), args)
     trained = time.perf_counter()
 
     base = args.out / "base"
