@@ -3,6 +3,8 @@
 import csv
 import hashlib
 import os
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,9 +93,10 @@ def find_labels(config: DataConfig) -> Sequence[Path]:
     if config.labels:
         return config.labels
     if config.demo:
-        from demo.draw import draw_dataset
-
-        return [draw_dataset(DEMO_DATA, range(DEMO_SCENES))]
+        # a process of its own: those that it starts in turn then import the renderer alone
+        draw = [sys.executable, "-m", "demo.draw", "--count", str(DEMO_SCENES), "--out", DEMO_DATA.resolve()]
+        subprocess.run(draw, cwd=Path(__file__).parent, check=True, stdout=subprocess.DEVNULL)
+        return [DEMO_DATA / "labels.json"]
     return [fetch_from_kaggle(config.kaggle_dataset, KAGGLE_VAL_LABELS)]
 
 

@@ -22,9 +22,10 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from captions import parse_caption
 from config import UserError, config_to_json
 from data import SPLIT_COLUMNS, Example, atomic_write
-from metrics import make_signature, score_bleu, score_reference_bleu
+from metrics import make_floors, make_signature, score_bleu, score_facts, score_reference_bleu
 
 
 class Prediction(NamedTuple):
@@ -74,7 +75,7 @@ def caption_examples(config: EvalConfig, examples: list[Example]) -> list[Predic
     with tqdm(total=len(examples), desc="captioning", unit="picture") as progress:
         for start in range(0, len(examples), config.batch_size):
             batch = examples[start : start + config.batch_size]
-            pixels = torch.stack([load_pixels(example.image, processor) for example in batch])  # (B, 3, S, S)
+            pixels = torch.stack([load_pixels(e.image, processor, config.blank) for e in batch])  # (B, 3, S, S)
             captions = generate_captions(model, processor, pixels, generation, **options)
             for example, caption in zip(batch, captions, strict=True):
                 predictions.append(Prediction(example.name, caption, [example.caption]))
@@ -127,33 +128,55 @@ def parse_prediction(line: str, place: str) -> Prediction:
 # scores
 
 
-def score_predictions(predictions: list[Prediction], decoding: str) -> dict:
-    """All scores of the predictions, each with the signature that says how it was computed."""
-    hypotheses = [prediction.prediction for prediction in predictions]
+def score_predictions(predictions: list[Prediction], decoding: str, seed: int) -> dict:
+    """All scores of the predictions, with the signatures that say how they came about, and the floors beside them."""
+    texts = [prediction.prediction for prediction in predictions]
     references = [prediction.references for prediction in predictions]
     n = len(predictions)
+    coco = {"level": "corpus", "tok": "coco", "case": "lower", "smooth": "none"}
+    spaces = {"level": "sentence-mean", "tok": "space", "case": "lower", "smooth": "method4"}
     return {
         "n": n,
-        "corpus_bleu": {
-            **score_bleu(hypotheses, references),
-            "signature": make_signature(
-                level="corpus", tok="coco", case="lower", smooth="none", n=n, decoding=decoding
-            ),
-        },
-        "reference_bleu": {
-            **score_reference_bleu(hypotheses, references),
-            "signature": make_signature(
-                level="sentence-mean", tok="space", case="lower", smooth="method4", n=n, decoding=decoding
-            ),
+        **score_texts(texts, references),
+        "floors": {name: score_texts(floor, references) for name, floor in make_floors(references, seed).items()},
+        "signatures": {
+            "corpus_bleu": make_signature(**coco, n=n, decoding=decoding),
+            "reference_bleu": make_signature(**spaces, n=n, decoding=decoding),
         },
     }
 
 
+def score_texts(texts: list[str], references: list[list[str]]) -> dict[str, dict[str, float]]:
+    """Corpus BLEU, the reference code's BLEU, and the facts, which are read in the first reference of each row."""
+    return {
+        "corpus_bleu": score_bleu(texts, references),
+        "reference_bleu": score_reference_bleu(texts, references),
+        "facts": score_facts([parse_caption(text) for text in texts], [parse_caption(row[0]) for row in references]),
+    }
+
+
+COLUMNS = {  # of the printed table: (group, score) by its title
+    "BLEU-1": ("corpus_bleu", "BLEU-1"),
+    "BLEU-2": ("corpus_bleu", "BLEU-2"),
+    "BLEU-3": ("corpus_bleu", "BLEU-3"),
+    "BLEU-4": ("corpus_bleu", "BLEU-4"),
+    "time": ("facts", "time_of_day"),
+    "weather": ("facts", "weather"),
+    "scene": ("facts", "scene"),
+    "light": ("facts", "traffic_light"),
+    "objects": ("facts", "objects_f1"),
+    "all": ("facts", "whole_caption"),
+}
+
+
 def print_scores(scores: dict) -> None:
-    print(f"\n{'':<34}{'BLEU-1':>8}{'BLEU-2':>8}{'BLEU-3':>8}{'BLEU-4':>8}")
-    for key, title in (("corpus_bleu", "corpus, COCO tokens"), ("reference_bleu", "the reference's own protocol")):
-        print(f"{title:<34}" + "".join(f"{scores[key][f'BLEU-{n}']:>8.3f}" for n in range(1, 5)))
-    print(f"signature: {scores['corpus_bleu']['signature']}")
+    print(f"\n{scores['n']} pictures; corpus BLEU on COCO tokens; shares of facts that are right, F1 for the objects")
+    print(f"{'':<27}" + "".join(f"{title:>9}" for title in COLUMNS))
+    for name, row in {"predictions": scores, **scores["floors"]}.items():
+        print(f"{name:<27}" + "".join(f"{row[group][key]:>9.3f}" for group, key in COLUMNS.values()))
+    bleus = "  ".join(f"{name} {value:.3f}" for name, value in scores["reference_bleu"].items())
+    print(f"by the reference code's own protocol: {bleus}")
+    print("\n".join(f"{name}: {signature}" for name, signature in scores["signatures"].items()))
 
 
 def print_captions(predictions: list[Prediction], count: int) -> None:
@@ -174,7 +197,7 @@ def main(config: EvalConfig) -> None:
     else:
         predictions_file, decoding = config.predictions, "unknown"
     predictions = read_predictions(predictions_file)
-    scores = score_predictions(predictions, decoding)
+    scores = score_predictions(predictions, decoding, config.seed)
     with atomic_write(run_dir / "scores.json") as file:
         json.dump({**scores, "predictions": str(predictions_file), "config": config_to_json(config)}, file, indent=2)
     print_captions(predictions, config.show)

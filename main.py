@@ -55,6 +55,7 @@ from model import (
     make_generation_config,
     pick_device,
     pick_dtype,
+    store_vision,
 )
 
 SPARE_TOKENS = 16  # that generation may write beyond the longest training caption
@@ -255,6 +256,8 @@ def main(config: TrainConfig) -> None:
     }
     longest = max(map(len, datasets["train"].caption_ids))
     generation = make_generation_config(model.config, longest + SPARE_TOKENS)
+    if store_vision(model, list(datasets.values()), config.vision_store_gib):
+        print("the frozen ViT's outputs are stored: it is not needed in training")
     model = add_lora(model, config.lora_target, config.lora_rank, config.lora_alpha, config.lora_dropout)
     model.print_trainable_parameters()
 

@@ -3,13 +3,17 @@
 bleu = score_bleu(["a red car"], [["a red car", "one red car"]])
 """
 
+import random
 import re
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 
 import nltk
 from nltk.tokenize import NLTKWordTokenizer
 from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu, sentence_bleu
+
+from captions import Facts
 
 # What pycocoevalcap drops after PTB tokenisation.
 COCO_PUNCTUATION = {"''", "'", "``", "`", "(", ")", "{", "}", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
@@ -59,3 +63,43 @@ def make_signature(**facts) -> str:
     """One line that says how a score came about, in the manner of sacrebleu."""
     facts |= {"nltk": nltk.__version__}
     return "|".join(f"{name}:{value}" for name, value in facts.items())
+
+
+# --------------------------------------------------------------------------------------------------------------
+# facts
+
+
+def score_facts(predictions: Sequence[Facts], references: Sequence[Facts]) -> dict[str, float]:
+    """Shares, 0 to 1, of what the captions get right.
+
+    Accuracy of time of day, weather, scene and traffic light ("no light" included); precision, recall and F1 of the
+    object sentences, one right when kind and count both are, pooled over all captions; and whole captions.
+    """
+    n = len(references)
+    scores = {
+        name: sum(getattr(p, name) == getattr(r, name) for p, r in zip(predictions, references, strict=True)) / n
+        for name in ("time_of_day", "weather", "scene", "traffic_light")
+    }
+    said = sum(len(facts.objects) for facts in predictions)
+    there = sum(len(facts.objects) for facts in references)
+    right = sum(len(p.objects.items() & r.objects.items()) for p, r in zip(predictions, references, strict=True))
+    scores["objects_precision"] = right / said if said else 0.0
+    scores["objects_recall"] = right / there if there else 0.0
+    scores["objects_f1"] = 2 * right / (said + there) if said + there else 0.0
+    scores["whole_caption"] = sum(p == r for p, r in zip(predictions, references, strict=True)) / n
+    return scores
+
+
+# --------------------------------------------------------------------------------------------------------------
+# floors
+
+
+def make_floors(references: Sequence[Sequence[str]], seed: int) -> dict[str, list[str]]:
+    """Predictions that need no look at the picture: the most frequent reference, and another picture's reference."""
+    first = [row[0] for row in references]
+    frequent = Counter(first).most_common(1)[0][0]
+    order = random.Random(seed).sample(range(len(first)), len(first))
+    another = [""] * len(first)
+    for here, there in zip(order, order[1:] + order[:1], strict=True):  # one round through all: nobody gets its own
+        another[here] = first[there]
+    return {"most frequent caption": [frequent] * len(first), "another picture's caption": another}

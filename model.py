@@ -1,6 +1,7 @@
 """BLIP-2: loading, NF4, LoRA, batches with masked labels, generation. What main.py and eval.py share.
 
-Shapes: B rows, Q image tokens a row (32 in BLIP-2), T text tokens, S image side in pixels (224 in BLIP-2).
+Shapes: B rows, Q image tokens a row (32 in BLIP-2), T text tokens, S image side in pixels (224), P positions of the
+ViT (257), D its width (1408).
 A row of a training batch is [Q x <image>][bos][caption][newline][padding]; only caption and newline carry loss.
 The newline is OPT's end token in BLIP-2: a model that was not trained to write it never stops.
 """
@@ -16,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 from transformers import (
     AutoConfig,
     BitsAndBytesConfig,
@@ -23,6 +25,7 @@ from transformers import (
     Blip2Processor,
     GenerationConfig,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from config import UserError
 from data import Example
@@ -181,11 +184,12 @@ def read_run(folder: Path) -> dict:
 # batches
 
 
-def load_pixels(image: Path, processor: Blip2Processor) -> Tensor:
-    """(3, S, S) pixel values of a picture file."""
+def load_pixels(image: Path, processor: Blip2Processor, blank: bool = False) -> Tensor:
+    """(3, S, S) pixel values of a picture file, or of a black picture of its size."""
     try:
         with Image.open(image) as picture:
-            return processor.image_processor(picture.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+            rgb = Image.new("RGB", picture.size) if blank else picture.convert("RGB")
+            return processor.image_processor(rgb, return_tensors="pt")["pixel_values"][0]
     except (OSError, ValueError) as error:
         raise UserError(f"{image}: not readable as a picture ({error}); remove it or fetch it again") from None
 
@@ -201,17 +205,24 @@ def tokenize_caption(caption: str, processor: Blip2Processor, max_tokens: int, e
 
 
 class CaptionDataset(Dataset):
-    """Examples as {"pixel_values": (3, S, S), "caption_ids": list of tokens with the end token}."""
+    """Examples as {"pixel_values": (3, S, S), "caption_ids": list of tokens with the end token}.
+
+    Once `features` holds the ViT's outputs (see store_vision), they stand in for the pixels.
+    """
 
     def __init__(self, examples: Sequence[Example], processor: Blip2Processor, max_tokens: int, end: int):
         self.examples, self.processor = examples, processor
         self.caption_ids = [tokenize_caption(e.caption, processor, max_tokens, end) for e in examples]
+        self.features: Tensor | None = None  # (N, P, D)
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict:
-        pixels = load_pixels(self.examples[index].image, self.processor)
+        if self.features is not None:
+            pixels = self.features[index]
+        else:
+            pixels = load_pixels(self.examples[index].image, self.processor)
         return {"pixel_values": pixels, "caption_ids": self.caption_ids[index]}
 
 
@@ -243,6 +254,43 @@ class CaptionCollator:
             "attention_mask": torch.tensor(mask),  # (B, Q+1+T)
             "labels": torch.tensor(labels),  # (B, Q+1+T)
         }
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the frozen ViT's outputs, computed once
+
+
+class StoredVision(torch.nn.Module):
+    """Stands in place of the ViT and passes on what the ViT gave before."""
+
+    def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(last_hidden_state=pixel_values)  # (B, P, D)
+
+
+def store_vision(model, datasets: Sequence[CaptionDataset], limit_gib: float, batch_size: int = 32) -> bool:
+    """Compute the frozen ViT's output of each picture once, and take the ViT itself out of the model.
+
+    The ViT has neither LoRA nor dropout, so training sees the same numbers as with it. Returns False, and changes
+    nothing, when the outputs of all `datasets` would take more than `limit_gib` GiB of memory.
+    """
+    vision = model.config.vision_config
+    positions = (vision.image_size // vision.patch_size) ** 2 + 1  # P
+    pictures = sum(map(len, datasets))
+    need = pictures * positions * vision.hidden_size * model.dtype.itemsize / 2**30
+    if need > limit_gib:
+        return False
+    with tqdm(total=pictures, desc="encoding pictures", unit="picture") as progress:
+        for dataset in datasets:
+            dataset.features = torch.empty(len(dataset), positions, vision.hidden_size, dtype=model.dtype)
+            for start in range(0, len(dataset), batch_size):
+                examples = dataset.examples[start : start + batch_size]
+                pixels = torch.stack([load_pixels(example.image, dataset.processor) for example in examples])
+                with torch.inference_mode():
+                    output = model.vision_model(pixels.to(model.device, model.dtype)).last_hidden_state
+                dataset.features[start : start + batch_size] = output.cpu()
+                progress.update(len(examples))
+    model.vision_model = StoredVision()
+    return True
 
 
 # --------------------------------------------------------------------------------------------------------------
