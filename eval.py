@@ -43,12 +43,16 @@ class Prediction(NamedTuple):
 def sample_examples(folder: Path, split: str, num_samples: int | str, seed: int) -> list[Example]:
     """`num_samples` random examples of the split that main.py wrote to `folder`, or all of them."""
     path = folder / "split.csv"
+    if not path.is_file():
+        raise UserError(f"{folder}: no fine-tuned model in it; train one with python main.py --output {folder}")
     try:
         with open(path, encoding="utf-8", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["split"] == split]
             examples = [Example(row["name"], Path(row["image"]), row["raw_caption"]) for row in rows]
-    except (OSError, KeyError, csv.Error) as error:
-        raise UserError(f"{path}: no split with {', '.join(SPLIT_COLUMNS)} ({error!r}); train with main.py") from None
+    except (OSError, KeyError, TypeError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a split with columns {', '.join(SPLIT_COLUMNS)} ({error!r})") from None
+    if not examples:
+        raise UserError(f"{path}: no frame of the {split} split in it")
     if num_samples == "all":
         return examples
     if num_samples > len(examples):

@@ -49,6 +49,7 @@ from model import (
     CaptionCollator,
     CaptionDataset,
     add_lora,
+    check_model,
     end_token,
     load_model,
     load_processor,
@@ -246,6 +247,7 @@ def main(config: TrainConfig) -> None:
     device = pick_device()
     arguments = make_arguments(config, run_name, device)
     set_seed(config.seed)  # before LoRA draws its first weights
+    check_model(config.model, config.load_in_4bit, device)  # before hours of download
 
     splits = prepare_splits(config)
     processor = load_processor(config.model)

@@ -67,17 +67,22 @@ def load_processor(source: str | Path) -> Blip2Processor:
     return _load(Blip2Processor, source, backend="pil")
 
 
-def load_model(source: str | Path, load_in_4bit: bool, device: torch.device) -> Blip2ForConditionalGeneration:
-    """Load a BLIP-2 checkpoint onto `device`, its linear layers in NF4 if asked for.
-
-    Raises UserError when it can't be had, is no BLIP-2 with an OPT, or is too large for the device.
-    """
+def check_model(source: str | Path, load_in_4bit: bool, device: torch.device) -> None:
+    """Raise UserError unless `source` is a BLIP-2 with an OPT that fits the device. Fetches its config.json only."""
     config = _load(AutoConfig, source)
     if config.model_type != "blip-2" or not config.use_decoder_only_language_model:
         raise UserError(f"{source}: a {config.model_type} model; --model takes a BLIP-2 checkpoint with an OPT")
     if config.image_token_index is None:
         raise UserError(f"{source}: its config.json has no image_token_index; fetch the checkpoint's latest revision")
     check_fits(source, config, load_in_4bit, device)
+
+
+def load_model(source: str | Path, load_in_4bit: bool, device: torch.device) -> Blip2ForConditionalGeneration:
+    """Load a BLIP-2 checkpoint onto `device`, frozen, its linear layers in NF4 if asked for.
+
+    Raises UserError when it can't be had, is no BLIP-2 with an OPT, or is too large for the device.
+    """
+    check_model(source, load_in_4bit, device)
     dtype = pick_dtype(device)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,

@@ -1,0 +1,71 @@
+"""The embedded default, as a newcomer runs it: main.py --demo, then eval.py --demo, on pictures never seen."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+def run(script, *args, cwd):
+    finished = subprocess.run(
+        [sys.executable, ROOT / script, "--demo", *args], capture_output=True, text=True, check=False, cwd=cwd
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """Scores of the fine-tuned model, of the base, and of the fine-tuned model with black pictures."""
+    cwd = tmp_path_factory.mktemp("demo")
+    assert "adapter saved to blip2-finetuned-demo" in run("main.py", cwd=cwd)
+    scores = {}
+    for name, flags in {"tuned": ["--num-samples", "all"], "base": ["--base"], "blank": ["--blank"]}.items():
+        printed = run("eval.py", *flags, "--run-name", name, cwd=cwd)
+        assert all(f"BLEU-{n}" in printed for n in range(1, 5))
+        scores[name] = json.loads((cwd / f"logs/{name}/scores.json").read_text())
+    return scores
+
+
+def test_captions_of_unseen_scenes_are_right(demo):
+    tuned = demo["tuned"]
+    assert tuned["n"] >= 500
+    assert min(tuned["facts"][name] for name in ("time_of_day", "weather", "scene")) >= 0.98
+    assert tuned["facts"]["traffic_light"] >= 0.95
+    assert tuned["facts"]["objects_f1"] >= 0.80
+    assert tuned["corpus_bleu"]["BLEU-4"] >= 0.85
+    for floor in tuned["floors"].values():
+        assert floor["facts"]["weather"] < 0.6
+        assert floor["facts"]["objects_f1"] < 0.6
+        assert floor["corpus_bleu"]["BLEU-4"] < 0.6
+
+
+def test_the_base_knows_another_wording(demo):
+    base = demo["base"]
+    assert max(base["facts"][name] for name in ("time_of_day", "weather", "scene", "objects_f1")) < 0.02
+    assert base["corpus_bleu"]["BLEU-4"] < 0.1
+
+
+def test_without_the_picture_nothing_is_known(demo):
+    blank, floors = demo["blank"], demo["blank"]["floors"].values()
+    for name in ("time_of_day", "weather", "scene", "traffic_light", "objects_f1"):
+        assert blank["facts"][name] <= max(floor["facts"][name] for floor in floors) + 0.1
+    assert blank["corpus_bleu"]["BLEU-4"] <= max(floor["corpus_bleu"]["BLEU-4"] for floor in floors)
+
+
+def test_base_fits_in_the_repository():
+    files = [path for path in (ROOT / "demo/base").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 12e6
+    assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} <= {p.name for p in files}
+
+
+def test_scenes_of_the_pre_training_are_others():
+    from config import DEMO_SCENES
+    from demo.pretrain import FIRST_SCENE, FIRST_TEST_SCENE
+
+    assert DEMO_SCENES < FIRST_TEST_SCENE < FIRST_SCENE
+    record = json.loads((ROOT / "demo/pretrain.json").read_text())
+    assert record["scores"]["conditions"] > 99
+    assert "--seed 0" in record["command"]

@@ -1,0 +1,181 @@
+"""The command lines: train, evaluate, score a file; what they leave on disk; and what they say to bad input."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from data import ride_of
+
+
+def run(script, *args, cwd, **environment):
+    command = [sys.executable, ROOT / script, *map(str, args)]
+    environment = os.environ | {name: str(value) for name, value in environment.items()}
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment)
+
+
+def data_flags(drawn, checkpoint):
+    return ["--labels", drawn / "labels.json", "--images", drawn / "images", "--model", checkpoint]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, drawn, tiny_checkpoint):
+    """A folder in which main.py has run, with wandb offline."""
+    cwd = tmp_path_factory.mktemp("trained")
+    flags = ["--num-train-epochs", 2, "--dataloader-workers", 1, "--vision-store-gib", 0, "--wandb", "offline"]
+    finished = run("main.py", *data_flags(drawn, tiny_checkpoint), *flags, "--run-name", "run", cwd=cwd)
+    assert finished.returncode == 0, finished.stderr
+    return cwd
+
+
+def test_training_leaves_all_that_is_needed(trained, drawn):
+    output = trained / "blip2-finetuned"
+    for name in ("adapter_model.safetensors", "adapter_config.json", "processor_config.json", "tokenizer.json"):
+        assert (output / name).stat().st_size > 0
+    settings = json.loads((output / "generation_config.json").read_text())
+    assert settings["max_new_tokens"] > 16
+    record = json.loads((output / "run.json").read_text())
+    assert record["config"]["lora_target"] == "both"
+    assert record["results"]["best_eval_loss"] > 0
+    assert record["versions"]["transformers"]
+    lines = [json.loads(line) for line in (trained / "logs/run/metrics.jsonl").read_text().splitlines()]
+    assert sum("eval_loss" in line for line in lines) == 2
+    assert (trained / "logs/run/curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list(trained.glob("wandb/offline-run-*"))
+    assert not list(output.glob(".*"))
+    with open(output / "split.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(json.loads((drawn / "labels.json").read_text()))
+    rides = [{ride_of(row["name"]) for row in rows if row["split"] == split} for split in ("train", "val", "test")]
+    assert all(rides)
+    assert not (rides[0] & rides[1] or rides[0] & rides[2] or rides[1] & rides[2])
+
+
+def test_evaluation_writes_predictions_and_scores(trained):
+    finished = run("eval.py", "--num-samples", 2, "--split", "train", "--run-name", "scored", cwd=trained)
+    assert finished.returncode == 0, finished.stderr
+    predictions = (trained / "logs/scored/predictions.jsonl").read_text().splitlines()
+    assert len(predictions) == 2
+    scores = json.loads((trained / "logs/scored/scores.json").read_text())
+    assert scores["n"] == 2
+    assert set(scores["corpus_bleu"]) == set(scores["reference_bleu"]) == {f"BLEU-{n}" for n in range(1, 5)}
+    assert set(scores["floors"]) == {"most frequent caption", "another picture's caption"}
+    for text in ("BLEU-1", "BLEU-4", "T0.7-p0.9-seed42", "prediction:", "reference:"):
+        assert text in finished.stdout
+    rescored = run("eval.py", "--predictions", "logs/scored/predictions.jsonl", "--run-name", "again", cwd=trained)
+    assert rescored.returncode == 0, rescored.stderr
+    again = json.loads((trained / "logs/again/scores.json").read_text())
+    assert again["corpus_bleu"] == scores["corpus_bleu"]
+    assert again["facts"] == scores["facts"]
+
+
+def test_the_same_seed_gives_the_same_captions(trained):
+    for name in ("one", "two"):
+        assert run("eval.py", "--num-samples", 2, "--run-name", name, cwd=trained).returncode == 0
+    one, two = ((trained / f"logs/{name}/predictions.jsonl").read_text() for name in ("one", "two"))
+    assert one == two
+
+
+def test_adapter_loads_with_plain_peft(trained, tiny_checkpoint, drawn):
+    """The lines of the README, and that they give what eval.py gives."""
+    from peft import PeftModel
+    from PIL import Image
+    from transformers import Blip2ForConditionalGeneration, Blip2Processor, GenerationConfig
+
+    from model import generate_captions
+
+    folder = trained / "blip2-finetuned"
+    image = Image.open(next((drawn / "images").iterdir()))
+    model = PeftModel.from_pretrained(Blip2ForConditionalGeneration.from_pretrained(tiny_checkpoint), folder)
+    processor = Blip2Processor.from_pretrained(folder, backend="pil")
+    settings = GenerationConfig.from_pretrained(folder)
+    tokens = model.generate(**processor(images=image, return_tensors="pt"), generation_config=settings)
+    caption = processor.decode(tokens[0], skip_special_tokens=True).strip()
+    pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"]
+    assert " ".join(caption.split()) == generate_captions(model, processor, pixels, settings)[0]
+
+
+def test_stored_vision_trains_to_the_same_adapter(tmp_path, drawn, tiny_checkpoint):
+    """The ViT is frozen and has no dropout: what it gave once is what it gives always."""
+    from safetensors.torch import load_file
+
+    flags = ["--num-train-epochs", 1, "--dataloader-workers", 0, "--wandb", "disabled"]
+    weights = []
+    for gib in (0, 1):
+        output = tmp_path / str(gib)
+        finished = run("main.py", *data_flags(drawn, tiny_checkpoint), *flags, "--vision-store-gib", gib,
+                       "--output", output, cwd=tmp_path)  # fmt: skip
+        assert finished.returncode == 0, finished.stderr
+        assert ("outputs are stored" in finished.stdout) == bool(gib)
+        weights.append(load_file(output / "adapter_model.safetensors"))
+    assert max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0]) < 1e-6
+
+
+def bad_inputs(drawn, checkpoint, empty):
+    labels, images, model = data_flags(drawn, checkpoint)[1::2]
+    return {
+        "labels missing": (["--labels", "nothing.json", "--images", images, "--model", model], "nothing.json"),
+        "images missing": (["--labels", labels, "--images", "nothing", "--model", model], "nothing"),
+        "images not given": (["--labels", labels, "--model", model], "--images"),
+        "no picture": (["--labels", labels, "--images", empty, "--model", model], "no picture"),
+        "model missing": (["--labels", labels, "--images", images, "--model", "./nothing"], "./nothing"),
+        "model not on disk": (["--labels", labels, "--images", images], "Salesforce/blip2-opt-2.7b"),
+        "wandb not logged in": (["--demo", "--wandb", "online"], "wandb login"),
+    }
+
+
+@pytest.mark.parametrize("case", bad_inputs(ROOT, ROOT, ROOT))
+def test_bad_input_is_one_message(tmp_path, drawn, tiny_checkpoint, case):
+    (tmp_path / "empty").mkdir()
+    flags, message = bad_inputs(drawn, tiny_checkpoint, tmp_path / "empty")[case]
+    failed = run("main.py", *flags, cwd=tmp_path, HOME=tmp_path, WANDB_API_KEY="")
+    assert failed.returncode == 2
+    assert "Traceback" not in failed.stderr
+    [line] = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert not (tmp_path / "blip2-finetuned").exists()
+
+
+PREDICTION = '{"name": "a.jpg", "prediction": "There is one car.", "references": ["There are 2 cars."]}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "no predictions"),
+        ("not json\n", "line 1"),
+        (PREDICTION + '{"name": "b.jpg"}\n', "line 2"),
+        (PREDICTION + PREDICTION, "a.jpg came before"),
+        ('{"name": "a.jpg", "prediction": "x", "references": []}\n', "one reference at least"),
+        ('{"name": "a.jpg", "prediction": 3, "references": ["x"]}\n', "line 1"),
+        ("[" * 100_000 + "\n", "line 1"),
+    ],
+)
+def test_bad_predictions_are_one_message(tmp_path, content, message):
+    (tmp_path / "predictions.jsonl").write_text(content)
+    failed = run("eval.py", "--predictions", "predictions.jsonl", cwd=tmp_path)
+    assert failed.returncode == 2
+    assert message in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert not (tmp_path / "logs").exists()
+
+
+def test_scoring_a_file_needs_no_torch(tmp_path):
+    """--predictions answers where no deep-learning library is installed."""
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is not needed here')")
+    shutil.copy(tmp_path / "torch.py", tmp_path / "transformers.py")
+    (tmp_path / "predictions.jsonl").write_text(PREDICTION)
+    scored = run("eval.py", "--predictions", "predictions.jsonl", cwd=tmp_path, PYTHONPATH=tmp_path)
+    assert scored.returncode == 0, scored.stderr
+    assert "BLEU-4" in scored.stdout
+
+
+def test_evaluation_without_a_model(tmp_path):
+    failed = run("eval.py", cwd=tmp_path)
+    assert failed.returncode == 2
+    assert "python main.py" in failed.stderr
