@@ -10,7 +10,7 @@ from data import caption_labels, find_labels
 
 
 def main(config: PipelineConfig) -> None:
-    caption_labels(find_labels(config), config.style, config.output)
+    caption_labels(config, find_labels(config), config.output)
 
 
 if __name__ == "__main__":

@@ -38,14 +38,28 @@ class DataConfig:
     demo: bool = False  # use the drawn scenes and the small model that ship with the project: CPU, no network
     labels: tuple[Path, ...] = ()  # BDD100K label files or folders; none: those of the Kaggle data set
     kaggle_dataset: str = "solesensei/solesensei_bdd100k/versions/2"  # Kaggle handle with its version
+    subset: Literal["val", "train", "both"] = "val"  # Kaggle labels to use: 10,000 frames, 70,000 or all
     style: Style = "plain"  # wording of the captions
+    class_names: Literal["file", "2018", "det20"] = "file"  # person (2018) or pedestrian (det20); file: as labelled
+    lanes: bool = True  # count lanes and drivable areas like objects
+    merge_duplicates: bool = False  # count boxes of one class that overlap by IoU > 0.85 once
+    min_box_size: float = 0.0  # pixels of its shorter side below which a box is not counted
+    without_scene: Literal["skip", "caption"] = (
+        "skip"  # frames with no scene attributes: no first sentence if captioned
+    )
+    strict: bool = False  # stop at labels with any frame that can't be used, instead of leaving it out
 
 
 @dataclass(frozen=True)
 class PipelineConfig(DataConfig):
     """Turn BDD100K labels into captions, a CSV of name,raw_caption."""
 
+    census: bool = False  # print what the labels hold, and draw it
     output: Path = Path("bdd100k_captions.csv")  # CSV file to write
+    run_name: str | None = None  # name of the folder in logs/ for the census; none: date and time
+
+    def __post_init__(self):
+        _check(self, "0 or more", lambda value: value >= 0, "min_box_size")
 
 
 @dataclass(frozen=True)
@@ -91,7 +105,9 @@ class TrainConfig(DataConfig):
         )
         _check(self, "more than 0", lambda value: value > 0, "gradient_accumulation_steps", "logging_steps")
         _check(self, "more than 0", lambda value: value > 0, "max_caption_tokens", "num_train_epochs")
+        _check(self, "0 to 4294967295", lambda value: 0 <= value < 2**32, "seed")
         _check(self, "0 or more", lambda value: value >= 0, "weight_decay", "dataloader_workers", "vision_store_gib")
+        _check(self, "0 or more", lambda value: value >= 0, "min_box_size")
         _check(self, "0 or more, and less than 1", lambda value: 0 <= value < 1, "warmup_ratio", "lora_dropout")
         if self.limit is not None and self.limit < 3:
             raise UserError(f"--limit {self.limit}: must be 3 or more, for train, validation and test")
@@ -124,6 +140,7 @@ class EvalConfig:
 
     def __post_init__(self):
         _check(self, "more than 0", lambda value: value > 0, "temperature", "batch_size")
+        _check(self, "0 to 4294967295", lambda value: 0 <= value < 2**32, "seed")
         _check(self, "more than 0, and at most 1", lambda value: 0 < value <= 1, "top_p")
         if self.num_samples != "all" and self.num_samples < 1:
             raise UserError(f"--num-samples {self.num_samples}: must be 1 or more, or the word all")
@@ -196,5 +213,6 @@ def _check(config, must_be: str, holds: Callable[[float], bool], *names: str) ->
 
 
 def _report(error: UserError) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    message = str(error).rpartition("UserError: ")[2].strip()  # torch wraps a worker's error in its traceback
+    print(f"error: {message}", file=sys.stderr)
     return 2

@@ -1,6 +1,7 @@
 """Labels, captions CSV, pictures and splits: which frames there are, where they lie, and which split each is in."""
 
 import csv
+import functools
 import hashlib
 import os
 import subprocess
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 from captions import Style, describe
 from config import DEMO_DATA, DEMO_SCENES, DataConfig, UserError
-from labels import NAME, LabelReport, read_labels
+from labels import NAME, Frame, LabelOptions, LabelReport, read_labels
 
 SPLITS = ("train", "val", "test")
 CSV_HEADER = ["name", "raw_caption"]
@@ -20,10 +21,6 @@ SPLIT_COLUMNS = ["name", "split", "image", "raw_caption"]  # of split.csv, which
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 DEMO_IMAGES = DEMO_DATA / "images"
-
-# Where things lie in the Kaggle data set.
-KAGGLE_VAL_LABELS = "bdd100k_labels_release/bdd100k/labels/bdd100k_labels_images_val.json"
-KAGGLE_VAL_IMAGES = "bdd100k/bdd100k/images/100k/val"
 
 
 class Example(NamedTuple):
@@ -95,18 +92,34 @@ def find_labels(config: DataConfig) -> Sequence[Path]:
     if config.demo:
         # a process of its own: those that it starts in turn then import the renderer alone
         draw = [sys.executable, "-m", "demo.draw", "--count", str(DEMO_SCENES), "--out", DEMO_DATA.resolve()]
-        subprocess.run(draw, cwd=Path(__file__).parent, check=True, stdout=subprocess.DEVNULL)
+        if subprocess.run(draw, cwd=Path(__file__).parent, check=False, stdout=subprocess.DEVNULL).returncode:
+            raise UserError(f"{DEMO_DATA}: the scenes can't be drawn there, see above; start from a folder of your own")
         return [DEMO_DATA / "labels.json"]
-    return [fetch_from_kaggle(config.kaggle_dataset, KAGGLE_VAL_LABELS)]
+    from acquisition import fetch_labels  # here: kagglehub takes a while to import
+
+    return fetch_labels(config.kaggle_dataset, config.subset)
 
 
-def caption_labels(labels: Sequence[Path], style: Style, output: Path) -> LabelReport:
-    """Write the captions of all frames in `labels` to the CSV `output`."""
+def describe_frame(style: Style, frame: Frame) -> tuple[str, str]:
+    return frame.name, describe(frame.facts, style)
+
+
+def caption_labels(config: DataConfig, labels: Sequence[Path], output: Path) -> LabelReport:
+    """Write the captions of all frames in `labels` to the CSV `output`, and print what was read."""
+    options = LabelOptions(
+        config.class_names, config.lanes, config.merge_duplicates, config.min_box_size, config.without_scene
+    )
     report = LabelReport()
-    write_captions(output, ((frame.name, describe(frame.facts, style)) for frame in read_labels(labels, report)))
+    write_captions(output, _caption_rows(config, labels, options, report))
     print(report)
     print(f"captions written to {output}")
     return report
+
+
+def _caption_rows(config: DataConfig, labels, options: LabelOptions, report: LabelReport) -> Iterator[tuple[str, str]]:
+    yield from read_labels(labels, report, options, convert=functools.partial(describe_frame, config.style))
+    if config.strict and report.skipped:
+        raise UserError(f"--strict: {report.skipped.total():,} frames can't be used, nothing is written\n{report}")
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -179,27 +192,3 @@ def split_by_ride(names: Sequence[str], train_share: float, val_share: float, se
         splits[SPLITS[current]] += rides[ride]
         dealt += len(rides[ride])
     return splits
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Kaggle
-
-
-def fetch_from_kaggle(dataset: str, path: str | None = None) -> Path:
-    """Download a Kaggle data set, or one file of it, and return where it lies; what is cached is not fetched again."""
-    import kagglehub
-    from kagglehub.exceptions import KaggleApiHTTPError
-
-    what = f"{dataset}/{path}" if path else dataset
-    remedy = (
-        "check the connection and, for a private set, KAGGLE_USERNAME and KAGGLE_KEY; or download it by hand and give "
-        "--labels and --images; or try --demo, which needs no network"
-    )
-    try:
-        return Path(kagglehub.dataset_download(dataset, path=path))
-    except (KaggleApiHTTPError, OSError, ValueError) as error:
-        raise UserError(f"Kaggle data set {what} can't be had ({_first_line(error)}): {remedy}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

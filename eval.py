@@ -70,7 +70,7 @@ def caption_examples(config: EvalConfig, examples: list[Example]) -> list[Predic
 
     logging.set_verbosity_error()
     model, processor, generation = load_finetuned(config.adapter, pick_device(), config.base)
-    options = {} if config.greedy else {"temperature": config.temperature, "top_p": config.top_p}
+    options = {} if config.greedy else {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
     options |= {"do_sample": not config.greedy}
     if config.max_new_tokens is not None:
         options |= {"max_new_tokens": config.max_new_tokens}
@@ -80,7 +80,11 @@ def caption_examples(config: EvalConfig, examples: list[Example]) -> list[Predic
         for start in range(0, len(examples), config.batch_size):
             batch = examples[start : start + config.batch_size]
             pixels = torch.stack([load_pixels(e.image, processor, config.blank) for e in batch])  # (B, 3, S, S)
-            captions = generate_captions(model, processor, pixels, generation, **options)
+            try:
+                captions = generate_captions(model, processor, pixels, generation, **options)
+            except torch.OutOfMemoryError as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"--batch-size {config.batch_size}: too large for the GPU ({reason})") from None
             for example, caption in zip(batch, captions, strict=True):
                 predictions.append(Prediction(example.name, caption, [example.caption]))
             progress.update(len(batch))
@@ -96,7 +100,7 @@ def write_predictions(path: Path, predictions: list[Prediction]) -> None:
 def read_predictions(path: Path) -> list[Prediction]:
     """Read JSON lines of name, prediction and references. Raises UserError with the line that is wrong."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not at U+2028, which JSON strings may hold
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: can't be read ({error}); --predictions takes a JSON lines file") from None
     predictions, names = [], set()
@@ -177,10 +181,14 @@ def print_scores(scores: dict) -> None:
     print(f"\n{scores['n']} pictures; corpus BLEU on COCO tokens; shares of facts that are right, F1 for the objects")
     print(f"{'':<27}" + "".join(f"{title:>9}" for title in COLUMNS))
     for name, row in {"predictions": scores, **scores["floors"]}.items():
-        print(f"{name:<27}" + "".join(f"{row[group][key]:>9.3f}" for group, key in COLUMNS.values()))
+        print(f"{name:<27}" + "".join(format_score(row[group][key]) for group, key in COLUMNS.values()))
     bleus = "  ".join(f"{name} {value:.3f}" for name, value in scores["reference_bleu"].items())
     print(f"by the reference code's own protocol: {bleus}")
     print("\n".join(f"{name}: {signature}" for name, signature in scores["signatures"].items()))
+
+
+def format_score(score: float | None) -> str:
+    return f"{'–':>9}" if score is None else f"{score:>9.3f}"
 
 
 def print_captions(predictions: list[Prediction], count: int) -> None:
@@ -197,7 +205,11 @@ def main(config: EvalConfig) -> None:
         examples = sample_examples(config.adapter, config.split, config.num_samples, config.seed)
         predictions_file = run_dir / "predictions.jsonl"
         write_predictions(predictions_file, caption_examples(config, examples))
-        decoding = "greedy" if config.greedy else f"T{config.temperature:g}-p{config.top_p:g}-seed{config.seed}"
+        decoding = (
+            "greedy"
+            if config.greedy
+            else f"T{config.temperature:g}-p{config.top_p:g}-seed{config.seed}-batch{config.batch_size}"
+        )
     else:
         predictions_file, decoding = config.predictions, "unknown"
     predictions = read_predictions(predictions_file)

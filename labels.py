@@ -5,18 +5,29 @@
         print(frame.name, frame.facts)
     print(report)
 
-Read so far: the 2018 arrays, det_20 arrays, Scalabel dumps bare or wrapped, one file an image, and folders of these.
-A frame that cannot be used is left out, and counted in the report with its reason.
+Read are .json, .json.gz and .zip files and folders of them, in these layouts, which are told apart by what is in them:
+2018 arrays, one file an image, det_20 arrays, Scalabel dumps bare or wrapped, tracking and segmentation sets. A frame
+that can't be used is left out, counted with its reason and listed; a file that is damaged is an error.
+
+A large array is cut where a frame ends, and decoded piece by piece by all cores: memory stays small whatever the size.
+A wrong cut can't go unnoticed, since neither side of it would then be JSON.
 """
 
-import json
+import functools
+import gzip
+import multiprocessing
+import os
 import re
+import struct
+import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
+import msgspec
 from tqdm import tqdm
 
 from captions import (
@@ -35,11 +46,26 @@ from config import UserError
 
 # Names that an image file may have: no folder, no control character, nothing that a CSV or a spreadsheet acts on.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,250}")
+LABEL_SUFFIXES = (".json", ".json.gz", ".zip")
 
-# The classes of the one-file-an-image layout that are named otherwise; "lane/..." are lanes.
-_CLASS_OF = {"area/drivable": "drivable area", "area/alternative": "drivable area"}
+ClassNames = Literal["file", "2018", "det20"]
+# The same class in the 2018 release, in det_20, and in other variants.
+_SYNONYMS = [
+    ("person", "pedestrian"),
+    ("bike", "bicycle"),
+    ("motor", "motorcycle"),
+    ("drivable area", "drivable area", "area/drivable", "area/alternative"),
+]
+_AREAS = ("lane", "drivable area")
 _LIGHT_OF = {"g": "green", "y": "yellow", "r": "red", "green": "green", "yellow": "yellow", "red": "red"}
 _NO_LIGHT = ("none", "na", None)
+
+NEAR_DUPLICATE_IOU = 0.85  # above it two boxes of one class are taken for the same object boxed twice
+PIECE = 4 * 2**20  # bytes of a large array that are decoded at once
+WHOLE = 256 * 2**20  # bytes up to which a file that can't be cut is decoded as a whole
+LISTED = 20  # frames left out that are listed by name for each reason
+
+T = TypeVar("T")
 
 
 class Frame(NamedTuple):
@@ -49,55 +75,394 @@ class Frame(NamedTuple):
     facts: Facts
 
 
+@dataclass(frozen=True)
+class LabelOptions:
+    """How labels are read. The defaults give the captions of the reference."""
+
+    class_names: ClassNames = "file"  # person (2018) or pedestrian (det20); file: as the file has them
+    lanes: bool = True  # count lanes and drivable areas like objects
+    merge_duplicates: bool = False  # count near-duplicate boxes once
+    min_box_size: float = 0.0  # pixels of the shorter side below which a box is not counted
+    without_scene: Literal["skip", "caption"] = "skip"  # frames with no scene attributes
+
+
+DEFAULT_OPTIONS = LabelOptions()
+
+
 @dataclass
 class LabelReport:
-    """What was read, and what was left out and why. Counts are of frames, or of objects where the reason says so."""
+    """What was read, and what was left out and why. Counts are of frames unless the name says otherwise."""
 
     frames: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-    remarks: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)  # reason: frames
+    listed: dict[str, list[str]] = field(default_factory=dict)  # reason: names of the first frames
+    remarks: Counter[str] = field(default_factory=Counter)  # what was mended or not counted: times
+    variants: Counter[str] = field(default_factory=Counter)
+    attributes: dict[str, Counter[str]] = field(default_factory=dict)  # attribute: value: frames
+    objects: Counter[ObjectKind] = field(default_factory=Counter)  # kind: objects
+    boxes_a_frame: Counter[int] = field(default_factory=Counter)
+    near_duplicates: int = 0  # boxes
+
+    def skip(self, reason: str, name: object) -> None:
+        self.skipped[reason] += 1
+        listed = self.listed.setdefault(reason, [])
+        if len(listed) < LISTED:
+            listed.append(str(name)[:80])
+
+    def add(self, frame: Frame) -> None:
+        """Count a frame that is used."""
+        self.frames += 1
+        facts = frame.facts
+        for name in ("time_of_day", "weather", "scene", "traffic_light"):
+            self.attributes.setdefault(name, Counter())[getattr(facts, name) or "none"] += 1
+        self.objects.update(facts.objects)
+        self.boxes_a_frame[sum(n for kind, n in facts.objects.items() if kind.name not in _AREAS)] += 1
+
+    def merge(self, other: "LabelReport") -> None:
+        """Add what another process counted."""
+        self.frames += other.frames
+        self.near_duplicates += other.near_duplicates
+        for name in ("skipped", "remarks", "variants", "objects", "boxes_a_frame"):
+            getattr(self, name).update(getattr(other, name))
+        for name, counts in other.attributes.items():
+            self.attributes.setdefault(name, Counter()).update(counts)
+        for reason, names in other.listed.items():
+            self.listed[reason] = (self.listed.get(reason, []) + names)[:LISTED]
 
     def __str__(self) -> str:
-        lines = [f"{self.frames:,} frames read, {self.skipped.total():,} left out"]
-        lines += [f"  {count:>9,} left out: {reason}" for reason, count in self.skipped.most_common()]
+        variants = ", ".join(f"{count:,} of {variant}" for variant, count in self.variants.most_common())
+        lines = [f"{self.frames:,} frames used, {self.skipped.total():,} left out; read: {variants or 'nothing'}"]
+        for reason, count in self.skipped.most_common():
+            names = self.listed.get(reason, [])
+            more = ", ..." if count > 3 else ""
+            lines.append(f"  {count:>9,} left out: {reason} ({', '.join(names[:3])}{more})")
         lines += [f"  {count:>9,} x {remark}" for remark, count in self.remarks.most_common()]
         return "\n".join(lines)
 
 
 class _BadFrame(Exception):
-    """A frame that cannot be captioned; the message is the reason that the report counts."""
+    """A frame that can't be captioned; the message is the reason that the report counts."""
 
 
-def read_labels(paths: Sequence[Path], report: LabelReport) -> Iterator[Frame]:
-    """Frames of the label files, and of the .json files of the folders, in `paths`; `report` is filled on the way.
+class _BadFile(Exception):
+    """A file that is not JSON. `position` is the byte at which that shows, if known."""
 
-    A name that comes twice is used once, the first time. Raises UserError for a path that is missing, for a file
-    that is no label file, and when no frame at all is found.
+    def __init__(self, reason: str, position: int | None = None):
+        super().__init__(reason)
+        self.position = position
+
+
+# --------------------------------------------------------------------------------------------------------------
+# what is decoded; all else in the files is skipped unread
+
+
+class _Box(msgspec.Struct, gc=False):
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+
+class _LabelAttributes(msgspec.Struct, gc=False):
+    occluded: bool | None = None
+    truncated: bool | None = None
+    light: Any = msgspec.field(default=None, name="trafficLightColor")
+    # early tracking files and exports
+    occluded_too: bool | None = msgspec.field(default=None, name="Occluded")
+    truncated_too: bool | None = msgspec.field(default=None, name="Truncated")
+    light_too: Any = msgspec.field(default=None, name="Traffic Light Color")
+
+
+class _Label(msgspec.Struct, gc=False):
+    category: str | None = None
+    attributes: _LabelAttributes | None = None
+    box2d: _Box | None = None
+
+
+class _SceneAttributes(msgspec.Struct, gc=False):
+    timeofday: str | None = None
+    weather: str | None = None
+    scene: str | None = None
+
+
+class _Moment(msgspec.Struct, gc=False):
+    objects: list[_Label] | None = None
+
+
+class _Frame(msgspec.Struct, gc=False):
+    name: str | None = None
+    attributes: _SceneAttributes | None = None
+    labels: list[_Label] | None = None
+    frames: list[_Moment] | None = None  # one file an image: objects are in frames[0]
+    video: str | None = msgspec.field(default=None, name="videoName")
+    index: Any = msgspec.field(default=None, name="frameIndex")
+
+
+class _Wrapper(msgspec.Struct, gc=False):
+    frames: list[_Frame]
+
+
+_FRAMES = msgspec.json.Decoder(list[_Frame])
+_FRAME = msgspec.json.Decoder(_Frame)
+_WRAPPER = msgspec.json.Decoder(_Wrapper)
+
+
+def decode_frames(data: bytes | memoryview) -> tuple[list, bool]:
+    """The frames of one label file's bytes, and whether they were in a Scalabel wrapper.
+
+    Where a type is wrong anywhere, the frames come back as plain JSON values, to be judged one by one. Raises
+    _BadFile for bytes that are not JSON.
     """
+    if bytes(data[:3]) == b"\xef\xbb\xbf":
+        data = data[3:]
+    try:
+        try:
+            return _decode_typed(data)
+        except msgspec.ValidationError:
+            return _decode_untyped(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        byte = re.search(r"\(byte (\d+)\)", str(error))
+        raise _BadFile(str(error), int(byte[1]) if byte else len(data)) from None
+    except RecursionError:
+        raise _BadFile("nested too deep", None) from None
+
+
+def _decode_typed(data: bytes | memoryview) -> tuple[list, bool]:
+    if re.match(rb"\s*\{", data) is None:
+        return _FRAMES.decode(data), False
+    frame = _FRAME.decode(data)
+    if frame.name is None and frame.frames is not None:
+        return _WRAPPER.decode(data).frames, True
+    return [frame], False
+
+
+def _decode_untyped(data: bytes | memoryview) -> tuple[list, bool]:
+    value = msgspec.json.decode(data)
+    if isinstance(value, dict):
+        wrapped = "name" not in value and isinstance(value.get("frames"), list)
+        return (value["frames"], True) if wrapped else ([value], False)
+    return (value, False) if isinstance(value, list) else ([], False)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# one frame
+
+
+def read_frame(
+    raw: object, report: LabelReport, options: LabelOptions = DEFAULT_OPTIONS, wrapped: bool = False
+) -> Frame:
+    """One raw frame, a JSON value or decoded by decode_frames, as Frame. Raises _BadFrame with the reason."""
+    if not isinstance(raw, _Frame):
+        try:
+            raw = msgspec.convert(raw, _Frame)
+        except (msgspec.ValidationError, RecursionError) as error:
+            raise _BadFrame(f"wrong type: {error}") from None
+    report.variants[_name_variant(raw, wrapped)] += 1
+    name = _read_name(raw)
+    labels = raw.labels
+    if labels is None and raw.frames:
+        labels = raw.frames[0].objects
+    attributes = (None, None, None)
+    if raw.attributes is not None:
+        attributes = (
+            _read_attribute("timeofday", raw.attributes.timeofday, TIMES_OF_DAY, report),
+            _read_attribute("weather", raw.attributes.weather, WEATHERS, report),
+            _read_attribute("scene", raw.attributes.scene, SCENES, report),
+        )
+    elif options.without_scene == "skip":
+        raise _BadFrame("no scene attributes, as in tracking and segmentation sets")
+    return Frame(name, Facts(*attributes, *_read_objects(labels or [], report, options)))
+
+
+def _name_variant(raw: _Frame, wrapped: bool) -> str:
+    if raw.frames is not None:
+        return "one file an image"
+    if wrapped:
+        return "Scalabel wrapper"
+    if raw.attributes is None:
+        return "tracking or segmentation set"
+    for label in raw.labels or ():
+        if label.attributes is not None:
+            if label.attributes.light is not None:
+                return "2018 release" if label.attributes.light in ("none", *LIGHTS) else "det_20"
+            if label.attributes.light_too is not None:
+                return "Scalabel export"
+    return "frames without boxes"
+
+
+def _read_name(raw: _Frame) -> str:
+    name = raw.name
+    if name is None:
+        raise _BadFrame("no name")
+    if raw.frames is not None and "." not in name:  # one file an image
+        name += ".jpg"
+    if not NAME.fullmatch(name):
+        raise _BadFrame("its name is not a plain file name")
+    return name
+
+
+def _read_attribute(key: str, value: str | None, table, report: LabelReport) -> str:
+    if value is None:
+        return UNDEFINED
+    if value not in table:
+        report.remarks[f"{key} {value[:40]!r} is unknown, taken as {UNDEFINED}"] += 1
+        return UNDEFINED
+    return value
+
+
+@functools.cache
+def _class_of(category: str, names: ClassNames) -> str | None:
+    """The class of a category in any variant's name, under the name that is wanted; None for an unknown one."""
+    if category.startswith("lane/"):
+        return "lane"
+    for row in _SYNONYMS:
+        if category in row:
+            if names == "file":
+                return category if category in CLASSES else row[0]
+            return row[names == "det20"]
+    return category if category in CLASSES else None
+
+
+_KINDS = {(name, o, t): ObjectKind(name, o, t) for name in CLASSES for o in (False, True) for t in (False, True)}
+_PLAIN = _LabelAttributes()
+
+
+def _read_objects(
+    labels: list[_Label], report: LabelReport, options: LabelOptions
+) -> tuple[str | None, dict[ObjectKind, int]]:
+    """The status of the traffic lights (red > yellow > green) and the count of each other kind of object."""
+    duplicates = _find_near_duplicates(labels)
+    report.near_duplicates += len(duplicates)
+    lights, counts = set(), {}
+    for index, label in enumerate(labels):
+        category = label.category
+        if category is None:
+            report.remarks["object without a category, not counted"] += 1
+            continue
+        seen = label.attributes or _PLAIN
+        box = label.box2d
+        if box is not None and options.min_box_size and min(box.x2 - box.x1, box.y2 - box.y1) < options.min_box_size:
+            report.remarks[f"box smaller than {options.min_box_size:g} pixels, not counted"] += 1
+            continue
+        if category == TRAFFIC_LIGHT:
+            lights.add(_read_light(seen.light if seen.light is not None else seen.light_too, report))
+            continue
+        name = _class_of(category, options.class_names)
+        if name is None:
+            report.remarks[f"object of the unknown class {category[:40]!r}, not counted"] += 1
+            continue
+        if (name in _AREAS and not options.lanes) or (options.merge_duplicates and index in duplicates):
+            continue
+        occluded, truncated = seen.occluded or seen.occluded_too, seen.truncated or seen.truncated_too
+        kind = _KINDS[name, bool(occluded), bool(truncated)]
+        counts[kind] = counts.get(kind, 0) + 1
+    if counts and max(counts.values()) > MAX_COUNT:
+        raise _BadFrame(f"more than {MAX_COUNT} objects of one kind")
+    return next((light for light in LIGHTS if light in lights), None), counts
+
+
+def _read_light(color: object, report: LabelReport) -> str | None:
+    if isinstance(color, list):  # older det_20 files and exports: [1, "G"]
+        color = color[-1] if color else None
+    known = color.lower() if isinstance(color, str) else color
+    if isinstance(known, str) and known in _LIGHT_OF:
+        return _LIGHT_OF[known]
+    if known is not None and known not in _NO_LIGHT:
+        report.remarks[f"traffic light of the unknown colour {str(color)[:40]!r}, taken as none"] += 1
+    return None
+
+
+def _find_near_duplicates(labels: list[_Label]) -> set[int]:
+    """Positions of boxes that overlap an earlier one of their class by more than NEAR_DUPLICATE_IOU."""
+    by_class: dict[str | None, list[tuple[float, float, float, float, int]]] = {}
+    for index, label in enumerate(labels):
+        box = label.box2d
+        if box is not None:
+            by_class.setdefault(label.category, []).append((box.x1, box.y1, box.x2, box.y2, index))
+    found = set()
+    for boxes in by_class.values():
+        if len(boxes) < 2:
+            continue
+        boxes.sort()
+        for position, (x1, y1, x2, y2, index) in enumerate(boxes):
+            reach = x1 + (1 - NEAR_DUPLICATE_IOU) * (x2 - x1)  # a box that starts farther right overlaps too little
+            for u1, v1, u2, v2, other in boxes[position + 1 :]:
+                if u1 > reach:
+                    break
+                wide, high = min(x2, u2) - u1, min(y2, v2) - max(y1, v1)
+                if wide > 0 and high > 0:
+                    common = wide * high
+                    union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - common
+                    if common > NEAR_DUPLICATE_IOU * union:
+                        found.add(max(index, other))
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------
+# files
+
+
+class _Job(NamedTuple):
+    """What one process reads at once: a stretch of a file, or some whole files or members of an archive."""
+
+    path: Path
+    size: int  # bytes, for the progress bar
+    start: int = 0
+    stop: int | None = None  # of a stretch; None: not a stretch
+    members: tuple[zipfile.ZipInfo, ...] = ()  # of a .zip
+
+
+class _Result(NamedTuple):
+    rows: list  # (name, what `convert` made of the frame)
+    frames: int  # in, used or not
+    report: LabelReport
+    error: tuple[str, int | None] | None = None  # reason and byte
+
+
+def read_labels(
+    paths: Sequence[Path],
+    report: LabelReport,
+    options: LabelOptions = DEFAULT_OPTIONS,
+    convert: Callable[[Frame], T] | None = None,
+) -> Iterator[Frame | T]:
+    """Frames of the label files in `paths` and in the folders of it; `report` is filled on the way.
+
+    `convert`, if given, is applied to each frame by the process that read it. A name that comes twice is used once,
+    the first time. Raises UserError for a path that is missing, a file that is damaged (with the byte where that
+    shows), and when there is no usable frame at all.
+    """
+    jobs = plan_jobs(find_label_files(paths))
     seen: set[str] = set()
-    files = find_label_files(paths)
-    for file in tqdm(files, desc="reading labels", unit="file", disable=len(files) < 2):
-        for raw in load_frames(file):
-            try:
-                frame = read_frame(raw, report)
-                if frame.name in seen:
-                    raise _BadFrame("its name came before")
-            except _BadFrame as error:
-                report.skipped[str(error)] += 1
+    consumed: Counter[Path] = Counter()  # frames of each file so far
+    given_up = set()  # files that can't be cut and were read as a whole
+    run = functools.partial(_run_job, options=options, convert=convert)
+    with tqdm(total=sum(job.size for job in jobs), desc="reading labels", unit="B", unit_scale=True) as progress:
+        for job, result in zip(jobs, _run_jobs(run, jobs), strict=True):
+            progress.update(job.size)
+            if job.path in given_up:
                 continue
-            seen.add(frame.name)
-            report.frames += 1
-            yield frame
+            if result.error is not None:
+                result = _run_whole(job, result, consumed[job.path], options, convert)
+                given_up.add(job.path)
+            consumed[job.path] += result.frames
+            report.merge(result.report)
+            for name, row in result.rows:
+                if name in seen:
+                    report.frames -= 1
+                    report.skip("its name came before", name)
+                else:
+                    seen.add(name)
+                    yield row
     if not seen:
         raise UserError(f"no usable frame in {', '.join(map(str, paths))}: {report}")
 
 
 def find_label_files(paths: Sequence[Path]) -> list[Path]:
-    """The files in `paths`, folders replaced by the .json files below them in alphabetical order."""
+    """The files in `paths`, folders replaced by the label files below them in alphabetical order."""
     files = []
     for path in paths:
         if path.is_dir():
-            found = sorted(path.rglob("*.json"))
+            found = sorted(file for file in path.rglob("*") if file.name.endswith(LABEL_SUFFIXES) and file.is_file())
             if not found:
                 raise UserError(f"{path}: no .json file in this folder; --labels takes BDD100K label files or folders")
             files += found
@@ -108,109 +473,172 @@ def find_label_files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def load_frames(file: Path) -> list:
-    """The raw frames of one label file, whatever its layout: an array, a Scalabel wrapper, or one frame."""
+def plan_jobs(files: Sequence[Path]) -> list[_Job]:
+    """Cut the files into jobs of about PIECE bytes."""
+    jobs = []
+    for path in files:
+        if path.suffix == ".zip":
+            jobs += _plan_archive(path)
+            continue
+        size = path.stat().st_size
+        if path.suffix == ".gz" or size <= 2 * PIECE:
+            jobs.append(_Job(path, size))
+        else:
+            jobs += [_Job(path, min(PIECE, size - at), at, min(at + PIECE, size)) for at in range(0, size, PIECE)]
+    return jobs
+
+
+def _plan_archive(path: Path) -> Iterator[_Job]:
     try:
-        data = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:  # ValueError: JSON and UTF-8
-        raise UserError(f"{file}: not readable as JSON ({error}); is the download complete?") from None
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from None
-    if isinstance(data, dict) and "name" not in data and isinstance(data.get("frames"), list):
-        data = data["frames"]
-    elif isinstance(data, dict):
-        data = [data]
-    if not isinstance(data, list) or not data:
-        raise UserError(f"{file}: no frames in it; a BDD100K label file is a JSON array of frames")
+        with zipfile.ZipFile(path) as archive:
+            members = [info for info in archive.infolist() if info.filename.endswith(".json") and not info.is_dir()]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{path}: not readable as a zip archive ({error}); is the download complete?") from None
+    if not members:
+        raise UserError(f"{path}: no .json file in this archive")
+    batch, size = [], 0
+    for info in members:
+        batch.append(info)
+        size += info.compress_size
+        if size >= PIECE // 16 or info is members[-1]:
+            yield _Job(path, size, members=tuple(batch))
+            batch, size = [], 0
+
+
+def _run_jobs(run: Callable[[_Job], _Result], jobs: Sequence[_Job]) -> Iterator[_Result]:
+    """Results in the order of the jobs, from all cores if there is enough to do."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores, len(jobs))
+    if workers < 2 or sum(job.size for job in jobs) < PIECE:
+        yield from map(run, jobs)
+        return
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    small = len(jobs) > 64 * workers  # many small files
+    with multiprocessing.get_context(method).Pool(workers) as pool:
+        yield from pool.imap(run, jobs, chunksize=32 if small else 1)
+
+
+def _run_job(job: _Job, options: LabelOptions, convert: Callable[[Frame], T] | None) -> _Result:
+    result = _Result([], 0, LabelReport())
+    try:
+        for data in _load_job(job):
+            frames, wrapped = decode_frames(data)
+            if not frames and job.stop is None:
+                raise _BadFile("no frames in it; a BDD100K label file is a JSON array of frames")
+            read = _read_frames(frames, wrapped, options, convert, result.report)
+            result = result._replace(rows=result.rows + read, frames=result.frames + len(frames))
+    except _BadFile as error:
+        return result._replace(error=(str(error), error.position))
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        return result._replace(error=(f"can't be read: {error}", None))
+    return result
+
+
+def _read_frames(frames, wrapped, options, convert, report: LabelReport) -> list[tuple[str, Any]]:
+    rows = []
+    for raw in frames:
+        try:
+            frame = read_frame(raw, report, options, wrapped)
+        except _BadFrame as error:
+            name = raw.name if isinstance(raw, _Frame) else raw.get("name") if isinstance(raw, dict) else "?"
+            report.skip(str(error), name)
+            continue
+        report.add(frame)
+        rows.append((frame.name, convert(frame) if convert else frame))
+    return rows
+
+
+def _run_whole(job: _Job, result: _Result, consumed: int, options, convert) -> _Result:
+    """Read a file again as a whole, from the frame `consumed` on, to know if only the cut was wrong."""
+    reason, position = result.error
+    size = job.path.stat().st_size
+    if job.stop is not None and size <= WHOLE:
+        try:
+            frames, wrapped = decode_frames(job.path.read_bytes())
+            report = LabelReport()
+            rows = _read_frames(frames[consumed:], wrapped, options, convert, report)
+            return _Result(rows, len(frames) - consumed, report)
+        except _BadFile as error:
+            reason, position = str(error), error.position
+    elif position is not None:
+        position += job.start
+    at = f" at byte {position:,} of {size:,}" if position is not None else ""
+    raise UserError(f"{job.path}: not readable as JSON{at} ({reason}); is the download complete?")
+
+
+def _load_job(job: _Job) -> Iterator[bytes | memoryview]:
+    """The bytes of each label file of a job; of a stretch, the whole frames that start in it, as an array."""
+    if job.members:
+        with open(job.path, "rb") as archive:
+            for member in job.members:
+                yield _load_member(archive, member)
+    elif job.path.suffix == ".gz":
+        yield gzip.decompress(job.path.read_bytes())
+    elif job.stop is None:
+        yield job.path.read_bytes()
+    else:
+        yield _load_stretch(job)
+
+
+def _load_member(archive, member: zipfile.ZipInfo) -> bytes:
+    """One member of a zip archive, without opening the archive anew, which would read its whole directory again."""
+    if member.file_size > WHOLE or member.flag_bits & 1 or member.compress_type not in _DECOMPRESS:
+        raise _BadFile(f"its member {member.filename} is larger than {WHOLE:,} bytes, encrypted or packed unusually")
+    archive.seek(member.header_offset)
+    header = archive.read(zipfile.sizeFileHeader)
+    if len(header) < zipfile.sizeFileHeader or header[:4] != zipfile.stringFileHeader:
+        raise _BadFile(f"its member {member.filename} is damaged")
+    name_length, extra_length = struct.unpack("<HH", header[26:30])
+    archive.seek(name_length + extra_length, os.SEEK_CUR)
+    data = _DECOMPRESS[member.compress_type](archive.read(member.compress_size), member.file_size)
+    if zlib.crc32(data) != member.CRC:
+        raise _BadFile(f"its member {member.filename} is damaged")
     return data
 
 
-def read_frame(raw: object, report: LabelReport) -> Frame:
-    """One raw frame to its name and facts. Raises _BadFrame with the reason."""
-    if not isinstance(raw, dict):
-        raise _BadFrame("not a JSON object")
-    attributes = raw.get("attributes")
-    if not isinstance(attributes, dict):
-        raise _BadFrame("no scene attributes (as in tracking and segmentation sets)")
-    name = _read_name(raw)
-    labels = _read_labels_list(raw)
-    return Frame(
-        name,
-        Facts(
-            _read_attribute(attributes, "timeofday", TIMES_OF_DAY, report),
-            _read_attribute(attributes, "weather", WEATHERS, report),
-            _read_attribute(attributes, "scene", SCENES, report),
-            *_read_objects(labels, report),
-        ),
-    )
+_DECOMPRESS = {
+    zipfile.ZIP_STORED: lambda packed, size: packed,
+    zipfile.ZIP_DEFLATED: lambda packed, size: zlib.decompressobj(-15).decompress(packed, size + 1),
+}
 
 
-def _read_name(raw: dict) -> str:
-    name = raw.get("name")
-    if not isinstance(name, str):
-        raise _BadFrame("no name")
-    if not Path(name).suffix:  # the one-file-an-image layout
-        name += ".jpg"
-    if not NAME.fullmatch(name):
-        raise _BadFrame("its name is not a plain file name")
-    return name
+# Where a frame of an array ends and the next begins, if frames begin with their name, as all we know of do.
+_BOUNDARY = re.compile(rb'\}\s*,\s*(?=\{\s*"name"\s*:)')
 
 
-def _read_labels_list(raw: dict) -> list:
-    labels = raw.get("labels")
-    frames = raw.get("frames")
-    if labels is None and isinstance(frames, list) and frames and isinstance(frames[0], dict):
-        labels = frames[0].get("objects")
-    if labels is None:
-        return []
-    if not isinstance(labels, list) or not all(isinstance(label, dict) for label in labels):
-        raise _BadFrame("its labels are not a list of JSON objects")
-    return labels
+_stretch_buffer = bytearray()  # of this process: reading into it again is much faster than into new memory
 
 
-def _read_attribute(attributes: dict, key: str, table, report: LabelReport) -> str:
-    value = attributes.get(key)
-    if value is None:
-        return UNDEFINED
-    if not isinstance(value, str) or value not in table:
-        report.remarks[f"{key} {str(value)[:40]!r} is unknown, taken as {UNDEFINED}"] += 1
-        return UNDEFINED
-    return value
+def _load_stretch(job: _Job) -> memoryview:
+    """The frames whose boundary lies in [start, stop) of the file, as a JSON array of their own.
+
+    The brackets are written over the commas that stood there. Valid until the next call.
+    """
+    length = job.stop - job.start
+    with open(job.path, "rb") as file:
+        file.seek(job.start)
+        size, end = 0, None
+        while end is None:
+            got = _read_into_buffer(file, size, max(length + PIECE // 8 - size, PIECE // 8))
+            size += got
+            end = _BOUNDARY.search(_stretch_buffer, length, size)
+            if not got:
+                break
+    first = _BOUNDARY.search(_stretch_buffer, 0, size) if job.start else None
+    if job.start and (first is None or first.start() >= length):
+        return memoryview(b"[]")  # one long frame spans it all; a stretch before has it
+    begin, stop = 0, size
+    if first:
+        begin = first.end() - 1
+        _stretch_buffer[begin : begin + 1] = b"["
+    if end:
+        stop = end.start() + 2
+        _stretch_buffer[stop - 1 : stop] = b"]"
+    return memoryview(bytes(0)) if stop <= begin else memoryview(_stretch_buffer)[begin:stop]
 
 
-def _read_objects(labels: list[dict], report: LabelReport) -> tuple[str | None, dict[ObjectKind, int]]:
-    """The status of the traffic lights (red > yellow > green) and the count of each other kind of object."""
-    lights, counts = set(), Counter()
-    for label in labels:
-        category = label.get("category")
-        if not isinstance(category, str):
-            report.remarks["object without a category, not counted"] += 1
-            continue
-        attributes = label.get("attributes")
-        attributes = attributes if isinstance(attributes, dict) else {}
-        # early tracking files and exports capitalise: "Occluded", "Traffic Light Color"
-        attributes = {key.lower().replace(" ", ""): value for key, value in attributes.items()}
-        if category == TRAFFIC_LIGHT:
-            lights.add(_read_light(attributes.get("trafficlightcolor"), report))
-            continue
-        category = "lane" if category.startswith("lane/") else _CLASS_OF.get(category, category)
-        if category not in CLASSES:
-            report.remarks[f"object of the unknown class {category[:40]!r}, not counted"] += 1
-            continue
-        kind = ObjectKind(category, attributes.get("occluded") is True, attributes.get("truncated") is True)
-        counts[kind] += 1
-    if max(counts.values(), default=0) > MAX_COUNT:
-        raise _BadFrame(f"more than {MAX_COUNT} objects of one kind")
-    return next((light for light in LIGHTS if light in lights), None), dict(counts)
-
-
-def _read_light(color: object, report: LabelReport) -> str | None:
-    if isinstance(color, list):  # older det_20 files and exports: [1, "G"]
-        color = color[-1] if color else None
-    if isinstance(color, str):
-        color = color.lower()
-        if color in _LIGHT_OF:
-            return _LIGHT_OF[color]
-    if color not in _NO_LIGHT:
-        report.remarks[f"traffic light of the unknown colour {str(color)[:40]!r}, taken as none"] += 1
-    return None
+def _read_into_buffer(file, at: int, length: int) -> int:
+    global _stretch_buffer
+    if len(_stretch_buffer) < at + length:
+        _stretch_buffer = _stretch_buffer[:at] + bytearray(length)  # a new one: views of the old one may live
+    return file.readinto(memoryview(_stretch_buffer)[at : at + length])

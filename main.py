@@ -17,6 +17,7 @@ if __name__ == "__main__":
 import csv
 import importlib.metadata
 import json
+import math
 import netrc
 import os
 import platform
@@ -33,12 +34,10 @@ from transformers.utils import logging as transformers_logging
 from config import UserError, config_to_json
 from data import (
     DEMO_IMAGES,
-    KAGGLE_VAL_IMAGES,
     SPLIT_COLUMNS,
     Example,
     atomic_write,
     caption_labels,
-    fetch_from_kaggle,
     find_labels,
     index_images,
     match_images,
@@ -69,9 +68,10 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")  # wh
 
 def prepare_splits(config: TrainConfig) -> dict[str, list[Example]]:
     """Labels -> captions CSV -> examples with pictures -> {split: examples}."""
-    caption_labels(find_labels(config), config.style, config.captions)
-    captions = read_captions(config.captions)
-    examples = match_images(captions, index_images(find_images(config)))[: config.limit]
+    labels = find_labels(config)
+    images = index_images(find_images(config))
+    caption_labels(config, labels, config.captions)
+    examples = match_images(read_captions(config.captions), images)[: config.limit]
     by_name = {example.name: example for example in examples}
     names = split_by_ride(list(by_name), config.train_share, config.val_share, config.seed)
     splits = {split: [by_name[name] for name in names[split]] for split in names}
@@ -86,7 +86,9 @@ def find_images(config: TrainConfig) -> Path:
         raise UserError("--labels without --images: give the folder with the pictures too")
     if config.demo:
         return DEMO_IMAGES
-    return fetch_from_kaggle(config.kaggle_dataset) / KAGGLE_VAL_IMAGES
+    from acquisition import fetch_images  # here: kagglehub takes a while to import
+
+    return fetch_images(config.kaggle_dataset)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -152,12 +154,32 @@ def is_logged_in_to_wandb() -> bool:
         return False
 
 
+def train_lora(trainer: Trainer, config: TrainConfig):
+    """Train, the two failures that settings can mend as UserError. Returns the Trainer's output."""
+    try:
+        trained = trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"--per-device-train-batch-size {config.per_device_train_batch_size}: out of GPU memory "
+            f"({str(error).splitlines()[0]}); take a smaller one with more --gradient-accumulation-steps, a smaller "
+            "--per-device-eval-batch-size, or --gradient-checkpointing"
+        ) from None
+    best = trainer.state.best_metric
+    if best is None or not math.isfinite(best):
+        raise UserError(
+            f"the validation loss is {best}: nothing is saved; lower --learning-rate, or use a GPU with bf16 (fp16 "
+            "overflows in the Q-Former)"
+        )
+    return trained
+
+
 class RunLog(TrainerCallback):
     """Writes what the Trainer logs to `run_dir`: each record at once as a JSON line, the curves as a picture."""
 
     def __init__(self, run_dir: Path):
         self.run_dir = run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "metrics.jsonl").unlink(missing_ok=True)  # of an earlier run of that name
         self.records = []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -199,6 +221,16 @@ def plot_curves(records: list[dict], path: Path) -> None:
 # saving
 
 
+def prepare_output(output: Path) -> None:
+    """Raise UserError unless the output folder can be written, before hours of training."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / ".writable").touch()
+        (output / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"--output {output}: can't be written ({error.strerror}); name another folder") from None
+
+
 def save_finetuned(output: Path, model, processor, generation, splits, run: dict) -> None:
     """Write everything that eval.py and plain peft need, under temporary names first; run.json comes last."""
     temporary = output / f".saving.{os.getpid()}"
@@ -228,9 +260,10 @@ def describe_run(config: TrainConfig, run_name: str, device: torch.device, resul
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
+    model = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
     return {
         "run_name": run_name,
-        "config": config_to_json(config),
+        "config": {**config_to_json(config), "model": model},
         "results": results,
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
         "python": platform.python_version(),
@@ -246,10 +279,13 @@ def main(config: TrainConfig) -> None:
     run_name = config.run_name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     device = pick_device()
     arguments = make_arguments(config, run_name, device)
+    if "LOCAL_RANK" not in os.environ and arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # without a launcher Trainer would multiply the batch by the GPUs, and use one
     set_seed(config.seed)  # before LoRA draws its first weights
     check_model(config.model, config.load_in_4bit, device)  # before hours of download
 
     splits = prepare_splits(config)
+    prepare_output(config.output)
     processor = load_processor(config.model)
     model = load_model(config.model, config.load_in_4bit, device)
     end = end_token(model.config)
@@ -259,6 +295,7 @@ def main(config: TrainConfig) -> None:
     longest = max(map(len, datasets["train"].caption_ids))
     generation = make_generation_config(model.config, longest + SPARE_TOKENS)
     if store_vision(model, list(datasets.values()), config.vision_store_gib):
+        arguments.dataloader_num_workers, arguments.dataloader_persistent_workers = 0, False  # nothing left to decode
         print("the frozen ViT's outputs are stored: it is not needed in training")
     model = add_lora(model, config.lora_target, config.lora_rank, config.lora_alpha, config.lora_dropout)
     model.print_trainable_parameters()
@@ -272,7 +309,7 @@ def main(config: TrainConfig) -> None:
         data_collator=CaptionCollator(model.config),
         callbacks=[RunLog(run_dir)],
     )
-    trained = trainer.train()
+    trained = train_lora(trainer, config)
     results = {**trained.metrics, "best_eval_loss": trainer.state.best_metric}
     if device.type == "cuda":
         results["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30

@@ -16,18 +16,24 @@ from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu, sentence_b
 from captions import Facts
 
 # What pycocoevalcap drops after PTB tokenisation.
-COCO_PUNCTUATION = {"''", "'", "``", "`", "(", ")", "{", "}", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
+COCO_PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
+# The Penn Treebank's names of brackets. COCO's list has them in capitals, so once lower-cased they stay.
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Za-z]\.)\s+")  # not after U.S. and the like
 _WORD_TOKENIZER = NLTKWordTokenizer()
 
 
 def tokenize_coco(text: str) -> list[str]:
     """Tokens as in COCO's evaluation: Penn Treebank, lower case, punctuation dropped (but not `*`).
 
-    The Penn Treebank rules split a full stop only at the end of a text, hence sentence by sentence.
+    nltk splits a full stop only at the end of a text, hence sentence by sentence, and each of several stars.
     """
-    sentences = re.split(r"(?<=[.!?])\s+", text.strip())
-    tokens = (token.lower() for sentence in sentences for token in _WORD_TOKENIZER.tokenize(sentence))
-    return [token for token in tokens if token not in COCO_PUNCTUATION]
+    tokens = []
+    for sentence in _SENTENCE_END.split(text.strip()):
+        for stars, words in re.findall(r"(\*+)|([^*]+)", sentence):
+            tokens += [stars] if stars else _WORD_TOKENIZER.tokenize(words)
+    lower = (_BRACKETS.get(token, token.lower()) for token in tokens)
+    return [token for token in lower if token not in COCO_PUNCTUATION]
 
 
 def score_bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -69,24 +75,26 @@ def make_signature(**facts) -> str:
 # facts
 
 
-def score_facts(predictions: Sequence[Facts], references: Sequence[Facts]) -> dict[str, float]:
+def score_facts(predictions: Sequence[Facts], references: Sequence[Facts]) -> dict[str, float | None]:
     """Shares, 0 to 1, of what the captions get right.
 
     Accuracy of time of day, weather, scene and traffic light ("no light" included); precision, recall and F1 of the
-    object sentences, one right when kind and count both are, pooled over all captions; and whole captions.
+    object sentences, one right when kind and count both are, pooled over all captions; and whole captions. Counted are
+    the captions whose reference states the fact, or any fact; None where no reference does.
     """
-    n = len(references)
-    scores = {
-        name: sum(getattr(p, name) == getattr(r, name) for p, r in zip(predictions, references, strict=True)) / n
-        for name in ("time_of_day", "weather", "scene", "traffic_light")
-    }
+    stating = [(p, r) for p, r in zip(predictions, references, strict=True) if r != Facts()]
+    scores = {}
+    for name in ("time_of_day", "weather", "scene", "traffic_light"):
+        rows = [(p, r) for p, r in stating if name == "traffic_light" or getattr(r, name) is not None]
+        right = sum(getattr(p, name) == getattr(r, name) and p != Facts() for p, r in rows)
+        scores[name] = right / len(rows) if rows else None
     said = sum(len(facts.objects) for facts in predictions)
     there = sum(len(facts.objects) for facts in references)
     right = sum(len(p.objects.items() & r.objects.items()) for p, r in zip(predictions, references, strict=True))
-    scores["objects_precision"] = right / said if said else 0.0
-    scores["objects_recall"] = right / there if there else 0.0
-    scores["objects_f1"] = 2 * right / (said + there) if said + there else 0.0
-    scores["whole_caption"] = sum(p == r for p, r in zip(predictions, references, strict=True)) / n
+    scores["objects_precision"] = (right / said if said else 0.0) if there else None
+    scores["objects_recall"] = right / there if there else None
+    scores["objects_f1"] = 2 * right / (said + there) if there else None
+    scores["whole_caption"] = sum(p == r for p, r in stating) / len(stating) if stating else None
     return scores
 
 
@@ -95,11 +103,16 @@ def score_facts(predictions: Sequence[Facts], references: Sequence[Facts]) -> di
 
 
 def make_floors(references: Sequence[Sequence[str]], seed: int) -> dict[str, list[str]]:
-    """Predictions that need no look at the picture: the most frequent reference, and another picture's reference."""
+    """Predictions that need no look at the picture: the most frequent reference, and another picture's reference.
+
+    The second is left out when there is one picture only.
+    """
     first = [row[0] for row in references]
-    frequent = Counter(first).most_common(1)[0][0]
+    floors = {"most frequent caption": [Counter(first).most_common(1)[0][0]] * len(first)}
+    if len(first) < 2:
+        return floors
     order = random.Random(seed).sample(range(len(first)), len(first))
     another = [""] * len(first)
     for here, there in zip(order, order[1:] + order[:1], strict=True):  # one round through all: nobody gets its own
         another[here] = first[there]
-    return {"most frequent caption": [frequent] * len(first), "another picture's caption": another}
+    return {**floors, "another picture's caption": another}

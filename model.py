@@ -7,6 +7,7 @@ The newline is OPT's end token in BLIP-2: a model that was not trained to write 
 """
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -51,6 +53,7 @@ TRAINING_MARGIN = 1.0  # GiB beside the weights, below which not even a micro-ba
 def pick_device() -> torch.device:
     """This process's GPU, else the CPU."""
     if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
@@ -90,13 +93,19 @@ def load_model(source: str | Path, load_in_4bit: bool, device: torch.device) -> 
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    model = _load(
+    model, loading = _load(
         Blip2ForConditionalGeneration,
         source,
+        output_loading_info=True,
         dtype=dtype,
         device_map={"": device},
         quantization_config=quantization if load_in_4bit else None,
     )
+    if loading["missing_keys"] or loading["mismatched_keys"]:
+        wrong = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
+        raise UserError(
+            f"{source}: {len(wrong)} weights are missing or of another shape, {wrong[0]} for one; fetch it again"
+        )
     model.requires_grad_(False)
     if load_in_4bit:
         check_nf4(model)
@@ -148,7 +157,7 @@ def _load(auto_class, source: str | Path, **options):
         raise UserError(f"{source}: no model folder (no config.json in it); --model takes a folder or a hub name")
     try:
         return auto_class.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{source}: the model can't be loaded ({reason}). Check the name, the connection and the disk; with "
@@ -281,17 +290,18 @@ def store_vision(model, datasets: Sequence[CaptionDataset], limit_gib: float, ba
     vision = model.config.vision_config
     positions = (vision.image_size // vision.patch_size) ** 2 + 1  # P
     pictures = sum(map(len, datasets))
-    need = pictures * positions * vision.hidden_size * model.dtype.itemsize / 2**30
+    dtype = model.vision_model.post_layernorm.weight.dtype  # model.dtype is that of the Q-Former, fp32 with an fp16 ViT
+    need = pictures * positions * vision.hidden_size * dtype.itemsize / 2**30
     if need > limit_gib:
         return False
     with tqdm(total=pictures, desc="encoding pictures", unit="picture") as progress:
         for dataset in datasets:
-            dataset.features = torch.empty(len(dataset), positions, vision.hidden_size, dtype=model.dtype)
+            dataset.features = torch.empty(len(dataset), positions, vision.hidden_size, dtype=dtype)
             for start in range(0, len(dataset), batch_size):
                 examples = dataset.examples[start : start + batch_size]
                 pixels = torch.stack([load_pixels(example.image, dataset.processor) for example in examples])
                 with torch.inference_mode():
-                    output = model.vision_model(pixels.to(model.device, model.dtype)).last_hidden_state
+                    output = model.vision_model(pixels.to(model.device, dtype)).last_hidden_state
                 dataset.features[start : start + batch_size] = output.cpu()
                 progress.update(len(examples))
     model.vision_model = StoredVision()

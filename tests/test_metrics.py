@@ -1,5 +1,6 @@
 """BLEU: published numbers, pycocoevalcap as the oracle, and the ends of the scale."""
 
+import math
 import random
 
 import pytest
@@ -7,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_captions import all_facts
 
-from captions import STYLES, describe
-from metrics import make_signature, score_bleu, score_reference_bleu, tokenize_coco
+from captions import STYLES, Facts, ObjectKind, describe
+from metrics import make_floors, make_signature, score_bleu, score_facts, score_reference_bleu, tokenize_coco
 
 # hypotheses, references, BLEU-1..4: the example in nlg-eval's README, and one of aac-metrics' (BLEU-1 only)
 NLG_EVAL = (
@@ -60,33 +61,25 @@ def test_agrees_with_pycocoevalcap(pairs, style):
     assert list(score_bleu(predictions, references).values()) == pytest.approx(expected, abs=1e-6)
 
 
-def test_coco_tokens():
-    text = "It is a **night** scene (rainy), on a dawn/dusk road. There's one car; it's red!"
-    assert tokenize_coco(text) == (
-        [
-            "it",
-            "is",
-            "a",
-            "*",
-            "*",
-            "night",
-            "*",
-            "*",
-            "scene",
-            "rainy",
-            "on",
-            "a",
-            "dawn/dusk",
-            "road",
-            "there",
-            "'s",
-            "one",
-            "car",
-            "it",
-            "'s",
-            "red",
-        ]
-    )
+# What pycocoevalcap 1.2's PTBTokenizer (Stanford CoreNLP 3.4.1, Java) makes of these texts.
+PTB = {
+    "It is a **night** scene (rainy), on a dawn/dusk road. There's one car; it's red!": (
+        "it is a ** night ** scene -lrb- rainy -rrb- on a dawn/dusk road there 's one car it 's red"
+    ),
+    "There are **3 cars**. There is one **lane**.": "there are ** 3 cars ** there is one ** lane **",
+    "there are 3 cars. there are 2 buses.": "there are 3 cars there are 2 buses",
+    "A man's dog doesn't bark -- it sings... well, \"sort of\".": "a man 's dog does n't bark it sings well sort of",
+    "It costs $3.50, i.e. 20% more.": "it costs $ 3.50 i.e. 20 % more",
+    "cars/trucks & buses: 5 on U.S. roads": "cars/trucks & buses 5 on u.s. roads",
+    "I can't, won't; gonna go?": "i ca n't wo n't gon na go",
+    "a well-known road, 10:30 a.m. and the driver said 'go'": "a well-known road 10:30 a.m. and the driver said go",
+    "There are 2 cars.There is one bus.": "there are 2 cars.there is one bus",
+}
+
+
+@pytest.mark.parametrize("text", PTB)
+def test_coco_tokens(text):
+    assert " ".join(tokenize_coco(text)) == PTB[text]
 
 
 def test_ends_of_the_scale():
@@ -98,6 +91,46 @@ def test_ends_of_the_scale():
     assert score_reference_bleu(["", ""], references)["BLEU-4"] == 0.0
     shuffled = random.Random(0).sample(captions[0].split(), 8)
     assert score_bleu([" ".join(shuffled)], references[:1])["BLEU-1"] == 1.0
+
+
+def test_protocol_of_the_reference_by_hand():
+    """Its BLEU-3 weighs .33 three times; method4 puts ln(length)/10 for the first count that is zero."""
+    p1, p2, p3, p4 = 4 / 5, 3 / 4, 2 / 3, 1 / 2
+    scores = score_reference_bleu(["A b c d e"], [["a b c d f"]])
+    assert scores["BLEU-1"] == pytest.approx(p1)
+    assert scores["BLEU-3"] == pytest.approx((p1 * p2 * p3) ** 0.33)
+    assert scores["BLEU-4"] == pytest.approx((p1 * p2 * p3 * p4) ** 0.25)
+    smoothed = (3 / 4 * 2 / 3 * 1 / 2 * math.log(4) / 10) ** 0.25 * math.exp(1 - 5 / 4)
+    assert score_reference_bleu(["a b c x"], [["a b c d e"]])["BLEU-4"] == pytest.approx(smoothed)
+
+
+FACTS = Facts("night", "rainy", "highway", "red", {ObjectKind("car"): 2, ObjectKind("bus"): 1})
+
+
+def test_facts():
+    wrong = Facts("daytime", "rainy", "highway", None, {ObjectKind("car"): 3, ObjectKind("bus"): 1})
+    scores = score_facts([FACTS, wrong], [FACTS, FACTS])
+    assert (scores["time_of_day"], scores["weather"], scores["traffic_light"]) == (0.5, 1.0, 0.5)
+    assert scores["objects_precision"] == scores["objects_recall"] == scores["objects_f1"] == 0.75
+    assert scores["whole_caption"] == 0.5
+    assert set(score_facts([FACTS], [FACTS]).values()) == {1.0}
+
+
+def test_a_fact_that_no_reference_states_is_not_scored():
+    assert set(score_facts([Facts(), FACTS], [Facts(), Facts()]).values()) == {None}
+    only_light = score_facts([Facts(traffic_light="red")], [Facts(traffic_light="red")])
+    assert (only_light["time_of_day"], only_light["traffic_light"]) == (None, 1.0)
+    assert set(score_facts([Facts()], [FACTS]).values()) == {0.0}
+
+
+def test_floors_never_give_a_picture_its_own_caption():
+    references = [[f"caption {i}"] for i in range(50)] + [["caption 3"]]
+    floors = make_floors(references, seed=1)
+    assert floors["most frequent caption"] == ["caption 3"] * 51
+    another = floors["another picture's caption"]
+    assert sorted(another) == sorted(row[0] for row in references)
+    assert sum(text == row[0] for text, row in zip(another, references, strict=True)) <= 2  # the two that are alike
+    assert set(make_floors([["only one"]], seed=1)) == {"most frequent caption"}
 
 
 def test_protocol_of_the_reference_is_a_mean_of_sentences():

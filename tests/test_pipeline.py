@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, SHARED, needs_real_samples
 
 from captions import STYLES, describe
-from config import PipelineConfig, UserError
+from config import UserError
 from data import read_captions
 from labels import LabelReport, read_labels
 
@@ -80,6 +80,7 @@ def test_styles(tmp_path, style):
         (["G", "NA"], "green"),
         ([[1, "R"], [0, "NA"]], "red"),
         ([None, "purple", 3, []], None),
+        ([["x", {}], True], None),
     ],
 )
 def test_status_of_the_traffic_light(tmp_path, colors, status):
@@ -101,7 +102,8 @@ def test_capitalised_keys_and_nulls(tmp_path):
 def test_what_is_left_out_is_counted(tmp_path):
     frames, report = read_all(
         tmp_path,
-        frame("good.jpg", [{"category": "unicorn"}, {"category": 3}], weather="frogs"),
+        frame("good.jpg", [{"category": "unicorn"}, {"category": None}], weather="frogs"),
+        frame("number.jpg", [{"category": 3}]),
         frame("good.jpg"),
         frame("../../evil.jpg"),
         frame("=cmd().jpg"),
@@ -114,11 +116,11 @@ def test_what_is_left_out_is_counted(tmp_path):
     )
     assert [frame.name for frame in frames] == ["good.jpg"]
     assert report.frames == 1
-    assert report.skipped.total() == 9
+    assert report.skipped.total() == 10
     assert report.skipped["its name is not a plain file name"] == 4
     assert any("'frogs' is unknown" in remark for remark in report.remarks)
     assert any("unknown class 'unicorn'" in remark for remark in report.remarks)
-    assert "9 left out" in str(report)
+    assert "10 left out" in str(report)
 
 
 @pytest.mark.parametrize(
@@ -158,17 +160,6 @@ def test_unwritable_output(tmp_path):
     run = run_pipeline("--labels", tmp_path / "labels.json", "--output", tmp_path / "file" / "captions.csv")
     assert run.returncode == 2
     assert "can't be written" in run.stderr
-
-
-def test_kaggle_without_network_names_the_remedies(tmp_path, monkeypatch):
-    monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path))
-    monkeypatch.setenv("KAGGLE_API_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
-    run = run_pipeline("--output", tmp_path / "captions.csv")
-    assert run.returncode == 2
-    assert PipelineConfig.kaggle_dataset in run.stderr
-    assert "--labels" in run.stderr
-    assert "--demo" in run.stderr
-    assert "Traceback" not in run.stderr
 
 
 @needs_real_samples

@@ -1,0 +1,274 @@
+"""BDD100K from Kaggle: the label files alone, or the whole data set with its pictures.
+
+kagglehub downloads, resumes and caches; this module adds what it leaves to its caller:
+
+- room on the disk is asked for before 7.6 GB are fetched, not found missing after;
+- what kagglehub would take for complete and is not (a zip under the name of the label file, a cut label file, a broken
+  archive that no later call gets past) is found, deleted and fetched anew;
+- whatever goes wrong is one UserError that names the data set, the file and the remedy.
+
+kagglehub takes a while to import: import this module where something is to be fetched, not at the top of a script.
+"""
+
+import errno
+import re
+import shutil
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import kagglehub
+import requests
+from kagglehub.cache import Cache
+from kagglehub.config import get_cache_folder
+from kagglehub.exceptions import (
+    BackendError,
+    ColabEnvironmentError,
+    CredentialError,
+    DataCorruptionError,
+    KaggleEnvironmentError,
+    NotFoundError,
+)
+from kagglehub.handle import DatasetHandle
+
+from config import UserError
+
+# Where things lie in the Kaggle data set.
+LABEL_FILES = {
+    "val": "bdd100k_labels_release/bdd100k/labels/bdd100k_labels_images_val.json",
+    "train": "bdd100k_labels_release/bdd100k/labels/bdd100k_labels_images_train.json",
+}
+IMAGE_FOLDER = "bdd100k/bdd100k/images/100k"
+
+# Size in bytes that Kaggle's page gives for solesensei/solesensei_bdd100k, version 2. JPEGs hardly shrink in an
+# archive, so that is about the size both of the download and of what is unpacked from it; both lie there at once.
+DATASET_BYTES = 7_600_000_000
+NEEDED_BYTES = 2 * DATASET_BYTES
+
+HANDLE = re.compile(r"([\w-]+)/([\w-]+)(?:/versions/([1-9]\d*))?", re.ASCII)
+EXAMPLE_HANDLE = "solesensei/solesensei_bdd100k/versions/2"
+
+OWN_COPY = (
+    "or download the set by hand and give --labels and --images; or try --demo, which needs no download and no account"
+)
+
+
+class BrokenDownload(UserError):
+    """What was fetched is not what Kaggle holds. It is deleted when this is raised: the next call fetches it anew."""
+
+
+# --------------------------------------------------------------------------------------------------------------
+# what is fetched
+
+
+def fetch_labels(dataset: str, subset: Literal["val", "train", "both"]) -> list[Path]:
+    """Fetch the label files of `subset` alone, one download each; one that is cached is not fetched again.
+
+    `dataset` is a handle with its version, owner/name/versions/2. Raises UserError if a file can't be had.
+    """
+    handle = parse_handle(dataset)
+    subsets = list(LABEL_FILES) if subset == "both" else [subset]
+    return [_fetch_label_file(handle, LABEL_FILES[subset]) for subset in subsets]
+
+
+def fetch_images(dataset: str) -> Path:
+    """Fetch the whole data set, for kagglehub can't fetch a folder of it, and return the folder with its pictures.
+
+    That is `bdd100k/bdd100k/images/100k` in the set or, where it has none, the set's own folder. A cached set is not
+    fetched again. `dataset` is a handle with its version, owner/name/versions/2. Raises UserError if the disk has less
+    than NEEDED_BYTES or the set can't be had.
+    """
+    handle = parse_handle(dataset)
+    with explain_failures(handle):
+        root = find_whole_set(handle)
+        if root is None:
+            check_disk_space(handle)
+            root = Path(kagglehub.dataset_download(str(handle)))
+    images = root / IMAGE_FOLDER
+    return images if images.is_dir() else root
+
+
+def parse_handle(dataset: str) -> DatasetHandle:
+    """Read owner/name/versions/N. Raises UserError if it is anything else.
+
+    The version must be there: without it kagglehub asks Kaggle for the newest each time, even for a cached set, and
+    next year's run may be on other data.
+    """
+    match = HANDLE.fullmatch(dataset)
+    if match is None:
+        raise UserError(f"--kaggle-dataset {dataset}: must be owner/name/versions/number, such as {EXAMPLE_HANDLE}")
+    owner, name, version = match.groups()
+    if version is None:
+        raise UserError(
+            f"--kaggle-dataset {dataset}: pin the version, {dataset}/versions/N, as in {EXAMPLE_HANDLE}; without it "
+            "the data may change from run to run, and Kaggle is asked each time even if they are on this disk"
+        )
+    return DatasetHandle(owner=owner, dataset=name, version=int(version))
+
+
+def find_whole_set(handle: DatasetHandle) -> Path | None:
+    """Folder of the whole data set if it is cached and complete, else None. Asks no network."""
+    cache = Cache()
+    if not Path(cache.get_path(handle)).exists():
+        # Somebody freed the disk and left kagglehub's mark of completeness. The next label file fetched alone would
+        # make the folder anew, and folder and mark together pass for the whole set.
+        cache.mark_as_incomplete(handle)
+    root = cache.load_from_cache(handle)
+    return Path(root) if root else None
+
+
+# --------------------------------------------------------------------------------------------------------------
+# label files
+
+
+def _fetch_label_file(handle: DatasetHandle, path: str) -> Path:
+    """The label file at `path` in the data set: from the whole set or by itself, from the cache or from Kaggle."""
+    with explain_failures(handle, path):
+        root = find_whole_set(handle)
+        file = Path(root or Cache().get_path(handle), path)
+        if (root or Cache().load_from_cache(handle, path)) and is_whole_json(file):
+            return file
+    try:
+        return _download_label_file(handle, path)
+    except BrokenDownload:
+        # kagglehub resumes on top of whatever lies there. Kaggle sends large files as a zip, so after a kill that may
+        # be half unpacked JSON, or a zip that kagglehub takes for the JSON since its size is right. It is deleted now:
+        # the second try starts from nothing.
+        return _download_label_file(handle, path)
+
+
+def _download_label_file(handle: DatasetHandle, path: str) -> Path:
+    with explain_failures(handle, path):
+        file = Path(kagglehub.dataset_download(str(handle), path=path))
+        if not is_whole_json(file):
+            raise DataCorruptionError("it does not begin and end as JSON does")
+        return file
+
+
+def is_whole_json(file: Path) -> bool:
+    """Whether a file begins and ends as a JSON array or object: not cut, not a zip, not a web page.
+
+    A look at both ends costs nothing at 1.4 GB; what they can't show, the reading of the labels does.
+    """
+    try:
+        with open(file, "rb") as stream:
+            start = stream.read(64).lstrip()[:1]
+            stream.seek(max(0, file.stat().st_size - 64))
+            end = stream.read().rstrip()[-1:]
+    except FileNotFoundError:
+        return False
+    return start + end in (b"[]", b"{}")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# disk
+
+
+def check_disk_space(handle: DatasetHandle) -> None:
+    """Raise UserError if the disk of kagglehub's cache has no room for the download and what is unpacked from it."""
+    folder = Path(get_cache_folder()).absolute()
+    cache = Cache()
+    parts = [Path(cache.get_archive_path(handle)), *Path(cache.get_path(handle)).rglob("*")]
+    there = sum(part.stat().st_size for part in parts if part.is_file())  # of a fetch that was interrupted
+    needed = max(0, NEEDED_BYTES - there)
+    free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
+    if free < needed:
+        raise UserError(
+            f"{folder}: {free / 2**30:.1f} GiB free, and Kaggle data set {handle} needs {needed / 2**30:.1f} GiB for "
+            "the download and for unpacking it; make room, or set KAGGLEHUB_CACHE to a folder on another disk, or give "
+            "your own copy with --labels and --images"
+        )
+
+
+def _discard(handle: DatasetHandle, path: str | None) -> None:
+    """Delete what lies in the cache of one file, or of the whole set the archive, so that no download resumes on it."""
+    cache = Cache()
+    if path is None:
+        Path(cache.get_archive_path(handle)).unlink(missing_ok=True)
+        return
+    Path(f"{cache.get_path(handle, path)}.zip").unlink(missing_ok=True)
+    cache.delete_from_cache(handle, path)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# failures
+
+
+@contextmanager
+def explain_failures(handle: DatasetHandle, path: str | None = None) -> Iterator[None]:
+    """Turn what kagglehub raises into one UserError that names the data set, the file and the remedy.
+
+    BrokenDownload for what came broken, after deleting it: kagglehub itself would take it for a finished download
+    (its size is right) and fail on it each time.
+    """
+    what = f"Kaggle data set {handle}" + (f", file {path}" if path else "")
+    try:
+        yield
+    except requests.HTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        raise UserError(f"{what}: {_explain_status(status, error)}; {OWN_COPY}") from None
+    except requests.RequestException as error:  # before OSError, which it is one of
+        raise UserError(
+            f"{what}: no connection to Kaggle, or it broke off ({_name_cause(error)}); check the network and run the "
+            f"same command again, which goes on from what has come; {OWN_COPY}"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{what}: {_explain_os_error(error)}") from None
+    except (
+        DataCorruptionError, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, UnicodeDecodeError,
+        NotImplementedError,
+    ) as error:  # fmt: skip
+        raise _report_broken(handle, path, what, error) from None
+    except ValueError as error:
+        if "Unsupported archive type" in str(error):  # neither zip nor tar: cut short, or a web page
+            raise _report_broken(handle, path, what, error) from None
+        raise UserError(f"{what}: {_first_line(error)}; {OWN_COPY}") from None  # a kaggle.json that can't be read
+    except (BackendError, NotFoundError, CredentialError, KaggleEnvironmentError, ColabEnvironmentError) as error:
+        raise UserError(f"{what}: {_first_line(error)}; {OWN_COPY}") from None  # of Kaggle's and Google's notebooks
+
+
+def _explain_status(status: int, error: requests.HTTPError) -> str:
+    if status in (401, 403):
+        return (
+            f"Kaggle refuses it (HTTP {status}): it is private, its name is misspelt, or the account is wrong; check "
+            "--kaggle-dataset, and for a private set KAGGLE_USERNAME and KAGGLE_KEY, or KAGGLE_API_TOKEN"
+        )
+    if status == 404:
+        return "Kaggle has no such data set, version or file (HTTP 404): check --kaggle-dataset"
+    if status == 429 or status >= 500:
+        return f"Kaggle can't serve it now (HTTP {status}): run the same command again later"
+    return _first_line(error)
+
+
+def _explain_os_error(error: OSError) -> str:
+    folder = get_cache_folder()
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"the disk of {folder} is full; make room and run the same command again, or set KAGGLEHUB_CACHE to a "
+            "folder on another disk, or give your own copy with --labels and --images"
+        )
+    return (
+        f"{error.filename or folder} can't be used ({error.strerror or _first_line(error)}); mend that, or set "
+        "KAGGLEHUB_CACHE to a folder that can be written, or give your own copy with --labels and --images"
+    )
+
+
+def _report_broken(handle: DatasetHandle, path: str | None, what: str, error: Exception) -> BrokenDownload:
+    _discard(handle, path)
+    return BrokenDownload(
+        f"{what}: what was downloaded is broken ({_first_line(error)}) and has been deleted; run the same command "
+        f"again to fetch it anew; {OWN_COPY}"
+    )
+
+
+def _name_cause(error: requests.RequestException) -> str:
+    """NameResolutionError, SSLError, … : requests wraps it in a line that is mostly addresses."""
+    return type(getattr(error.args[0] if error.args else None, "reason", None) or error).__name__
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()[:200]
