@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -193,6 +194,11 @@ def run_script(main, config) -> None:
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+
+
+def name_run(config, suffix: str = "") -> Path:
+    """The folder of a run in logs/: its --run-name, else date, time and suffix."""
+    return Path("logs") / (config.run_name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S") + suffix)
 
 
 def config_to_json(config) -> dict:

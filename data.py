@@ -3,6 +3,7 @@
 import csv
 import functools
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -104,20 +105,27 @@ def describe_frame(style: Style, frame: Frame) -> tuple[str, str]:
     return frame.name, describe(frame.facts, style)
 
 
-def caption_labels(config: DataConfig, labels: Sequence[Path], output: Path) -> LabelReport:
-    """Write the captions of all frames in `labels` to the CSV `output`, and print what was read."""
+def caption_labels(config: DataConfig, labels: Sequence[Path], output: Path, run_dir: Path) -> LabelReport:
+    """Write the captions of all frames in `labels` to the CSV `output`, and print what was read.
+
+    What the labels hold goes to `run_dir`/census.json.
+    """
     options = LabelOptions(
         config.class_names, config.lanes, config.merge_duplicates, config.min_box_size, config.without_scene
     )
     report = LabelReport()
     write_captions(output, _caption_rows(config, labels, options, report))
+    with atomic_write(run_dir / "census.json") as file:
+        json.dump(report.to_json(), file, indent=1)
     print(report)
-    print(f"captions written to {output}")
+    print(f"captions written to {output}, what the labels hold to {run_dir / 'census.json'}")
     return report
 
 
 def _caption_rows(config: DataConfig, labels, options: LabelOptions, report: LabelReport) -> Iterator[tuple[str, str]]:
-    yield from read_labels(labels, report, options, convert=functools.partial(describe_frame, config.style))
+    for name, caption in read_labels(labels, report, options, convert=functools.partial(describe_frame, config.style)):
+        report.caption_words[len(caption.split())] += 1
+        yield name, caption
     if config.strict and report.skipped:
         raise UserError(f"--strict: {report.skipped.total():,} frames can't be used, nothing is written\n{report}")
 

@@ -16,14 +16,13 @@ if __name__ == "__main__":
 import csv
 import json
 import random
-from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from captions import parse_caption
-from config import UserError, config_to_json
+from config import UserError, config_to_json, name_run
 from data import SPLIT_COLUMNS, Example, atomic_write
 from metrics import make_floors, make_signature, score_bleu, score_facts, score_reference_bleu
 
@@ -199,8 +198,7 @@ def print_captions(predictions: list[Prediction], count: int) -> None:
 
 
 def main(config: EvalConfig) -> None:
-    run_name = config.run_name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S") + "-eval"
-    run_dir = Path("logs") / run_name
+    run_dir = name_run(config, "-eval")
     if config.predictions is None:
         examples = sample_examples(config.adapter, config.split, config.num_samples, config.seed)
         predictions_file = run_dir / "predictions.jsonl"

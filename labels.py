@@ -62,6 +62,7 @@ _NO_LIGHT = ("none", "na", None)
 
 NEAR_DUPLICATE_IOU = 0.85  # above it two boxes of one class are taken for the same object boxed twice
 PIECE = 4 * 2**20  # bytes of a large array that are decoded at once
+LOOKAHEAD = 64 * 2**20  # bytes in which the next frame must begin for a file to be cut
 WHOLE = 256 * 2**20  # bytes up to which a file that can't be cut is decoded as a whole
 LISTED = 20  # frames left out that are listed by name for each reason
 
@@ -102,6 +103,7 @@ class LabelReport:
     objects: Counter[ObjectKind] = field(default_factory=Counter)  # kind: objects
     boxes_a_frame: Counter[int] = field(default_factory=Counter)
     near_duplicates: int = 0  # boxes
+    caption_words: Counter[int] = field(default_factory=Counter)  # words of a caption: captions
 
     def skip(self, reason: str, name: object) -> None:
         self.skipped[reason] += 1
@@ -128,6 +130,20 @@ class LabelReport:
             self.attributes.setdefault(name, Counter()).update(counts)
         for reason, names in other.listed.items():
             self.listed[reason] = (self.listed.get(reason, []) + names)[:LISTED]
+
+    def to_json(self) -> dict:
+        """All counts as JSON types."""
+        return {
+            "frames": self.frames,
+            "variants": dict(self.variants),
+            "left_out": {reason: {"frames": n, "first": self.listed[reason]} for reason, n in self.skipped.items()},
+            "remarks": dict(self.remarks),
+            **{name: dict(counts.most_common()) for name, counts in self.attributes.items()},
+            "objects": {kind.phrase: n for kind, n in self.objects.most_common()},
+            "objects_a_frame": {str(n): frames for n, frames in sorted(self.boxes_a_frame.items())},
+            "near_duplicate_boxes": self.near_duplicates,
+            "caption_words": {str(n): captions for n, captions in sorted(self.caption_words.items())},
+        }
 
     def __str__(self) -> str:
         variants = ", ".join(f"{count:,} of {variant}" for variant, count in self.variants.most_common())
@@ -617,16 +633,13 @@ def _load_stretch(job: _Job) -> memoryview:
     length = job.stop - job.start
     with open(job.path, "rb") as file:
         file.seek(job.start)
-        size, end = 0, None
-        while end is None:
-            got = _read_into_buffer(file, size, max(length + PIECE // 8 - size, PIECE // 8))
-            size += got
-            end = _BOUNDARY.search(_stretch_buffer, length, size)
-            if not got:
-                break
-    first = _BOUNDARY.search(_stretch_buffer, 0, size) if job.start else None
-    if job.start and (first is None or first.start() >= length):
-        return memoryview(b"[]")  # one long frame spans it all; a stretch before has it
+        size = _read_into_buffer(file, 0, length)
+        first = None
+        if job.start:
+            first, size = _find_boundary(file, 0, size)
+            if first is None or first.start() >= length:
+                return memoryview(b"[]")  # one long frame spans it all; a stretch before has it
+        end, size = _find_boundary(file, length, size)
     begin, stop = 0, size
     if first:
         begin = first.end() - 1
@@ -634,7 +647,23 @@ def _load_stretch(job: _Job) -> memoryview:
     if end:
         stop = end.start() + 2
         _stretch_buffer[stop - 1 : stop] = b"]"
-    return memoryview(bytes(0)) if stop <= begin else memoryview(_stretch_buffer)[begin:stop]
+    return memoryview(_stretch_buffer)[begin:stop]
+
+
+def _find_boundary(file, at: int, size: int) -> tuple[re.Match | None, int]:
+    """The first boundary from `at` on in the buffer, of which `size` bytes are read; more are read until it shows.
+
+    Also returns how many bytes are read then. None at the end of the file.
+    """
+    step = max(PIECE // 8, 4096)
+    while (found := _BOUNDARY.search(_stretch_buffer, at, size)) is None:
+        if size > at + LOOKAHEAD:
+            raise _BadFile(f"no frame begins in {LOOKAHEAD:,} bytes")
+        got = _read_into_buffer(file, size, step)
+        if not got:
+            return None, size
+        size, step = size + got, 2 * step
+    return found, size
 
 
 def _read_into_buffer(file, at: int, length: int) -> int:

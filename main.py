@@ -31,7 +31,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from config import UserError, config_to_json
+from config import UserError, config_to_json, name_run
 from data import (
     DEMO_IMAGES,
     SPLIT_COLUMNS,
@@ -66,11 +66,11 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")  # wh
 # data
 
 
-def prepare_splits(config: TrainConfig) -> dict[str, list[Example]]:
+def prepare_splits(config: TrainConfig, run_dir: Path) -> dict[str, list[Example]]:
     """Labels -> captions CSV -> examples with pictures -> {split: examples}."""
     labels = find_labels(config)
     images = index_images(find_images(config))
-    caption_labels(config, labels, config.captions)
+    caption_labels(config, labels, config.captions, run_dir)
     examples = match_images(read_captions(config.captions), images)[: config.limit]
     by_name = {example.name: example for example in examples}
     names = split_by_ride(list(by_name), config.train_share, config.val_share, config.seed)
@@ -276,15 +276,15 @@ def describe_run(config: TrainConfig, run_name: str, device: torch.device, resul
 def main(config: TrainConfig) -> None:
     start = time.perf_counter()
     transformers_logging.set_verbosity_error()
-    run_name = config.run_name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    run_dir = name_run(config)
     device = pick_device()
-    arguments = make_arguments(config, run_name, device)
+    arguments = make_arguments(config, run_dir.name, device)
     if "LOCAL_RANK" not in os.environ and arguments.n_gpu > 1:
         arguments._n_gpu = 1  # without a launcher Trainer would multiply the batch by the GPUs, and use one
     set_seed(config.seed)  # before LoRA draws its first weights
     check_model(config.model, config.load_in_4bit, device)  # before hours of download
 
-    splits = prepare_splits(config)
+    splits = prepare_splits(config, run_dir)
     prepare_output(config.output)
     processor = load_processor(config.model)
     model = load_model(config.model, config.load_in_4bit, device)
@@ -300,7 +300,6 @@ def main(config: TrainConfig) -> None:
     model = add_lora(model, config.lora_target, config.lora_rank, config.lora_alpha, config.lora_dropout)
     model.print_trainable_parameters()
 
-    run_dir = Path("logs") / run_name
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -313,7 +312,9 @@ def main(config: TrainConfig) -> None:
     results = {**trained.metrics, "best_eval_loss": trainer.state.best_metric}
     if device.type == "cuda":
         results["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-    save_finetuned(config.output, model, processor, generation, splits, describe_run(config, run_name, device, results))
+    save_finetuned(
+        config.output, model, processor, generation, splits, describe_run(config, run_dir.name, device, results)
+    )
     print(f"best validation loss {trainer.state.best_metric:.4f}; curves in {run_dir / 'curves.png'}")
     print(f"adapter saved to {config.output} after {time.perf_counter() - start:.0f} s")
     print("next: python eval.py" + (" --demo" if config.demo else f" --adapter {config.output}"))

@@ -1,17 +1,23 @@
 """Label files to CSV: the reference's example to the letter, real samples, and input that is wrong."""
 
+import gzip
+import itertools
 import json
+import os
+import random
 import subprocess
 import sys
+import zipfile
 
 import pandas as pd
 import pytest
 from conftest import ROOT, SHARED, needs_real_samples
 
-from captions import STYLES, describe
+import labels
+from captions import STYLES, ObjectKind, describe
 from config import UserError
 from data import read_captions
-from labels import LabelReport, read_labels
+from labels import LabelOptions, LabelReport, read_labels
 
 EXAMPLE = {
     "name": "000123.jpg",
@@ -38,6 +44,8 @@ def light(color):
 
 def run_pipeline(*args):
     command = [sys.executable, ROOT / "bdd100k_data_pipeline.py", *args]
+    if "--run-name" not in args:
+        command += ["--run-name", args[args.index("--output") + 1].parent / "run"]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -176,3 +184,196 @@ def test_real_samples():
     )
     assert len(frames) == 4
     assert report.skipped == {"its name came before": 1}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# files and layouts
+
+
+def drawn_frames(count):
+    from demo.draw import draw_scene
+
+    return [draw_scene(seed)[1] for seed in range(count)]
+
+
+def read_paths(*paths, options=labels.DEFAULT_OPTIONS):
+    report = LabelReport()
+    return list(read_labels(paths, report, options)), report
+
+
+@pytest.mark.parametrize("piece", [2**9, 2**13, 2**22])
+@pytest.mark.parametrize("indent", [None, 4])
+def test_a_large_array_is_cut_without_loss(tmp_path, monkeypatch, piece, indent):
+    frames = drawn_frames(40)
+    file = tmp_path / "labels.json"
+    file.write_text(json.dumps(frames, indent=indent))
+    whole, _ = read_paths(file)
+    monkeypatch.setattr(labels, "PIECE", piece)  # also makes two processes share the work
+    cut, report = read_paths(file)
+    assert cut == whole
+    assert [frame.name for frame in cut] == [frame["name"] for frame in frames]
+    assert report.variants.total() == report.frames == 40
+
+
+def test_a_wrong_cut_is_noticed(tmp_path, monkeypatch):
+    """Text that looks like the start of a frame, inside a frame."""
+    frames = drawn_frames(20)
+    for frame in frames[::3]:
+        frame["labels"][0]["id"] = '},{"name": "no.jpg"'
+        frame["nested"] = [{"a": 1}, {"name": "nested.jpg"}]
+    file = tmp_path / "labels.json"
+    file.write_text(json.dumps(frames))
+    monkeypatch.setattr(labels, "PIECE", 2**10)
+    read, _ = read_paths(file)
+    assert [frame.name for frame in read] == [frame["name"] for frame in frames]
+
+
+def test_damage_is_told_with_its_byte(tmp_path, monkeypatch):
+    text = json.dumps(drawn_frames(30), indent=1)
+    at = text.index('"category"', 2 * len(text) // 3)
+    file = tmp_path / "labels.json"
+    file.write_text(text[:at] + "?" + text[at + 1 :])
+    monkeypatch.setattr(labels, "PIECE", 2**12)
+    with pytest.raises(UserError, match=rf"labels\.json: .* at byte {at:,} of {len(text):,}"):
+        read_paths(file)
+
+
+def test_zip_gzip_and_folder_read_alike(tmp_path):
+    frames = drawn_frames(25)
+    (tmp_path / "single").mkdir()
+    with zipfile.ZipFile(tmp_path / "single.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for frame in frames:
+            text = json.dumps({**frame, "labels": None, "frames": [{"objects": frame["labels"]}]})
+            archive.writestr(f"100k/val/{frame['name'][:-4]}.json", text)
+            (tmp_path / "single" / f"{frame['name'][:-4]}.json").write_text(text)
+    (tmp_path / "labels.json").write_text(json.dumps(frames))
+    (tmp_path / "labels.json.gz").write_bytes(gzip.compress((tmp_path / "labels.json").read_bytes()))
+    expected = sorted(read_paths(tmp_path / "labels.json")[0])
+    for name in ("single.zip", "labels.json.gz", "single"):
+        read, report = read_paths(tmp_path / name)
+        assert sorted(read) == expected, name
+        assert report.frames == 25
+    assert report.variants == {"one file an image": 25}
+
+
+@pytest.mark.parametrize("cut", [10, 400, -3])
+@pytest.mark.parametrize("name", ["labels.zip", "labels.json.gz"])
+def test_damaged_archives(tmp_path, name, cut):
+    text = json.dumps(drawn_frames(3))
+    file = tmp_path / name
+    if name.endswith("zip"):
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("labels.json", text)
+    else:
+        file.write_bytes(gzip.compress(text.encode()))
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(UserError, match=name):
+        read_paths(file)
+
+
+def test_options():
+    def facts(label_list, **options):
+        return labels.read_frame(frame(labels=label_list), LabelReport(), LabelOptions(**options)).facts.objects
+
+    def box(category, x1, y1, x2, y2):
+        return {"category": category, "box2d": {"x1": x1, "y1": y1, "x2": x2, "y2": y2}}
+
+    people = [{"category": "person"}, {"category": "bicycle"}, {"category": "motor"}, {"category": "lane/road curb"}]
+    assert {kind.name for kind in facts(people)} == {"person", "bicycle", "motor", "lane"}
+    assert {kind.name for kind in facts(people, class_names="2018")} == {"person", "bike", "motor", "lane"}
+    assert {kind.name for kind in facts(people, class_names="det20")} == {"pedestrian", "bicycle", "motorcycle", "lane"}
+    assert {kind.name for kind in facts([*people, {"category": "area/drivable"}], lanes=False)} == {
+        "person", "bicycle", "motor",
+    }  # fmt: skip
+    twice = [
+        box("car", 0, 0, 100, 100),
+        box("car", 1, 2, 101, 101),
+        box("truck", 0, 0, 100, 100),
+        box("car", 0, 0, 50, 9),
+    ]
+    assert facts(twice) == {ObjectKind("car"): 3, ObjectKind("truck"): 1}
+    assert facts(twice, merge_duplicates=True) == {ObjectKind("car"): 2, ObjectKind("truck"): 1}
+    assert facts(twice, min_box_size=10) == {ObjectKind("car"): 2, ObjectKind("truck"): 1}
+    report = LabelReport()
+    labels.read_frame(frame(labels=twice), report)
+    assert report.near_duplicates == 1
+
+
+def test_near_duplicates_agree_with_all_pairs():
+    rng = random.Random(0)
+    for _ in range(200):
+        boxes = []
+        for _ in range(8):
+            x, y = rng.uniform(0, 20), rng.uniform(0, 20)
+            boxes.append(
+                labels._Label("car", None, labels._Box(x, y, x + rng.uniform(40, 50), y + rng.uniform(40, 50)))
+            )
+        expected = set()
+        for i, j in itertools.combinations(range(len(boxes)), 2):
+            a, b = boxes[i].box2d, boxes[j].box2d
+            common = max(0, min(a.x2, b.x2) - max(a.x1, b.x1)) * max(0, min(a.y2, b.y2) - max(a.y1, b.y1))
+            union = (a.x2 - a.x1) * (a.y2 - a.y1) + (b.x2 - b.x1) * (b.y2 - b.y1) - common
+            if common / union > labels.NEAR_DUPLICATE_IOU:
+                expected.add(j)
+        assert labels._find_near_duplicates(boxes) == expected
+
+
+def test_strict_and_frames_without_a_scene(tmp_path):
+    file, output = tmp_path / "labels.json", tmp_path / "captions.csv"
+    file.write_text(json.dumps([frame("a.jpg"), {"name": "b.jpg", "labels": [{"category": "car"}]}]))
+    strict = run_pipeline("--labels", file, "--output", output, "--strict", "--run-name", tmp_path / "run")
+    assert strict.returncode == 2
+    assert "--strict: 1 frames can't be used" in strict.stderr
+    assert not output.exists()
+    told = run_pipeline(
+        "--labels", file, "--output", output, "--without-scene", "caption", "--run-name", tmp_path / "run"
+    )
+    assert told.returncode == 0
+    assert read_captions(output)["b.jpg"] == "There is one car."
+
+
+def test_census_is_printed_and_drawn(tmp_path):
+    file = tmp_path / "labels.json"
+    file.write_text(json.dumps(drawn_frames(30)))
+    run_dir = tmp_path / "run"
+    run = run_pipeline("--labels", file, "--output", tmp_path / "c.csv", "--census", "--run-name", run_dir)
+    assert run.returncode == 0, run.stderr
+    assert "tokens a caption (demo's tokenizer, 30 captions)" in run.stdout
+    census = json.loads((run_dir / "census.json").read_text())
+    assert census["frames"] == 30 == sum(census["caption_words"].values()) == sum(census["weather"].values())
+    assert (run_dir / "census.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_kaggle_labels_end_to_end(tmp_path):
+    """The real client against a loopback server: fetched, captioned; then again with the server gone; then no cache."""
+    from test_acquisition import KaggleServer, draw_dataset_files
+
+    def run(name, environment):
+        command = [sys.executable, ROOT / "bdd100k_data_pipeline.py", "--output", f"{name}.csv", "--run-name", "run"]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=tmp_path, env=os.environ | environment
+        )
+
+    (tmp_path / "cache").mkdir()
+    with KaggleServer(draw_dataset_files(), tmp_path / "cache") as server:
+        first = run("first", server.environment)
+        assert first.returncode == 0, first.stderr
+        environment = server.environment
+    again = run("again", environment)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "first.csv").read_text() == (tmp_path / "again.csv").read_text() != "name,raw_caption\n"
+    nothing = run("nothing", environment | {"KAGGLEHUB_CACHE": str(tmp_path / "empty")})
+    assert nothing.returncode == 2
+    assert "Traceback" not in nothing.stderr
+    assert all(word in nothing.stderr for word in ("solesensei/solesensei_bdd100k", "--labels", "--demo"))
+    assert not (tmp_path / "nothing.csv").exists()
+
+
+def test_damaged_files_at_random(tmp_path):
+    """A short run of the fuzzer; the long one is tests/fuzz_labels.py --count 100000."""
+    fuzz = subprocess.run(
+        [sys.executable, ROOT / "tests/fuzz_labels.py", "--count", "1500", "--seed", "7"],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert fuzz.returncode == 0, fuzz.stderr[-2000:]
+    assert "1,500 damaged files, no other exception" in fuzz.stdout
