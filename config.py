@@ -94,6 +94,7 @@ class TrainConfig(DataConfig):
 
     train_share: float = 0.6  # share of the frames for training; whole rides only
     val_share: float = 0.28  # share of the frames for validation; what is left is the test split
+    held_out: Literal["rides", "val"] = "rides"  # the test split: a share of the rides, or with --subset train all val
     seed: int = 42  # of the split, LoRA's start, dropout and the order of frames
     logging_steps: int = 10  # optimiser steps between two logged losses
     run_name: str | None = None  # name of the folder in logs/ and of the wandb run; none: date and time
@@ -112,6 +113,8 @@ class TrainConfig(DataConfig):
         _check(self, "0 or more, and less than 1", lambda value: 0 <= value < 1, "warmup_ratio", "lora_dropout")
         if self.limit is not None and self.limit < 3:
             raise UserError(f"--limit {self.limit}: must be 3 or more, for train, validation and test")
+        if self.held_out == "val" and (self.subset != "train" or self.labels or self.demo):
+            raise UserError("--held-out val: goes with --subset train of the Kaggle set, whose val labels it takes")
         if not (0 < self.train_share < 1 and 0 < self.val_share < 1 and self.train_share + self.val_share < 1):
             raise UserError(
                 f"--train-share {self.train_share} --val-share {self.val_share}: each must be between 0 and 1, "

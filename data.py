@@ -3,11 +3,12 @@
 import csv
 import functools
 import hashlib
+import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,6 @@ from captions import Style, describe
 from config import DEMO_DATA, DEMO_SCENES, DataConfig, UserError
 from labels import NAME, Frame, LabelOptions, LabelReport, read_labels
 
-SPLITS = ("train", "val", "test")
 CSV_HEADER = ["name", "raw_caption"]
 SPLIT_COLUMNS = ["name", "split", "image", "raw_caption"]  # of split.csv, which main.py writes and eval.py reads
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -173,8 +173,8 @@ def ride_of(name: str) -> str:
     return Path(name).stem.split("-")[0]
 
 
-def split_by_ride(names: Sequence[str], train_share: float, val_share: float, seed: int) -> dict[str, list[str]]:
-    """Split names into train, val and test so that no ride is in two of them.
+def split_by_ride(names: Sequence[str], shares: Mapping[str, float], seed: int) -> dict[str, list[str]]:
+    """Split names into the keys of `shares`, by its values in order, so that no ride is in two splits.
 
     Rides are ordered by a hash of seed and ride, so the order of `names` does not matter, and are dealt out until
     each split has its share of the frames, to within a ride. Each split gets one ride at least.
@@ -182,21 +182,19 @@ def split_by_ride(names: Sequence[str], train_share: float, val_share: float, se
     rides: dict[str, list[str]] = {}
     for name in sorted(names):
         rides.setdefault(ride_of(name), []).append(name)
-    if len(rides) < len(SPLITS):
+    if len(rides) < len(shares):
         raise UserError(
-            f"{len(names)} frames of {len(rides)} rides can't be split: train, validation and test need a ride each"
+            f"{len(names)} frames of {len(rides)} rides can't be split: {', '.join(shares)} need a ride each"
         )
     order = sorted(rides, key=lambda ride: hashlib.sha256(f"{seed}:{ride}".encode()).digest())
-    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
-    ends = {"train": train_share, "val": train_share + val_share, "test": 1.0}
-    dealt, current = 0, 0
+    ends = list(itertools.accumulate(shares.values()))
+    dealt: list[list[str]] = [[] for _ in shares]
+    done, current, last = 0, 0, len(shares) - 1
     for position, ride in enumerate(order):
         left = len(order) - position  # rides, this one included
-        middle = (dealt + len(rides[ride]) / 2) / len(names)
-        while current < 2 and splits[SPLITS[current]] and (
-            middle > ends[SPLITS[current]] or left <= len(SPLITS) - 1 - current
-        ):  # fmt: skip
+        middle = (done + len(rides[ride]) / 2) / len(names)
+        while current < last and dealt[current] and (middle > ends[current] or left <= last - current):
             current += 1
-        splits[SPLITS[current]] += rides[ride]
-        dealt += len(rides[ride])
-    return splits
+        dealt[current] += rides[ride]
+        done += len(rides[ride])
+    return dict(zip(shares, dealt, strict=True))

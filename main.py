@@ -42,6 +42,7 @@ from data import (
     index_images,
     match_images,
     read_captions,
+    ride_of,
     split_by_ride,
 )
 from model import (
@@ -70,13 +71,33 @@ def prepare_splits(config: TrainConfig, run_dir: Path) -> dict[str, list[Example
     """Labels -> captions CSV -> examples with pictures -> {split: examples}."""
     labels = find_labels(config)
     images = index_images(find_images(config))
+    shares = {"train": config.train_share, "val": config.val_share}
+    held_out: list[Example] = []
+    if config.held_out == "val":
+        held_out = caption_held_out(config, images, run_dir)
+        shares = {split: share / sum(shares.values()) for split, share in shares.items()}
+    else:
+        shares["test"] = 1 - sum(shares.values())
     caption_labels(config, labels, config.captions, run_dir)
-    examples = match_images(read_captions(config.captions), images)[: config.limit]
-    by_name = {example.name: example for example in examples}
-    names = split_by_ride(list(by_name), config.train_share, config.val_share, config.seed)
+    examples = match_images(read_captions(config.captions), images)
+    rides = {ride_of(example.name) for example in held_out}
+    by_name = {example.name: example for example in examples if ride_of(example.name) not in rides}
+    if len(by_name) < len(examples):
+        print(f"{len(examples) - len(by_name):,} frames are of rides that are held out, and are left out")
+    names = split_by_ride(list(by_name)[: config.limit], shares, config.seed)
     splits = {split: [by_name[name] for name in names[split]] for split in names}
+    splits.setdefault("test", held_out)
     print(", ".join(f"{len(examples):,} {split}" for split, examples in splits.items()) + " frames, split by ride")
     return splits
+
+
+def caption_held_out(config: TrainConfig, images: dict[str, Path], run_dir: Path) -> list[Example]:
+    """The examples of Kaggle's val labels, all of them the test split."""
+    from acquisition import fetch_labels  # here: kagglehub takes a while to import
+
+    captions = config.captions.with_stem(config.captions.stem + "_val")
+    caption_labels(config, fetch_labels(config.kaggle_dataset, "val"), captions, run_dir / "held_out")
+    return match_images(read_captions(captions), images)
 
 
 def find_images(config: TrainConfig) -> Path:

@@ -71,6 +71,7 @@ def test_flags_come_on_top_of_the_demo():
         (TrainConfig, ["--learning-rate", "nan"]),
         (TrainConfig, ["--train-share", "0.8", "--val-share", "0.2"]),
         (TrainConfig, ["--limit", "2"]),
+        (TrainConfig, ["--held-out", "val"]),
         (EvalConfig, ["--top-p", "1.1"]),
         (EvalConfig, ["--temperature", "0"]),
         (EvalConfig, ["--num-samples", "0"]),

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config import UserError
-from data import SPLITS, index_images, match_images, read_captions, ride_of, split_by_ride, write_captions
+from data import index_images, match_images, read_captions, ride_of, split_by_ride, write_captions
 
+SHARES = {"train": 0.6, "val": 0.28, "test": 0.12}
 rides = st.dictionaries(st.integers(0, 2**32 - 1), st.integers(1, 9), min_size=3, max_size=60)
 
 
@@ -17,25 +18,25 @@ def names_of(rides):
 @given(rides, st.integers(0, 3), st.randoms())
 def test_no_ride_is_in_two_splits(rides, seed, rng):
     names = names_of(rides)
-    splits = split_by_ride(names, 0.6, 0.28, seed)
-    assert sorted(name for split in SPLITS for name in splits[split]) == sorted(names)
-    assert all(splits[split] for split in SPLITS)
-    of_split = [{ride_of(name) for name in splits[split]} for split in SPLITS]
+    splits = split_by_ride(names, SHARES, seed)
+    assert sorted(name for split in SHARES for name in splits[split]) == sorted(names)
+    assert all(splits[split] for split in SHARES)
+    of_split = [{ride_of(name) for name in splits[split]} for split in SHARES]
     assert sum(map(len, of_split)) == len(rides)
     rng.shuffle(names)
-    assert split_by_ride(names, 0.6, 0.28, seed) == splits  # whatever the order of the labels
+    assert split_by_ride(names, SHARES, seed) == splits  # whatever the order of the labels
 
 
 def test_shares_are_those_of_the_reference():
     names = names_of(dict.fromkeys(range(10_000), 1))
-    splits = split_by_ride(names, 0.6, 0.28, seed=42)
-    assert [len(splits[split]) for split in SPLITS] == [6000, 2800, 1200]
-    assert split_by_ride(names, 0.6, 0.28, seed=43) != splits
+    splits = split_by_ride(names, SHARES, seed=42)
+    assert [len(splits[split]) for split in SHARES] == [6000, 2800, 1200]
+    assert split_by_ride(names, SHARES, seed=43) != splits
 
 
 def test_two_rides_cannot_be_split():
     with pytest.raises(UserError, match="2 rides"):
-        split_by_ride(["a-1.jpg", "a-2.jpg", "b-1.jpg"], 0.6, 0.28, 42)
+        split_by_ride(["a-1.jpg", "a-2.jpg", "b-1.jpg"], SHARES, 42)
 
 
 @pytest.mark.parametrize(

@@ -201,3 +201,26 @@ def test_evaluation_without_a_model(tmp_path):
     failed = run("eval.py", cwd=tmp_path)
     assert failed.returncode == 2
     assert "python main.py" in failed.stderr
+
+
+def test_official_val_is_held_out(tmp_path, monkeypatch):
+    """With --subset train --held-out val the val labels are the test split, and none of their rides is trained on."""
+    import main
+    from config import TrainConfig
+    from demo.draw import draw_scene
+
+    frames = [draw_scene(seed)[1] for seed in range(12)]
+    same_ride = {**frames[5], "name": frames[11]["name"].split("-")[0] + "-00000000.jpg"}
+    (tmp_path / "images").mkdir()
+    for frame in [*frames, same_ride]:
+        (tmp_path / "images" / frame["name"]).touch()
+    (tmp_path / "train.json").write_text(json.dumps([*frames[:8], same_ride]))
+    (tmp_path / "val.json").write_text(json.dumps(frames[8:]))
+    monkeypatch.setattr("acquisition.fetch_labels", lambda dataset, subset: [tmp_path / f"{subset}.json"])
+    monkeypatch.setattr("acquisition.fetch_images", lambda dataset: tmp_path / "images")
+    config = TrainConfig(subset="train", held_out="val", captions=tmp_path / "captions.csv")
+    splits = main.prepare_splits(config, tmp_path / "run")
+    names = {split: {example.name for example in examples} for split, examples in splits.items()}
+    assert names["test"] == {frame["name"] for frame in frames[8:]}
+    assert names["train"] | names["val"] == {frame["name"] for frame in frames[:8]}
+    assert names["train"] and names["val"] and not names["train"] & names["val"]
