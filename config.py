@@ -89,7 +89,7 @@ class TrainConfig(DataConfig):
     warmup_ratio: float = 0.1  # share of the steps in which the learning rate rises
     max_caption_tokens: int = 256  # a longer caption is cut to this many tokens before its end token
     gradient_checkpointing: bool = False  # recompute activations: less memory, slower
-    vision_store_gib: float = 4.0  # GiB of memory in which the frozen ViT's outputs may be kept; 0: compute them anew
+    vision_store_gib: float = 0.0  # GiB of memory in which the frozen ViT's outputs may be kept; 0: compute them anew
     dataloader_workers: int = 4  # processes that decode pictures; 0: the main process
 
     train_share: float = 0.6  # share of the frames for training; whole rides only
@@ -166,6 +166,7 @@ DEMO = {
         "per_device_eval_batch_size": 50,
         "learning_rate": 4e-3,
         "logging_steps": 25,
+        "vision_store_gib": 1.0,
         "dataloader_workers": 0,
         "train_share": 800 / DEMO_SCENES,
         "val_share": 80 / DEMO_SCENES,
