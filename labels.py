@@ -211,7 +211,6 @@ class _Frame(msgspec.Struct, gc=False):
     labels: list[_Label] | None = None
     frames: list[_Moment] | None = None  # one file an image: objects are in frames[0]
     video: str | None = msgspec.field(default=None, name="videoName")
-    index: Any = msgspec.field(default=None, name="frameIndex")
 
 
 class _Wrapper(msgspec.Struct, gc=False):
