@@ -21,7 +21,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +61,7 @@ _LIGHT_OF = {"g": "green", "y": "yellow", "r": "red", "green": "green", "yellow"
 _NO_LIGHT = ("none", "na", None)
 
 NEAR_DUPLICATE_IOU = 0.85  # above it two boxes of one class are taken for the same object boxed twice
-PIECE = 4 * 2**20  # bytes of a large array that are decoded at once
+PIECE = 2**20  # bytes of a large array that are decoded at once
 LOOKAHEAD = 64 * 2**20  # bytes in which the next frame must begin for a file to be cut
 WHOLE = 256 * 2**20  # bytes up to which a file that can't be cut is decoded as a whole
 LISTED = 20  # frames left out that are listed by name for each reason
@@ -99,7 +99,9 @@ class LabelReport:
     listed: dict[str, list[str]] = field(default_factory=dict)  # reason: names of the first frames
     remarks: Counter[str] = field(default_factory=Counter)  # what was mended or not counted: times
     variants: Counter[str] = field(default_factory=Counter)
-    attributes: dict[str, Counter[str]] = field(default_factory=dict)  # attribute: value: frames
+    attributes: dict[str, Counter[str]] = field(
+        default_factory=lambda: defaultdict(Counter)
+    )  # attribute: value: frames
     objects: Counter[ObjectKind] = field(default_factory=Counter)  # kind: objects
     boxes_a_frame: Counter[int] = field(default_factory=Counter)
     near_duplicates: int = 0  # boxes
@@ -116,7 +118,7 @@ class LabelReport:
         self.frames += 1
         facts = frame.facts
         for name in ("time_of_day", "weather", "scene", "traffic_light"):
-            self.attributes.setdefault(name, Counter())[getattr(facts, name) or "none"] += 1
+            self.attributes[name][getattr(facts, name) or "none"] += 1
         self.objects.update(facts.objects)
         self.boxes_a_frame[sum(n for kind, n in facts.objects.items() if kind.name not in _AREAS)] += 1
 
@@ -127,7 +129,7 @@ class LabelReport:
         for name in ("skipped", "remarks", "variants", "objects", "boxes_a_frame"):
             getattr(self, name).update(getattr(other, name))
         for name, counts in other.attributes.items():
-            self.attributes.setdefault(name, Counter()).update(counts)
+            self.attributes[name].update(counts)
         for reason, names in other.listed.items():
             self.listed[reason] = (self.listed.get(reason, []) + names)[:LISTED]
 
@@ -389,11 +391,11 @@ def _read_light(color: object, report: LabelReport) -> str | None:
 
 def _find_near_duplicates(labels: list[_Label]) -> set[int]:
     """Positions of boxes that overlap an earlier one of their class by more than NEAR_DUPLICATE_IOU."""
-    by_class: dict[str | None, list[tuple[float, float, float, float, int]]] = {}
+    by_class: dict[str | None, list[tuple[float, float, float, float, int]]] = defaultdict(list)
     for index, label in enumerate(labels):
         box = label.box2d
         if box is not None:
-            by_class.setdefault(label.category, []).append((box.x1, box.y1, box.x2, box.y2, index))
+            by_class[label.category].append((box.x1, box.y1, box.x2, box.y2, index))
     found = set()
     for boxes in by_class.values():
         if len(boxes) < 2:
@@ -417,6 +419,18 @@ def _find_near_duplicates(labels: list[_Label]) -> set[int]:
 # files
 
 
+class _Member(NamedTuple):
+    """What is needed of a zipfile.ZipInfo, which is ten times as slow to hand to another process."""
+
+    name: str
+    offset: int  # of its header
+    packed: int  # bytes
+    size: int  # bytes
+    method: int
+    flags: int
+    crc: int
+
+
 class _Job(NamedTuple):
     """What one process reads at once: a stretch of a file, or some whole files or members of an archive."""
 
@@ -424,7 +438,7 @@ class _Job(NamedTuple):
     size: int  # bytes, for the progress bar
     start: int = 0
     stop: int | None = None  # of a stretch; None: not a stretch
-    members: tuple[zipfile.ZipInfo, ...] = ()  # of a .zip
+    members: tuple[_Member, ...] = ()  # of a .zip
 
 
 class _Result(NamedTuple):
@@ -513,9 +527,19 @@ def _plan_archive(path: Path) -> Iterator[_Job]:
         raise UserError(f"{path}: no .json file in this archive")
     batch, size = [], 0
     for info in members:
-        batch.append(info)
+        batch.append(
+            _Member(
+                info.filename,
+                info.header_offset,
+                info.compress_size,
+                info.file_size,
+                info.compress_type,
+                info.flag_bits,
+                info.CRC,
+            )
+        )
         size += info.compress_size
-        if size >= PIECE // 16 or info is members[-1]:
+        if size >= PIECE // 4 or info is members[-1]:
             yield _Job(path, size, members=tuple(batch))
             batch, size = [], 0
 
@@ -528,9 +552,9 @@ def _run_jobs(run: Callable[[_Job], _Result], jobs: Sequence[_Job]) -> Iterator[
         yield from map(run, jobs)
         return
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    small = len(jobs) > 64 * workers  # many small files
+    mean_size = sum(job.size for job in jobs) // len(jobs) + 1
     with multiprocessing.get_context(method).Pool(workers) as pool:
-        yield from pool.imap(run, jobs, chunksize=32 if small else 1)
+        yield from pool.imap(run, jobs, chunksize=max(1, min(32, PIECE // mean_size)))  # many small files at once
 
 
 def _run_job(job: _Job, options: LabelOptions, convert: Callable[[Frame], T] | None) -> _Result:
@@ -595,19 +619,19 @@ def _load_job(job: _Job) -> Iterator[bytes | memoryview]:
         yield _load_stretch(job)
 
 
-def _load_member(archive, member: zipfile.ZipInfo) -> bytes:
+def _load_member(archive, member: _Member) -> bytes:
     """One member of a zip archive, without opening the archive anew, which would read its whole directory again."""
-    if member.file_size > WHOLE or member.flag_bits & 1 or member.compress_type not in _DECOMPRESS:
-        raise _BadFile(f"its member {member.filename} is larger than {WHOLE:,} bytes, encrypted or packed unusually")
-    archive.seek(member.header_offset)
+    if member.size > WHOLE or member.flags & 1 or member.method not in _DECOMPRESS:
+        raise _BadFile(f"its member {member.name} is larger than {WHOLE:,} bytes, encrypted or packed unusually")
+    archive.seek(member.offset)
     header = archive.read(zipfile.sizeFileHeader)
     if len(header) < zipfile.sizeFileHeader or header[:4] != zipfile.stringFileHeader:
-        raise _BadFile(f"its member {member.filename} is damaged")
+        raise _BadFile(f"its member {member.name} is damaged")
     name_length, extra_length = struct.unpack("<HH", header[26:30])
     archive.seek(name_length + extra_length, os.SEEK_CUR)
-    data = _DECOMPRESS[member.compress_type](archive.read(member.compress_size), member.file_size)
-    if zlib.crc32(data) != member.CRC:
-        raise _BadFile(f"its member {member.filename} is damaged")
+    data = _DECOMPRESS[member.method](archive.read(member.packed), member.size)
+    if zlib.crc32(data) != member.crc:
+        raise _BadFile(f"its member {member.name} is damaged")
     return data
 
 

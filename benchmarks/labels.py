@@ -3,14 +3,17 @@
     python -m benchmarks.labels                          # 69,863 frames, 1.4 GB of drawn labels in a temporary folder
     python -m benchmarks.labels --frames-from FILE.json  # the same from the frames of a 2018 label file
 
-Prints wall seconds, peak memory of each process tree, and their ratio; checks that both wrote the same captions.
+Prints the median wall seconds of runs that take turns, the peak memory of each process tree, and their ratios; checks
+that both wrote the same captions. --record puts what it prints into benchmarks/RESULTS.md.
 """
 
 import argparse
+import contextlib
 import csv
 import itertools
 import json
-import platform
+import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,6 +25,7 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.results import record
 from demo.draw import list_labels, name_image, sample_scene
 
 ROOT = Path(__file__).parent.parent
@@ -108,22 +112,35 @@ def measure(command: list) -> tuple[float, float]:
             peak = max(peak, sum(member.memory_full_info().pss for member in tree) / 1e6)
         except psutil.NoSuchProcess:
             pass
-        time.sleep(0.2)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.5)
     assert process.returncode == 0, f"{command} failed with {process.returncode}"
     return time.perf_counter() - start, peak
 
 
-def compare(labels: Path, folder: Path) -> None:
+def compare(labels: Path, folder: Path, repeats: int) -> str:
+    """Measure both in turn, `repeats` times. Returns rows of a Markdown table."""
     theirs, ours = folder / "reference.csv", folder / "ours.csv"
-    reference = measure([sys.executable, "-m", "benchmarks.labels", "--reference", labels, theirs])
-    mine = measure([sys.executable, "bdd100k_data_pipeline.py", "--labels", labels, "--output", ours])
+    os.sync()  # what was just written is on the disk, and in memory too
+    runs = {"json.load and a loop": [], "bdd100k_data_pipeline.py": []}
+    for _ in range(repeats):
+        reference = measure([sys.executable, "-m", "benchmarks.labels", "--reference", labels, theirs])
+        mine = measure([sys.executable, "bdd100k_data_pipeline.py", "--labels", labels, "--output", ours])
+        for measured, values in zip(runs.values(), (reference, mine), strict=True):
+            measured.append(values)
     with open(theirs, newline="") as one, open(ours, newline="") as other:
         rows = sum(1 for a, b in zip(csv.reader(one), csv.reader(other), strict=True) if a == b or sys.exit("differ"))
-    size = labels.stat().st_size / 1e9
-    print(f"{labels.name}: {size:.2f} GB, {rows - 1:,} captions, the same from both")
-    for name, (seconds, peak) in {"json.load and a loop": reference, "ours": mine}.items():
-        print(f"  {name:<22}{seconds:7.1f} s {peak:8.0f} MB")
-    print(f"  {reference[0] / mine[0]:.1f} times as fast, {reference[1] / mine[1]:.1f} times less memory", flush=True)
+    lines, medians = [], []
+    for name, measured in runs.items():
+        seconds = sorted(second for second, _ in measured)
+        peak = max(peak for _, peak in measured)
+        medians.append((statistics.median(seconds), peak))
+        spread = f"{seconds[0]:.1f} to {seconds[-1]:.1f}"
+        lines.append(f"| {labels.name} | {name} | {medians[-1][0]:.1f} | {spread} | {peak:,.0f} |")
+    (slow, large), (fast, small) = medians
+    what = f"{labels.stat().st_size / 1e9:.2f} GB, {rows - 1:,} captions, equal"
+    lines.append(f"| {what} | **ratio** | **{slow / fast:.1f}** | | {large / small:.1f} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -131,20 +148,24 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=FRAMES, help="frames")
     parser.add_argument("--frames-from", type=Path, help="2018 label file whose frames are repeated; none: drawn ones")
     parser.add_argument("--folder", type=Path, help="where to put the files; none: a temporary folder")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each")
+    parser.add_argument("--record", action="store_true", help="put the table into benchmarks/RESULTS.md")
     parser.add_argument("--reference", type=Path, nargs=2, help="only run the reference's algorithm: LABELS OUTPUT")
     args = parser.parse_args()
     if args.reference:
         run_reference(*args.reference)
         return
     frames = json.loads(args.frames_from.read_text()) if args.frames_from else draw_frames()
-    print(f"{platform.python_implementation()} {platform.python_version()}, {psutil.cpu_count()} cores")
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
-        folder = Path(temporary)
-        write_array(folder / "array.json", frames, args.count)
-        compare(folder / "array.json", folder)
-        (folder / "array.json").unlink()
-        write_archive(folder / "single_files.zip", frames, args.count)
-        compare(folder / "single_files.zip", folder)
+        folder, tables = Path(temporary), []
+        for name, write in (("array.json", write_array), ("single_files.zip", write_archive)):
+            write(folder / name, frames, args.count)
+            tables.append(compare(folder / name, folder, args.repeats))
+            print(tables[-1], flush=True)
+            (folder / name).unlink()
+    header = "| labels | what read them | seconds | from, to | peak MB |\n| --- | --- | ---: | --- | ---: |\n"
+    if args.record:
+        record("Labels to captions", header + "\n".join(tables), packages=["msgspec"])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Makes demo/base: a small BLIP-2 that has seen drawn scenes, as the real one has seen the web's pictures.
 
     python -m demo.pretrain                  # one GPU, minutes; writes demo/base and demo/pretrain.json
+    python -m demo.pretrain --only-draw      # the part that needs cores and no GPU; the next run takes it from there
 
 Its captions are worded otherwise than ours and shorter ("rainy night, highway, red light, 3 cars, 1 hidden bus"), so
 fine-tuning has our wording to teach. Beside them the language model reads plain English sentences without pictures,
@@ -35,7 +36,8 @@ from transformers import (
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from captions import CLASSES, LIGHTS, SCENES, STYLES, TIMES_OF_DAY, WEATHERS, Facts, ObjectKind, describe
-from config import DEMO_FOLDER, DEMO_SCENES
+from config import DEMO_DATA, DEMO_FOLDER, DEMO_SCENES
+from data import atomic_write
 from demo.draw import VERSION, draw_scene
 from labels import LabelReport, read_frame
 from model import CaptionCollator, generate_captions, make_generation_config, tokenize_caption
@@ -181,22 +183,30 @@ def draw_small(seed: int) -> tuple[bytes, str]:
     return small.tobytes(), write_web_caption(read_frame(raw, LabelReport()).facts)
 
 
-def draw_scenes(seeds: range) -> tuple[np.ndarray, list[str]]:
-    """(N, S, S, 3) uint8 pictures and their N web captions."""
-    pixels, captions = np.empty((len(seeds), SIDE, SIDE, 3), np.uint8), []
+def draw_scenes(seeds: range, folder: Path) -> tuple[np.ndarray, list[str]]:
+    """(N, S, S, 3) uint8 pictures and their N web captions; kept in `folder` for the next run."""
+    kept = folder / f"scenes-v{VERSION}-{seeds.start}-{len(seeds)}"
+    pictures_file, captions_file = kept.with_suffix(".npy"), kept.with_suffix(".json")
+    if captions_file.exists():
+        return np.load(pictures_file, mmap_mode="r"), json.loads(captions_file.read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = (len(seeds), SIDE, SIDE, 3)
+    pictures, captions = np.lib.format.open_memmap(pictures_file, "w+", np.uint8, shape), []
     with multiprocessing.Pool() as pool:
         drawn = pool.imap(draw_small, seeds, chunksize=64)
         for row, (picture, caption) in enumerate(tqdm(drawn, total=len(seeds), desc="drawing", mininterval=10)):
-            pixels[row] = np.frombuffer(picture, np.uint8).reshape(SIDE, SIDE, 3)
+            pictures[row] = np.frombuffer(picture, np.uint8).reshape(SIDE, SIDE, 3)
             captions.append(caption)
-    return pixels, captions
+    with atomic_write(captions_file) as file:  # last: it says that the pictures are complete
+        json.dump(captions, file)
+    return pictures, captions
 
 
 class SceneBatches:
     """Random training batches from scenes that lie on the device, half of them mirrored: that changes no fact."""
 
     def __init__(self, pixels: np.ndarray, captions: list[str], processor, model, device):
-        self.pixels = torch.from_numpy(pixels).to(device)  # (N, S, S, 3) uint8
+        self.pixels = torch.tensor(pixels, device=device)  # (N, S, S, 3) uint8
         self.normalise = PixelNormaliser(processor, device)
         end = model.config.text_config.eos_token_id
         collate = CaptionCollator(model.config)
@@ -280,7 +290,7 @@ def score(model, processor, pixels: np.ndarray, captions: list[str]) -> dict[str
     normalise = PixelNormaliser(processor, model.device)
     predictions = []
     for start in range(0, len(captions), 250):
-        batch = normalise(torch.from_numpy(pixels[start : start + 250]).to(model.device))
+        batch = normalise(torch.tensor(pixels[start : start + 250], device=model.device))
         predictions += generate_captions(model, processor, batch, generation, do_sample=False)
     right, hits, said, there = Counter(), 0, 0, 0
     for prediction, caption in zip(predictions, captions, strict=True):
@@ -306,11 +316,15 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
     parser.add_argument("--out", type=Path, default=DEMO_FOLDER, help="folder for base/ and pretrain.json")
+    parser.add_argument("--scenes-folder", type=Path, default=DEMO_DATA / "pretraining", help="keeps the drawn scenes")
+    parser.add_argument("--only-draw", action="store_true", help="stop once the scenes are drawn")
     args = parser.parse_args()
 
     start = time.perf_counter()
-    pixels, captions = draw_scenes(range(FIRST_SCENE, FIRST_SCENE + args.scenes))
-    test = draw_scenes(range(FIRST_TEST_SCENE, FIRST_TEST_SCENE + args.test_scenes))
+    pixels, captions = draw_scenes(range(FIRST_SCENE, FIRST_SCENE + args.scenes), args.scenes_folder)
+    test = draw_scenes(range(FIRST_TEST_SCENE, FIRST_TEST_SCENE + args.test_scenes), args.scenes_folder)
+    if args.only_draw:
+        return
     drawn = time.perf_counter()
 
     torch.manual_seed(args.seed)
