@@ -8,6 +8,7 @@ The vocabulary is closed and lies in the tables below; a class or an attribute v
 and nowhere else.
 """
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -188,12 +189,14 @@ class Reading:
 
     `unread`: not a sentence of any style. `repeated`: says again what an earlier sentence said.
     `contradicting`: gives another value for what an earlier sentence said; the earlier one stands.
+    `cut_off`: the last sentence has no end.
     """
 
     facts: Facts
     unread: list[str]
     repeated: list[str]
     contradicting: list[str]
+    cut_off: bool = False
 
 
 def parse_caption(text: str) -> Facts:
@@ -205,8 +208,7 @@ def read_caption(text: str) -> Reading:
     """Read any text sentence by sentence. Never raises."""
     claims: dict[str | ObjectKind, str | int] = {}
     unread, repeated, contradicting = [], [], []
-    for sentence in re.findall(r"[^.]*[^.\s][^.]*\.?", text):
-        sentence = sentence.strip()
+    for sentence in map(str.strip, _SENTENCE.findall(text)):
         claimed = _read_sentence(sentence)
         if claimed is None:
             unread.append(sentence)
@@ -218,13 +220,15 @@ def read_caption(text: str) -> Reading:
         else:
             claims.update(claimed)
     attributes = {slot: claims.pop(slot) for slot in list(claims) if isinstance(slot, str)}
-    return Reading(Facts(**attributes, objects=claims), unread, repeated, contradicting)
+    cut_off = bool(text.strip()) and not text.rstrip().endswith(".")
+    return Reading(Facts(**attributes, objects=claims), unread, repeated, contradicting, cut_off)
 
 
 def _any_of(words) -> str:
     return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
 
 
+_SENTENCE = re.compile(r"[^.]*[^.\s][^.]*\.?")
 _TIMES = {time.replace("/", " or "): time for time in TIMES_OF_DAY} | {time: time for time in TIMES_OF_DAY}
 _PLACES = {place: scene for scene, place in SCENES.items() if place}
 _NOUNS = {noun: name for name, forms in CLASSES.items() for noun in (name, *forms)}
@@ -248,6 +252,7 @@ _OBJECTS = re.compile(
 )
 
 
+@functools.lru_cache(maxsize=2**14)  # captions are made of the same sentences again and again
 def _read_sentence(sentence: str) -> dict[str | ObjectKind, str | int] | None:
     """{slot: value} of one sentence, a slot being a field of Facts or an ObjectKind; None when unreadable."""
     text = " ".join(sentence.replace("**", "").lower().split())
@@ -288,3 +293,57 @@ def _read_objects(match: re.Match) -> dict[ObjectKind, int] | None:
 
 def _to_int(number: str) -> int:
     return 1 if number == "one" else int(number)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# text against facts
+
+Verdict = Literal["", "right", "wrong", "invented", "missing", "unread"]
+
+
+def mark_caption(text: str, other: Facts, absent: Literal["invented", "missing"]) -> list[tuple[str, Verdict]]:
+    """Cut `text` into pieces that add up to it, each with a verdict on what it states, held against `other` facts.
+
+    `absent` is the verdict on what `other` says nothing about: invented for a prediction held against its reference's
+    facts, missing for a reference held against the prediction's.
+    """
+    pieces, end = [], 0
+    for match in _SENTENCE.finditer(text):
+        pieces += [(text[end : match.start()], ""), *_mark_sentence(match[0], other, absent)]
+        end = match.end()
+    return [piece for piece in [*pieces, (text[end:], "")] if piece[0]]
+
+
+def _mark_sentence(sentence: str, other: Facts, absent: Verdict) -> list[tuple[str, Verdict]]:
+    claimed = _read_sentence(sentence.strip())
+    if claimed is None:
+        return [(sentence, "unread")]
+    if not claimed.keys() & _SURFACES.keys():
+        return [(sentence, _judge([(value, _find_fact(other, slot)) for slot, value in claimed.items()], absent))]
+    pieces, end = [], 0
+    for slot, surfaces in _SURFACES.items():  # the scene's sentence: the words of each attribute by themselves
+        words = _any_of(surface for surface, value in surfaces.items() if value == claimed[slot])
+        found = re.compile(words).search(sentence.lower(), end) if words else None
+        if found and len(sentence.lower()) == len(sentence):
+            verdict = _judge([(claimed[slot], _find_fact(other, slot))], absent)
+            pieces += [(sentence[end : found.start()], ""), (sentence[found.start() : found.end()], verdict)]
+            end = found.end()
+    return [*pieces, (sentence[end:], "")]
+
+
+_SURFACES = {  # what an attribute's value looks like in a caption
+    "time_of_day": _TIMES,
+    "weather": {weather: weather for weather in WEATHERS},
+    "scene": {scene: scene for scene in SCENES} | _PLACES,
+}
+
+
+def _find_fact(facts: Facts, slot: str | ObjectKind) -> str | int | None:
+    return getattr(facts, slot) if isinstance(slot, str) else facts.objects.get(slot)
+
+
+def _judge(pairs: list[tuple[str | int, str | int | None]], absent: Verdict) -> Verdict:
+    """Verdict on what one piece states: (stated, what the other facts have) pairs."""
+    if all(stated == there for stated, there in pairs):
+        return "right" if pairs else ""
+    return absent if all(there is None for _, there in pairs) else "wrong"

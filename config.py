@@ -124,11 +124,16 @@ class TrainConfig(DataConfig):
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Caption test pictures with the fine-tuned model and score the captions."""
+    """Caption test pictures with the fine-tuned model and score the captions; or caption any pictures."""
 
     demo: bool = False  # evaluate what `main.py --demo` trained
     adapter: Path = Path("blip2-finetuned")  # folder that main.py wrote
-    predictions: Path | None = None  # score this JSON lines file of name, prediction, references; no model is loaded
+    predictions: Path | None = None  # score this file of name, prediction, references (JSON lines or CSV), no model
+    references: Path | None = None  # references of --predictions: a captions CSV or a predictions file
+    labels: tuple[Path, ...] = ()  # label files whose facts the captions are held against; none: as in the references
+    compare: tuple[Path, Path] | None = None  # two predictions files: how they differ, and whether by chance
+    images: tuple[Path, ...] = ()  # caption these pictures or folders; with --predictions: show them in the report
+    model_floors: bool = False  # score the untuned model and the nearest training picture's caption as floors too
     base: bool = False  # caption with the model as it was before fine-tuning, the adapter left out
     blank: bool = False  # show black pictures instead: what scores then is said without looking
     split: Literal["train", "val", "test"] = "test"  # frames to draw the sample from
@@ -148,6 +153,14 @@ class EvalConfig:
         _check(self, "more than 0, and at most 1", lambda value: 0 < value <= 1, "top_p")
         if self.num_samples != "all" and self.num_samples < 1:
             raise UserError(f"--num-samples {self.num_samples}: must be 1 or more, or the word all")
+        if self.model_floors and (self.base or self.predictions):
+            raise UserError(
+                "--model-floors: needs the fine-tuned model, so it goes with neither --base nor --predictions"
+            )
+        if (self.references or self.labels) and not (
+            self.predictions or self.compare or (self.labels and not self.images)
+        ):
+            raise UserError("--references and --labels: go with --predictions, whose captions they belong to")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise UserError(f"--max-new-tokens {self.max_new_tokens}: must be 1 or more")
 

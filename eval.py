@@ -1,11 +1,13 @@
-"""Caption test pictures with the fine-tuned model and score the captions.
+"""Caption test pictures with the fine-tuned model and score the captions; or caption any pictures.
 
     python eval.py                                   # 20 random test pictures, sampled at temperature 0.7
     python eval.py --num-samples all --greedy        # the whole test split
     python eval.py --demo                            # what main.py --demo trained
     python eval.py --predictions predictions.jsonl   # score captions from anywhere, no model needed
+    python eval.py --compare a.jsonl b.jsonl         # do two models differ?
+    python eval.py --images my_pictures/             # caption pictures without references
 
-Predictions are written first, to logs/<run>/predictions.jsonl, and scored from there.
+Predictions are written first, to logs/<run>/predictions.jsonl, and scored from there: scores.json and report.html.
 """
 
 from config import EvalConfig, parse_args, run_script
@@ -16,31 +18,39 @@ if __name__ == "__main__":
 import csv
 import json
 import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
-from captions import parse_caption
+from captions import Facts, mark_caption, parse_caption
 from config import UserError, config_to_json, name_run
-from data import SPLIT_COLUMNS, Example, atomic_write
-from metrics import make_floors, make_signature, score_bleu, score_facts, score_reference_bleu
+from data import IMAGE_SUFFIXES, SPLIT_COLUMNS, Example, atomic_write, index_images
+from fact_metrics import list_statements
+from labels import LabelReport, read_labels
+from predictions import (
+    Prediction,
+    format_prediction,
+    name_examples,
+    parse_prediction,
+    read_predictions,
+    read_references,
+    write_predictions,
+)
+from report import ReportRow, write_report
+from scores import HEADLINES, compare_predictions, score_predictions, slice_names
 
-
-class Prediction(NamedTuple):
-    """A generated caption and what it is scored against."""
-
-    name: str
-    prediction: str
-    references: list[str]
+UNTUNED, NEAREST = "the untuned model", "nearest training picture"  # floors that need a model
+RESUMED = ("adapter", "base", "blank", "greedy", "temperature", "top_p", "max_new_tokens", "seed")  # must not change
 
 
 # --------------------------------------------------------------------------------------------------------------
-# predictions
+# captioning
 
 
-def sample_examples(folder: Path, split: str, num_samples: int | str, seed: int) -> list[Example]:
-    """`num_samples` random examples of the split that main.py wrote to `folder`, or all of them."""
+def read_split(folder: Path, split: str) -> list[Example]:
+    """The examples of a split that main.py wrote to `folder`."""
     path = folder / "split.csv"
     if not path.is_file():
         raise UserError(f"{folder}: no fine-tuned model in it; train one with python main.py --output {folder}")
@@ -52,171 +62,367 @@ def sample_examples(folder: Path, split: str, num_samples: int | str, seed: int)
         raise UserError(f"{path}: not a split with columns {', '.join(SPLIT_COLUMNS)} ({error!r})") from None
     if not examples:
         raise UserError(f"{path}: no frame of the {split} split in it")
+    return examples
+
+
+def sample_examples(examples: list[Example], num_samples: int | str, seed: int) -> list[Example]:
+    """`num_samples` random examples, or all of them."""
     if num_samples == "all":
         return examples
     if num_samples > len(examples):
-        print(f"the {split} split has {len(examples)} frames, not {num_samples}: all are taken")
+        print(f"the split has {len(examples)} frames, not {num_samples}: all are taken")
     return random.Random(seed).sample(examples, min(num_samples, len(examples)))
 
 
-def caption_examples(config: EvalConfig, examples: list[Example]) -> list[Prediction]:
-    """Caption the examples' pictures in batches."""
-    import torch
-    from transformers import set_seed
-    from transformers.utils import logging
+class Captioner:
+    """The fine-tuned model with its processor and settings."""
 
-    from model import generate_captions, load_finetuned, load_pixels, pick_device
+    def __init__(self, config: EvalConfig):
+        from transformers import set_seed
+        from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    model, processor, generation = load_finetuned(config.adapter, pick_device(), config.base)
-    options = {} if config.greedy else {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
-    options |= {"do_sample": not config.greedy}
-    if config.max_new_tokens is not None:
-        options |= {"max_new_tokens": config.max_new_tokens}
-    set_seed(config.seed)
+        from model import load_finetuned, pick_device
+
+        logging.set_verbosity_error()
+        self.config = config
+        self.model, self.processor, self.generation = load_finetuned(config.adapter, pick_device(), config.base)
+        self.options = {"do_sample": not config.greedy}
+        if not config.greedy:
+            self.options |= {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+        if config.max_new_tokens is not None:
+            self.options["max_new_tokens"] = config.max_new_tokens
+        set_seed(config.seed)
+
+    def load_batches(self, pictures: Sequence[tuple[str, Path]], unreadable: dict[str, str]) -> Iterator[tuple]:
+        """(names, pixels (B, 3, S, S)) of batches. A picture that can't be read goes into `unreadable` with why."""
+        import torch
+
+        from model import load_pixels
+
+        with tqdm(total=len(pictures), desc="captioning", unit="picture") as progress:
+            for start in range(0, len(pictures), self.config.batch_size):
+                batch = pictures[start : start + self.config.batch_size]
+                names, pixels = [], []
+                for name, path in batch:
+                    try:
+                        pixels.append(load_pixels(path, self.processor, self.config.blank))
+                        names.append(name)
+                    except UserError as error:
+                        unreadable[name] = str(error)
+                if names:
+                    yield names, torch.stack(pixels)
+                progress.update(len(batch))
+
+    def caption(self, pixels) -> list[str]:
+        """Captions of (B, 3, S, S) pixel values."""
+        import torch
+
+        from model import generate_captions
+
+        try:
+            return generate_captions(self.model, self.processor, pixels, self.generation, **self.options)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+            size = self.config.batch_size
+            raise UserError(f"--batch-size {size}: too large for the GPU ({reason}); take a smaller one") from None
+
+    def encode(self, pixels):
+        """(B, D) image features of length 1: the frozen ViT's pooled output."""
+        import torch
+
+        vision = (
+            self.model.get_base_model().vision_model if hasattr(self.model, "peft_config") else self.model.vision_model
+        )
+        weight = vision.post_layernorm.weight
+        with torch.inference_mode():
+            pooled = vision(pixels.to(weight.device, weight.dtype)).pooler_output.float()
+        return torch.nn.functional.normalize(pooled, dim=-1)
+
+
+def caption_examples(config: EvalConfig, examples: list[Example]) -> tuple[list[Prediction], dict[str, str]]:
+    """Predictions for the examples, and the pictures that can't be read with the reason."""
+    captioner, unreadable = Captioner(config), {}
+    nearest = find_nearest(captioner, examples, read_split(config.adapter, "train")) if config.model_floors else {}
+    references = {example.name: [example.caption] for example in examples}
     predictions = []
-    with tqdm(total=len(examples), desc="captioning", unit="picture") as progress:
-        for start in range(0, len(examples), config.batch_size):
-            batch = examples[start : start + config.batch_size]
-            pixels = torch.stack([load_pixels(e.image, processor, config.blank) for e in batch])  # (B, 3, S, S)
-            try:
-                captions = generate_captions(model, processor, pixels, generation, **options)
-            except torch.OutOfMemoryError as error:
-                reason = str(error).splitlines()[0]
-                raise UserError(f"--batch-size {config.batch_size}: too large for the GPU ({reason})") from None
-            for example, caption in zip(batch, captions, strict=True):
-                predictions.append(Prediction(example.name, caption, [example.caption]))
-            progress.update(len(batch))
-    return predictions
-
-
-def write_predictions(path: Path, predictions: list[Prediction]) -> None:
-    with atomic_write(path) as file:
-        for prediction in predictions:
-            file.write(json.dumps(prediction._asdict(), ensure_ascii=False) + "\n")
-
-
-def read_predictions(path: Path) -> list[Prediction]:
-    """Read JSON lines of name, prediction and references. Raises UserError with the line that is wrong."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not at U+2028, which JSON strings may hold
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't be read ({error}); --predictions takes a JSON lines file") from None
-    predictions, names = [], set()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        prediction = parse_prediction(line, f"{path}, line {number}")
-        if prediction.name in names:
-            raise UserError(f"{path}, line {number}: {prediction.name} came before; each picture is scored once")
-        names.add(prediction.name)
-        predictions.append(prediction)
+    for names, pixels in captioner.load_batches([(e.name, e.image) for e in examples], unreadable):
+        captions = captioner.caption(pixels)
+        floors = [{} for _ in names]
+        if config.model_floors:
+            with captioner.model.disable_adapter():
+                untuned = captioner.caption(pixels)
+            floors = [{UNTUNED: text, NEAREST: nearest[name]} for name, text in zip(names, untuned, strict=True)]
+        for name, caption, floor in zip(names, captions, floors, strict=True):
+            predictions.append(Prediction(name, caption, references[name], floor))
     if not predictions:
-        raise UserError(f"{path}: no predictions in it")
-    return predictions
+        raise UserError(f"none of the {len(examples)} pictures can be read: {next(iter(unreadable.values()))}")
+    return predictions, unreadable
 
 
-def parse_prediction(line: str, place: str) -> Prediction:
-    wanted = 'must be {"name": TEXT, "prediction": TEXT, "references": [TEXT, ...]}'
-    try:
-        row = json.loads(line)
-        prediction = Prediction(row["name"], row["prediction"], row["references"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{place}: {wanted} ({error!r})") from None
-    texts = [prediction.name, prediction.prediction]
-    if not isinstance(prediction.references, list) or not prediction.references:
-        raise UserError(f"{place}: {wanted}, with one reference at least")
-    if not all(isinstance(text, str) for text in texts + prediction.references):
-        raise UserError(f"{place}: {wanted}")
-    return prediction
+def find_nearest(captioner: Captioner, examples: list[Example], training: list[Example]) -> dict[str, str]:
+    """{name: caption of the training picture whose image features are most like its own}."""
+    import torch
+
+    features = {}
+    for part in (training, examples):
+        for names, pixels in captioner.load_batches([(e.name, e.image) for e in part], {}):
+            features |= zip(names, captioner.encode(pixels).cpu(), strict=True)
+    known = [example for example in training if example.name in features]
+    table = torch.stack([features[example.name] for example in known])  # (N, D)
+    readable = [example for example in examples if example.name in features]
+    return {e.name: known[int((table @ features[e.name]).argmax())].caption for e in readable}
 
 
 # --------------------------------------------------------------------------------------------------------------
-# scores
+# pictures without references
 
 
-def score_predictions(predictions: list[Prediction], decoding: str, seed: int) -> dict:
-    """All scores of the predictions, with the signatures that say how they came about, and the floors beside them."""
-    texts = [prediction.prediction for prediction in predictions]
-    references = [prediction.references for prediction in predictions]
-    n = len(predictions)
-    coco = {"level": "corpus", "tok": "coco", "case": "lower", "smooth": "none"}
-    spaces = {"level": "sentence-mean", "tok": "space", "case": "lower", "smooth": "method4"}
-    return {
-        "n": n,
-        **score_texts(texts, references),
-        "floors": {name: score_texts(floor, references) for name, floor in make_floors(references, seed).items()},
-        "signatures": {
-            "corpus_bleu": make_signature(**coco, n=n, decoding=decoding),
-            "reference_bleu": make_signature(**spaces, n=n, decoding=decoding),
-        },
-    }
+def find_pictures(paths: Sequence[Path]) -> list[tuple[str, Path]]:
+    """(name, file) of the pictures in `paths`, a name being the path below the folder that was given."""
+    pictures: dict[str, Path] = {}
+    for path in paths:
+        if path.is_dir():
+            below = [file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+            found = {str(file.relative_to(path)): file for file in sorted(below)}
+            if not found:
+                raise UserError(f"{path}: no picture in this folder ({', '.join(IMAGE_SUFFIXES)})")
+        elif path.is_file():
+            found = {path.name: path}
+        else:
+            raise UserError(f"{path}: no such picture or folder; --images takes pictures and folders of them")
+        if twice := found.keys() & pictures.keys():
+            raise UserError(f"{path}: {sorted(twice)[0]} came before; give the folder above both instead")
+        pictures |= found
+    return list(pictures.items())
 
 
-def score_texts(texts: list[str], references: list[list[str]]) -> dict[str, dict[str, float]]:
-    """Corpus BLEU, the reference code's BLEU, and the facts, which are read in the first reference of each row."""
-    return {
-        "corpus_bleu": score_bleu(texts, references),
-        "reference_bleu": score_reference_bleu(texts, references),
-        "facts": score_facts([parse_caption(text) for text in texts], [parse_caption(row[0]) for row in references]),
-    }
+def read_finished(path: Path, config: EvalConfig) -> dict[str, str]:
+    """{name: caption} of an earlier run under this name, which must have had the same settings."""
+    settings = {name: value for name, value in config_to_json(config).items() if name in RESUMED}
+    noted = path.with_name("settings.json")
+    if not path.exists():
+        with atomic_write(noted) as file:
+            json.dump(settings, file, indent=1)
+        return {}
+    if not noted.exists() or json.loads(noted.read_text()) != settings:
+        raise UserError(f"{path}: was written with other settings; take another --run-name, or those of {noted}")
+    finished, whole = {}, 0
+    data = path.read_bytes()
+    for line in data.splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            break  # the run was stopped while it wrote this line
+        prediction = parse_prediction(line.decode("utf-8"), str(path))
+        finished[prediction.name] = prediction.prediction
+        whole += len(line)
+    with open(path, "r+b") as file:
+        file.truncate(whole)
+    return finished
 
 
-COLUMNS = {  # of the printed table: (group, score) by its title
-    "BLEU-1": ("corpus_bleu", "BLEU-1"),
-    "BLEU-2": ("corpus_bleu", "BLEU-2"),
-    "BLEU-3": ("corpus_bleu", "BLEU-3"),
-    "BLEU-4": ("corpus_bleu", "BLEU-4"),
-    "time": ("facts", "time_of_day"),
-    "weather": ("facts", "weather"),
-    "scene": ("facts", "scene"),
-    "light": ("facts", "traffic_light"),
-    "objects": ("facts", "objects_f1"),
-    "all": ("facts", "whole_caption"),
+def caption_pictures(config: EvalConfig, run_dir: Path) -> None:
+    """Caption the pictures of --images, to captions.jsonl as it goes, then captions.csv and the gallery."""
+    pictures = find_pictures(config.images)
+    path = run_dir / "captions.jsonl"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    finished = read_finished(path, config)
+    left = [(name, file) for name, file in pictures if name not in finished]
+    if finished:
+        print(f"{len(pictures) - len(left):,} of {len(pictures):,} pictures were captioned before")
+    unreadable: dict[str, str] = {}
+    if left:
+        captioner = Captioner(config)
+        with open(path, "a", encoding="utf-8") as file:
+            for names, pixels in captioner.load_batches(left, unreadable):
+                for name, caption in zip(names, captioner.caption(pixels), strict=True):
+                    file.write(format_prediction(Prediction(name, caption, [])))
+                    finished[name] = caption
+                file.flush()
+    captions = {name: finished[name] for name, _ in pictures if name in finished}
+    with atomic_write(run_dir / "captions.csv") as file:
+        csv.writer(file).writerows([("name", "caption"), *captions.items()])
+    rows = [ReportRow(name, mark_caption(text, Facts(), ""), [], {}, None) for name, text in captions.items()]
+    write_report(run_dir / "report.html", f"{len(rows):,} captions", rows, dict(pictures), None)
+    print_left_out(unreadable)
+    for name, caption in list(captions.items())[: config.show]:
+        print(f"\n{name}\n  {caption}")
+    print(f"\n{len(captions):,} captions in {run_dir}: captions.csv, captions.jsonl, report.html")
+    if not captions:
+        raise UserError(f"none of the {len(pictures)} pictures can be read")
+
+
+def print_left_out(unreadable: dict[str, str]) -> None:
+    if unreadable:
+        print(f"{len(unreadable):,} pictures can't be read and are left out:")
+        print("\n".join(f"  {reason}" for reason in list(unreadable.values())[:10]))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# what is shown
+
+
+def make_rows(predictions: Sequence[Prediction], facts: Sequence[Facts]) -> list[ReportRow]:
+    """The report's cards."""
+    rows = []
+    for prediction, expected in zip(predictions, facts, strict=True):
+        said = parse_caption(prediction.prediction)
+        marked = mark_caption(prediction.prediction, expected, "invented")
+        references = [mark_caption(text, said, "missing") for text in prediction.references]
+        mine, theirs = list_statements(said), list_statements(expected)
+        score = 2 * len(mine & theirs) / (len(mine) + len(theirs)) if theirs else None
+        rows.append(ReportRow(prediction.name, marked, references, slice_names(expected), score))
+    return rows
+
+
+TITLES = {  # of the printed table, in the order of HEADLINES
+    "facts_f1": "facts F1",
+    "time_of_day": "time",
+    "weather": "weather",
+    "scene": "scene",
+    "traffic_light": "light",
+    "objects_f1": "objects",
+    "whole_caption": "whole",
+    "BLEU-4": "BLEU-4",
+    "CIDEr-D": "CIDEr-D",
 }
 
 
 def print_scores(scores: dict) -> None:
-    print(f"\n{scores['n']} pictures; corpus BLEU on COCO tokens; shares of facts that are right, F1 for the objects")
-    print(f"{'':<27}" + "".join(f"{title:>9}" for title in COLUMNS))
-    for name, row in {"predictions": scores, **scores["floors"]}.items():
-        print(f"{name:<27}" + "".join(format_score(row[group][key]) for group, key in COLUMNS.values()))
-    bleus = "  ".join(f"{name} {value:.3f}" for name, value in scores["reference_bleu"].items())
-    print(f"by the reference code's own protocol: {bleus}")
-    print("\n".join(f"{name}: {signature}" for name, signature in scores["signatures"].items()))
+    """Headline scores with half the width of their intervals, and the floors beneath."""
+    print(f"\n{scores['n']:,} pictures. Shares of right facts, F1 for facts and objects; ± half the 95 % interval")
+    print(f"{'':<26}" + "".join(f"{title:>10}" for title in TITLES.values()))
+    own = {name: scores["scores"][group][name] for name, group in HEADLINES.items()}
+    digits = {name: choose_digits(figure) for name, figure in own.items()}
+    for row, groups in {"predictions": scores["scores"], **scores["floors"]}.items():
+        values = [format_value(groups[group][name]["value"], digits[name]) for name, group in HEADLINES.items()]
+        print(f"{row:<26}" + "".join(f"{value:>10}" for value in values))
+        if row == "predictions":
+            halves = [format_half(own[name], digits[name]) for name in HEADLINES]
+            print(f"{'':<26}" + "".join(f"{half:>10}" for half in halves))
+    for group, title in {"corpus_bleu": "corpus BLEU", "reference_bleu": "reference protocol"}.items():
+        figures = scores["scores"][group].items()
+        print(f"{title:<26}" + "  ".join(f"{name} {figure['value']:.3f}" for name, figure in figures))
+    worst = [f"{item['by']} {item['value']} {item['scores']['facts_f1']['value']:.2f}" for item in scores["slices"][:3]]
+    if worst:
+        print(f"{'worst slices, facts F1':<26}" + ", ".join(worst))
+    print("\n".join(f"note: {note}" for note in scores["notes"]))
+    print(f"signature: {scores['signatures']['corpus_bleu']}")
 
 
-def format_score(score: float | None) -> str:
-    return f"{'–':>9}" if score is None else f"{score:>9.3f}"
+def choose_digits(figure: dict) -> int:
+    """Decimals that the width of the interval supports."""
+    if figure["low"] is None:
+        return 2
+    half = (figure["high"] - figure["low"]) / 2
+    return 2 if half >= 0.05 else 3
 
 
-def print_captions(predictions: list[Prediction], count: int) -> None:
+def format_value(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def format_half(figure: dict, digits: int) -> str:
+    return "" if figure["low"] is None else f"±{(figure['high'] - figure['low']) / 2:.{digits}f}"
+
+
+def print_captions(predictions: Sequence[Prediction], count: int) -> None:
     for prediction in predictions[:count]:
         print(f"\n{prediction.name}\n  prediction: {prediction.prediction}")
         for reference in prediction.references:
             print(f"  reference:  {reference}")
 
 
+def print_comparison(compared: dict, one: Path, other: Path) -> None:
+    print(f"A {one}\nB {other}\n{compared['n']:,} pictures that both captioned")
+    for name, count in (("A", compared["only_in_one"]), ("B", compared["only_in_other"])):
+        if count:
+            print(f"{count:,} pictures only {name} captioned are left out")
+    print(f"{'':<18}{'A':>9}{'B':>9}{'B - A':>9}   {'95 % interval':<18}{'p':>7}")
+    for name, row in compared["scores"].items():
+        values = f"{row['one']:>9.3f}{row['other']:>9.3f}{row['difference']:>+9.3f}"
+        interval = f"{row['low']:+.3f} to {row['high']:+.3f}"
+        print(f"{name:<18}{values}   {interval:<18}{row['p']:>7.3f}")
+    print("paired bootstrap; many scores are compared at once, so one p below 0.05 alone says little")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# scoring
+
+
+def read_facts(config: EvalConfig, predictions: Sequence[Prediction]) -> tuple[list[Prediction], list[Facts], Counter]:
+    """The predictions that are scored, the facts they are held against, and how many are left out by reason."""
+    if not config.labels:
+        return list(predictions), [parse_caption(prediction.references[0]) for prediction in predictions], Counter()
+    report = LabelReport()
+    labelled = {frame.name: frame.facts for frame in read_labels(config.labels, report)}
+    scored = [prediction for prediction in predictions if prediction.name in labelled]
+    if not scored:
+        names = name_examples([prediction.name for prediction in predictions])
+        raise UserError(f"--labels {config.labels[0]}: none of the captioned pictures is in it ({names})")
+    left_out = Counter({"predictions without labels": len(predictions) - len(scored)})
+    return scored, [labelled[prediction.name] for prediction in scored], +left_out
+
+
+def evaluate(config: EvalConfig, run_dir: Path) -> None:
+    """Caption the test split unless predictions are given, and score: scores.json and report.html."""
+    unreadable, images, references = {}, {}, None
+    if config.predictions is None:
+        examples = sample_examples(read_split(config.adapter, config.split), config.num_samples, config.seed)
+        images = {example.name: example.image for example in examples}
+        predictions_file = run_dir / "predictions.jsonl"
+        predictions, unreadable = caption_examples(config, examples)
+        write_predictions(predictions_file, predictions)
+        signature = {"split": config.split, "decoding": describe_decoding(config)}
+    else:
+        predictions_file, signature = config.predictions, {"split": "unknown", "decoding": "unknown"}
+        for path in config.images:
+            images |= index_images(path) if path.is_dir() else {path.name: path}
+        references = read_references(config.references) if config.references else None
+    read, left_out = read_predictions(predictions_file, references)
+    predictions, facts, unlabelled = read_facts(config, read)
+    left_out += unlabelled + Counter({"unreadable pictures": len(unreadable)})
+    scores = score_predictions(predictions, signature, facts)
+    scores |= {"left_out": dict(+left_out), "facts_from": "labels" if config.labels else "references"}
+    scores |= {"predictions": str(predictions_file), "config": config_to_json(config)}
+    with atomic_write(run_dir / "scores.json") as file:
+        json.dump(scores, file, indent=1, allow_nan=False)
+    title = f"{len(predictions):,} pictures, {signature['split']} split, {signature['decoding']}"
+    write_report(run_dir / "report.html", title, make_rows(predictions, facts), images, scores)
+    print_captions(predictions, config.show)
+    print_left_out(unreadable)
+    print_scores(scores)
+    for reason, count in scores["left_out"].items():
+        print(f"left out: {count:,} {reason}")
+    print(f"predictions in {predictions_file}; scores.json and report.html in {run_dir}")
+
+
+def describe_decoding(config: EvalConfig) -> str:
+    if config.greedy:
+        return "greedy"
+    return f"T{config.temperature:g}-p{config.top_p:g}-seed{config.seed}-batch{config.batch_size}"
+
+
+def compare(config: EvalConfig, run_dir: Path) -> None:
+    """Print how two predictions files differ, and whether by chance."""
+    references = read_references(config.references) if config.references else None
+    one, other = (read_predictions(path, references)[0] for path in config.compare)
+    try:
+        compared = compare_predictions(one, other)
+    except ValueError as error:
+        raise UserError(f"--compare {config.compare[0]} {config.compare[1]}: {error}") from None
+    with atomic_write(run_dir / "comparison.json") as file:
+        json.dump(compared, file, indent=1, allow_nan=False)
+    print_comparison(compared, *config.compare)
+    print(f"comparison.json in {run_dir}")
+
+
 def main(config: EvalConfig) -> None:
     run_dir = name_run(config, "-eval")
-    if config.predictions is None:
-        examples = sample_examples(config.adapter, config.split, config.num_samples, config.seed)
-        predictions_file = run_dir / "predictions.jsonl"
-        write_predictions(predictions_file, caption_examples(config, examples))
-        decoding = (
-            "greedy"
-            if config.greedy
-            else f"T{config.temperature:g}-p{config.top_p:g}-seed{config.seed}-batch{config.batch_size}"
-        )
+    if config.compare is not None:
+        compare(config, run_dir)
+    elif config.images and config.predictions is None:
+        caption_pictures(config, run_dir)
     else:
-        predictions_file, decoding = config.predictions, "unknown"
-    predictions = read_predictions(predictions_file)
-    scores = score_predictions(predictions, decoding, config.seed)
-    with atomic_write(run_dir / "scores.json") as file:
-        json.dump({**scores, "predictions": str(predictions_file), "config": config_to_json(config)}, file, indent=2)
-    print_captions(predictions, config.show)
-    print_scores(scores)
-    print(f"predictions in {predictions_file}, scores in {run_dir / 'scores.json'}")
+        evaluate(config, run_dir)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,23 @@
-"""Scores of captions against their references. No torch.
+"""Text metrics of captions against their references, their bootstrap intervals, and floors. No torch.
 
-bleu = score_bleu(["a red car"], [["a red car", "one red car"]])
+    bleu = score_bleu(["a red car"], [["a red car", "one red car"]])
+
+Each metric is kept as a `Metric`: statistics of each caption, whose sums give the scores. So a bootstrap is one matrix
+product, and a slice one sum over some rows. Shapes: N captions, K statistics, M scores, R resamples.
 """
 
+import functools
+import itertools
+import math
 import random
 import re
-import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import nltk
+import numpy as np
 from nltk.tokenize import NLTKWordTokenizer
-from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu, sentence_bleu
-
-from captions import Facts
 
 # What pycocoevalcap drops after PTB tokenisation.
 COCO_PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
@@ -22,47 +26,315 @@ _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Za-z]\.)\s+")  # not after U.S. and the like
 _WORD_TOKENIZER = NLTKWordTokenizer()
 
+ORDERS = (1, 2, 3, 4)  # n of the n-grams
+BLEU_NAMES = tuple(f"BLEU-{n}" for n in ORDERS)
+ROUGE_BETA = 1.2
+CIDER_SIGMA = 6.0
+RESAMPLES, BOOTSTRAP_SEED = 1000, 12345  # sacrebleu's
+
+
+class Metric(NamedTuple):
+    """What a group of scores is made of."""
+
+    names: tuple[str, ...]  # of the M scores
+    statistics: np.ndarray  # (N, K), a row a caption
+    score: Callable[[np.ndarray], np.ndarray]  # (..., K) sums -> (..., M); NaN where a score is undefined
+
+
+# --------------------------------------------------------------------------------------------------------------
+# tokens and n-grams
+
 
 def tokenize_coco(text: str) -> list[str]:
     """Tokens as in COCO's evaluation: Penn Treebank, lower case, punctuation dropped (but not `*`).
 
     nltk splits a full stop only at the end of a text, hence sentence by sentence, and each of several stars.
     """
+    return [token for sentence in _SENTENCE_END.split(text.strip()) for token in _tokenize_sentence(sentence)]
+
+
+@functools.lru_cache(maxsize=2**16)  # captions are made of the same sentences again and again
+def _tokenize_sentence(sentence: str) -> list[str]:
     tokens = []
-    for sentence in _SENTENCE_END.split(text.strip()):
-        for stars, words in re.findall(r"(\*+)|([^*]+)", sentence):
-            tokens += [stars] if stars else _WORD_TOKENIZER.tokenize(words)
+    for stars, words in re.findall(r"(\*+)|([^*]+)", sentence):
+        tokens += [stars] if stars else _WORD_TOKENIZER.tokenize(words)
     lower = (_BRACKETS.get(token, token.lower()) for token in tokens)
     return [token for token in lower if token not in COCO_PUNCTUATION]
 
 
+def tokenize_spaces(text: str) -> list[str]:
+    """Tokens of the reference's code."""
+    return text.lower().split()
+
+
+class _Entries(NamedTuple):
+    """Counts of n-grams: one entry for each n-gram of each row, sorted by row and n-gram."""
+
+    row: np.ndarray  # (E,)
+    gram: np.ndarray  # (E,)
+    count: np.ndarray  # (E,)
+
+
+class Texts:
+    """Distinct texts, tokenised once, and the counts of their n-grams."""
+
+    def __init__(self, texts: Iterable[str], tokenize: Callable[[str], list[str]]):
+        self.index = {text: position for position, text in enumerate(dict.fromkeys(texts))}
+        self.tokens = [tokenize(text) for text in self.index]
+        self.lengths = np.array([len(tokens) for tokens in self.tokens], dtype=np.int64)  # (texts,)
+        vocabulary: dict[str, int] = {}
+        flat = [vocabulary.setdefault(token, len(vocabulary)) for tokens in self.tokens for token in tokens]
+        words = np.array(flat, dtype=np.int64)
+        row = np.repeat(np.arange(len(self.tokens)), self.lengths)
+        left = np.repeat(np.cumsum(self.lengths), self.lengths) - np.arange(len(words))  # tokens to the text's end
+        grams, self.entries, self.gram_counts = words, [], []  # by order: entries and number of distinct n-grams
+        self._starts = []
+        for n in ORDERS:
+            whole = left >= n
+            distinct, gram = np.unique(grams[whole], return_inverse=True)
+            entries = _count(row[whole], gram, max(len(distinct), 1))
+            self.gram_counts.append(max(len(distinct), 1))
+            self.entries.append(entries)
+            self._starts.append(np.searchsorted(entries.row, np.arange(len(self.tokens) + 1)))
+            if n < len(ORDERS):  # an (n+1)-gram is an n-gram and the word after it
+                longer = np.zeros(len(words), dtype=np.int64)
+                longer[whole] = gram
+                following = np.zeros(len(words), dtype=np.int64)
+                following[: max(len(words) - n, 0)] = words[n:]
+                grams = longer * max(len(vocabulary), 1) + following
+
+    def find(self, texts: Iterable[str]) -> np.ndarray:
+        """Positions of texts among the distinct ones."""
+        return np.fromiter((self.index[text] for text in texts), dtype=np.int64)
+
+    def expand(self, order: int, which: np.ndarray) -> _Entries:
+        """The entries of the texts `which` (rows,), rows numbered anew."""
+        entries, starts = self.entries[order], self._starts[order]
+        begin, sizes = starts[which], starts[which + 1] - starts[which]
+        rows = np.repeat(np.arange(len(which)), sizes)
+        take = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes) + np.repeat(begin, sizes)
+        return _Entries(rows, entries.gram[take], entries.count[take])
+
+
+def _count(row: np.ndarray, gram: np.ndarray, grams: int) -> _Entries:
+    keys, count = np.unique(row * grams + gram, return_counts=True)
+    return _Entries(keys // grams, keys % grams, count)
+
+
+class References:
+    """The references of N captions, and all texts that will be scored against them, in one tokenisation."""
+
+    def __init__(self, references: Sequence[Sequence[str]], predictions: Iterable[str], tokenize):
+        if not references or not all(references):
+            raise ValueError("each caption needs a reference at least")
+        self.texts = Texts([*itertools.chain.from_iterable(references), *predictions], tokenize)
+        self.size = len(references)
+        self.pair_row = np.repeat(np.arange(self.size), [len(row) for row in references])  # (pairs,)
+        self.pair_text = self.texts.find(itertools.chain.from_iterable(references))  # (pairs,)
+
+    @functools.cached_property
+    def most(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """By order: keys row * grams + gram, sorted, and the most often that one reference of the row has the gram."""
+        most = []
+        for order, grams in enumerate(self.texts.gram_counts):
+            entries = self.texts.expand(order, self.pair_text)
+            keys = self.pair_row[entries.row] * grams + entries.gram
+            order_of = np.argsort(keys, kind="stable")
+            distinct, first = np.unique(keys[order_of], return_index=True)
+            counts = entries.count[order_of]
+            most.append((distinct, np.maximum.reduceat(counts, first) if len(counts) else counts))
+        return most
+
+    def closest_lengths(self, lengths: np.ndarray) -> np.ndarray:
+        """(N,) lengths of the references that come closest to the predictions' `lengths`, the shorter on ties."""
+        pair_lengths = self.texts.lengths[self.pair_text]
+        distance = np.abs(pair_lengths - lengths[self.pair_row])
+        order = np.lexsort((pair_lengths, distance, self.pair_row))
+        return pair_lengths[order][np.searchsorted(self.pair_row[order], np.arange(self.size))]
+
+
+def _look_up(keys: np.ndarray, sorted_keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The values of `keys`, 0 where there is none."""
+    if not len(sorted_keys):
+        return np.zeros(len(keys), dtype=values.dtype)
+    place = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
+    return np.where(sorted_keys[place] == keys, values[place], 0)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# BLEU
+
+
+def _match_grams(references: References, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of the texts `predicted` (N,): lengths (N,), closest reference lengths (N,), clipped matches by order (N, 4)."""
+    lengths = references.texts.lengths[predicted]
+    matches = np.zeros((references.size, len(ORDERS)))
+    for order, grams in enumerate(references.texts.gram_counts):
+        entries = references.texts.expand(order, predicted)
+        most = _look_up(entries.row * grams + entries.gram, *references.most[order])
+        matches[:, order] = np.bincount(entries.row, np.minimum(entries.count, most), references.size)
+    return lengths, references.closest_lengths(lengths), matches
+
+
+def measure_bleu(references: References, predictions: Sequence[str]) -> Metric:
+    """Corpus BLEU-1 to BLEU-4, 0 to 1 (Papineni et al. 2002), smoothed as pycocoevalcap does: by 1e-15 and 1e-9."""
+    lengths, closest, matches = _match_grams(references, references.texts.find(predictions))
+    guesses = np.maximum(lengths[:, None] - np.array(ORDERS) + 1, 0)
+    return Metric(BLEU_NAMES, np.hstack([lengths[:, None], closest[:, None], matches, guesses]), _score_bleu)
+
+
+def _score_bleu(sums: np.ndarray) -> np.ndarray:
+    lengths, closest, matches, guesses = sums[..., 0], sums[..., 1], sums[..., 2:6], sums[..., 6:10]
+    logs = np.log((matches + 1e-15) / (guesses + 1e-9))
+    ratio = (lengths + 1e-15) / (closest + 1e-9)
+    brevity = np.where(ratio < 1, np.exp(np.minimum(1 - 1 / ratio, 0)), 1)
+    return np.exp(np.cumsum(logs, axis=-1) / np.array(ORDERS)) * brevity[..., None]
+
+
+def measure_reference_bleu(references: References, predictions: Sequence[str]) -> Metric:
+    """BLEU-1 to BLEU-4 by the reference code's protocol: mean of nltk's sentence BLEU, method4, split at spaces.
+
+    Its BLEU-3 weighs 0.33 three times. method4 (Chen and Cherry 2014) is that of nltk 3.10: a count of zero becomes
+    ln(length) / (5 * 2^i), i counting the zeros.
+    """
+    lengths, closest, matches = _match_grams(references, references.texts.find(predictions))
+    denominators = np.maximum(lengths[:, None] - np.array(ORDERS) + 1, 1)
+    zero = (matches == 0) & (lengths > 1)[:, None]
+    smoothed = np.log(np.maximum(lengths, 1))[:, None] / (5 * 2.0 ** np.cumsum(zero, axis=1))
+    numerators = np.where(zero, smoothed, matches)
+    with np.errstate(divide="ignore"):
+        logs = np.where(numerators > 0, np.log(numerators / denominators), 0)  # nltk leaves out what stays zero
+        brevity = np.where(lengths > closest, 1, np.exp(1 - closest / np.maximum(lengths, 1)))
+    weights = np.array([[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0.33, 0.33, 0.33, 0], [0.25] * 4])
+    scores = np.exp(logs @ weights.T) * (brevity * (matches[:, 0] > 0))[:, None]
+    return measure_mean(BLEU_NAMES, scores)
+
+
+def measure_mean(names: tuple[str, ...], scores: np.ndarray) -> Metric:
+    """The mean of each caption's scores (N, M)."""
+    statistics = np.hstack([scores, np.ones((len(scores), 1))])
+    return Metric(names, statistics, lambda sums: divide(sums[..., :-1], sums[..., -1:]))
+
+
+def divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a / b, NaN where b is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(b == 0, np.nan, a / b)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# ROUGE-L, CIDEr-D, METEOR
+
+
+def measure_rouge(references: References, predictions: Sequence[str]) -> Metric:
+    """Mean ROUGE-L, 0 to 1 (Lin 2004), as pycocoevalcap has it: beta 1.2, best precision and best recall."""
+    predicted = references.texts.find(predictions)
+    tokens = references.texts.tokens
+    common: dict[tuple[int, int], int] = {}
+    best = np.zeros((references.size, 2))  # precision, recall
+    for row, reference in zip(references.pair_row.tolist(), references.pair_text.tolist(), strict=True):
+        pair = int(predicted[row]), reference
+        if pair not in common:
+            common[pair] = _common_length(tokens[pair[0]], tokens[reference])
+        shares = common[pair] / max(len(tokens[pair[0]]), 1), common[pair] / max(len(tokens[reference]), 1)
+        best[row] = np.maximum(best[row], shares)
+    precision, recall = best.T
+    weighted = divide((1 + ROUGE_BETA**2) * precision * recall, recall + ROUGE_BETA**2 * precision)
+    return measure_mean(("ROUGE-L",), np.nan_to_num(weighted)[:, None])
+
+
+def _common_length(one: list[str], other: list[str]) -> int:
+    """Length of the longest common subsequence, a bit of an integer for each token of `one` (Hyyrö 2004)."""
+    if not one and not other:
+        return 1  # COCO's split finds an empty word in each
+    places: dict[str, int] = {}
+    for position, token in enumerate(one):
+        places[token] = places.get(token, 0) | 1 << position
+    everywhere = (1 << len(one)) - 1
+    row = everywhere
+    for token in other:
+        hits = row & places.get(token, 0)
+        row = (row + hits | row - hits) & everywhere
+    return len(one) - row.bit_count()
+
+
+def measure_cider(references: References, predictions: Sequence[str]) -> Metric:
+    """Mean CIDEr-D, 0 to 10 (Vedantam et al. 2015): sigma 6, clipped; document frequencies from these references.
+
+    As in pycocoevalcap, lengths are counted in bigrams. One caption alone scores 0: its n-grams are in every document.
+    """
+    texts, predicted = references.texts, references.texts.find(predictions)[references.pair_row]
+    lengths = np.maximum(texts.lengths - 1, 0)
+    delta = lengths[predicted] - lengths[references.pair_text]
+    similarity = np.zeros(len(predicted))
+    for order, grams in enumerate(texts.gram_counts):
+        documents = np.bincount(references.most[order][0] % grams, minlength=grams)
+        rarity = math.log(references.size) - np.log(np.maximum(documents, 1))
+        every = texts.entries[order]
+        norms = np.sqrt(np.bincount(every.row, (every.count * rarity[every.gram]) ** 2, len(texts.lengths)))
+        said, there = texts.expand(order, predicted), texts.expand(order, references.pair_text)
+        weight = _look_up(said.row * grams + said.gram, there.row * grams + there.gram, there.count) * rarity[said.gram]
+        product = np.minimum(said.count * rarity[said.gram], weight) * weight
+        dots = np.bincount(said.row, product, len(predicted))
+        norm = norms[predicted] * norms[references.pair_text]
+        similarity += np.where(norm > 0, dots / np.where(norm > 0, norm, 1), dots)
+    similarity *= np.exp(-(delta**2) / (2 * CIDER_SIGMA**2)) * 10 / len(ORDERS)
+    counts = np.bincount(references.pair_row, minlength=references.size)
+    means = np.bincount(references.pair_row, similarity, references.size) / counts
+    return measure_mean(("CIDEr-D",), means[:, None])
+
+
+def measure_meteor(references: References, predictions: Sequence[str]) -> Metric | None:
+    """Mean METEOR, 0 to 1 (Banerjee and Lavie 2005), nltk's; None where WordNet's data is not installed."""
+    from nltk.corpus import wordnet
+    from nltk.translate.meteor_score import single_meteor_score
+
+    try:
+        wordnet.ensure_loaded()
+    except LookupError:
+        return None
+    predicted, tokens = references.texts.find(predictions), references.texts.tokens
+    score = functools.cache(lambda one, other: single_meteor_score(tokens[other], tokens[one]))
+    best = np.zeros(references.size)
+    for row, reference in zip(references.pair_row.tolist(), references.pair_text.tolist(), strict=True):
+        best[row] = max(best[row], score(int(predicted[row]), reference))
+    return measure_mean(("METEOR",), best[:, None])
+
+
+# --------------------------------------------------------------------------------------------------------------
+# scores of one group
+
+
 def score_bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Corpus BLEU-1 to BLEU-4, 0 to 1, on COCO tokens, unsmoothed (Papineni et al. 2002, closest reference length)."""
-    tokens = [tokenize_coco(prediction) for prediction in predictions]
-    reference_tokens = [[tokenize_coco(reference) for reference in row] for row in references]
-    weights = [tuple(1 / n for _ in range(n)) for n in range(1, 5)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # no overlap at all is a score of 0 here, not a reason to warn
-        scores = corpus_bleu(reference_tokens, tokens, weights=weights)
-    return {f"BLEU-{n}": float(score) for n, score in enumerate(scores, start=1)}
+    """Corpus BLEU-1 to BLEU-4, 0 to 1, on COCO tokens."""
+    return score(measure_bleu(References(references, predictions, tokenize_coco), predictions))
 
 
 def score_reference_bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """BLEU-1 to BLEU-4 as the reference's code has it: mean of sentence BLEU, smoothing method4, split at spaces.
+    """BLEU-1 to BLEU-4, 0 to 1, by the reference code's own protocol."""
+    return score(measure_reference_bleu(References(references, predictions, tokenize_spaces), predictions))
 
-    Its BLEU-3 weighs 0.33 three times. method4 differs between nltk versions, so the signature names the version.
-    """
-    weights = [(1,), (0.5, 0.5), (0.33, 0.33, 0.33), (0.25, 0.25, 0.25, 0.25)]
-    smoothing = SmoothingFunction().method4
-    totals = [0.0] * len(weights)
-    for prediction, row in zip(predictions, references, strict=True):
-        tokens = prediction.lower().split()
-        if not tokens:
-            continue  # an empty prediction scores 0
-        reference_tokens = [reference.lower().split() for reference in row]
-        for n, weight in enumerate(weights):
-            totals[n] += float(sentence_bleu(reference_tokens, tokens, weight, smoothing_function=smoothing))
-    return {f"BLEU-{n}": total / len(predictions) for n, total in enumerate(totals, start=1)}
+
+def score(metric: Metric) -> dict[str, float]:
+    """The scores of all captions together."""
+    return dict(zip(metric.names, metric.score(metric.statistics.sum(axis=0)).tolist(), strict=True))
+
+
+def measure_texts(references: Sequence[Sequence[str]], sets: dict[str, Sequence[str]]) -> dict[str, dict[str, Metric]]:
+    """{name of a set of predictions: {group: Metric}} of several sets for the same references."""
+    every = list(itertools.chain.from_iterable(sets.values()))
+    coco, spaces = References(references, every, tokenize_coco), References(references, every, tokenize_spaces)
+    measured = {}
+    for name, predictions in sets.items():
+        groups = {
+            "corpus_bleu": measure_bleu(coco, predictions),
+            "reference_bleu": measure_reference_bleu(spaces, predictions),
+            "rouge_l": measure_rouge(coco, predictions),
+            "cider_d": measure_cider(coco, predictions),
+            "meteor": measure_meteor(coco, predictions),
+        }
+        measured[name] = {group: metric for group, metric in groups.items() if metric is not None}
+    return measured
 
 
 def make_signature(**facts) -> str:
@@ -72,43 +344,80 @@ def make_signature(**facts) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------
-# facts
+# intervals
 
 
-def score_facts(predictions: Sequence[Facts], references: Sequence[Facts]) -> dict[str, float | None]:
-    """Shares, 0 to 1, of what the captions get right.
+def resample(captions: int, resamples: int = RESAMPLES, seed: int = BOOTSTRAP_SEED) -> np.ndarray:
+    """(R, N) float32: how often each caption is drawn in each of R bootstrap samples of N captions."""
+    rng = np.random.default_rng(seed)
+    counts = np.empty((resamples, captions), dtype=np.float32)
+    for row in counts:
+        row[:] = np.bincount(rng.integers(captions, size=captions), minlength=captions)
+    return counts
 
-    Accuracy of time of day, weather, scene and traffic light ("no light" included); precision, recall and F1 of the
-    object sentences, one right when kind and count both are, pooled over all captions; and whole captions. Counted are
-    the captions whose reference states the fact, or any fact; None where no reference does.
+
+def score_resamples(metric: Metric, counts: np.ndarray, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+    """(R, M) scores of the bootstrap samples `counts` (R, N), of the captions `rows` alone."""
+    return metric.score((counts[:, rows] @ metric.statistics[rows].astype(np.float32)).astype(np.float64))
+
+
+def score_with_intervals(metric: Metric, counts: np.ndarray, rows: np.ndarray | slice = slice(None)) -> dict[str, dict]:
+    """{score: {"value", "low", "high"}} with the 95 % percentile bootstrap interval (Efron 1979); None if undefined."""
+    values = metric.score(metric.statistics[rows].sum(axis=0))
+    sampled = score_resamples(metric, counts, rows)
+    figures = {}
+    for name, value, samples in zip(metric.names, values.tolist(), sampled.T, strict=True):
+        defined = samples[~np.isnan(samples)]
+        low, high = np.percentile(defined, [2.5, 97.5]).tolist() if len(defined) else (math.nan, math.nan)
+        figure = {"value": value, "low": low, "high": high}
+        figures[name] = {key: None if math.isnan(number) else number for key, number in figure.items()}
+    return figures
+
+
+def compare_metrics(one: Metric, other: Metric, counts: np.ndarray) -> dict[str, dict]:
+    """{score: {"one", "other", "difference", "low", "high", "p"}} of two systems on the same captions.
+
+    Paired bootstrap (Koehn 2004): both are scored on the same samples. p is two-sided, as in sacrebleu: the share of
+    samples whose difference is as far from their mean as the observed one is from 0 (Riezler and Maxwell 2005).
     """
-    stating = [(p, r) for p, r in zip(predictions, references, strict=True) if r != Facts()]
-    scores = {}
-    for name in ("time_of_day", "weather", "scene", "traffic_light"):
-        rows = [(p, r) for p, r in stating if name == "traffic_light" or getattr(r, name) is not None]
-        right = sum(getattr(p, name) == getattr(r, name) and p != Facts() for p, r in rows)
-        scores[name] = right / len(rows) if rows else None
-    said = sum(len(facts.objects) for facts in predictions)
-    there = sum(len(facts.objects) for facts in references)
-    right = sum(len(p.objects.items() & r.objects.items()) for p, r in zip(predictions, references, strict=True))
-    scores["objects_precision"] = (right / said if said else 0.0) if there else None
-    scores["objects_recall"] = right / there if there else None
-    scores["objects_f1"] = 2 * right / (said + there) if there else None
-    scores["whole_caption"] = sum(p == r for p, r in stating) / len(stating) if stating else None
-    return scores
+    first, second = (metric.score(metric.statistics.sum(axis=0)) for metric in (one, other))
+    sampled = score_resamples(other, counts) - score_resamples(one, counts)  # (R, M)
+    compared = {}
+    for index, name in enumerate(one.names):
+        samples = sampled[:, index][~np.isnan(sampled[:, index])]
+        difference = second[index] - first[index]
+        if math.isnan(difference) or not len(samples):
+            continue
+        low, high = np.percentile(samples, [2.5, 97.5]).tolist()
+        farther = (np.abs(samples - samples.mean()) >= abs(difference)).sum()
+        compared[name] = {
+            "one": float(first[index]),
+            "other": float(second[index]),
+            "difference": float(difference),
+            "low": low,
+            "high": high,
+            "p": float(farther + 1) / (len(samples) + 1),
+        }
+    return compared
 
 
 # --------------------------------------------------------------------------------------------------------------
 # floors
 
+CANDIDATES = 300  # distinct references that are tried as the best constant caption
+
 
 def make_floors(references: Sequence[Sequence[str]], seed: int) -> dict[str, list[str]]:
-    """Predictions that need no look at the picture: the most frequent reference, and another picture's reference.
+    """Predictions that need no look at the picture.
 
-    The second is left out when there is one picture only.
+    The most frequent reference; of many references the one that, said of every picture, has the highest BLEU-4; and
+    another picture's reference, which is left out when there is one picture only.
     """
     first = [row[0] for row in references]
-    floors = {"most frequent caption": [Counter(first).most_common(1)[0][0]] * len(first)}
+    floors = {
+        "most frequent caption": [Counter(first).most_common(1)[0][0]] * len(first),
+        "best constant caption": [find_best_constant(references, seed)] * len(first),
+    }
     if len(first) < 2:
         return floors
     order = random.Random(seed).sample(range(len(first)), len(first))
@@ -116,3 +425,32 @@ def make_floors(references: Sequence[Sequence[str]], seed: int) -> dict[str, lis
     for here, there in zip(order, order[1:] + order[:1], strict=True):  # one round through all: nobody gets its own
         another[here] = first[there]
     return {**floors, "another picture's caption": another}
+
+
+def find_best_constant(references: Sequence[Sequence[str]], seed: int) -> str:
+    """Of CANDIDATES distinct references, frequent and random ones, that with the best corpus BLEU-4 for all."""
+    frequency = Counter(row[0] for row in references)
+    frequent = [text for text, _ in frequency.most_common(CANDIDATES // 3)]
+    rest = sorted(frequency.keys() - set(frequent))
+    candidates = frequent + random.Random(seed).sample(rest, min(len(rest), CANDIDATES - len(frequent)))
+    known = References(references, candidates, tokenize_coco)
+    # by order: matches[gram][c - 1], how often a caption with c of this gram finds one in all references together
+    matches = [_sum_clipped(*known.most[order], grams) for order, grams in enumerate(known.texts.gram_counts)]
+    sums = np.zeros((len(candidates), 10))
+    for row, text in enumerate(known.texts.find(candidates).tolist()):
+        length = int(known.texts.lengths[text])
+        closest = known.closest_lengths(np.full(known.size, length)).sum()
+        guesses = [max(length - n + 1, 0) * known.size for n in ORDERS]
+        found = []
+        for order, table in enumerate(matches):
+            entries = known.texts.expand(order, np.array([text]))
+            found.append(table[entries.gram, np.minimum(entries.count, table.shape[1]) - 1].sum())
+        sums[row] = [length * known.size, closest, *found, *guesses]
+    return candidates[int(_score_bleu(sums)[:, 3].argmax())]
+
+
+def _sum_clipped(keys: np.ndarray, most: np.ndarray, grams: int) -> np.ndarray:
+    """(grams, C): the sum over all references of min(count, c) for c = 1 to the largest count."""
+    largest = int(most.max()) if len(most) else 1
+    columns = [np.bincount(keys % grams, np.minimum(most, c), grams) for c in range(1, min(largest, 50) + 1)]
+    return np.stack(columns, axis=1)

@@ -14,7 +14,9 @@ from captions import (
     WEATHERS,
     Facts,
     ObjectKind,
+    Reading,
     describe,
+    mark_caption,
     parse_caption,
     read_caption,
 )
@@ -141,7 +143,7 @@ def test_generated_caption_of_the_reference_is_read():
     ],
 )
 def test_unreadable_sentences_are_told(sentence):
-    assert read_caption(sentence) == type(read_caption(""))(Facts(), [sentence], [], [])
+    assert read_caption(sentence) == Reading(Facts(), [sentence], [], [], cut_off=not sentence.endswith("."))
 
 
 @pytest.mark.parametrize(
@@ -158,3 +160,26 @@ def test_unreadable_sentences_are_told(sentence):
 def test_facts_outside_the_tables_are_refused(arguments):
     with pytest.raises(ValueError):
         Facts(**arguments)
+
+
+@given(all_facts, all_facts, st.sampled_from(STYLES))
+def test_marks_add_up_to_the_caption(one, other, style):
+    text = describe(one, style)
+    assert "".join(piece for piece, _ in mark_caption(text, other, "invented")) == text
+    verdicts = {verdict for _, verdict in mark_caption(text, one, "invented")}
+    assert verdicts <= {"", "right"}  # held against its own facts, all is right
+
+
+@given(st.text(max_size=100))
+def test_any_text_is_marked(text):
+    assert "".join(piece for piece, _ in mark_caption(text, Facts(), "invented")) == text
+
+
+def test_verdicts():
+    facts = Facts("night", "rainy", "highway", None, {ObjectKind("car"): 2})
+    text = "It is a night scene in clear weather on a highway road. The traffic light is red. There are 3 cars. A dog."
+    marked = {piece.strip(): verdict for piece, verdict in mark_caption(text, facts, "invented")}
+    expected = {"night": "right", "clear": "wrong", "The traffic light is red.": "invented"}
+    expected |= {"There are 3 cars.": "wrong", "A dog.": "unread"}
+    assert {piece: marked[piece] for piece in expected} == expected
+    assert ("There is one bus.", "missing") in mark_caption("There is one bus.", facts, "missing")

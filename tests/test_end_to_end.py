@@ -64,15 +64,17 @@ def test_evaluation_writes_predictions_and_scores(trained):
     assert len(predictions) == 2
     scores = json.loads((trained / "logs/scored/scores.json").read_text())
     assert scores["n"] == 2
-    assert set(scores["corpus_bleu"]) == set(scores["reference_bleu"]) == {f"BLEU-{n}" for n in range(1, 5)}
-    assert set(scores["floors"]) == {"most frequent caption", "another picture's caption"}
-    for text in ("BLEU-1", "BLEU-4", "T0.7-p0.9-seed42", "prediction:", "reference:"):
+    for group in ("corpus_bleu", "reference_bleu"):
+        assert set(scores["scores"][group]) == {f"BLEU-{n}" for n in range(1, 5)}
+    assert set(scores["floors"]) == {"most frequent caption", "best constant caption", "another picture's caption"}
+    assert "split:train|decoding:T0.7-p0.9-seed42" in scores["signatures"]["corpus_bleu"]
+    for text in ("BLEU-1", "BLEU-4", "prediction:", "reference:", "facts F1"):
         assert text in finished.stdout
     rescored = run("eval.py", "--predictions", "logs/scored/predictions.jsonl", "--run-name", "again", cwd=trained)
     assert rescored.returncode == 0, rescored.stderr
     again = json.loads((trained / "logs/again/scores.json").read_text())
-    assert again["corpus_bleu"] == scores["corpus_bleu"]
-    assert again["facts"] == scores["facts"]
+    assert again["scores"] == scores["scores"]
+    assert again["floors"] == scores["floors"]
 
 
 def test_the_same_seed_gives_the_same_captions(trained):
@@ -80,6 +82,46 @@ def test_the_same_seed_gives_the_same_captions(trained):
         assert run("eval.py", "--num-samples", 2, "--run-name", name, cwd=trained).returncode == 0
     one, two = ((trained / f"logs/{name}/predictions.jsonl").read_text() for name in ("one", "two"))
     assert one == two
+
+
+def test_floors_that_need_a_model(trained):
+    flags = ["--num-samples", 2, "--split", "train", "--greedy", "--model-floors"]
+    finished = run("eval.py", *flags, "--run-name", "floors", cwd=trained)
+    assert finished.returncode == 0, finished.stderr
+    rows = [json.loads(line) for line in (trained / "logs/floors/predictions.jsonl").read_text().splitlines()]
+    for row in rows:  # a training picture is nearest to itself
+        assert row["floors"]["nearest training picture"] == row["references"][0]
+        assert row["floors"]["the untuned model"] != row["prediction"]
+    floors = json.loads((trained / "logs/floors/scores.json").read_text())["floors"]
+    assert floors["nearest training picture"]["facts"]["whole_caption"]["value"] == 1
+    assert "the untuned model" in floors
+
+
+def test_own_pictures(trained, drawn, tmp_path):
+    """Captioned to CSV, JSON lines and gallery; what can't be read is listed; a run that was stopped goes on."""
+    folder = tmp_path / "pictures"
+    (folder / "deeper").mkdir(parents=True)
+    for number, picture in enumerate(sorted((drawn / "images").iterdir())[:4]):
+        shutil.copy(picture, folder / "deeper" / f"{number}.jpg" if number % 2 else folder / f"{number}.jpg")
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    flags = ["--images", folder, "--greedy", "--run-name", "own", "--batch-size", 1]
+    finished = run("eval.py", *flags, cwd=trained)
+    assert finished.returncode == 0, finished.stderr
+    assert "1 pictures can't be read" in finished.stdout and "broken.jpg" in finished.stdout
+    lines = (trained / "logs/own/captions.jsonl").read_text().splitlines()
+    captions = {json.loads(line)["name"]: json.loads(line)["prediction"] for line in lines}
+    assert set(captions) == {"0.jpg", "2.jpg", "deeper/1.jpg", "deeper/3.jpg"}
+    with open(trained / "logs/own/captions.csv", newline="") as file:
+        assert {row["name"]: row["caption"] for row in csv.DictReader(file)} == captions
+    assert (trained / "logs/own/report.html").is_file()
+
+    (trained / "logs/own/captions.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:30])  # killed as it wrote
+    again = run("eval.py", *flags, cwd=trained)
+    assert again.returncode == 0, again.stderr
+    assert "2 of 5 pictures were captioned before" in again.stdout
+    assert (trained / "logs/own/captions.jsonl").read_text().splitlines() == lines
+    other = run("eval.py", "--images", folder, "--run-name", "own", cwd=trained)
+    assert other.returncode == 2 and "other settings" in other.stderr
 
 
 def test_adapter_loads_with_plain_peft(trained, tiny_checkpoint, drawn):
@@ -173,7 +215,7 @@ PREDICTION = '{"name": "a.jpg", "prediction": "There is one car.", "references":
         ("not json\n", "line 1"),
         (PREDICTION + '{"name": "b.jpg"}\n', "line 2"),
         (PREDICTION + PREDICTION, "a.jpg came before"),
-        ('{"name": "a.jpg", "prediction": "x", "references": []}\n', "one reference at least"),
+        ('{"name": "a.jpg", "prediction": "x", "references": []}\n', "has a reference"),
         ('{"name": "a.jpg", "prediction": 3, "references": ["x"]}\n', "line 1"),
         ("[" * 100_000 + "\n", "line 1"),
     ],

@@ -1,17 +1,19 @@
-"""BLEU: published numbers, pycocoevalcap as the oracle, and the ends of the scale."""
+"""Text metrics: published numbers, pycocoevalcap and nltk as oracles, the ends of the scale, intervals, floors."""
 
 import math
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_captions import all_facts
 
-from captions import STYLES, Facts, ObjectKind, describe
-from metrics import make_floors, make_signature, score_bleu, score_facts, score_reference_bleu, tokenize_coco
+import metrics
+from captions import STYLES, describe
+from metrics import make_floors, make_signature, score_bleu, score_reference_bleu, tokenize_coco
 
-# hypotheses, references, BLEU-1..4: the example in nlg-eval's README, and one of aac-metrics' (BLEU-1 only)
+# hypotheses, references, scores: the example in nlg-eval's README, and one of aac-metrics'
 NLG_EVAL = (
     [
         "this is the model generated sentence1 which seems good enough",
@@ -24,7 +26,14 @@ NLG_EVAL = (
             "this is the second reference sentence for sentence2",
         ],
     ],
-    [0.550000, 0.428174, 0.284043, 0.201143],
+    {
+        "BLEU-1": 0.55,
+        "BLEU-2": 0.428174,
+        "BLEU-3": 0.284043,
+        "BLEU-4": 0.201143,
+        "ROUGE-L": 0.522104,
+        "CIDEr-D": 1.242192,
+    },
 )
 AAC_METRICS = (
     ["a man is speaking", "rain falls"],
@@ -36,29 +45,71 @@ AAC_METRICS = (
         ],
         ["rain is falling hard on a surface"],
     ],
-    [0.4278],
+    {"BLEU-1": 0.4278, "CIDEr-D": 0.9614},
 )
+
+
+def score_all(predictions, references):
+    """{score: value} of the metrics on COCO tokens."""
+    known = metrics.References(references, predictions, tokenize_coco)
+    measures = (metrics.measure_bleu, metrics.measure_rouge, metrics.measure_cider)
+    return {name: value for measure in measures for name, value in metrics.score(measure(known, predictions)).items()}
 
 
 @pytest.mark.parametrize(("predictions", "references", "published"), [NLG_EVAL, AAC_METRICS])
 def test_published_numbers(predictions, references, published):
-    scores = list(score_bleu(predictions, references).values())
-    digits = 1e-6 if len(published) == 4 else 1e-4
-    assert scores[: len(published)] == pytest.approx(published, abs=digits)
+    scores = score_all(predictions, references)
+    digits = 1e-6 if len(published) == 6 else 1e-4
+    assert {name: scores[name] for name in published} == pytest.approx(published, abs=digits)
 
 
-@given(st.lists(st.tuples(all_facts, all_facts), min_size=4, max_size=8), st.sampled_from(STYLES))
-@settings(max_examples=30, deadline=None)
-def test_agrees_with_pycocoevalcap(pairs, style):
+def test_published_cider_of_each_caption():
+    predictions, references, _ = AAC_METRICS
+    known = metrics.References(references, predictions, tokenize_coco)
+    assert metrics.measure_cider(known, predictions).statistics[:, 0] == pytest.approx([1.3641, 0.5587], abs=1e-4)
+
+
+WORDS = ["there", "is", "are", "one", "2", "3", "car", "cars", "bus", ".", "a", "night", "scene", "red", "light", "**"]
+texts = st.lists(st.sampled_from(WORDS), max_size=40).map(" ".join)
+
+
+@given(st.lists(st.tuples(texts, st.lists(texts, min_size=1, max_size=3), st.booleans()), min_size=1, max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_agrees_with_pycocoevalcap(rows):
+    """Also for empty captions, several references, and captions that equal one of them."""
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+    from pycocoevalcap.cider.cider_scorer import CiderScorer
+    from pycocoevalcap.rouge.rouge import Rouge
 
-    predictions = [describe(one, style) + " there is one car" for one, _ in pairs]
-    references = [[describe(two, style) + " there is one car", describe(one)] for one, two in pairs]
-    scorer = BleuScorer(n=4)
-    for prediction, row in zip(predictions, references, strict=True):
-        scorer += (" ".join(tokenize_coco(prediction)), [" ".join(tokenize_coco(text)) for text in row])
-    expected, _ = scorer.compute_score(option="closest", verbose=0)
-    assert list(score_bleu(predictions, references).values()) == pytest.approx(expected, abs=1e-6)
+    predictions = [f"car {row[0]}" if same else prediction for prediction, row, same in rows]
+    references = [[f"car {text}" for text in row] for _, row, _ in rows]  # the oracle fails if all are empty
+    tokens = [" ".join(tokenize_coco(text)) for text in predictions]
+    reference_tokens = [[" ".join(tokenize_coco(text)) for text in row] for row in references]
+    bleu, cider = BleuScorer(n=4), CiderScorer()
+    for one, row in zip(tokens, reference_tokens, strict=True):
+        bleu += (one, row)
+        cider += (one, row)
+    expected = dict(zip(metrics.BLEU_NAMES, bleu.compute_score(option="closest", verbose=0)[0], strict=True))
+    numbered = dict(enumerate(reference_tokens)), {row: [one] for row, one in enumerate(tokens)}
+    expected |= {"ROUGE-L": Rouge().compute_score(*numbered)[0], "CIDEr-D": cider.compute_score()[0]}
+    assert score_all(predictions, references) == pytest.approx(expected, abs=1e-6)
+
+
+@given(st.lists(st.tuples(texts, st.lists(texts, min_size=1, max_size=2)), min_size=1, max_size=8))
+@settings(max_examples=60, deadline=None)
+def test_protocol_of_the_reference_is_that_of_nltk(rows):
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
+    weights = [(1,), (0.5, 0.5), (0.33, 0.33, 0.33), (0.25, 0.25, 0.25, 0.25)]
+    smoothing = SmoothingFunction().method4
+    expected = [0.0] * 4
+    for prediction, row in rows:
+        words = prediction.lower().split()
+        for n, weight in enumerate(weights if words else []):
+            one = sentence_bleu([text.lower().split() for text in row], words, weight, smoothing_function=smoothing)
+            expected[n] += one / len(rows)
+    scores = score_reference_bleu([prediction for prediction, _ in rows], [row for _, row in rows])
+    assert list(scores.values()) == pytest.approx(expected, abs=1e-9)
 
 
 # What pycocoevalcap 1.2's PTBTokenizer (Stanford CoreNLP 3.4.1, Java) makes of these texts.
@@ -85,12 +136,12 @@ def test_coco_tokens(text):
 def test_ends_of_the_scale():
     captions = ["There is one car. There are 3 lanes.", "It is a night scene in clear weather on a highway road."]
     references = [[caption] for caption in captions]
-    assert list(score_bleu(captions, references).values()) == [1.0] * 4
+    assert list(score_bleu(captions, references).values()) == pytest.approx([1.0] * 4)
     assert list(score_reference_bleu(captions, references).values()) == pytest.approx([1.0] * 4)
-    assert list(score_bleu(["", "xyz"], references).values()) == [0.0] * 4
+    assert list(score_bleu(["", "xyz"], references).values()) == pytest.approx([0.0] * 4, abs=1e-4)
     assert score_reference_bleu(["", ""], references)["BLEU-4"] == 0.0
     shuffled = random.Random(0).sample(captions[0].split(), 8)
-    assert score_bleu([" ".join(shuffled)], references[:1])["BLEU-1"] == 1.0
+    assert score_bleu([" ".join(shuffled)], references[:1])["BLEU-1"] == pytest.approx(1.0)
 
 
 def test_protocol_of_the_reference_by_hand():
@@ -104,25 +155,6 @@ def test_protocol_of_the_reference_by_hand():
     assert score_reference_bleu(["a b c x"], [["a b c d e"]])["BLEU-4"] == pytest.approx(smoothed)
 
 
-FACTS = Facts("night", "rainy", "highway", "red", {ObjectKind("car"): 2, ObjectKind("bus"): 1})
-
-
-def test_facts():
-    wrong = Facts("daytime", "rainy", "highway", None, {ObjectKind("car"): 3, ObjectKind("bus"): 1})
-    scores = score_facts([FACTS, wrong], [FACTS, FACTS])
-    assert (scores["time_of_day"], scores["weather"], scores["traffic_light"]) == (0.5, 1.0, 0.5)
-    assert scores["objects_precision"] == scores["objects_recall"] == scores["objects_f1"] == 0.75
-    assert scores["whole_caption"] == 0.5
-    assert set(score_facts([FACTS], [FACTS]).values()) == {1.0}
-
-
-def test_a_fact_that_no_reference_states_is_not_scored():
-    assert set(score_facts([Facts(), FACTS], [Facts(), Facts()]).values()) == {None}
-    only_light = score_facts([Facts(traffic_light="red")], [Facts(traffic_light="red")])
-    assert (only_light["time_of_day"], only_light["traffic_light"]) == (None, 1.0)
-    assert set(score_facts([Facts()], [FACTS]).values()) == {0.0}
-
-
 def test_floors_never_give_a_picture_its_own_caption():
     references = [[f"caption {i}"] for i in range(50)] + [["caption 3"]]
     floors = make_floors(references, seed=1)
@@ -130,7 +162,7 @@ def test_floors_never_give_a_picture_its_own_caption():
     another = floors["another picture's caption"]
     assert sorted(another) == sorted(row[0] for row in references)
     assert sum(text == row[0] for text, row in zip(another, references, strict=True)) <= 2  # the two that are alike
-    assert set(make_floors([["only one"]], seed=1)) == {"most frequent caption"}
+    assert set(make_floors([["only one"]], seed=1)) == {"most frequent caption", "best constant caption"}
 
 
 def test_protocol_of_the_reference_is_a_mean_of_sentences():
@@ -144,3 +176,79 @@ def test_protocol_of_the_reference_is_a_mean_of_sentences():
 def test_signature_names_the_library():
     assert "nltk:" in make_signature(tok="coco", n=20)
     assert make_signature(tok="coco", n=20).startswith("tok:coco|n:20|")
+
+
+@given(st.lists(st.tuples(all_facts, all_facts), min_size=4, max_size=8), st.sampled_from(STYLES))
+@settings(max_examples=20, deadline=None)
+def test_the_best_constant_is_the_best_of_the_references(pairs, style):
+    references = [[describe(one, style)] for one, _ in pairs]
+    best = make_floors(references, seed=0)["best constant caption"]
+    bleu = {row[0]: score_bleu([row[0]] * len(references), references)["BLEU-4"] for row in references}
+    assert bleu[best[0]] == pytest.approx(max(bleu.values()))
+    assert len(set(best)) == 1
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    """Means of 40 draws from a known distribution: the percentile bootstrap covers a little less than 95 %."""
+    rng, covered = np.random.default_rng(0), 0
+    counts = metrics.resample(40, 400)
+    for _ in range(200):
+        metric = metrics.measure_mean(("share",), (rng.random((40, 1)) < 0.7).astype(float))
+        figure = metrics.score_with_intervals(metric, counts)["share"]
+        covered += figure["low"] <= 0.7 <= figure["high"]
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_resamples_are_samples_of_the_captions():
+    counts = metrics.resample(30, 50)
+    assert (counts.sum(axis=1) == 30).all()
+    assert (counts == metrics.resample(30, 50)).all()
+    assert not (counts == metrics.resample(30, 50, seed=1)).all()
+
+
+def test_paired_comparison():
+    """A clear difference has a small p, none has a large one, and the sign is that of the second less the first."""
+    references = [[f"there are {n} cars and {n + 1} lanes on the road"] for n in range(60)]
+    good = [row[0] for row in references]
+    bad = [text if n % 3 else "there is one bus" for n, text in enumerate(good)]
+    known = metrics.References(references, [*good, *bad], tokenize_coco)
+    counts = metrics.resample(60)
+    one, other = metrics.measure_bleu(known, bad), metrics.measure_bleu(known, good)
+    row = metrics.compare_metrics(one, other, counts)["BLEU-4"]
+    assert row["difference"] > 0.1 and row["low"] > 0 and row["p"] < 0.01
+    same = metrics.compare_metrics(one, one, counts)["BLEU-4"]
+    assert (same["difference"], same["p"]) == (0, 1)
+
+
+def test_meteor_where_wordnet_is(tmp_path, monkeypatch):
+    """With the files of a WordNet that knows no word, exact words and stems still match; without any it is left out."""
+    import nltk
+    from nltk.corpus import wordnet
+
+    known = metrics.References([["one car turns", "two trucks"]], ["one car turning"], tokenize_coco)
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    assert metrics.measure_meteor(known, ["one car turning"]) is None
+    folder = tmp_path / "corpora/wordnet"
+    folder.mkdir(parents=True)
+    for name in wordnet_files():
+        (folder / name).write_text("")
+    (folder / "lexnames").write_text("00\tadj.all\t3\n")
+    loader = type(wordnet)("wordnet", nltk.corpus.WordNetCorpusReader, nltk.corpus.LazyCorpusLoader(
+        "omw-1.4", nltk.corpus.CorpusReader, r".*/wn-data-.*\.tab"))  # fmt: skip
+    monkeypatch.setattr(nltk.corpus, "wordnet", loader)
+    score = metrics.score(metrics.measure_meteor(known, ["one car turning"]))["METEOR"]
+    assert 0.9 < score < 1
+
+
+def wordnet_files():
+    parts = ("noun", "verb", "adj", "adv")
+    return ["lexnames", "index.sense", *(f"{kind}.{part}" for kind in ("index", "data") for part in parts),
+            *(f"{part}.exc" for part in parts)]  # fmt: skip
+
+
+@given(st.lists(st.text(max_size=60), min_size=2, max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_any_text_is_scored(predictions):
+    references = [["There is one car."]] * len(predictions)
+    scores = score_all(predictions, references) | score_reference_bleu(predictions, references)
+    assert all(0 <= value <= 10 for value in scores.values())
