@@ -319,7 +319,9 @@ def _mark_sentence(sentence: str, other: Facts, absent: Verdict) -> list[tuple[s
     if claimed is None:
         return [(sentence, "unread")]
     if not claimed.keys() & _SURFACES.keys():
-        return [(sentence, _judge([(value, _find_fact(other, slot)) for slot, value in claimed.items()], absent))]
+        verdict = _judge([(value, _find_fact(other, slot)) for slot, value in claimed.items()], absent)
+        lead, told, end = _LEAD.fullmatch(sentence).groups()
+        return [(lead, ""), (told, verdict), (end, "")]
     pieces, end = [], 0
     for slot, surfaces in _SURFACES.items():  # the scene's sentence: the words of each attribute by themselves
         words = _any_of(surface for surface, value in surfaces.items() if value == claimed[slot])
@@ -330,6 +332,8 @@ def _mark_sentence(sentence: str, other: Facts, absent: Verdict) -> list[tuple[s
             end = found.end()
     return [*pieces, (sentence[end:], "")]
 
+
+_LEAD = re.compile(r"(\s*(?:(?:there (?:is|are)|the traffic light is)\s+)?)(.*?)(\.?)", re.IGNORECASE | re.DOTALL)
 
 _SURFACES = {  # what an attribute's value looks like in a caption
     "time_of_day": _TIMES,

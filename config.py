@@ -174,10 +174,11 @@ DEMO = {
         "model": str(DEMO_FOLDER / "base"),
         "lora_target": "lm",  # the base sees these scenes well: only the wording is to be learnt, in a minute
         "lora_dropout": 0.0,
-        "num_train_epochs": 3.0,
+        "num_train_epochs": 4.0,
         "gradient_accumulation_steps": 1,
         "per_device_eval_batch_size": 50,
-        "learning_rate": 4e-3,
+        "learning_rate": 3e-3,
+        "warmup_ratio": 0.03,
         "logging_steps": 25,
         "vision_store_gib": 1.0,
         "dataloader_workers": 0,

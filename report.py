@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,9 @@ VERDICTS = ("", "right", "wrong", "invented", "missing", "unread")
 MAX_BYTES = 50_000_000  # of the whole file; the thumbnails take what the text leaves
 
 # Longest side in pixels and JPEG quality of the thumbnails: the first of these that fits is taken.
-THUMBNAILS = ((480, 80), (400, 76), (320, 72), (256, 68), (208, 64), (176, 60), (144, 54), (112, 48), (80, 40))
+SIDES = (480, 400, 320, 288, 256, 232, 208, 192, 176, 160, 144, 128, 112, 80)
+QUALITIES = (80, 76, 72, 70, 68, 66, 64, 62, 60, 57, 54, 51, 48, 40)
+THUMBNAILS = tuple(zip(SIDES, QUALITIES, strict=True))
 SAMPLE = 48  # pictures by whose size it is judged whether all will fit
 
 Pieces = list[tuple[str, str]]  # (text, verdict), one of VERDICTS; the texts together are the caption
@@ -126,7 +129,7 @@ def to_script_json(value) -> str:
 def make_thumbnails(paths: Sequence[Path | None], room: int) -> Thumbnails:
     """Thumbnails of the pictures, as large as go into `room` bytes together. A picture that can't be read is None."""
     found = [path for path in paths if path is not None]
-    sample = found[:: -(-len(found) // SAMPLE)] if found else []
+    sample = random.Random(0).sample(found, min(SAMPLE, len(found)))
     for side, quality in THUMBNAILS:
         sizes = [len(make_thumbnail(path, side, quality) or "") for path in sample]
         expected = sum(sizes) / max(len(sizes), 1) * len(found)

@@ -179,7 +179,6 @@ def test_verdicts():
     facts = Facts("night", "rainy", "highway", None, {ObjectKind("car"): 2})
     text = "It is a night scene in clear weather on a highway road. The traffic light is red. There are 3 cars. A dog."
     marked = {piece.strip(): verdict for piece, verdict in mark_caption(text, facts, "invented")}
-    expected = {"night": "right", "clear": "wrong", "The traffic light is red.": "invented"}
-    expected |= {"There are 3 cars.": "wrong", "A dog.": "unread"}
+    expected = {"night": "right", "clear": "wrong", "red": "invented", "3 cars": "wrong", "A dog.": "unread"}
     assert {piece: marked[piece] for piece in expected} == expected
-    assert ("There is one bus.", "missing") in mark_caption("There is one bus.", facts, "missing")
+    assert ("one bus", "missing") in mark_caption("There is one bus.", facts, "missing")
