@@ -324,8 +324,8 @@ def _mark_sentence(sentence: str, other: Facts, absent: Verdict) -> list[tuple[s
         return [(lead, ""), (told, verdict), (end, "")]
     pieces, end = [], 0
     for slot, surfaces in _SURFACES.items():  # the scene's sentence: the words of each attribute by themselves
-        words = _any_of(surface for surface, value in surfaces.items() if value == claimed[slot])
-        found = re.compile(words).search(sentence.lower(), end) if words else None
+        words = [surface for surface, value in surfaces.items() if value == claimed[slot]]  # its own name comes first
+        found = next(filter(None, (re.compile(re.escape(word)).search(sentence.lower(), end) for word in words)), None)
         if found and len(sentence.lower()) == len(sentence):
             verdict = _judge([(claimed[slot], _find_fact(other, slot))], absent)
             pieces += [(sentence[end : found.start()], ""), (sentence[found.start() : found.end()], verdict)]
@@ -336,7 +336,7 @@ def _mark_sentence(sentence: str, other: Facts, absent: Verdict) -> list[tuple[s
 _LEAD = re.compile(r"(\s*(?:(?:there (?:is|are)|the traffic light is)\s+)?)(.*?)(\.?)", re.IGNORECASE | re.DOTALL)
 
 _SURFACES = {  # what an attribute's value looks like in a caption
-    "time_of_day": _TIMES,
+    "time_of_day": {time: time for time in TIMES_OF_DAY} | _TIMES,
     "weather": {weather: weather for weather in WEATHERS},
     "scene": {scene: scene for scene in SCENES} | _PLACES,
 }

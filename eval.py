@@ -385,7 +385,8 @@ def evaluate(config: EvalConfig, run_dir: Path) -> None:
     scores |= {"predictions": str(predictions_file), "config": config_to_json(config)}
     with atomic_write(run_dir / "scores.json") as file:
         json.dump(scores, file, indent=1, allow_nan=False)
-    title = f"{len(predictions):,} pictures, {signature['split']} split, {signature['decoding']}"
+    origin = f"{config.split} split, {signature['decoding']}" if config.predictions is None else config.predictions.name
+    title = f"{len(predictions):,} pictures, {origin}"
     write_report(run_dir / "report.html", title, make_rows(predictions, facts), images, scores)
     print_captions(predictions, config.show)
     print_left_out(unreadable)
