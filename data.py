@@ -124,7 +124,7 @@ def caption_labels(config: DataConfig, labels: Sequence[Path], output: Path, run
 
 def _caption_rows(config: DataConfig, labels, options: LabelOptions, report: LabelReport) -> Iterator[tuple[str, str]]:
     for name, caption in read_labels(labels, report, options, convert=functools.partial(describe_frame, config.style)):
-        report.caption_words[len(caption.split())] += 1
+        report.caption_words[caption.count(" ") + 1] += 1  # words are one space apart
         yield name, caption
     if config.strict and report.skipped:
         raise UserError(f"--strict: {report.skipped.total():,} frames can't be used, nothing is written\n{report}")

@@ -14,6 +14,7 @@ A wrong cut can't go unnoticed, since neither side of it would then be JSON.
 """
 
 import functools
+import gc
 import gzip
 import multiprocessing
 import os
@@ -61,7 +62,7 @@ _LIGHT_OF = {"g": "green", "y": "yellow", "r": "red", "green": "green", "yellow"
 _NO_LIGHT = ("none", "na", None)
 
 NEAR_DUPLICATE_IOU = 0.85  # above it two boxes of one class are taken for the same object boxed twice
-PIECE = 2**20  # bytes of a large array that are decoded at once
+PIECE = 4 * 2**20  # bytes of a large array that are decoded at once
 LOOKAHEAD = 64 * 2**20  # bytes in which the next frame must begin for a file to be cut
 WHOLE = 256 * 2**20  # bytes up to which a file that can't be cut is decoded as a whole
 LISTED = 20  # frames left out that are listed by name for each reason
@@ -116,11 +117,17 @@ class LabelReport:
     def add(self, frame: Frame) -> None:
         """Count a frame that is used."""
         self.frames += 1
-        facts = frame.facts
-        for name in ("time_of_day", "weather", "scene", "traffic_light"):
-            self.attributes[name][getattr(facts, name) or "none"] += 1
-        self.objects.update(facts.objects)
-        self.boxes_a_frame[sum(n for kind, n in facts.objects.items() if kind.name not in _AREAS)] += 1
+        facts, attributes, objects = frame.facts, self.attributes, self.objects
+        attributes["time_of_day"][facts.time_of_day or "none"] += 1
+        attributes["weather"][facts.weather or "none"] += 1
+        attributes["scene"][facts.scene or "none"] += 1
+        attributes["traffic_light"][facts.traffic_light or "none"] += 1
+        boxes = 0
+        for kind, count in facts.objects.items():
+            objects[kind] += count
+            if kind[0] not in _AREAS:
+                boxes += count
+        self.boxes_a_frame[boxes] += 1
 
     def merge(self, other: "LabelReport") -> None:
         """Add what another process counted."""
@@ -327,7 +334,7 @@ def _read_attribute(key: str, value: str | None, table, report: LabelReport) -> 
     return value
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _class_of(category: str, names: ClassNames) -> str | None:
     """The class of a category in any variant's name, under the name that is wanted; None for an unknown one."""
     if category.startswith("lane/"):
@@ -340,7 +347,15 @@ def _class_of(category: str, names: ClassNames) -> str | None:
     return category if category in CLASSES else None
 
 
-_KINDS = {(name, o, t): ObjectKind(name, o, t) for name in CLASSES for o in (False, True) for t in (False, True)}
+@functools.lru_cache(maxsize=4096)
+def _kind_of(category: str, names: ClassNames, lanes: bool, occluded, truncated) -> ObjectKind | None:
+    """What a label is counted as; None when it is not."""
+    name = _class_of(category, names)
+    if name is None or (name in _AREAS and not lanes):
+        return None
+    return ObjectKind(name, bool(occluded), bool(truncated))
+
+
 _PLAIN = _LabelAttributes()
 
 
@@ -350,6 +365,8 @@ def _read_objects(
     """The status of the traffic lights (red > yellow > green) and the count of each other kind of object."""
     duplicates = _find_near_duplicates(labels)
     report.near_duplicates += len(duplicates)
+    drop = duplicates if options.merge_duplicates else None
+    class_names, lanes, min_box_size = options.class_names, options.lanes, options.min_box_size
     lights, counts = set(), {}
     for index, label in enumerate(labels):
         category = label.category
@@ -357,22 +374,19 @@ def _read_objects(
             report.remarks["object without a category, not counted"] += 1
             continue
         seen = label.attributes or _PLAIN
-        box = label.box2d
-        if box is not None and options.min_box_size and min(box.x2 - box.x1, box.y2 - box.y1) < options.min_box_size:
-            report.remarks[f"box smaller than {options.min_box_size:g} pixels, not counted"] += 1
+        if min_box_size and (box := label.box2d) and min(box.x2 - box.x1, box.y2 - box.y1) < min_box_size:
+            report.remarks[f"box smaller than {min_box_size:g} pixels, not counted"] += 1
             continue
         if category == TRAFFIC_LIGHT:
             lights.add(_read_light(seen.light if seen.light is not None else seen.light_too, report))
             continue
-        name = _class_of(category, options.class_names)
-        if name is None:
-            report.remarks[f"object of the unknown class {category[:40]!r}, not counted"] += 1
-            continue
-        if (name in _AREAS and not options.lanes) or (options.merge_duplicates and index in duplicates):
-            continue
         occluded, truncated = seen.occluded or seen.occluded_too, seen.truncated or seen.truncated_too
-        kind = _KINDS[name, bool(occluded), bool(truncated)]
-        counts[kind] = counts.get(kind, 0) + 1
+        kind = _kind_of(category, class_names, lanes, occluded, truncated)
+        if kind is None:
+            if _class_of(category, class_names) is None:
+                report.remarks[f"object of the unknown class {category[:40]!r}, not counted"] += 1
+        elif not (drop and index in drop):
+            counts[kind] = counts.get(kind, 0) + 1
     if counts and max(counts.values()) > MAX_COUNT:
         raise _BadFrame(f"more than {MAX_COUNT} objects of one kind")
     return next((light for light in LIGHTS if light in lights), None), counts
@@ -401,9 +415,10 @@ def _find_near_duplicates(labels: list[_Label]) -> set[int]:
         if len(boxes) < 2:
             continue
         boxes.sort()
-        for position, (x1, y1, x2, y2, index) in enumerate(boxes):
+        for position, (x1, y1, x2, y2, index) in enumerate(boxes, start=1):
             reach = x1 + (1 - NEAR_DUPLICATE_IOU) * (x2 - x1)  # a box that starts farther right overlaps too little
-            for u1, v1, u2, v2, other in boxes[position + 1 :]:
+            for following in range(position, len(boxes)):
+                u1, v1, u2, v2, other = boxes[following]
                 if u1 > reach:
                     break
                 wide, high = min(x2, u2) - u1, min(y2, v2) - max(y1, v1)
@@ -553,7 +568,8 @@ def _run_jobs(run: Callable[[_Job], _Result], jobs: Sequence[_Job]) -> Iterator[
         return
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     mean_size = sum(job.size for job in jobs) // len(jobs) + 1
-    with multiprocessing.get_context(method).Pool(workers) as pool:
+    # nothing here is a cycle, so looking for garbage again and again would find none
+    with multiprocessing.get_context(method).Pool(workers, initializer=gc.disable) as pool:
         yield from pool.imap(run, jobs, chunksize=max(1, min(32, PIECE // mean_size)))  # many small files at once
 
 

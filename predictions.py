@@ -17,7 +17,6 @@ from data import CSV_HEADER, atomic_write
 
 LISTED = 3  # names that a message gives as examples
 WANTED = 'must be {"name": TEXT, "prediction": TEXT, "references": [TEXT, ...]}'
-csv.field_size_limit(2**27)  # characters
 
 
 class Prediction(NamedTuple):

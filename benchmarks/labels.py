@@ -1,7 +1,7 @@
 """Labels to captions at full size: our pipeline beside the reference's algorithm, one process after the other.
 
     python -m benchmarks.labels                          # 69,863 frames, 1.4 GB of drawn labels in a temporary folder
-    python -m benchmarks.labels --frames-from FILE.json  # the same from the frames of a 2018 label file
+    python -m benchmarks.labels --frames-from FILE.json  # the same from the frames of 2018 label files
 
 Prints the median wall seconds of runs that take turns, the peak memory of each process tree, and their ratios; checks
 that both wrote the same captions. --record puts what it prints into benchmarks/RESULTS.md.
@@ -81,7 +81,7 @@ def draw_frames(count: int = 300) -> list[dict]:
 
 def repeat_frames(frames: list[dict], count: int) -> Iterator[dict]:
     for seed, frame in zip(range(count), itertools.cycle(frames), strict=False):
-        yield {"name": name_image(seed), **{key: value for key, value in frame.items() if key != "name"}}
+        yield {"name": name_image(seed), **frame}
 
 
 def write_array(path: Path, frames: list[dict], count: int) -> None:
@@ -146,7 +146,13 @@ def compare(labels: Path, folder: Path, repeats: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=FRAMES, help="frames")
-    parser.add_argument("--frames-from", type=Path, help="2018 label file whose frames are repeated; none: drawn ones")
+    parser.add_argument(
+        "--frames-from",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="2018 label files whose frames are repeated; none: drawn ones",
+    )
     parser.add_argument("--folder", type=Path, help="where to put the files; none: a temporary folder")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each")
     parser.add_argument("--record", action="store_true", help="put the table into benchmarks/RESULTS.md")
@@ -155,7 +161,8 @@ def main() -> None:
     if args.reference:
         run_reference(*args.reference)
         return
-    frames = json.loads(args.frames_from.read_text()) if args.frames_from else draw_frames()
+    real = [frame for path in args.frames_from for frame in json.loads(path.read_text())]
+    frames = [{key: value for key, value in frame.items() if key != "name"} for frame in real] or draw_frames()
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder, tables = Path(temporary), []
         for name, write in (("array.json", write_array), ("single_files.zip", write_archive)):
@@ -165,7 +172,11 @@ def main() -> None:
             (folder / name).unlink()
     header = "| labels | what read them | seconds | from, to | peak MB |\n| --- | --- | ---: | --- | ---: |\n"
     if args.record:
-        record("Labels to captions", header + "\n".join(tables), packages=["msgspec"])
+        record(
+            f"Labels to captions, {'real' if real else 'drawn'} frames",
+            header + "\n".join(tables),
+            packages=["msgspec"],
+        )
 
 
 if __name__ == "__main__":
