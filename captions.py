@@ -228,7 +228,7 @@ def _any_of(words) -> str:
     return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
 
 
-_SENTENCE = re.compile(r"[^.]*[^.\s][^.]*\.?")
+_SENTENCE = re.compile(r"[^.\s][^.]*\.?")
 _TIMES = {time.replace("/", " or "): time for time in TIMES_OF_DAY} | {time: time for time in TIMES_OF_DAY}
 _PLACES = {place: scene for scene, place in SCENES.items() if place}
 _NOUNS = {noun: name for name, forms in CLASSES.items() for noun in (name, *forms)}

@@ -157,10 +157,14 @@ class EvalConfig:
             raise UserError(
                 "--model-floors: needs the fine-tuned model, so it goes with neither --base nor --predictions"
             )
-        if (self.references or self.labels) and not (
-            self.predictions or self.compare or (self.labels and not self.images)
-        ):
-            raise UserError("--references and --labels: go with --predictions, whose captions they belong to")
+        if self.compare and (self.predictions or self.labels or self.images or self.model_floors):
+            raise UserError("--compare: goes with neither --predictions, --labels, --images nor --model-floors")
+        if self.images and not self.predictions and (self.labels or self.model_floors):
+            raise UserError("--images: without --predictions, pictures are captioned only, and nothing is scored")
+        if self.predictions and (self.base or self.blank):
+            raise UserError("--predictions: no model is loaded, so --base and --blank have nothing to act on")
+        if self.references and not (self.predictions or self.compare):
+            raise UserError("--references: goes with --predictions or --compare, whose captions they belong to")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise UserError(f"--max-new-tokens {self.max_new_tokens}: must be 1 or more")
 
@@ -205,6 +209,8 @@ def parse_args(config_class: type[Config], args: list[str] | None = None) -> Con
 
 def run_script(main, config) -> None:
     """Call main(config); an error that the user can mend is one message and exit code 2, no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # captions and names may hold what the terminal can't show
     try:
         main(config)
     except UserError as error:

@@ -42,7 +42,7 @@ from report import ReportRow, write_report
 from scores import HEADLINES, compare_predictions, score_predictions, slice_names
 
 UNTUNED, NEAREST = "the untuned model", "nearest training picture"  # floors that need a model
-RESUMED = ("adapter", "base", "blank", "greedy", "temperature", "top_p", "max_new_tokens", "seed")  # must not change
+RESUMED = ("adapter", "base", "blank", "greedy", "temperature", "top_p", "max_new_tokens", "seed", "batch_size")
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -198,25 +198,30 @@ def find_pictures(paths: Sequence[Path]) -> list[tuple[str, Path]]:
 
 def read_finished(path: Path, config: EvalConfig) -> dict[str, str]:
     """{name: caption} of an earlier run under this name, which must have had the same settings."""
+    from model import read_run
+
     settings = {name: value for name, value in config_to_json(config).items() if name in RESUMED}
+    settings |= {"images": [str(image.resolve()) for image in config.images], "trained": read_run(config.adapter)}
     noted = path.with_name("settings.json")
     if not path.exists():
         with atomic_write(noted) as file:
             json.dump(settings, file, indent=1)
         return {}
-    if not noted.exists() or json.loads(noted.read_text()) != settings:
+    try:
+        same = json.loads(noted.read_text()) == settings
+        *lines, unfinished = path.read_bytes().split(b"\n")  # the run may have been stopped while it wrote a line
+        texts = [line.decode("utf-8") for line in lines]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path.parent}: an earlier run that can't be read ({error}); take another --run-name"
+        ) from None
+    if not same:
         raise UserError(f"{path}: was written with other settings; take another --run-name, or those of {noted}")
-    finished, whole = {}, 0
-    data = path.read_bytes()
-    for line in data.splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            break  # the run was stopped while it wrote this line
-        prediction = parse_prediction(line.decode("utf-8"), str(path))
-        finished[prediction.name] = prediction.prediction
-        whole += len(line)
-    with open(path, "r+b") as file:
-        file.truncate(whole)
-    return finished
+    rows = [parse_prediction(text, f"{path}, line {n}") for n, text in enumerate(texts, start=1) if text.strip()]
+    if unfinished:
+        with open(path, "r+b") as file:
+            file.truncate(path.stat().st_size - len(unfinished))
+    return {row.name: row.prediction for row in rows}
 
 
 def caption_pictures(config: EvalConfig, run_dir: Path) -> None:
@@ -239,7 +244,8 @@ def caption_pictures(config: EvalConfig, run_dir: Path) -> None:
                 file.flush()
     captions = {name: finished[name] for name, _ in pictures if name in finished}
     with atomic_write(run_dir / "captions.csv") as file:
-        csv.writer(file).writerows([("name", "caption"), *captions.items()])
+        rows = [("name", "prediction"), *captions.items()]
+        csv.writer(file).writerows([text.encode(errors="backslashreplace").decode() for text in row] for row in rows)
     rows = [ReportRow(name, mark_caption(text, Facts(), ""), [], {}, None) for name, text in captions.items()]
     write_report(run_dir / "report.html", f"{len(rows):,} captions", rows, dict(pictures), None)
     print_left_out(unreadable)
@@ -301,7 +307,8 @@ def print_scores(scores: dict) -> None:
     for group, title in {"corpus_bleu": "corpus BLEU", "reference_bleu": "reference protocol"}.items():
         figures = scores["scores"][group].items()
         print(f"{title:<26}" + "  ".join(f"{name} {figure['value']:.3f}" for name, figure in figures))
-    worst = [f"{item['by']} {item['value']} {item['scores']['facts_f1']['value']:.2f}" for item in scores["slices"][:3]]
+    stating = [item for item in scores["slices"] if item["scores"]["facts_f1"]["value"] is not None]
+    worst = [f"{item['by']} {item['value']} {item['scores']['facts_f1']['value']:.2f}" for item in stating[:3]]
     if worst:
         print(f"{'worst slices, facts F1':<26}" + ", ".join(worst))
     print("\n".join(f"note: {note}" for note in scores["notes"]))
@@ -341,6 +348,7 @@ def print_comparison(compared: dict, one: Path, other: Path) -> None:
         values = f"{row['one']:>9.3f}{row['other']:>9.3f}{row['difference']:>+9.3f}"
         interval = f"{row['low']:+.3f} to {row['high']:+.3f}"
         print(f"{name:<18}{values}   {interval:<18}{row['p']:>7.3f}")
+    print("".join(f"note: {note}\n" for note in compared["notes"]), end="")
     print("paired bootstrap; many scores are compared at once, so one p below 0.05 alone says little")
 
 
@@ -372,20 +380,29 @@ def evaluate(config: EvalConfig, run_dir: Path) -> None:
         predictions, unreadable = caption_examples(config, examples)
         write_predictions(predictions_file, predictions)
         signature = {"split": config.split, "decoding": describe_decoding(config)}
+        signature |= {"model": "base" if config.base else "fine-tuned"} | (
+            {"pictures": "black"} if config.blank else {}
+        )
     else:
         predictions_file, signature = config.predictions, {"split": "unknown", "decoding": "unknown"}
         for path in config.images:
-            images |= index_images(path) if path.is_dir() else {path.name: path}
+            images |= dict(find_pictures([path]))
+            if path.is_dir():
+                images |= index_images(path)  # by the bare file name too
         references = read_references(config.references) if config.references else None
     read, left_out = read_predictions(predictions_file, references)
     predictions, facts, unlabelled = read_facts(config, read)
     left_out += unlabelled + Counter({"unreadable pictures": len(unreadable)})
-    scores = score_predictions(predictions, signature, facts)
+    signature["facts"] = "labels" if config.labels else "references"
+    try:
+        scores = score_predictions(predictions, signature, facts)
+    except ValueError as error:
+        raise UserError(f"{predictions_file}: {error}") from None
     scores |= {"left_out": dict(+left_out), "facts_from": "labels" if config.labels else "references"}
     scores |= {"predictions": str(predictions_file), "config": config_to_json(config)}
     with atomic_write(run_dir / "scores.json") as file:
         json.dump(scores, file, indent=1, allow_nan=False)
-    origin = f"{config.split} split, {signature['decoding']}" if config.predictions is None else config.predictions.name
+    origin = ", ".join(signature.values()) if config.predictions is None else config.predictions.name
     title = f"{len(predictions):,} pictures, {origin}"
     write_report(run_dir / "report.html", title, make_rows(predictions, facts), images, scores)
     print_captions(predictions, config.show)
@@ -410,6 +427,7 @@ def compare(config: EvalConfig, run_dir: Path) -> None:
         compared = compare_predictions(one, other)
     except ValueError as error:
         raise UserError(f"--compare {config.compare[0]} {config.compare[1]}: {error}") from None
+    compared |= {"files": [str(path) for path in config.compare]}
     with atomic_write(run_dir / "comparison.json") as file:
         json.dump(compared, file, indent=1, allow_nan=False)
     print_comparison(compared, *config.compare)

@@ -28,7 +28,8 @@ def measure_facts(predictions: Sequence[Reading], references: Sequence[Facts]) -
         groups[name] = measure_confusion(labels, confusion, each=name == "traffic_light")
     groups["hallucination"] = measure_hallucination(said, references)
     groups["form"] = measure_form(predictions)
-    got, there = count_classes(said), count_classes(references)
+    stated = np.array([facts != Facts() for facts in references])  # a reference without any fact is not scored
+    got, there = count_classes(said) * stated[:, None, None], count_classes(references)
     seen = [place for place in range(len(CLASSES)) if got[:, place].any() or there[:, place].any()]
     names = list(CLASSES)
     return groups | {f"classes: {names[place]}": measure_class(got[:, place], there[:, place]) for place in seen}
@@ -181,6 +182,8 @@ def measure_hallucination(said: Sequence[Facts], references: Sequence[Facts]) ->
     """
     statistics = np.zeros((len(said), 4))
     for row, (p, r) in enumerate(zip(said, references, strict=True)):
+        if r == Facts():
+            continue
         there = {kind.name for kind in r.objects}
         invented = sum(kind.name not in there for kind in p.objects)
         statistics[row] = invented > 0, 1, invented, len(p.objects)

@@ -377,7 +377,7 @@ def score_with_intervals(metric: Metric, counts: np.ndarray, rows: np.ndarray | 
 def compare_metrics(one: Metric, other: Metric, counts: np.ndarray) -> dict[str, dict]:
     """{score: {"one", "other", "difference", "low", "high", "p"}} of two systems on the same captions.
 
-    Paired bootstrap (Koehn 2004): both are scored on the same samples. p is two-sided, as in sacrebleu: the share of
+    Paired bootstrap (Koehn 2004): both are scored on the same samples. p is two-sided: the share of
     samples whose difference is as far from their mean as the observed one is from 0 (Riezler and Maxwell 2005).
     """
     first, second = (metric.score(metric.statistics.sum(axis=0)) for metric in (one, other))

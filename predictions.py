@@ -51,6 +51,8 @@ def read_predictions(path: Path, references: dict[str, list[str]] | None = None)
     read = _read_csv if path.suffix.lower() == ".csv" else _read_json_lines
     rows: dict[str, Prediction] = {}
     for place, row in _open(path, read):
+        if row.prediction is None:
+            raise UserError(f"{path}: has no column prediction; a captions CSV is given with --references")
         if row.name in rows:
             raise UserError(f"{place}: {row.name[:80]} came before; each picture is scored once")
         rows[row.name] = row
@@ -66,7 +68,7 @@ def read_predictions(path: Path, references: dict[str, list[str]] | None = None)
         name = next(iter(rows))
         raise UserError(
             f"{path}: none of its {len(rows)} predictions has a reference, {name[:80]} for one; give a captions CSV or "
-            "a predictions file that has them with --references"
+            "a predictions file that has them, under the same names, with --references"
         )
     return scored, +left_out
 
@@ -118,6 +120,8 @@ def parse_prediction(line: str, place: str) -> Prediction:
 def _read_csv(file: Iterable[str], path: Path) -> Iterator[tuple[str, Prediction]]:
     reader = csv.DictReader(file)
     columns = reader.fieldnames or []
+    if len(set(columns)) < len(columns):
+        raise UserError(f"{path}: two of its columns have the same title; number them: reference, reference2 ...")
     if "name" not in columns or not {"prediction", CSV_HEADER[1]} & set(columns):
         raise UserError(f"{path}: its columns must be name, prediction, reference ..., not {', '.join(columns)[:200]}")
     reference_columns = [column for column in columns if column.startswith("reference") or column == CSV_HEADER[1]]
@@ -126,7 +130,7 @@ def _read_csv(file: Iterable[str], path: Path) -> Iterator[tuple[str, Prediction
         if None in row or None in row.values():
             raise UserError(f"{place}: must have {len(columns)} fields")
         references = [row[column] for column in reference_columns if row[column].strip()]
-        yield place, Prediction(row["name"], row.get("prediction", ""), references)
+        yield place, Prediction(row["name"], row.get("prediction"), references)
 
 
 def name_examples(names: Sequence[str]) -> str:

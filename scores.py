@@ -32,6 +32,7 @@ HEADLINES = {  # score: its group; what slices, the printed table and comparison
 }
 SLICED_BY = {"time of day": "time_of_day", "weather": "weather", "scene": "scene", "traffic light": "traffic_light"}
 OBJECT_BINS = (0, 1, 5, 10, 15, 20)  # smallest number of objects in each slice
+FEW = 10  # pictures, below which a bootstrap says nothing
 SMALL_SLICE = 5  # pictures, below which a slice is not scored
 ZOO = "BDD100K model zoo, image tagging, github.com/SysCV/bdd100k-models"
 PUBLISHED = [  # what others reach on the BDD100K val set; drawn scenes are another matter
@@ -67,7 +68,9 @@ def score_predictions(
         **metrics.make_floors(references, seed),
     }
     for name in dict.fromkeys(itertools.chain.from_iterable(prediction.floors for prediction in predictions)):
-        sets[name] = [prediction.floors.get(name, "") for prediction in predictions]
+        if name in sets or not all(name in prediction.floors for prediction in predictions):
+            raise ValueError(f"the floor {name!r} must have a caption for each picture, and a name of its own")
+        sets[name] = [prediction.floors[name] for prediction in predictions]
     readings = {name: [read_caption(text) for text in texts] for name, texts in sets.items()}
     measured = metrics.measure_texts(references, sets)
     for name in sets:
@@ -104,8 +107,16 @@ def make_notes(n: int, scores: dict, measured: Measured) -> list[str]:
     """What a reader of the scores must know."""
     notes = []
     facts = scores["facts"]
-    widths = {name: facts[name]["high"] - facts[name]["low"] for name in HEADLINES if facts.get(name, {}).get("value")}
-    if widths:
+    widths = {
+        name: facts[name]["high"] - facts[name]["low"]
+        for name in HEADLINES
+        if facts.get(name, {}).get("value") is not None
+    }
+    if n < FEW:
+        notes.append(
+            f"{n} pictures are too few for intervals and p-values: they come out too narrow; score more pictures"
+        )
+    elif widths:
         widest = max(widths, key=widths.get)
         low, high = facts[widest]["low"], facts[widest]["high"]
         notes.append(
@@ -152,19 +163,25 @@ def score_slices(measured: Measured, names: Sequence[dict[str, str]], counts: np
             figures |= metrics.score_with_intervals(measured[group], counts, np.array(members))
         headlines = {name: figures[name] for name in HEADLINES}
         scored.append({"by": by, "value": value, "n": len(members), "scores": headlines})
-    return sorted(scored, key=lambda item: item["scores"]["facts_f1"]["value"] or 0.0)
+    return sorted(scored, key=rank_slice)
+
+
+def rank_slice(item: dict) -> tuple[bool, float]:
+    """The worst first, those whose references state no fact last."""
+    value = item["scores"]["facts_f1"]["value"]
+    return value is None, value or 0.0
 
 
 def make_signatures(measured: Measured, n: int, resamples: int, seed: int, signature: dict) -> dict[str, str]:
     """One line for each group of scores that says how it came about."""
     coco = {"tok": "coco", "case": "lower"}
     how = {
-        "corpus_bleu": {"level": "corpus", **coco, "smooth": "none", "reference_length": "closest"},
+        "corpus_bleu": {"level": "corpus", **coco, "smooth": "coco", "reference_length": "closest"},
         "reference_bleu": {"level": "sentence-mean", "tok": "space", "case": "lower", "smooth": "method4"},
         "rouge_l": {"level": "sentence-mean", **coco, "beta": metrics.ROUGE_BETA},
         "cider_d": {"level": "sentence-mean", **coco, "sigma": metrics.CIDER_SIGMA, "df": "references"},
         "meteor": {"level": "sentence-mean", **coco},
-        "facts": {"read_by": "captions.read_caption"},
+        **{key: {"read_by": "captions.read_caption"} for key in ("facts", "hallucination", "form")},
     }
     end = {"n": n, **signature, "bootstrap": f"{resamples}-seed{seed}"}
     return {group: metrics.make_signature(**facts, **end) for group, facts in how.items() if group in measured}
@@ -201,6 +218,7 @@ def compare_predictions(
     return {
         "schema": SCHEMA_VERSION,
         "n": len(pairs),
+        "notes": [f"{len(pairs)} pictures are too few for intervals and p-values"] if len(pairs) < FEW else [],
         "only_in_one": len(one) - len(pairs),
         "only_in_other": len(other) - len(pairs),
         "resamples": resamples,

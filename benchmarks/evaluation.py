@@ -1,6 +1,6 @@
 """Scoring at full size: 10,000 captions, all metrics, 1,000 bootstrap samples, floors that need no model, all slices.
 
-    python -m benchmarks.evaluation              # drawn scenes' facts; the predictions get a fifth of them wrong
+    python -m benchmarks.evaluation              # drawn scenes' facts; the predictions get some of them wrong
     python -m benchmarks.evaluation --record     # and put the table into benchmarks/RESULTS.md
 
 Prints the seconds of `scores.score_predictions`, which eval.py calls, and where they go. METEOR is not in it where
@@ -44,7 +44,7 @@ def sample_facts(seed: int) -> Facts:
 
 
 def disturb(facts: Facts, rng: random.Random) -> Facts:
-    """Facts as a model may see them: a fifth of the weathers, counts and objects wrong."""
+    """Facts as a model may see them: a sixth of the weathers and counts wrong, a tenth of the objects missing."""
     objects = {kind: count + (rng.random() < 0.2) for kind, count in facts.objects.items() if rng.random() < 0.9}
     weather = facts.weather if rng.random() < 0.8 else rng.choice(WEATHERS[:6])
     return dataclasses.replace(facts, weather=weather, objects=objects)
@@ -100,7 +100,7 @@ def main() -> None:
     )
     print(f"{table}\n\n{text}")
     if args.record:
-        record("Scoring 10,000 captions", f"{table}\n\n{text}", packages=["numpy", "nltk"])
+        record(f"Scoring {args.count:,} captions", f"{table}\n\n{text}", packages=["numpy", "nltk"])
 
 
 if __name__ == "__main__":

@@ -44,7 +44,12 @@ def read_commit() -> str:
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     if commit.returncode:
         return "?"
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "-uno", "--", ".", f":!{RESULTS.name}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return commit.stdout.strip() + "+" * bool(changed.stdout.strip())
 
 

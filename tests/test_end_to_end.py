@@ -120,6 +120,11 @@ def test_own_pictures(trained, drawn, tmp_path):
     assert again.returncode == 0, again.stderr
     assert "2 of 5 pictures were captioned before" in again.stdout
     assert (trained / "logs/own/captions.jsonl").read_text().splitlines() == lines
+    for content in ("", "{"):
+        (trained / "logs/own/settings.json").write_text(content)
+        damaged = run("eval.py", *flags, cwd=trained)
+        assert damaged.returncode == 2 and "earlier run" in damaged.stderr
+    (trained / "logs/own/settings.json").write_text("{}")
     other = run("eval.py", "--images", folder, "--run-name", "own", cwd=trained)
     assert other.returncode == 2 and "other settings" in other.stderr
 

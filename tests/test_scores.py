@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_captions import all_facts
 
-from captions import describe
+from captions import describe, read_caption
 from config import UserError
 from predictions import Prediction, read_predictions, read_references, write_predictions
 from scores import compare_predictions, score_predictions
@@ -171,6 +171,8 @@ def test_ten_thousand_arbitrary_strings():
         ("p.csv", "picture,caption\na.jpg,x\n", "columns must be name"),
         ("p.csv", "name,prediction,reference\na.jpg,x\n", "3 fields"),
         ("p.csv", "name,prediction\na.jpg,x\n", "--references"),
+        ("p.csv", "name,prediction,reference,reference\na.jpg,x,y,z\n", "same title"),
+        ("p.csv", "name,raw_caption\na.jpg,x\n", "no column prediction"),
         ("p.jsonl", '{"name": "a.jpg", "prediction": "x"}\n', "--references"),
         ("p.jsonl", '{"name": "a.jpg", "prediction": "x", "references": ["y"], "floors": {"z": 1}}\n', "line 1"),
         ("p.jsonl", "[1]\n", "line 1"),
@@ -189,3 +191,36 @@ def test_references_that_come_twice(tmp_path):
     (tmp_path / "r.csv").write_text("name,raw_caption\na.jpg,x\na.jpg,y\n")
     with pytest.raises(UserError, match=r"r\.csv, line 3: a\.jpg came before"):
         read_references(tmp_path / "r.csv")
+
+
+def test_references_without_a_fact_are_not_scored_on_facts(tmp_path):
+    """Somebody's free text: BLEU, and null for the facts; the command says so and ends well. Odd characters print."""
+    rows = [Prediction(f"{i}.jpg", "There is one car. \ud800", ["Cars drive along a street."]) for i in range(12)]
+    write_predictions(tmp_path / "p.jsonl", rows)
+    finished = run("--predictions", "p.jsonl", "--run-name", "r", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    scores = json.loads((tmp_path / "logs/r/scores.json").read_text())
+    validate(scores)
+    groups = scores["scores"]
+    figures = [
+        groups["facts"]["facts_f1"],
+        groups["hallucination"]["CHAIRs"],
+        groups["classes"].get("car", {}).get("exact"),
+    ]
+    assert all(figure is None or figure["value"] is None for figure in figures)
+
+
+def test_few_pictures_are_said_to_be_few():
+    one = [Prediction("a.jpg", "There is one car.", ["There are 2 cars."])]
+    assert "too few" in score_predictions(one, {}, resamples=5)["notes"][0]
+    assert "too few" in compare_predictions(one, one, resamples=5)["notes"][0]
+
+
+@pytest.mark.parametrize("floors", [{"predictions": "x"}, {"most frequent caption": "x"}])
+def test_a_floor_can_not_take_the_place_of_another_set(floors):
+    with pytest.raises(ValueError, match="floor"):
+        score_predictions([Prediction("a.jpg", "x", ["y"], floors)], {}, resamples=5)
+
+
+def test_long_blanks_are_read_in_no_time():
+    assert read_caption("a." + " " * 1_000_000).unread == ["a."]
