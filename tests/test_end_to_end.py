@@ -112,7 +112,7 @@ def test_own_pictures(trained, drawn, tmp_path):
     captions = {json.loads(line)["name"]: json.loads(line)["prediction"] for line in lines}
     assert set(captions) == {"0.jpg", "2.jpg", "deeper/1.jpg", "deeper/3.jpg"}
     with open(trained / "logs/own/captions.csv", newline="") as file:
-        assert {row["name"]: row["caption"] for row in csv.DictReader(file)} == captions
+        assert {row["name"]: row["prediction"] for row in csv.DictReader(file)} == captions
     assert (trained / "logs/own/report.html").is_file()
 
     (trained / "logs/own/captions.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:30])  # killed as it wrote
