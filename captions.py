@@ -101,8 +101,9 @@ class Facts:
         if self.traffic_light not in (None, *LIGHTS):
             raise ValueError(f"traffic light {self.traffic_light!r} is not one of {', '.join(LIGHTS)}")
         for kind, count in self.objects.items():
-            if kind.name not in CLASSES:
-                raise ValueError(f"class {kind.name!r} is not one of {', '.join(CLASSES)}")
+            name, _, _ = kind
+            if name not in CLASSES:
+                raise ValueError(f"class {name!r} is not one of {', '.join(CLASSES)}")
             if not 1 <= count <= MAX_COUNT:
                 raise ValueError(f"{count} x {kind.phrase!r}: a count is 1 to {MAX_COUNT}")
 
@@ -126,13 +127,22 @@ def describe(facts: Facts, style: Style = "plain") -> str:
         sentences.append(OBJECTS_LEAD)
     if facts.traffic_light:
         sentences.append(f"The traffic light is {bold}{facts.traffic_light}{bold}.")
-    for kind in sorted(facts.objects, key=lambda kind: kind.phrase):
-        count = facts.objects[kind]
-        if count == 1:
-            sentences.append(f"There is one {bold}{kind.phrase}{bold}.")
-        else:
-            sentences.append(f"There are {bold}{count} {kind.qualifier}{CLASSES[kind.name][0]}{bold}.")
+    for kind in sorted(facts.objects, key=_phrase_of):
+        sentences.append(_count_sentence(kind, facts.objects[kind], bold))
     return " ".join(sentences)
+
+
+# Ten sentences a caption, and few that differ: most have been written before.
+@functools.lru_cache(maxsize=4096)
+def _phrase_of(kind: ObjectKind) -> str:
+    return kind.phrase
+
+
+@functools.lru_cache(maxsize=4096)
+def _count_sentence(kind: ObjectKind, count: int, bold: str) -> str:
+    if count == 1:
+        return f"There is one {bold}{kind.phrase}{bold}."
+    return f"There are {bold}{count} {kind.qualifier}{CLASSES[kind.name][0]}{bold}."
 
 
 def _describe_natural(facts: Facts) -> str:

@@ -405,28 +405,26 @@ def _read_light(color: object, report: LabelReport) -> str | None:
 
 def _find_near_duplicates(labels: list[_Label]) -> set[int]:
     """Positions of boxes that overlap an earlier one of their class by more than NEAR_DUPLICATE_IOU."""
-    by_class: dict[str | None, list[tuple[float, float, float, float, int]]] = defaultdict(list)
-    for index, label in enumerate(labels):
-        box = label.box2d
-        if box is not None:
-            by_class[label.category].append((box.x1, box.y1, box.x2, box.y2, index))
-    found = set()
-    for boxes in by_class.values():
-        if len(boxes) < 2:
-            continue
-        boxes.sort()
-        for position, (x1, y1, x2, y2, index) in enumerate(boxes, start=1):
-            reach = x1 + (1 - NEAR_DUPLICATE_IOU) * (x2 - x1)  # a box that starts farther right overlaps too little
-            for following in range(position, len(boxes)):
-                u1, v1, u2, v2, other = boxes[following]
-                if u1 > reach:
-                    break
-                wide, high = min(x2, u2) - u1, min(y2, v2) - max(y1, v1)
-                if wide > 0 and high > 0:
-                    common = wide * high
-                    union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - common
-                    if common > NEAR_DUPLICATE_IOU * union:
-                        found.add(max(index, other))
+    boxes = [
+        (label.category or "", box.x1, box.y1, box.x2, box.y2, index)
+        for index, label in enumerate(labels)
+        if (box := label.box2d) is not None
+    ]
+    boxes.sort()  # classes together, and in each from left to right
+    found, count = set(), len(boxes)
+    for position, (category, x1, y1, x2, y2, index) in enumerate(boxes, start=1):
+        reach = x1 + (1 - NEAR_DUPLICATE_IOU) * (x2 - x1)  # a box that starts farther right overlaps too little
+        while position < count:
+            following, u1, v1, u2, v2, other = boxes[position]
+            if u1 > reach or following != category:
+                break
+            wide, high = min(x2, u2) - u1, min(y2, v2) - max(y1, v1)
+            if wide > 0 and high > 0:
+                common = wide * high
+                union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - common
+                if common > NEAR_DUPLICATE_IOU * union:
+                    found.add(max(index, other))
+            position += 1
     return found
 
 

@@ -3,8 +3,9 @@
     python -m benchmarks.labels                          # 69,863 frames, 1.4 GB of drawn labels in a temporary folder
     python -m benchmarks.labels --frames-from FILE.json  # the same from the frames of 2018 label files
 
-Prints the median wall seconds of runs that take turns, the peak memory of each process tree, and their ratios; checks
-that both wrote the same captions. --record puts what it prints into benchmarks/RESULTS.md.
+Prints the median wall seconds of runs that take turns, the peak memory of each process tree (in a run of its own, since
+looking at it costs time), and their ratios; checks that both wrote the same captions. --record puts what it prints into
+benchmarks/RESULTS.md.
 """
 
 import argparse
@@ -101,42 +102,49 @@ def write_archive(path: Path, frames: list[dict], count: int) -> None:
             archive.writestr(f"100k/train/{Path(frame['name']).stem}.json", json.dumps(frame, indent=4))
 
 
-def measure(command: list) -> tuple[float, float]:
-    """(seconds, peak memory of the process tree in MB, shared pages counted once) of a command."""
-    start, peak = time.perf_counter(), 0.0
-    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+def measure_seconds(command: list) -> float:
+    """Wall seconds of a command."""
+    start = time.perf_counter()
+    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def measure_memory(command: list) -> float:
+    """Peak memory of a command's process tree in MB, shared pages counted once, looked at twice a second."""
+    peak = 0.0
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     root = psutil.Process(process.pid)
     while process.poll() is None:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             tree = [root, *root.children(recursive=True)]
             peak = max(peak, sum(member.memory_full_info().pss for member in tree) / 1e6)
-        except psutil.NoSuchProcess:
-            pass
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.5)
     assert process.returncode == 0, f"{command} failed with {process.returncode}"
-    return time.perf_counter() - start, peak
+    return peak
 
 
 def compare(labels: Path, folder: Path, repeats: int) -> str:
     """Measure both in turn, `repeats` times. Returns rows of a Markdown table."""
     theirs, ours = folder / "reference.csv", folder / "ours.csv"
     os.sync()  # what was just written is on the disk, and in memory too
-    runs = {"json.load and a loop": [], "bdd100k_data_pipeline.py": []}
+    commands = {
+        "json.load and a loop": [sys.executable, "-m", "benchmarks.labels", "--reference", labels, theirs],
+        "bdd100k_data_pipeline.py": [sys.executable, "bdd100k_data_pipeline.py", "--labels", labels, "--output", ours],
+    }
+    peaks = {name: measure_memory(command) for name, command in commands.items()}
+    runs: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(repeats):
-        reference = measure([sys.executable, "-m", "benchmarks.labels", "--reference", labels, theirs])
-        mine = measure([sys.executable, "bdd100k_data_pipeline.py", "--labels", labels, "--output", ours])
-        for measured, values in zip(runs.values(), (reference, mine), strict=True):
-            measured.append(values)
+        for name, command in commands.items():
+            runs[name].append(measure_seconds(command))
     with open(theirs, newline="") as one, open(ours, newline="") as other:
         rows = sum(1 for a, b in zip(csv.reader(one), csv.reader(other), strict=True) if a == b or sys.exit("differ"))
     lines, medians = [], []
-    for name, measured in runs.items():
-        seconds = sorted(second for second, _ in measured)
-        peak = max(peak for _, peak in measured)
-        medians.append((statistics.median(seconds), peak))
+    for name, seconds in runs.items():
+        seconds.sort()
+        medians.append((statistics.median(seconds), peaks[name]))
         spread = f"{seconds[0]:.1f} to {seconds[-1]:.1f}"
-        lines.append(f"| {labels.name} | {name} | {medians[-1][0]:.1f} | {spread} | {peak:,.0f} |")
+        lines.append(f"| {labels.name} | {name} | {medians[-1][0]:.1f} | {spread} | {peaks[name]:,.0f} |")
     (slow, large), (fast, small) = medians
     what = f"{labels.stat().st_size / 1e9:.2f} GB, {rows - 1:,} captions, equal"
     lines.append(f"| {what} | **ratio** | **{slow / fast:.1f}** | | {large / small:.1f} |")
