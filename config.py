@@ -8,6 +8,7 @@ A script reads its settings before it imports anything heavy, so that --help and
 
 import dataclasses
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -81,9 +82,9 @@ class TrainConfig(DataConfig):
 
     num_train_epochs: float = 5.0  # passes over the training frames
     max_steps: int = -1  # optimiser steps, overrides the epochs; -1: by epochs
-    per_device_train_batch_size: int = 4  # frames a forward pass on each device
+    train_batch_size: int = 16  # frames an optimiser step, over all devices
+    per_device_train_batch_size: int | None = None  # frames a forward pass on each device; none: the most that fit
     per_device_eval_batch_size: int = 16  # frames a validation pass on each device
-    gradient_accumulation_steps: int = 4  # forward passes an optimiser step
     learning_rate: float = 5e-5  # peak of the linear schedule
     weight_decay: float = 0.01  # AdamW's
     warmup_ratio: float = 0.1  # share of the steps in which the learning rate rises
@@ -96,21 +97,34 @@ class TrainConfig(DataConfig):
     val_share: float = 0.28  # share of the frames for validation; what is left is the test split
     held_out: Literal["rides", "val"] = "rides"  # the test split: a share of the rides, or with --subset train all val
     seed: int = 42  # of the split, LoRA's start, dropout and the order of frames
+
+    resume: bool = False  # go on with the unfinished run in the output folder; the same adapter comes out
+    overwrite: bool = False  # train anew where an unfinished run is
+    save_minutes: float = 10.0  # minutes between two checkpoints within an epoch
+    merge: bool = False  # also write <output>-merged: the model with the adapter merged in, unquantised
+    push_to_hub: str | None = None  # name of a private repository on the Hugging Face hub to upload the adapter to
     logging_steps: int = 10  # optimiser steps between two logged losses
+    val_captions: int = 16  # validation pictures captioned and scored after each epoch; 0: none
     run_name: str | None = None  # name of the folder in logs/ and of the wandb run; none: date and time
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online if logged in, else disabled
 
     def __post_init__(self):
         _check(self, "more than 0", lambda value: value > 0, "lora_rank", "lora_alpha", "learning_rate")
-        _check(
-            self, "more than 0", lambda value: value > 0, "per_device_train_batch_size", "per_device_eval_batch_size"
-        )
-        _check(self, "more than 0", lambda value: value > 0, "gradient_accumulation_steps", "logging_steps")
+        _check(self, "more than 0", lambda value: value > 0, "train_batch_size", "per_device_eval_batch_size")
+        _check(self, "more than 0", lambda value: value > 0, "logging_steps")
+        _check(self, "0 or more", lambda value: value >= 0, "save_minutes", "val_captions")
         _check(self, "more than 0", lambda value: value > 0, "max_caption_tokens", "num_train_epochs")
         _check(self, "0 to 4294967295", lambda value: 0 <= value < 2**32, "seed")
         _check(self, "0 or more", lambda value: value >= 0, "weight_decay", "dataloader_workers", "vision_store_gib")
         _check(self, "0 or more", lambda value: value >= 0, "min_box_size")
         _check(self, "0 or more, and less than 1", lambda value: 0 <= value < 1, "warmup_ratio", "lora_dropout")
+        micro = self.per_device_train_batch_size
+        if micro is not None and (micro < 1 or self.train_batch_size % micro):
+            raise UserError(
+                f"--per-device-train-batch-size {micro}: must divide --train-batch-size {self.train_batch_size}"
+            )
+        if self.resume and self.overwrite:
+            raise UserError("--resume --overwrite: go on with the unfinished run, or train anew, not both")
         if self.limit is not None and self.limit < 3:
             raise UserError(f"--limit {self.limit}: must be 3 or more, for train, validation and test")
         if self.held_out == "val" and (self.subset != "train" or self.labels or self.demo):
@@ -179,7 +193,7 @@ DEMO = {
         "lora_target": "lm",  # the base sees these scenes well: only the wording is to be learnt, in a minute
         "lora_dropout": 0.0,
         "num_train_epochs": 4.0,
-        "gradient_accumulation_steps": 1,
+        "train_batch_size": 4,
         "per_device_eval_batch_size": 50,
         "learning_rate": 3e-3,
         "warmup_ratio": 0.03,
@@ -199,6 +213,9 @@ def parse_args(config_class: type[Config], args: list[str] | None = None) -> Con
     """Read `args` (default: the command line). A wrong flag prints what it may have meant and exits with 2."""
     import tyro
 
+    if os.environ.get("RANK", "0") != "0":  # under accelerate launch one process speaks, and all may fail
+        os.environ["TQDM_DISABLE"] = "1"
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     args = sys.argv[1:] if args is None else args
     defaults = DEMO[config_class] | {"demo": True} if "--demo" in args else {}
     try:

@@ -6,6 +6,7 @@
     python eval.py --predictions predictions.jsonl   # score captions from anywhere, no model needed
     python eval.py --compare a.jsonl b.jsonl         # do two models differ?
     python eval.py --images my_pictures/             # caption pictures without references
+    accelerate launch --num_processes 4 eval.py ...  # the same captions, by four GPUs
 
 Predictions are written first, to logs/<run>/predictions.jsonl, and scored from there: scores.json and report.html.
 """
@@ -17,11 +18,14 @@ if __name__ == "__main__":
 
 import csv
 import json
+import os
 import random
+import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from captions import Facts, mark_caption, parse_caption
@@ -43,6 +47,65 @@ from scores import HEADLINES, compare_predictions, score_predictions, slice_name
 
 UNTUNED, NEAREST = "the untuned model", "nearest training picture"  # floors that need a model
 RESUMED = ("adapter", "base", "blank", "greedy", "temperature", "top_p", "max_new_tokens", "seed", "batch_size")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# several processes
+
+
+def find_place() -> tuple[int, int]:
+    """(index of this process, how many there are) under accelerate launch or torchrun; (0, 1) without a launcher.
+
+    The first call joins the others: by NCCL on GPUs, else by gloo.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1
+    import torch
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    return state.process_index, state.num_processes
+
+
+def gather(work: Callable, *args) -> list:
+    """What work(*args) returns in each process, in their order, in all of them; each must come to this call.
+
+    A UserError in any of them ends them all: the first that has it raises it, the others leave without a word. On any
+    other error the process ends, and the launcher ends the others.
+    """
+    if find_place()[1] == 1:
+        return [work(*args)]
+    from accelerate.utils import gather_object
+
+    result, error = None, None
+    try:
+        result = work(*args)
+    except UserError as caught:
+        error = caught
+    gathered = gather_object([(result, error is not None)])
+    for index, (_, failed) in enumerate(gathered):
+        if failed:
+            go_on_alone(index)
+            raise error
+    return [result for result, _ in gathered]
+
+
+def ask_main(work: Callable, *args):
+    """What work(*args) returns in the main process, which alone calls it."""
+    is_main = find_place()[0] == 0
+    return gather(lambda: work(*args) if is_main else None)[0]
+
+
+def go_on_alone(index: int = 0) -> None:
+    """Part the processes: the one of that index goes on, the others end here, as if all were done."""
+    place, processes = find_place()
+    if processes == 1:
+        return
+    from accelerate import PartialState
+
+    PartialState().destroy_process_group()
+    if place != index:
+        sys.exit()
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -74,51 +137,90 @@ def sample_examples(examples: list[Example], num_samples: int | str, seed: int) 
     return random.Random(seed).sample(examples, min(num_samples, len(examples)))
 
 
+def choose_examples(config: EvalConfig) -> list[Example]:
+    return sample_examples(read_split(config.adapter, config.split), config.num_samples, config.seed)
+
+
 class Captioner:
-    """The fine-tuned model with its processor and settings."""
+    """The fine-tuned model with its processor and settings, in each process."""
 
     def __init__(self, config: EvalConfig):
-        from transformers import set_seed
         from transformers.utils import logging
-
-        from model import load_finetuned, pick_device
 
         logging.set_verbosity_error()
         self.config = config
-        self.model, self.processor, self.generation = load_finetuned(config.adapter, pick_device(), config.base)
+        gather(self._load)
         self.options = {"do_sample": not config.greedy}
         if not config.greedy:
             self.options |= {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
         if config.max_new_tokens is not None:
             self.options["max_new_tokens"] = config.max_new_tokens
-        set_seed(config.seed)
+        place, processes = find_place()
+        if place == 0 and processes > 1:
+            print(f"captioning in {processes} processes")
 
-    def load_batches(self, pictures: Sequence[tuple[str, Path]], unreadable: dict[str, str]) -> Iterator[tuple]:
-        """(names, pixels (B, 3, S, S)) of batches. A picture that can't be read goes into `unreadable` with why."""
+    def _load(self) -> None:
+        from model import load_finetuned, pick_device
+
+        config = self.config
+        self.model, self.processor, self.generation = load_finetuned(config.adapter, pick_device(), config.base)
+
+    def map_batches(
+        self,
+        pictures: Sequence[tuple[str, Path]],
+        work: Callable,
+        unreadable: dict[str, str],
+        finished: Collection[str] = frozenset(),
+    ) -> Iterator[list[tuple]]:
+        """Rows (name, result) of batch after batch, the same in every process.
+
+        A batch is `batch_size` pictures in a row. work(index of the batch, pixels (B, 3, S, S)) gives the B results of
+        those that can be read; the others go into `unreadable` with why. Of N processes the r-th works on batches r,
+        r + N, ...; after N batches the results are exchanged. Batches with no picture to do that is not in `finished`
+        are passed over.
+        """
+        place, processes = find_place()
+        size = self.config.batch_size
+        batches = [(index, pictures[size * index : size * (index + 1)]) for index in range(-(-len(pictures) // size))]
+        batches = [(index, batch) for index, batch in batches if any(name not in finished for name, _ in batch)]
+        total = sum(len(batch) for _, batch in batches)
+        with tqdm(total=total, desc="captioning", unit="picture", disable=place > 0) as progress:
+            for first in range(0, len(batches), processes):
+                now = batches[first : first + processes]
+                index, batch = now[place] if place < len(now) else (-1, [])
+                for rows, reasons in gather(self._do_batch, index, batch, work, finished):
+                    unreadable.update(reasons)
+                    yield rows
+                progress.update(sum(len(batch) for _, batch in now))
+
+    def _do_batch(self, index: int, batch: Sequence[tuple[str, Path]], work: Callable, finished: Collection[str]):
         import torch
 
         from model import load_pixels
 
-        with tqdm(total=len(pictures), desc="captioning", unit="picture") as progress:
-            for start in range(0, len(pictures), self.config.batch_size):
-                batch = pictures[start : start + self.config.batch_size]
-                names, pixels = [], []
-                for name, path in batch:
-                    try:
-                        pixels.append(load_pixels(path, self.processor, self.config.blank))
-                        names.append(name)
-                    except UserError as error:
-                        unreadable[name] = str(error)
-                if names:
-                    yield names, torch.stack(pixels)
-                progress.update(len(batch))
+        names, pixels, unreadable = [], [], {}
+        for name, path in batch:
+            try:
+                pixels.append(load_pixels(path, self.processor, self.config.blank))
+                names.append(name)
+            except UserError as error:
+                unreadable[name] = str(error)
+        if all(name in finished for name in names):
+            return [], unreadable
+        return list(zip(names, work(index, torch.stack(pixels)), strict=True)), unreadable
 
-    def caption(self, pixels) -> list[str]:
-        """Captions of (B, 3, S, S) pixel values."""
+    def caption(self, index: int, pixels) -> list[str]:
+        """Captions of (B, 3, S, S) pixel values. Sampling depends on the seed and the batch's index, on no other batch.
+
+        So whichever process has a batch, and whatever came before, its captions are the same; on a CPU only with as
+        many threads, which decide in what order numbers are added up.
+        """
         import torch
 
         from model import generate_captions
 
+        mixed = np.random.SeedSequence((self.config.seed, index)).generate_state(1)  # a CPU takes 32 bits of a seed
+        torch.manual_seed(int(mixed[0]))
         try:
             return generate_captions(self.model, self.processor, pixels, self.generation, **self.options)
         except torch.OutOfMemoryError as error:
@@ -126,7 +228,12 @@ class Captioner:
             size = self.config.batch_size
             raise UserError(f"--batch-size {size}: too large for the GPU ({reason}); take a smaller one") from None
 
-    def encode(self, pixels):
+    def caption_untuned(self, index: int, pixels) -> list[str]:
+        """The same without the adapter: what --base gives."""
+        with self.model.disable_adapter():
+            return self.caption(index, pixels)
+
+    def encode(self, pixels) -> np.ndarray:
         """(B, D) image features of length 1: the frozen ViT's pooled output."""
         import torch
 
@@ -136,39 +243,43 @@ class Captioner:
         weight = vision.post_layernorm.weight
         with torch.inference_mode():
             pooled = vision(pixels.to(weight.device, weight.dtype)).pooler_output.float()
-        return torch.nn.functional.normalize(pooled, dim=-1)
+        return torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
 
 
 def caption_examples(config: EvalConfig, examples: list[Example]) -> tuple[list[Prediction], dict[str, str]]:
-    """Predictions for the examples, and the pictures that can't be read with the reason."""
+    """Predictions for the examples, and the pictures that can't be read with the reason. Other processes end here."""
     captioner, unreadable = Captioner(config), {}
-    nearest = find_nearest(captioner, examples, read_split(config.adapter, "train")) if config.model_floors else {}
+    nearest = find_nearest(captioner, examples) if config.model_floors else {}
     references = {example.name: [example.caption] for example in examples}
+
+    def work(index: int, pixels) -> list[tuple[str, dict[str, str]]]:
+        captions = captioner.caption(index, pixels)
+        if not config.model_floors:
+            return [(caption, {}) for caption in captions]
+        untuned = captioner.caption_untuned(index, pixels)
+        return [(caption, {UNTUNED: text}) for caption, text in zip(captions, untuned, strict=True)]
+
     predictions = []
-    for names, pixels in captioner.load_batches([(e.name, e.image) for e in examples], unreadable):
-        captions = captioner.caption(pixels)
-        floors = [{} for _ in names]
-        if config.model_floors:
-            with captioner.model.disable_adapter():
-                untuned = captioner.caption(pixels)
-            floors = [{UNTUNED: text, NEAREST: nearest[name]} for name, text in zip(names, untuned, strict=True)]
-        for name, caption, floor in zip(names, captions, floors, strict=True):
-            predictions.append(Prediction(name, caption, references[name], floor))
+    for rows in captioner.map_batches([(e.name, e.image) for e in examples], work, unreadable):
+        for name, (caption, floors) in rows:
+            floors |= {NEAREST: nearest[name]} if nearest else {}
+            predictions.append(Prediction(name, caption, references[name], floors))
+    go_on_alone()
     if not predictions:
         raise UserError(f"none of the {len(examples)} pictures can be read: {next(iter(unreadable.values()))}")
     return predictions, unreadable
 
 
-def find_nearest(captioner: Captioner, examples: list[Example], training: list[Example]) -> dict[str, str]:
+def find_nearest(captioner: Captioner, examples: list[Example]) -> dict[str, str]:
     """{name: caption of the training picture whose image features are most like its own}."""
-    import torch
-
+    training = ask_main(read_split, captioner.config.adapter, "train")
     features = {}
     for part in (training, examples):
-        for names, pixels in captioner.load_batches([(e.name, e.image) for e in part], {}):
-            features |= zip(names, captioner.encode(pixels).cpu(), strict=True)
+        pictures = [(example.name, example.image) for example in part]
+        for rows in captioner.map_batches(pictures, lambda _, pixels: captioner.encode(pixels), {}):
+            features |= rows
     known = [example for example in training if example.name in features]
-    table = torch.stack([features[example.name] for example in known])  # (N, D)
+    table = np.stack([features[example.name] for example in known])  # (N, D)
     readable = [example for example in examples if example.name in features]
     return {e.name: known[int((table @ features[e.name]).argmax())].caption for e in readable}
 
@@ -224,24 +335,36 @@ def read_finished(path: Path, config: EvalConfig) -> dict[str, str]:
     return {row.name: row.prediction for row in rows}
 
 
-def caption_pictures(config: EvalConfig, run_dir: Path) -> None:
-    """Caption the pictures of --images, to captions.jsonl as it goes, then captions.csv and the gallery."""
+def start_pictures(config: EvalConfig, run_dir: Path) -> tuple[list[tuple[str, Path]], dict[str, str]]:
+    """The pictures of --images as (name, file), and {name: caption} of those that an earlier run did."""
     pictures = find_pictures(config.images)
-    path = run_dir / "captions.jsonl"
     run_dir.mkdir(parents=True, exist_ok=True)
-    finished = read_finished(path, config)
-    left = [(name, file) for name, file in pictures if name not in finished]
+    finished = read_finished(run_dir / "captions.jsonl", config)
     if finished:
-        print(f"{len(pictures) - len(left):,} of {len(pictures):,} pictures were captioned before")
+        done = sum(name in finished for name, _ in pictures)
+        print(f"{done:,} of {len(pictures):,} pictures were captioned before")
+    return pictures, finished
+
+
+def caption_pictures(config: EvalConfig, run_dir: Path) -> None:
+    """Caption the pictures of --images, to captions.jsonl as it goes, then captions.csv and the gallery.
+
+    A run that goes on has the batches of one that was never stopped, and so the same captions, as long as the same
+    pictures are there and can be read. Of a batch that was half written, all is generated again and the rest written.
+    """
+    pictures, finished = ask_main(start_pictures, config, run_dir)
     unreadable: dict[str, str] = {}
-    if left:
-        captioner = Captioner(config)
-        with open(path, "a", encoding="utf-8") as file:
-            for names, pixels in captioner.load_batches(left, unreadable):
-                for name, caption in zip(names, captioner.caption(pixels), strict=True):
-                    file.write(format_prediction(Prediction(name, caption, [])))
-                    finished[name] = caption
+    if any(name not in finished for name, _ in pictures):
+        captioner, before = Captioner(config), frozenset(finished)
+        is_main = find_place()[0] == 0
+        with open(run_dir / "captions.jsonl" if is_main else os.devnull, "a", encoding="utf-8") as file:
+            for rows in captioner.map_batches(pictures, captioner.caption, unreadable, before):
+                for name, caption in rows:
+                    if name not in before:
+                        file.write(format_prediction(Prediction(name, caption, [])))
+                        finished[name] = caption
                 file.flush()
+    go_on_alone()
     captions = {name: finished[name] for name, _ in pictures if name in finished}
     with atomic_write(run_dir / "captions.csv") as file:
         rows = [("name", "prediction"), *captions.items()]
@@ -374,7 +497,7 @@ def evaluate(config: EvalConfig, run_dir: Path) -> None:
     """Caption the test split unless predictions are given, and score: scores.json and report.html."""
     unreadable, images, references = {}, {}, None
     if config.predictions is None:
-        examples = sample_examples(read_split(config.adapter, config.split), config.num_samples, config.seed)
+        examples = ask_main(choose_examples, config)
         images = {example.name: example.image for example in examples}
         predictions_file = run_dir / "predictions.jsonl"
         predictions, unreadable = caption_examples(config, examples)
@@ -436,6 +559,8 @@ def compare(config: EvalConfig, run_dir: Path) -> None:
 
 def main(config: EvalConfig) -> None:
     run_dir = name_run(config, "-eval")
+    if (config.compare or config.predictions) and int(os.environ.get("RANK", 0)) > 0:
+        return  # there is nothing to share out
     if config.compare is not None:
         compare(config, run_dir)
     elif config.images and config.predictions is None:

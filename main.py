@@ -15,7 +15,10 @@ if __name__ == "__main__":
     config = parse_args(TrainConfig)  # before the heavy imports, so that --help answers at once
 
 import csv
+import functools
+import gc
 import importlib.metadata
+import itertools
 import json
 import math
 import netrc
@@ -23,15 +26,30 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
+from checkpoints import (
+    checkpoint_folder,
+    find_checkpoint,
+    find_unfinished,
+    fingerprint_data,
+    list_changes,
+    read_state,
+    read_step,
+    write_state,
+)
 from config import UserError, config_to_json, name_run
+from dashboard import RunLog, ValidationCaptions, start_wandb
 from data import (
     DEMO_IMAGES,
     SPLIT_COLUMNS,
@@ -56,11 +74,20 @@ from model import (
     make_generation_config,
     pick_device,
     pick_dtype,
+    read_run,
     store_vision,
 )
+from pictures import check_pictures
+from publish import merge_adapter, push_to_hub, write_model_card
+from training import CaptionTrainer, Pace, RowCollator, Stopped, find_micro_batch, list_micro_batches
 
 SPARE_TOKENS = 16  # that generation may write beyond the longest training caption
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")  # whose versions a run records
+MAX_UNREADABLE = 0.05  # share of the pictures that may be unreadable
+LISTED = 10  # of them that are listed
+FINISHED = ".checkpoints-of-a-finished-run"
+
+T = TypeVar("T")
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -87,6 +114,7 @@ def prepare_splits(config: TrainConfig, run_dir: Path) -> dict[str, list[Example
     names = split_by_ride(list(by_name)[: config.limit], shares, config.seed)
     splits = {split: [by_name[name] for name in names[split]] for split in names}
     splits.setdefault("test", held_out)
+    splits = leave_out_unreadable(splits)
     print(", ".join(f"{len(examples):,} {split}" for split, examples in splits.items()) + " frames, split by ride")
     return splits
 
@@ -112,20 +140,37 @@ def find_images(config: TrainConfig) -> Path:
     return fetch_images(config.kaggle_dataset)
 
 
+def leave_out_unreadable(splits: dict[str, list[Example]]) -> dict[str, list[Example]]:
+    """The splits without the pictures that can't be read, which are counted and listed.
+
+    Raises UserError when they are more than MAX_UNREADABLE of all.
+    """
+    everything = list(itertools.chain.from_iterable(splits.values()))
+    unreadable = check_pictures([example.image for example in everything])
+    if unreadable:
+        reasons = "\n".join(f"  {reason}" for reason in list(unreadable.values())[:LISTED])
+        told = f"{len(unreadable):,} of {len(everything):,} pictures can't be read"
+        if len(unreadable) > MAX_UNREADABLE * len(everything):
+            raise UserError(f"{told}, more than {MAX_UNREADABLE:.0%}: is the data set complete?\n{reasons}")
+        print(f"{told} and are left out:\n{reasons}")
+    return {
+        split: [example for example in examples if example.image not in unreadable]
+        for split, examples in splits.items()
+    }
+
+
 # --------------------------------------------------------------------------------------------------------------
 # training
 
 
-def make_arguments(config: TrainConfig, run_name: str, device: torch.device) -> TrainingArguments:
+def make_arguments(config: TrainConfig, device: torch.device) -> TrainingArguments:
+    """The Trainer's settings, but for the micro-batch (see set_micro_batch)."""
     dtype = pick_dtype(device)
-    return TrainingArguments(
-        output_dir=str(config.output),
-        run_name=run_name,
+    arguments = TrainingArguments(
+        output_dir=str(checkpoint_folder(config.output)),
         num_train_epochs=config.num_train_epochs,
         max_steps=config.max_steps,
-        per_device_train_batch_size=config.per_device_train_batch_size,
         per_device_eval_batch_size=config.per_device_eval_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
         gradient_checkpointing=config.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
         learning_rate=config.learning_rate,
@@ -137,8 +182,8 @@ def make_arguments(config: TrainConfig, run_name: str, device: torch.device) -> 
         use_cpu=device.type == "cpu",
         seed=config.seed,
         eval_strategy="epoch",
-        save_strategy="epoch",
-        save_total_limit=2,
+        save_strategy="epoch",  # and within epochs, see training.Pace
+        save_total_limit=3,  # the best, the newest, and one to fall back to
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         logging_steps=config.logging_steps,
@@ -148,11 +193,32 @@ def make_arguments(config: TrainConfig, run_name: str, device: torch.device) -> 
         remove_unused_columns=False,  # the dataset's columns become model inputs in the collator
         label_names=["labels"],
         dataloader_num_workers=config.dataloader_workers,
-        dataloader_persistent_workers=config.dataloader_workers > 0,
+        dataloader_persistent_workers=False,  # they would take their seed once, and a run that goes on again
         dataloader_pin_memory=device.type == "cuda",
         ddp_find_unused_parameters=False,
-        report_to="wandb" if choose_wandb_mode(config.wandb) != "disabled" else "none",
+        report_to="none",  # see dashboard.RunLog
     )
+    if "LOCAL_RANK" not in os.environ and arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # without a launcher Trainer would multiply the batch by the GPUs, and use one
+    return arguments
+
+
+def set_micro_batch(arguments: TrainingArguments, micro_batch: int, batch_size: int) -> None:
+    """Make `batch_size` frames an optimiser step of passes of `micro_batch` frames on each device."""
+    arguments.per_device_train_batch_size = micro_batch
+    arguments.gradient_accumulation_steps = batch_size // (micro_batch * arguments.world_size)
+
+
+def split_batch(config: TrainConfig, world_size: int) -> int:
+    """Frames that each device takes of an optimiser step."""
+    share, rest = divmod(config.train_batch_size, world_size)
+    micro = config.per_device_train_batch_size
+    if rest or (micro and share % micro):
+        raise UserError(
+            f"--train-batch-size {config.train_batch_size}: must be a multiple of the {world_size} processes"
+            + (f" times --per-device-train-batch-size {micro}" if micro else "")
+        )
+    return share
 
 
 def choose_wandb_mode(wandb: str) -> str:
@@ -175,67 +241,79 @@ def is_logged_in_to_wandb() -> bool:
         return False
 
 
-def train_lora(trainer: Trainer, config: TrainConfig):
-    """Train, the two failures that settings can mend as UserError. Returns the Trainer's output."""
-    try:
-        trained = trainer.train()
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"--per-device-train-batch-size {config.per_device_train_batch_size}: out of GPU memory "
-            f"({str(error).splitlines()[0]}); take a smaller one with more --gradient-accumulation-steps, a smaller "
-            "--per-device-eval-batch-size, or --gradient-checkpointing"
-        ) from None
-    best = trainer.state.best_metric
-    if best is None or not math.isfinite(best):
-        raise UserError(
-            f"the validation loss is {best}: nothing is saved; lower --learning-rate, or use a GPU with bf16 (fp16 "
-            "overflows in the Q-Former)"
+def train_lora(config, arguments, state, model, datasets, make_callbacks) -> tuple[CaptionTrainer, dict]:
+    """Train to the end, from the newest intact checkpoint on if there is one. Returns the Trainer and its metrics.
+
+    When the GPU's memory does not suffice, the micro-batch is halved and the effective batch kept.
+    """
+    folder = checkpoint_folder(config.output)
+    collator = RowCollator(CaptionCollator(model.config))
+    start = {name: weight.detach().cpu().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    while True:
+        share(arguments, functools.partial(write_state, folder, state))
+        checkpoint = share(arguments, functools.partial(find_checkpoint, folder))
+        done, steps = read_step(checkpoint) if checkpoint else (0, None)
+        set_micro_batch(arguments, state["micro_batch"], config.train_batch_size)
+        trainer = CaptionTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=datasets["train"],
+            eval_dataset=datasets["val"],
+            data_collator=collator,
         )
-    return trained
+        for callback in make_callbacks(done):
+            trainer.add_callback(callback)
+        if checkpoint:
+            print(f"goes on after step {done:,} of {steps:,}, from {checkpoint}")
+        if done and done == steps:  # only the saving was left to do
+            trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            trainer._load_best_model()
+            return trainer, {}
+        batches = math.ceil(len(datasets["train"]) / (state["micro_batch"] * arguments.world_size))
+        steps_per_epoch = math.ceil(batches / arguments.gradient_accumulation_steps)
+        try:
+            with Pace(config.save_minutes, steps_per_epoch, arguments.world_size) as trainer.pace:
+                trainer.add_callback(trainer.pace)
+                return trainer, trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+        except Stopped:
+            command = " ".join(["python main.py", *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])
+            print(
+                f"saved after step {trainer.state.global_step:,} of {trainer.state.max_steps:,}; go on with\n{command}"
+            )
+            sys.exit(128 + trainer.pace.signal if trainer.pace.signal else 0)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+        smaller = [size for size in list_micro_batches(state["micro_batch"]) if size <= state["micro_batch"] // 2]
+        if not smaller or arguments.world_size > 1:
+            raise UserError(
+                f"out of GPU memory with {state['micro_batch']} frames a forward pass ({reason}); take a smaller "
+                "--per-device-train-batch-size or --per-device-eval-batch-size, or --gradient-checkpointing"
+            )
+        state["micro_batch"] = smaller[0]
+        arguments.per_device_eval_batch_size = max(1, arguments.per_device_eval_batch_size // 2)
+        print(f"out of GPU memory: from here on {smaller[0]} frames a forward pass, {config.train_batch_size} a step")
+        del trainer
+        gc.collect()
+        torch.cuda.empty_cache()
+        for name, weight in model.named_parameters():
+            if name in start:
+                weight.data.copy_(start[name])
 
 
-class RunLog(TrainerCallback):
-    """Writes what the Trainer logs to `run_dir`: each record at once as a JSON line, the curves as a picture."""
-
-    def __init__(self, run_dir: Path):
-        self.run_dir = run_dir
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "metrics.jsonl").unlink(missing_ok=True)  # of an earlier run of that name
-        self.records = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        record = {"step": state.global_step, **logs}
-        self.records.append(record)
-        with open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        plot_curves(self.records, self.run_dir / "curves.png")
+def share(arguments: TrainingArguments, find: Callable[[], T]) -> T:
+    """What `find` gives in the main process, in all processes."""
+    found = [find() if arguments.process_index == 0 else None]
+    if arguments.world_size > 1:
+        broadcast_object_list(found)
+    return found[0]
 
 
-def plot_curves(records: list[dict], path: Path) -> None:
-    """Losses, learning rate and gradient norm over the optimiser steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = {
-        "loss (nats a token)": {"loss": "training", "eval_loss": "validation"},
-        "learning rate": {"learning_rate": None},
-        "gradient norm": {"grad_norm": None},
-    }
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), layout="constrained")
-    for axis, (title, curves) in zip(axes, panels.items(), strict=True):
-        for key, label in curves.items():
-            points = [(record["step"], record[key]) for record in records if key in record]
-            axis.plot(*zip(*points, strict=True), label=label, marker="o" if key == "eval_loss" else None)
-        axis.set(title=title, xlabel="optimiser step")
-        axis.grid(alpha=0.3)
-    axes[0].set_yscale("log")
-    axes[0].legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def share_all(arguments: TrainingArguments, value: T) -> list[T]:
+    """The values of all processes, in all processes."""
+    values = [value] * arguments.world_size
+    if arguments.world_size > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -248,6 +326,8 @@ def prepare_output(output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
         (output / ".writable").touch()
         (output / ".writable").unlink()
+        for left in (*output.glob(".saving.*"), *output.glob(".*.tmp"), output / FINISHED):  # of a killed process
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--output {output}: can't be written ({error.strerror}); name another folder") from None
 
@@ -264,8 +344,10 @@ def save_finetuned(output: Path, model, processor, generation, splits, run: dict
     for file in sorted(temporary.iterdir()):
         os.replace(file, output / file.name)
     temporary.rmdir()
+    (output / "scores.json").unlink(missing_ok=True)  # of an adapter that was here before
     with atomic_write(output / "run.json") as file:
         json.dump(run, file, indent=2)
+    write_model_card(output)
 
 
 def write_splits(path: Path, splits: dict[str, list[Example]]) -> None:
@@ -276,15 +358,24 @@ def write_splits(path: Path, splits: dict[str, list[Example]]) -> None:
             writer.writerows((e.name, split, e.image.resolve(), e.caption) for e in examples)
 
 
-def describe_run(config: TrainConfig, run_name: str, device: torch.device, results: dict) -> dict:
+def describe_state(config: TrainConfig, splits: dict[str, list[Example]], world_size: int) -> dict:
+    """What an unfinished run must have in common with the one that goes on with it."""
+    model = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
+    return {
+        "config": {**config_to_json(config), "model": model},
+        "data": fingerprint_data(splits),
+        "world": {"processes": world_size},
+    }
+
+
+def describe_run(state: dict, run_name: str, device: torch.device, results: dict) -> dict:
     """What is needed to tell later how an adapter came about."""
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
-    model = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
     return {
         "run_name": run_name,
-        "config": {**config_to_json(config), "model": model},
+        **state,
         "results": results,
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
         "python": platform.python_version(),
@@ -294,19 +385,54 @@ def describe_run(config: TrainConfig, run_name: str, device: torch.device, resul
     }
 
 
+def is_finished(config: TrainConfig) -> bool:
+    """Whether a run with these settings has come to its end in the output folder."""
+    if read_state(checkpoint_folder(config.output)) or not (config.output / "run.json").is_file():
+        return False
+    return not list_changes(
+        {"config": read_run(config.output)["config"]}, describe_state(config, {}, 1) | {"data": {}, "world": {}}
+    )
+
+
+def remove_checkpoints(output: Path) -> None:
+    """At the end of a run; renamed first, so that what a kill leaves of them is not taken for an unfinished run."""
+    if checkpoint_folder(output).exists():
+        checkpoint_folder(output).rename(output / FINISHED)
+        shutil.rmtree(output / FINISHED, ignore_errors=True)
+
+
+def publish(config: TrainConfig) -> None:
+    """What is made of the saved adapter: the merged model and the copy on the hub, where asked for."""
+    if config.merge:
+        merged = config.output.with_name(config.output.name + "-merged")
+        merge_adapter(config.output, merged)
+        print(f"merged model saved to {merged}")
+    if config.push_to_hub:
+        print(f"uploaded to {push_to_hub(config.output, config.push_to_hub)}")
+
+
 def main(config: TrainConfig) -> None:
     start = time.perf_counter()
     transformers_logging.set_verbosity_error()
-    run_dir = name_run(config)
+    if config.resume and is_finished(config):
+        print(f"the run in {config.output} is finished, nothing is left to train")
+        publish(config)
+        return
     device = pick_device()
-    arguments = make_arguments(config, run_dir.name, device)
-    if "LOCAL_RANK" not in os.environ and arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # without a launcher Trainer would multiply the batch by the GPUs, and use one
+    arguments = make_arguments(config, device)
+    micro_batch_limit = split_batch(config, arguments.world_size)
     set_seed(config.seed)  # before LoRA draws its first weights
     check_model(config.model, config.load_in_4bit, device)  # before hours of download
 
-    splits = prepare_splits(config, run_dir)
-    prepare_output(config.output)
+    unfinished = None if config.overwrite else read_state(checkpoint_folder(config.output))
+    run_dir = Path(unfinished["run_dir"]) if unfinished else share(arguments, functools.partial(name_run, config))
+    splits = share(arguments, functools.partial(prepare_splits, config, run_dir))
+    state = describe_state(config, splits, arguments.world_size)
+    unfinished = share(
+        arguments, functools.partial(find_unfinished, config.output, state, config.resume, config.overwrite)
+    )
+    share(arguments, functools.partial(prepare_output, config.output))
+
     processor = load_processor(config.model)
     model = load_model(config.model, config.load_in_4bit, device)
     end = end_token(model.config)
@@ -316,28 +442,44 @@ def main(config: TrainConfig) -> None:
     longest = max(map(len, datasets["train"].caption_ids))
     generation = make_generation_config(model.config, longest + SPARE_TOKENS)
     if store_vision(model, list(datasets.values()), config.vision_store_gib):
-        arguments.dataloader_num_workers, arguments.dataloader_persistent_workers = 0, False  # nothing left to decode
+        arguments.dataloader_num_workers = 0  # nothing left to decode
         print("the frozen ViT's outputs are stored: it is not needed in training")
     model = add_lora(model, config.lora_target, config.lora_rank, config.lora_alpha, config.lora_dropout)
     model.print_trainable_parameters()
 
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=datasets["train"],
-        eval_dataset=datasets["val"],
-        data_collator=CaptionCollator(model.config),
-        callbacks=[RunLog(run_dir)],
-    )
-    trained = train_lora(trainer, config)
-    results = {**trained.metrics, "best_eval_loss": trainer.state.best_metric}
+    state["run_dir"] = str(run_dir)
+    state["micro_batch"] = (unfinished or {}).get("micro_batch") or config.per_device_train_batch_size
+    if state["micro_batch"] is None:
+        collator, dtype = CaptionCollator(model.config), pick_dtype(device)
+        fitting = find_micro_batch(model, datasets["train"], collator, micro_batch_limit, device, dtype)
+        state["micro_batch"] = min(share_all(arguments, fitting))
+    steps = micro_batch_limit // state["micro_batch"]
+    print(f"{config.train_batch_size} frames an optimiser step: {state['micro_batch']} a forward pass, {steps} passes")
+    wandb_mode = choose_wandb_mode(config.wandb)
+    is_main = arguments.process_index == 0
+    wandb_run = start_wandb(wandb_mode, run_dir.name, state["config"]) if is_main else None
+
+    def make_callbacks(done: int) -> list[TrainerCallback]:
+        log = RunLog(run_dir, done, wandb_run)
+        return (
+            [ValidationCaptions(log, datasets["val"], config.val_captions, processor, generation), log]
+            if is_main
+            else []
+        )
+
+    trainer, metrics = train_lora(config, arguments, state, model, datasets, make_callbacks)
+    if not is_main:
+        return
+    results = {**metrics, "best_eval_loss": trainer.state.best_metric}
     if device.type == "cuda":
         results["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
     save_finetuned(
-        config.output, model, processor, generation, splits, describe_run(config, run_dir.name, device, results)
+        config.output, model, processor, generation, splits, describe_run(state, run_dir.name, device, results)
     )
-    print(f"best validation loss {trainer.state.best_metric:.4f}; curves in {run_dir / 'curves.png'}")
+    remove_checkpoints(config.output)
+    print(f"best validation loss {trainer.state.best_metric:.4f}; curves in {run_dir / 'dashboard.png'}")
     print(f"adapter saved to {config.output} after {time.perf_counter() - start:.0f} s")
+    publish(config)
     print("next: python eval.py" + (" --demo" if config.demo else f" --adapter {config.output}"))
 
 

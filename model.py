@@ -31,6 +31,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from config import UserError
 from data import Example
+from pictures import open_picture
 
 IGNORED = -100  # label of a position that carries no loss
 
@@ -200,12 +201,10 @@ def read_run(folder: Path) -> dict:
 
 def load_pixels(image: Path, processor: Blip2Processor, blank: bool = False) -> Tensor:
     """(3, S, S) pixel values of a picture file, or of a black picture of its size."""
-    try:
-        with Image.open(image) as picture:
-            rgb = Image.new("RGB", picture.size) if blank else picture.convert("RGB")
-            return processor.image_processor(rgb, return_tensors="pt")["pixel_values"][0]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{image}: not readable as a picture ({error}); remove it or fetch it again") from None
+    picture = open_picture(image)
+    if blank:
+        picture = Image.new("RGB", picture.size)
+    return processor.image_processor(picture, return_tensors="pt")["pixel_values"][0]
 
 
 def end_token(model_config) -> int:
@@ -219,7 +218,7 @@ def tokenize_caption(caption: str, processor: Blip2Processor, max_tokens: int, e
 
 
 class CaptionDataset(Dataset):
-    """Examples as {"pixel_values": (3, S, S), "caption_ids": list of tokens with the end token}.
+    """Examples as {"index": place, "pixel_values": (3, S, S), "caption_ids": list of tokens with the end token}.
 
     Once `features` holds the ViT's outputs (see store_vision), they stand in for the pixels.
     """
@@ -237,7 +236,7 @@ class CaptionDataset(Dataset):
             pixels = self.features[index]
         else:
             pixels = load_pixels(self.examples[index].image, self.processor)
-        return {"pixel_values": pixels, "caption_ids": self.caption_ids[index]}
+        return {"index": index, "pixel_values": pixels, "caption_ids": self.caption_ids[index]}
 
 
 def prefix_ids(model_config) -> list[int]:

@@ -1,24 +1,19 @@
 """Kaggle: the real kagglehub client against a server on this machine that speaks the few calls it makes."""
 
-import base64
 import errno
-import hashlib
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 import zipfile
 from collections import namedtuple
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import quote, unquote, urlsplit
 
 import pytest
+from loopback import DATASET, PADDING, KaggleServer, zip_files
 from PIL import Image
 
 import acquisition
@@ -27,8 +22,6 @@ from config import UserError
 from data import index_images
 
 ROOT = Path(__file__).parent.parent
-DATASET = "solesensei/solesensei_bdd100k/versions/2"
-PADDING = "bdd100k/padding.bin"  # makes the archive larger than the pieces of 1 MiB that kagglehub writes
 PICTURES = {
     "b1c66a42-6f7d68ca.jpg": "val",
     "0000f77c-6257be58.jpg": "train/trainA",
@@ -38,126 +31,6 @@ PICTURES = {
 }
 
 Usage = namedtuple("Usage", "total used free")
-
-
-class KaggleServer:
-    """A loopback Kaggle that holds one version of one data set; use it as a context manager.
-
-        with KaggleServer(files, folder) as server:
-            subprocess.run([...], env=os.environ | server.environment)
-
-    `files` maps paths in the data set to their bytes; `folder` is an empty one for the client's cache. `environment`
-    is all that a client needs, in this process or another: kagglehub has no setting for a host and port, but it has
-    http://localhost for Kaggle's developers, and requests sends that through the proxy that is named, which is us.
-
-    Like Kaggle it answers DownloadDataset with a redirect to a storage address, and that with Range and an MD5 sum; a
-    single file comes as a zip of it unless `zip_single` is off. To make it fail: `status` (HTTP status of the API),
-    `cut_after` (bytes after which the next download breaks off), `spoil` (bytes -> bytes, what storage sends instead),
-    `md5` off, `stop()`. `calls` lists the files asked of the API ("" is the archive), `served` the (file, first byte,
-    number of bytes) that storage set out to send. Other versions and paths are 404.
-    """
-
-    def __init__(self, files: Mapping[str, bytes], folder: Path, dataset: str = DATASET):
-        self.files, self.dataset = dict(files), dataset
-        self.status, self.cut_after, self.spoil, self.md5, self.zip_single = None, None, None, True, True
-        self.calls: list[str] = []
-        self.served: list[tuple[str, int, int]] = []
-        self.archive = zip_files(self.files)
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (KaggleHandler,), {"kaggle": self}))
-        self._http.daemon_threads = True
-        self.cache = folder / "kagglehub"
-        proxy = f"http://127.0.0.1:{self._http.server_port}"
-        self.environment = {
-            "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
-            "http_proxy": proxy,
-            "HTTP_PROXY": proxy,
-            "no_proxy": "",
-            "NO_PROXY": "",
-            "KAGGLEHUB_CACHE": str(self.cache),
-            "KAGGLE_CONFIG_DIR": str(folder / "no-account"),
-            "KAGGLE_USERNAME": "",
-            "KAGGLE_KEY": "",
-            "KAGGLE_API_TOKEN": "",
-        }
-
-    def __enter__(self) -> "KaggleServer":
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Go off the network: connections are refused from now on. Once stopped it stays so."""
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
-
-    def content(self, file: str) -> tuple[str, bytes]:
-        """(name, bytes) of what storage sends for `file`."""
-        if not file:
-            return "archive.zip", self.archive
-        name = file.rsplit("/", 1)[-1]
-        return (f"{name}.zip", zip_files({name: self.files[file]})) if self.zip_single else (name, self.files[file])
-
-
-class KaggleHandler(BaseHTTPRequestHandler):
-    kaggle: KaggleServer
-
-    def do_POST(self):
-        """The API: DownloadDataset, answered with a redirect."""
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        file = asked.get("fileName") or ""
-        self.kaggle.calls.append(file)
-        handle = f"{asked['ownerSlug']}/{asked['datasetSlug']}/versions/{asked['datasetVersionNumber']}"
-        known = handle == self.kaggle.dataset and (not file or file in self.kaggle.files)
-        status = self.kaggle.status or (302 if known else 404)
-        if not urlsplit(self.path).path.endswith("/v1/datasets.DatasetApiService/DownloadDataset"):
-            status = 501
-        body = b"" if status == 302 else json.dumps({"code": status, "message": "Permission was denied"}).encode()
-        self.send_response(status)
-        if status == 302:
-            name = self.kaggle.content(file)[0]
-            self.send_header("Location", f"http://localhost/storage/{quote(file, safe='') or '-'}/{quote(name)}")
-        else:
-            self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_GET(self):
-        """Storage: the bytes of the archive or of one file, from the first byte that is asked for."""
-        file = unquote(urlsplit(self.path).path.split("/")[2]).removeprefix("-")
-        whole = self.kaggle.content(file)[1]
-        md5 = base64.b64encode(hashlib.md5(whole).digest()).decode()
-        whole = self.kaggle.spoil(whole) if self.kaggle.spoil else whole
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
-        body = whole[start:] if start < len(whole) else b"<Error>InvalidRange</Error>"
-        self.send_response(200 if not start else 206 if start < len(whole) else 416)
-        self.send_header("Content-Type", "application/octet-stream")
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(body)))
-        if self.kaggle.md5:
-            self.send_header("x-goog-hash", f"crc32c=n03x6A==,md5={md5}")
-        self.end_headers()
-        cut, self.kaggle.cut_after = self.kaggle.cut_after, None
-        self.kaggle.served.append((file, start, len(body[:cut])))
-        # before it resumes, kagglehub reads the headers of an answer from the first byte on, and hangs up
-        with suppress(BrokenPipeError, ConnectionResetError):
-            self.wfile.write(body[:cut])
-        self.close_connection = True
-
-    def log_message(self, *_):
-        pass
-
-
-def zip_files(files: Mapping[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for path, content in files.items():
-            archive.writestr(path, content, zipfile.ZIP_STORED if path == PADDING else zipfile.ZIP_DEFLATED)
-    return buffer.getvalue()
 
 
 def draw_dataset_files() -> dict[str, bytes]:

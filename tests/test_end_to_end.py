@@ -28,7 +28,7 @@ def trained(tmp_path_factory, drawn, tiny_checkpoint):
     """A folder in which main.py has run, with wandb offline."""
     cwd = tmp_path_factory.mktemp("trained")
     flags = ["--num-train-epochs", 2, "--dataloader-workers", 1, "--vision-store-gib", 0, "--wandb", "offline"]
-    flags += ["--gradient-accumulation-steps", 1, "--warmup-ratio", 0, "--learning-rate", 1e-2]
+    flags += ["--train-batch-size", 4, "--warmup-ratio", 0, "--learning-rate", 1e-2]
     finished = run("main.py", *data_flags(drawn, tiny_checkpoint), *flags, "--run-name", "run", cwd=cwd)
     assert finished.returncode == 0, finished.stderr
     return cwd
@@ -46,7 +46,7 @@ def test_training_leaves_all_that_is_needed(trained, drawn):
     assert record["versions"]["transformers"]
     lines = [json.loads(line) for line in (trained / "logs/run/metrics.jsonl").read_text().splitlines()]
     assert sum("eval_loss" in line for line in lines) == 2
-    assert (trained / "logs/run/curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (trained / "logs/run/dashboard.png").read_bytes().startswith(b"\x89PNG")
     assert list(trained.glob("wandb/offline-run-*"))
     assert not list(output.glob(".*"))
     with open(output / "split.csv", newline="") as file:
@@ -159,7 +159,7 @@ def test_stored_vision_trains_to_the_same_adapter(tmp_path, drawn, tiny_checkpoi
     from safetensors.torch import load_file
 
     flags = ["--num-train-epochs", 2, "--dataloader-workers", 0, "--wandb", "disabled"]
-    flags += ["--gradient-accumulation-steps", 1, "--warmup-ratio", 0, "--learning-rate", 1e-3]
+    flags += ["--train-batch-size", 4, "--warmup-ratio", 0, "--learning-rate", 1e-3]
     weights = []
     for gib in (0, 1):
         output = tmp_path / str(gib)

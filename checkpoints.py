@@ -1,0 +1,159 @@
+"""What lets a training run survive: checkpoints that prove themselves intact, and the settings that they belong to.
+
+While a run is unfinished, `<output>/checkpoints/` holds state.json and the Trainer's checkpoint-<step> folders. A
+checkpoint counts only once its manifest of SHA-256 sums is written, which comes last.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from config import UserError
+from data import Example, atomic_write
+
+MANIFEST = "manifest.json"
+FREE_OF_CHOICE = (  # settings that don't change what is learnt, and may differ when a run goes on
+    *("resume", "overwrite", "merge", "push_to_hub", "wandb", "run_name", "logging_steps", "save_minutes"),
+    *("val_captions", "dataloader_workers", "output", "captions"),
+)
+
+
+def checkpoint_folder(output: Path) -> Path:
+    """Where the checkpoints of an unfinished run are."""
+    return output / "checkpoints"
+
+
+# --------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def seal_checkpoint(checkpoint: Path) -> None:
+    """Write the sums of all its files: from now on it is intact, or known not to be."""
+    sums = {file.name: hash_file(file) for file in sorted(checkpoint.iterdir()) if file.is_file()}
+    with atomic_write(checkpoint / MANIFEST) as file:
+        json.dump(sums, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or with the best one before it that it names; None for an intact one."""
+    try:
+        sums = json.loads((checkpoint / MANIFEST).read_text())
+        for name, expected in sums.items():
+            if hash_file(checkpoint / name) != expected:
+                return f"{name} has changed"
+        best = json.loads((checkpoint / "trainer_state.json").read_text())["best_model_checkpoint"]
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing: it was not written to its end"
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        return f"not readable ({error})"
+    if best is not None and Path(best).name != checkpoint.name:
+        damage = find_damage(checkpoint.with_name(Path(best).name))
+        return damage and f"it needs {Path(best).name}, and there {damage}"
+    return None
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """The newest intact checkpoint. Damaged newer ones are deleted, which is said; so can be written anew."""
+    steps = {
+        int(path.name.split("-")[1]): path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)
+    }
+    for _, checkpoint in sorted(steps.items(), reverse=True):
+        damage = find_damage(checkpoint)
+        if damage is None:
+            return checkpoint
+        print(f"{checkpoint} is damaged ({damage}): deleted, an earlier one is used")
+        shutil.rmtree(checkpoint)
+    return None
+
+
+def read_step(checkpoint: Path) -> tuple[int, int]:
+    """(optimiser steps done, optimiser steps of the whole run) of a checkpoint."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return state["global_step"], state["max_steps"]
+
+
+def check_disk(folder: Path, need: int, what: str) -> None:
+    """Raise UserError unless `need` bytes are free where `folder` is."""
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise UserError(
+            f"{folder}: {free / 1e6:,.0f} MB free, {what} needs {need / 1e6:,.0f} MB; the checkpoints before are kept: "
+            "free some space, then go on with --resume"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the run that they belong to
+
+
+def fingerprint_data(splits: dict[str, list[Example]]) -> dict:
+    """What the splits hold, as JSON types: frames of each, and a SHA-256 over names, captions and picture sizes."""
+    digest = hashlib.sha256()
+    for split, examples in splits.items():
+        for e in examples:
+            digest.update(f"{split}\0{e.name}\0{e.image.stat().st_size}\0{e.caption}\n".encode())
+    return {
+        "fingerprint": digest.hexdigest(),
+        "frames": {split: len(examples) for split, examples in splits.items()},
+    }
+
+
+def write_state(folder: Path, state: dict) -> None:
+    with atomic_write(folder / "state.json") as file:
+        json.dump(state, file, indent=1)
+
+
+def read_state(folder: Path) -> dict | None:
+    """What write_state wrote there; None when no run is unfinished."""
+    try:
+        return json.loads((folder / "state.json").read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'state.json'}: not readable ({error}); start anew with --overwrite") from None
+
+
+def list_changes(before: dict, now: dict) -> list[str]:
+    """What differs between two states in settings that change what is learnt, one line each."""
+    lines = []
+    for group in ("config", "data", "world", "versions"):
+        old, new = before.get(group) or {}, now.get(group) or {}
+        for name in dict.fromkeys([*old, *new]):
+            was, is_now = old.get(name), new.get(name)
+            if was != is_now and not (group == "config" and name in FREE_OF_CHOICE):
+                flag = f"--{name.replace('_', '-')}" if group == "config" else f"{group} {name}"
+                lines.append(f"  {flag}: was {was}, is {is_now}")
+    return lines
+
+
+def find_unfinished(output: Path, state: dict, resume: bool, overwrite: bool) -> dict | None:
+    """The state of the unfinished run in `output` that is to go on; None when training starts anew.
+
+    Raises UserError when there is one that can't go on with these settings, and for --resume when there is none.
+    """
+    folder = checkpoint_folder(output)
+    if overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    before = read_state(folder)
+    if before is None:
+        if resume:
+            raise UserError(f"--resume: no unfinished run in {output}; leave --resume away to train anew")
+        return None
+    if changes := list_changes(before, state):
+        raise UserError(
+            f"{output}: holds an unfinished run with other settings:\n" + "\n".join(changes) + "\n"
+            "go on with the settings it had, train anew with --overwrite, or name another --output"
+        )
+    return before

@@ -1,0 +1,163 @@
+"""eval.py in two processes: the same captions, to the byte, as in one."""
+
+import contextlib
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from config import EvalConfig, TrainConfig, parse_args
+
+# `accelerate launch --cpu --num_processes 2` starts one process; with --multi_gpu it starts two wherever it is.
+LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--main_process_port", 0]
+SHARED = "captioning in 2 processes"
+SHORT = ["--max-new-tokens", 20]  # enough to tell captions apart
+
+
+@contextlib.contextmanager
+def launch(*args, cwd):
+    """Start two processes; what they came to is there when the block ends, in which the test may do other work."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *map(str, [*LAUNCH, *args])]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        yield process
+        try:
+            process.out, process.err = process.communicate(timeout=200)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # the launcher ends the two
+            raise
+
+
+def run_here(main, config_class, *flags, cwd):
+    """What `python main.py FLAGS` does, without the seconds of a new process's imports."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as many as launched processes have
+    try:
+        with contextlib.chdir(cwd):
+            main(parse_args(config_class, list(map(str, flags))))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def evaluate(cwd, name, *flags):
+    """Run eval.py in one process, to logs/one-NAME, and in two, to logs/two-NAME. Returns both, and what two print."""
+    import eval
+
+    with launch(ROOT / "eval.py", *flags, "--run-name", f"two-{name}", cwd=cwd) as two:
+        run_here(eval.main, EvalConfig, *flags, "--run-name", f"one-{name}", cwd=cwd)
+    assert two.returncode == 0, two.err
+    assert two.out.count(SHARED) == 1
+    return cwd / "logs" / f"one-{name}", cwd / "logs" / f"two-{name}", two.out
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, drawn, tiny_checkpoint):
+    """A folder in which main.py has run; one training picture can't be read any more."""
+    import main
+
+    cwd = tmp_path_factory.mktemp("trained")
+    shutil.copytree(drawn / "images", cwd / "images")
+    flags = ["--labels", drawn / "labels.json", "--images", cwd / "images", "--model", tiny_checkpoint]
+    flags += ["--num-train-epochs", 1, "--train-batch-size", 2, "--warmup-ratio", 0, "--learning-rate", 1e-2]
+    flags += ["--dataloader-workers", 0, "--val-captions", 0, "--wandb", "disabled"]
+    run_here(main.main, TrainConfig, *flags, cwd=cwd)
+    with open(cwd / "blip2-finetuned/split.csv", newline="") as file:
+        training = [row["image"] for row in csv.DictReader(file) if row["split"] == "train"]
+    assert len(training) >= 6
+    with open(training[1], "wb") as file:
+        file.write(b"no picture")
+    return cwd
+
+
+def test_sampled_captions_are_the_same(trained):
+    """Three batches, the last one short, for two processes."""
+    flags = ["--split", "train", "--num-samples", 5, "--batch-size", 2, "--seed", 7, *SHORT]
+    one, two, output = evaluate(trained, "sampled", *flags)
+    predictions = (one / "predictions.jsonl").read_bytes()
+    assert len(predictions.splitlines()) >= 4
+    assert (two / "predictions.jsonl").read_bytes() == predictions
+    assert output.count("predictions in ") == 1
+    assert json.loads((two / "scores.json").read_text())["n"] == len(predictions.splitlines())
+
+
+def test_greedy_captions_and_floors_are_the_same(trained):
+    """One batch for two processes; the picture that can't be read is left out of both."""
+    flags = ["--split", "train", "--num-samples", "all", "--batch-size", 16, "--greedy", "--model-floors", *SHORT]
+    one, two, output = evaluate(trained, "greedy", *flags)
+    predictions = (one / "predictions.jsonl").read_bytes()
+    assert (two / "predictions.jsonl").read_bytes() == predictions
+    rows = [json.loads(line) for line in predictions.splitlines()]
+    assert all(row["floors"]["nearest training picture"] == row["references"][0] for row in rows)
+    assert output.count("1 pictures can't be read") == 1
+    assert json.loads((two / "scores.json").read_text())["left_out"] == {"unreadable pictures": 1}
+
+
+def test_own_pictures_are_captioned_the_same(trained, drawn, tmp_path, capsys):
+    """Seven pictures of which one can't be read, in batches of two; one process goes on with what two began."""
+    import eval
+
+    for number, picture in enumerate(sorted((drawn / "images").iterdir())[:6]):
+        shutil.copy(picture, tmp_path / f"{number}.jpg")
+    (tmp_path / "1b.jpg").write_bytes(b"no picture")
+    flags = ["--images", tmp_path, "--batch-size", 2, *SHORT]
+    one, two, output = evaluate(trained, "own", *flags)
+    assert output.count("6 captions in ") == 1
+    captions = (one / "captions.jsonl").read_bytes()
+    assert (two / "captions.jsonl").read_bytes() == captions
+    assert (two / "captions.csv").read_bytes() == (one / "captions.csv").read_bytes()
+
+    lines = captions.splitlines(keepends=True)
+    (two / "captions.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:20])  # stopped within the third batch
+    run_here(eval.main, EvalConfig, *flags, "--run-name", "two-own", cwd=trained)
+    assert "4 of 7 pictures were captioned before" in capsys.readouterr().out
+    assert (two / "captions.jsonl").read_bytes() == captions
+
+
+FAILING = """
+import sys
+import config, eval
+
+def work():
+    place = eval.find_place()[0]
+    if sys.argv[1] == "both":
+        raise config.UserError(f"mend me, {place}")
+    if place == 1:
+        raise config.UserError("mend me, 1") if sys.argv[1] == "second" else RuntimeError("broken")
+
+config.run_script(lambda _: print("went on", eval.gather(work)), None)
+"""
+
+
+def test_no_process_waits_for_one_that_failed(tmp_path):
+    """And an error that the user can mend is printed once."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    with (
+        launch("failing.py", "both", cwd=tmp_path) as both,
+        launch("failing.py", "second", cwd=tmp_path) as second,
+        launch("failing.py", "crash", cwd=tmp_path) as crash,
+    ):
+        pass
+    for failed in (both, second, crash):
+        assert failed.returncode != 0
+        assert "went on" not in failed.out
+    for failed, message in ((both, "error: mend me, 0"), (second, "error: mend me, 1")):
+        assert [line for line in failed.err.splitlines() if line.startswith("error: ")] == [message]
+    assert "RuntimeError: broken" in crash.err
+
+
+def test_files_are_scored_by_one_process(tmp_path):
+    row = {"name": "a.jpg", "prediction": "There is one car.", "references": ["There are 2 cars."]}
+    (tmp_path / "predictions.jsonl").write_text(json.dumps(row) + "\n")
+    flags = ["--predictions", "predictions.jsonl", "--run-name", "scored"]
+    with launch(ROOT / "eval.py", *flags, cwd=tmp_path) as scored:
+        pass
+    assert scored.returncode == 0, scored.err
+    assert scored.out.count("scores.json and report.html in ") == 1
