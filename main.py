@@ -480,6 +480,8 @@ def main(config: TrainConfig) -> None:
     print(f"best validation loss {trainer.state.best_metric:.4f}; curves in {run_dir / 'dashboard.png'}")
     print(f"adapter saved to {config.output} after {time.perf_counter() - start:.0f} s")
     publish(config)
+    del trainer
+    gc.collect()  # ends workers that still decode, which the interpreter would wait for
     print("next: python eval.py" + (" --demo" if config.demo else f" --adapter {config.output}"))
 
 

@@ -150,6 +150,19 @@ def check_nf4(model: torch.nn.Module) -> None:
         layer.support_avx512bf16_for_cpu = False
 
 
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
+
+
+def find_broken_connection(error: BaseException | None) -> BaseException | None:
+    """What the hub's HTTP client raised, if `error` came of it: huggingface_hub lets that through when a file of
+    several breaks off, and transformers puts advice on folder names in its place when it is one file."""
+    while error is not None:
+        if type(error).__module__.startswith("httpx") and type(error).__name__ != "HTTPStatusError":
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def _load(auto_class, source: str | Path, **options):
     """auto_class.from_pretrained, its failures as one UserError."""
     local = Path(source)
@@ -158,8 +171,11 @@ def _load(auto_class, source: str | Path, **options):
         raise UserError(f"{source}: no model folder (no config.json in it); --model takes a folder or a hub name")
     try:
         return auto_class.from_pretrained(source, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:
+        broken = find_broken_connection(error)
+        if broken is None and not isinstance(error, LOADING_ERRORS):
+            raise
+        reason = " ".join(str(broken or error).split())[:300]
         raise UserError(
             f"{source}: the model can't be loaded ({reason}). Check the name, the connection and the disk; with "
             "HF_HUB_OFFLINE=1 only a model that was fetched before is found; --demo needs no network"

@@ -20,6 +20,7 @@ from model import IGNORED, CaptionCollator, CaptionDataset
 
 CPU_MICRO_BATCH = 4  # frames a forward pass on a CPU, where more only take memory
 SPARE_MEMORY = 0.05  # share of a GPU that a micro-batch must leave free
+WORKER_SECONDS = 5  # that a worker lives on after SIGTERM
 NAMED = 8  # frames of a bad batch that are named
 
 
@@ -35,9 +36,15 @@ class RowCollator:
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         if torch.utils.data.get_worker_info() is not None:  # a signal to the group is for the main process to answer
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, _outlive_main)
         return self.collator(rows) | {"index": torch.tensor([row["index"] for row in rows])}
+
+
+def _outlive_main(number, frame) -> None:
+    """End this worker, but only when the main process has had time to save what it trained."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(WORKER_SECONDS)
 
 
 class CaptionTrainer(Trainer):

@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", CUDA_VISIBLE_DEVICES="")  # before torch is imported
+# before torch is imported; two processes test at once, and with two threads each they would wait for each other
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
 
 import pytest
 

@@ -49,7 +49,7 @@ def test_defaults_are_those_of_the_reference():
     assert config.kaggle_dataset == "solesensei/solesensei_bdd100k/versions/2"
     assert (config.output, config.captions) == (Path("blip2-finetuned"), Path("bdd100k_captions.csv"))
     assert (config.num_train_epochs, config.learning_rate, config.weight_decay) == (5, 5e-5, 0.01)
-    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (4, 4)
+    assert (config.per_device_train_batch_size, config.train_batch_size) == (None, 16)
     assert (config.lora_target, config.lora_rank, config.lora_alpha) == ("both", 16, 32)
     assert (config.train_share, config.val_share) == (0.6, 0.28)
     evaluation = parse_args(EvalConfig, [])
