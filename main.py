@@ -151,7 +151,8 @@ def leave_out_unreadable(splits: dict[str, list[Example]]) -> dict[str, list[Exa
         reasons = "\n".join(f"  {reason}" for reason in list(unreadable.values())[:LISTED])
         told = f"{len(unreadable):,} of {len(everything):,} pictures can't be read"
         if len(unreadable) > MAX_UNREADABLE * len(everything):
-            raise UserError(f"{told}, more than {MAX_UNREADABLE:.0%}: is the data set complete?\n{reasons}")
+            first = reasons.splitlines()[0].strip()
+            raise UserError(f"{told}, more than {MAX_UNREADABLE:.0%}: is the data set complete? The first: {first}")
         print(f"{told} and are left out:\n{reasons}")
     return {
         split: [example for example in examples if example.image not in unreadable]
@@ -418,6 +419,7 @@ def main(config: TrainConfig) -> None:
         print(f"the run in {config.output} is finished, nothing is left to train")
         publish(config)
         return
+    wandb_mode = choose_wandb_mode(config.wandb)
     device = pick_device()
     arguments = make_arguments(config, device)
     micro_batch_limit = split_batch(config, arguments.world_size)
@@ -455,7 +457,6 @@ def main(config: TrainConfig) -> None:
         state["micro_batch"] = min(share_all(arguments, fitting))
     steps = micro_batch_limit // state["micro_batch"]
     print(f"{config.train_batch_size} frames an optimiser step: {state['micro_batch']} a forward pass, {steps} passes")
-    wandb_mode = choose_wandb_mode(config.wandb)
     is_main = arguments.process_index == 0
     wandb_run = start_wandb(wandb_mode, run_dir.name, state["config"]) if is_main else None
 

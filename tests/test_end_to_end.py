@@ -198,7 +198,7 @@ def test_bad_input_is_one_message(tmp_path, drawn, tiny_checkpoint, case):
 
 
 def test_unreadable_picture_is_one_message(tmp_path, drawn, tiny_checkpoint):
-    """Also when a worker process meets it."""
+    """When too many are: before anything is trained."""
     shutil.copytree(drawn / "images", tmp_path / "images")
     for picture in (tmp_path / "images").iterdir():
         picture.write_bytes(picture.read_bytes()[:500])
@@ -256,11 +256,11 @@ def test_official_val_is_held_out(tmp_path, monkeypatch):
     from config import TrainConfig
     from demo.draw import draw_scene
 
-    frames = [draw_scene(seed)[1] for seed in range(12)]
+    pictures, frames = zip(*(draw_scene(seed) for seed in range(12)), strict=True)
     same_ride = {**frames[5], "name": frames[11]["name"].split("-")[0] + "-00000000.jpg"}
     (tmp_path / "images").mkdir()
     for frame in [*frames, same_ride]:
-        (tmp_path / "images" / frame["name"]).touch()
+        pictures[0].save(tmp_path / "images" / frame["name"])
     (tmp_path / "train.json").write_text(json.dumps([*frames[:8], same_ride]))
     (tmp_path / "val.json").write_text(json.dumps(frames[8:]))
     monkeypatch.setattr("acquisition.fetch_labels", lambda dataset, subset: [tmp_path / f"{subset}.json"])
