@@ -534,6 +534,25 @@ def evaluate(config: EvalConfig, run_dir: Path) -> None:
     for reason, count in scores["left_out"].items():
         print(f"left out: {count:,} {reason}")
     print(f"predictions in {predictions_file}; scores.json and report.html in {run_dir}")
+    if config.predictions is None and config.split == "test" and not config.base and not config.blank:
+        add_to_adapter(config.adapter, scores)
+
+
+def add_to_adapter(adapter: Path, scores: dict) -> None:
+    """Keep the scores beside the adapter and in its model card, unless some of more pictures are there."""
+    from publish import read_scores, write_model_card
+
+    try:
+        before = read_scores(adapter)
+        if before is not None and before["n"] > scores["n"]:
+            print(f"{adapter / 'README.md'} keeps its scores, of {before['n']:,} pictures")
+            return
+        with atomic_write(adapter / "scores.json") as file:
+            json.dump(scores, file, indent=1, allow_nan=False)
+        write_model_card(adapter)
+        print(f"{adapter / 'README.md'}, the model card, has these scores now")
+    except UserError as error:  # a shared adapter may be read-only; the scores are in logs/ already
+        print(f"note: not kept beside the adapter: {error}")
 
 
 def describe_decoding(config: EvalConfig) -> str:

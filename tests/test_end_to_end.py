@@ -68,6 +68,7 @@ def test_evaluation_writes_predictions_and_scores(trained):
         assert set(scores["scores"][group]) == {f"BLEU-{n}" for n in range(1, 5)}
     assert set(scores["floors"]) == {"most frequent caption", "best constant caption", "another picture's caption"}
     assert "split:train|decoding:T0.7-p0.9-seed42" in scores["signatures"]["corpus_bleu"]
+    assert not (trained / "blip2-finetuned/scores.json").exists()  # they are of pictures that it was trained on
     for text in ("BLEU-1", "BLEU-4", "prediction:", "reference:", "facts F1"):
         assert text in finished.stdout
     rescored = run("eval.py", "--predictions", "logs/scored/predictions.jsonl", "--run-name", "again", cwd=trained)
@@ -82,6 +83,19 @@ def test_the_same_seed_gives_the_same_captions(trained):
         assert run("eval.py", "--num-samples", 2, "--run-name", name, cwd=trained).returncode == 0
     one, two = ((trained / f"logs/{name}/predictions.jsonl").read_text() for name in ("one", "two"))
     assert one == two
+
+
+def test_model_card_has_the_scores_of_most_pictures(trained):
+    adapter = trained / "blip2-finetuned"
+    (adapter / "scores.json").unlink(missing_ok=True)
+    for flags in (["--blank"], []):  # black pictures say nothing of the adapter
+        finished = run("eval.py", "--num-samples", 1, *flags, "--run-name", "card", cwd=trained)
+        assert finished.returncode == 0, finished.stderr
+        assert ("1 pictures of the test split" in (adapter / "README.md").read_text()) == (not flags)
+    scores = json.loads((adapter / "scores.json").read_text())
+    (adapter / "scores.json").write_text(json.dumps(scores | {"n": 100}))
+    assert "keeps its scores" in run("eval.py", "--num-samples", 1, "--run-name", "card", cwd=trained).stdout
+    assert json.loads((adapter / "scores.json").read_text())["n"] == 100
 
 
 def test_floors_that_need_a_model(trained):

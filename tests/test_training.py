@@ -326,6 +326,29 @@ def test_two_processes_match_one(folder, settings, scenes, tiny_checkpoint):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_fsdp_configuration_fits_the_model(tiny_checkpoint):
+    """Accelerate reads it, and finds in BLIP-2 the layers that it is to wrap. Without a GPU it goes no further."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.commands.config.config_args import load_config_from_file
+    from transformers import Blip2ForConditionalGeneration
+
+    config = load_config_from_file(str(ROOT / "fsdp.yaml"))
+    assert config.distributed_type == "FSDP"
+    settings = {name.removeprefix("fsdp_"): value for name, value in config.fsdp_config.items()}
+    layers = settings["transformer_layer_cls_to_wrap"].split(",")
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=settings["version"],
+        auto_wrap_policy=settings["auto_wrap_policy"],
+        transformer_cls_names_to_wrap=layers,
+        state_dict_type=settings["state_dict_type"],
+    )
+    model = Blip2ForConditionalGeneration.from_pretrained(tiny_checkpoint)
+    plugin.set_auto_wrap_policy(model)
+    wrapped = [m for m in model.modules() if plugin.auto_wrap_policy(m, recurse=False, nonwrapped_numel=0)]
+    assert {type(module).__name__ for module in wrapped} == set(layers)
+    assert len(wrapped) == 6  # two layers of each
+
+
 # --------------------------------------------------------------------------------------------------------------
 # what it shows
 
