@@ -90,7 +90,12 @@ class TrainConfig(DataConfig):
     warmup_ratio: float = 0.1  # share of the steps in which the learning rate rises
     max_caption_tokens: int = 256  # a longer caption is cut to this many tokens before its end token
     gradient_checkpointing: bool = False  # recompute activations: less memory, slower
-    vision_store_gib: float = 0.0  # GiB of memory in which the frozen ViT's outputs may be kept; 0: compute them anew
+    vision_store_gib: float | None = None  # GiB in which the frozen ViT's outputs may be kept, on the GPU if it has
+    # room; 0: compute them anew; none: a quarter of the free memory with a GPU, 0 without
+    fast_step: Literal["auto", "on", "off"] = "auto"  # logits of text alone, LoRA in 16 bits; auto: on a GPU with bf16
+    cuda_graphs: bool = True  # with the fast step on a GPU: record the launches of a pass once and replay them
+    unpack_nf4: Literal["auto", "on", "off"] = "auto"  # with the fast step: NF4 values in 16 bits; auto: if room for 3x
+    length_window: int = 50  # batches among which frames are sorted by caption length, against padding; 0: random order
     dataloader_workers: int = 4  # processes that decode pictures; 0: the main process
 
     train_share: float = 0.6  # share of the frames for training; whole rides only
@@ -115,7 +120,9 @@ class TrainConfig(DataConfig):
         _check(self, "0 or more", lambda value: value >= 0, "save_minutes", "val_captions")
         _check(self, "more than 0", lambda value: value > 0, "max_caption_tokens", "num_train_epochs")
         _check(self, "0 to 4294967295", lambda value: 0 <= value < 2**32, "seed")
-        _check(self, "0 or more", lambda value: value >= 0, "weight_decay", "dataloader_workers", "vision_store_gib")
+        _check(self, "0 or more", lambda value: value >= 0, "weight_decay", "dataloader_workers", "length_window")
+        if self.vision_store_gib is not None:
+            _check(self, "0 or more", lambda value: value >= 0, "vision_store_gib")
         _check(self, "0 or more", lambda value: value >= 0, "min_box_size")
         _check(self, "0 or more, and less than 1", lambda value: 0 <= value < 1, "warmup_ratio", "lora_dropout")
         micro = self.per_device_train_batch_size
@@ -199,6 +206,7 @@ DEMO = {
         "warmup_ratio": 0.03,
         "logging_steps": 25,
         "vision_store_gib": 1.0,
+        "length_window": 0,
         "dataloader_workers": 0,
         "train_share": 800 / DEMO_SCENES,
         "val_share": 80 / DEMO_SCENES,

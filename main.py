@@ -79,6 +79,7 @@ from model import (
 )
 from pictures import check_pictures
 from publish import merge_adapter, push_to_hub, write_model_card
+from speed import FastStep, has_room_to_unpack, speed_up_lora, supports_caption_nll, unpack_nf4
 from training import CaptionTrainer, Pace, RowCollator, Stopped, find_micro_batch, list_micro_batches
 
 SPARE_TOKENS = 16  # that generation may write beyond the longest training caption
@@ -222,6 +223,24 @@ def split_batch(config: TrainConfig, world_size: int) -> int:
     return share
 
 
+def use_fast_step(config: TrainConfig, model, device: torch.device, world_size: int) -> bool:
+    """Whether the fast step (see speed.py) is wanted and possible."""
+    if config.fast_step == "off":
+        return False
+    obstacle = (
+        f"{world_size} processes"
+        if world_size > 1
+        else "a GPU without bf16"
+        if pick_dtype(device) == torch.float16
+        else "a language model of another form than OPT-2.7B's"
+        if not supports_caption_nll(model)
+        else None
+    )
+    if config.fast_step == "on" and obstacle:
+        raise UserError(f"--fast-step on: not made for {obstacle}; use --fast-step auto")
+    return config.fast_step == "on" or (device.type == "cuda" and not obstacle)
+
+
 def choose_wandb_mode(wandb: str) -> str:
     """The mode that wandb is to run in; it is never left to ask for a login."""
     if wandb == "auto":
@@ -242,7 +261,9 @@ def is_logged_in_to_wandb() -> bool:
         return False
 
 
-def train_lora(config, arguments, state, model, datasets, make_callbacks) -> tuple[CaptionTrainer, dict]:
+def train_lora(
+    config, arguments, state, model, datasets, make_callbacks, make_fast_step
+) -> tuple[CaptionTrainer, dict]:
     """Train to the end, from the newest intact checkpoint on if there is one. Returns the Trainer and its metrics.
 
     When the GPU's memory does not suffice, the micro-batch is halved and the effective batch kept.
@@ -261,6 +282,8 @@ def train_lora(config, arguments, state, model, datasets, make_callbacks) -> tup
             train_dataset=datasets["train"],
             eval_dataset=datasets["val"],
             data_collator=collator,
+            fast_step=make_fast_step(),
+            length_window=config.length_window,
         )
         for callback in make_callbacks(done):
             trainer.add_callback(callback)
@@ -445,15 +468,21 @@ def main(config: TrainConfig) -> None:
     generation = make_generation_config(model.config, longest + SPARE_TOKENS)
     if store_vision(model, list(datasets.values()), config.vision_store_gib):
         arguments.dataloader_num_workers = 0  # nothing left to decode
+        arguments.dataloader_pin_memory = False  # nor to send, if the GPU has them
         print("the frozen ViT's outputs are stored: it is not needed in training")
     model = add_lora(model, config.lora_target, config.lora_rank, config.lora_alpha, config.lora_dropout)
     model.print_trainable_parameters()
+    fast = use_fast_step(config, model, device, arguments.world_size)
+    if fast:
+        speed_up_lora(model)
+        if config.unpack_nf4 == "on" or (config.unpack_nf4 == "auto" and has_room_to_unpack(model, device)):
+            print(f"NF4 values of {unpack_nf4(model)} layers are unpacked: more memory, fewer computations")
 
     state["run_dir"] = str(run_dir)
     state["micro_batch"] = (unfinished or {}).get("micro_batch") or config.per_device_train_batch_size
     if state["micro_batch"] is None:
         collator, dtype = CaptionCollator(model.config), pick_dtype(device)
-        fitting = find_micro_batch(model, datasets["train"], collator, micro_batch_limit, device, dtype)
+        fitting = find_micro_batch(model, datasets["train"], collator, micro_batch_limit, device, dtype, fast)
         state["micro_batch"] = min(share_all(arguments, fitting))
     steps = micro_batch_limit // state["micro_batch"]
     print(f"{config.train_batch_size} frames an optimiser step: {state['micro_batch']} a forward pass, {steps} passes")
@@ -468,7 +497,11 @@ def main(config: TrainConfig) -> None:
             else []
         )
 
-    trainer, metrics = train_lora(config, arguments, state, model, datasets, make_callbacks)
+    def make_fast_step() -> FastStep | None:
+        graphs = config.cuda_graphs and device.type == "cuda" and not config.gradient_checkpointing
+        return FastStep(model, graphs) if fast else None
+
+    trainer, metrics = train_lora(config, arguments, state, model, datasets, make_callbacks, make_fast_step)
     if not is_main:
         return
     results = {**metrics, "best_eval_loss": trainer.state.best_metric}

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bitsandbytes as bnb
+import psutil
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
@@ -296,28 +297,34 @@ class StoredVision(torch.nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=pixel_values)  # (B, P, D)
 
 
-def store_vision(model, datasets: Sequence[CaptionDataset], limit_gib: float, batch_size: int = 32) -> bool:
+def store_vision(model, datasets: Sequence[CaptionDataset], limit_gib: float | None, batch_size: int = 32) -> bool:
     """Compute the frozen ViT's output of each picture once, and take the ViT itself out of the model.
 
     The ViT has neither LoRA nor dropout, so training sees the same numbers as with it. Returns False, and changes
-    nothing, when the outputs of all `datasets` would take more than `limit_gib` GiB of memory.
+    nothing, when the outputs of all `datasets` would take more than `limit_gib` GiB of memory; None stands for a
+    quarter of the free memory with a GPU and for 0 without. They stay on the GPU if half of it is left free.
     """
     vision = model.config.vision_config
     positions = (vision.image_size // vision.patch_size) ** 2 + 1  # P
     pictures = sum(map(len, datasets))
     dtype = model.vision_model.post_layernorm.weight.dtype  # model.dtype is that of the Q-Former, fp32 with an fp16 ViT
     need = pictures * positions * vision.hidden_size * dtype.itemsize / 2**30
+    cuda = model.device.type == "cuda"
+    if limit_gib is None:
+        limit_gib = psutil.virtual_memory().available / 4 / 2**30 if cuda else 0
     if need > limit_gib:
         return False
+    free, size = torch.cuda.mem_get_info(model.device) if cuda else (0, 0)
+    place = model.device if cuda and free - need * 2**30 > size / 2 else "cpu"
     with tqdm(total=pictures, desc="encoding pictures", unit="picture") as progress:
         for dataset in datasets:
-            dataset.features = torch.empty(len(dataset), positions, vision.hidden_size, dtype=dtype)
+            dataset.features = torch.empty(len(dataset), positions, vision.hidden_size, dtype=dtype, device=place)
             for start in range(0, len(dataset), batch_size):
                 examples = dataset.examples[start : start + batch_size]
                 pixels = torch.stack([load_pixels(example.image, dataset.processor) for example in examples])
                 with torch.inference_mode():
                     output = model.vision_model(pixels.to(model.device, dtype)).last_hidden_state
-                dataset.features[start : start + batch_size] = output.cpu()
+                dataset.features[start : start + batch_size] = output
                 progress.update(len(examples))
     model.vision_model = StoredVision()
     return True

@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from checkpoints import check_disk, seal_checkpoint
 from config import UserError
 from model import IGNORED, CaptionCollator, CaptionDataset
+from speed import FastStep, LengthSampler, caption_nll
 
 CPU_MICRO_BATCH = 4  # frames a forward pass on a CPU, where more only take memory
 SPARE_MEMORY = 0.05  # share of a GPU that a micro-batch must leave free
@@ -54,21 +55,30 @@ class CaptionTrainer(Trainer):
     the two are on one scale, whatever the batch sizes.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, fast_step: FastStep | None = None, length_window: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
+        self.fast_step, self.length_window = fast_step, length_window
         self.pace: Pace | None = None
         self._rows: list[torch.Tensor] = []  # of this optimiser step
         self._losses: list[torch.Tensor] = []
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self._rows.append(inputs.pop("index"))
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.fast_step is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            if not model.training:
+                model.train()
+            loss = self.fast_step(self._prepare_inputs(inputs), num_items_in_batch)
         self._losses.append(loss)
         return loss
 
     def _clip_grad_norm(self, model):
         """Called once an optimiser step, after all gradients are there and before any weight has changed."""
-        norm = super()._clip_grad_norm(model)
+        if self.fast_step is None:
+            norm = super()._clip_grad_norm(model)
+        else:  # the same, without a walk over the thousands of frozen weights
+            norm = torch.nn.utils.clip_grad_norm_(self.fast_step.weights, self.args.max_grad_norm)
         losses = torch.stack(self._losses)  # (accumulation steps,)
         # with fp16 an infinite gradient is no accident: the scaler skips that step
         finite = losses.isfinite() if self.args.fp16 else losses.isfinite() & torch.as_tensor(norm).isfinite()
@@ -88,6 +98,13 @@ class CaptionTrainer(Trainer):
             "(fp16 overflows in the Q-Former)"
         )
 
+    def _get_train_sampler(self, train_dataset=None):
+        if not self.length_window:
+            return super()._get_train_sampler(train_dataset)
+        lengths = [len(ids) for ids in self.train_dataset.caption_ids]
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthSampler(lengths, step, self.length_window, self.args.seed)
+
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
@@ -97,14 +114,9 @@ class CaptionTrainer(Trainer):
         self.callback_handler.eval_dataloader = dataloader
         for inputs in dataloader:
             inputs = self._prepare_inputs({name: value for name, value in inputs.items() if name != "index"})
-            labels = inputs.pop("labels")[:, 1:]  # (B, L-1)
             with torch.no_grad(), self.compute_loss_context_manager():
-                logits = model(**inputs).logits  # (B, L, V)
-            losses = [
-                F.cross_entropy(row[:-1].float(), label, ignore_index=IGNORED, reduction="sum")
-                for row, label in zip(logits, labels, strict=True)
-            ]
-            rows = torch.stack([torch.stack(losses).double(), (labels != IGNORED).sum(1).double()], dim=1)  # (B, 2)
+                losses = self._sum_losses(model, inputs)  # (B,)
+            rows = torch.stack([losses.double(), (inputs["labels"] != IGNORED).sum(1).double()], dim=1)  # (B, 2)
             total += self.accelerator.gather_for_metrics(rows).sum(0).cpu()
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         loss = (total[0] / total[1]).item()
@@ -116,6 +128,18 @@ class CaptionTrainer(Trainer):
             )
         metrics = {f"{metric_key_prefix}_loss": loss}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
+
+    def _sum_losses(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(B,) sums of the losses of each row's tokens."""
+        if self.fast_step is not None:
+            with torch.autocast(self.args.device.type, enabled=False):
+                return caption_nll(model, **inputs)
+        logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits  # (B, L, V)
+        losses = [
+            F.cross_entropy(row[:-1].float(), label[1:], ignore_index=IGNORED, reduction="sum")
+            for row, label in zip(logits, inputs["labels"], strict=True)
+        ]
+        return torch.stack(losses)
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir)
@@ -195,7 +219,9 @@ def list_micro_batches(batch_size: int) -> list[int]:
     return [size for size in range(batch_size, 0, -1) if batch_size % size == 0]
 
 
-def find_micro_batch(model, dataset: CaptionDataset, collator: CaptionCollator, batch_size: int, device, dtype) -> int:
+def find_micro_batch(
+    model, dataset: CaptionDataset, collator: CaptionCollator, batch_size: int, device, dtype, fast: bool
+) -> int:
     """The most frames, of those that divide `batch_size`, whose forward and backward pass fit the device.
 
     Tried with the longest captions of the dataset; on a CPU the most up to CPU_MICRO_BATCH. Gradients are cleared.
@@ -210,7 +236,7 @@ def find_micro_batch(model, dataset: CaptionDataset, collator: CaptionCollator, 
     for size in sizes:
         rows = [dataset[longest[place % len(longest)]] for place in range(size)]
         torch.cuda.reset_peak_memory_stats(device)
-        if _fits(model.train(), {k: v.to(device) for k, v in collator(rows).items()}, dtype):
+        if _fits(model.train(), {k: v.to(device) for k, v in collator(rows).items()}, dtype, fast):
             peak = torch.cuda.max_memory_allocated(device)
             if peak + moments + outside <= (1 - SPARE_MEMORY) * total:
                 break
@@ -218,10 +244,13 @@ def find_micro_batch(model, dataset: CaptionDataset, collator: CaptionCollator, 
     return size
 
 
-def _fits(model, batch: dict[str, torch.Tensor], dtype: torch.dtype) -> bool:
+def _fits(model, batch: dict[str, torch.Tensor], dtype: torch.dtype, fast: bool) -> bool:
     try:
-        with torch.autocast("cuda", dtype):
-            loss = model(**batch).loss
+        if fast:
+            loss = caption_nll(model, **batch).sum()
+        else:
+            with torch.autocast("cuda", dtype):
+                loss = model(**batch).loss
         loss.backward()
         return True
     except torch.OutOfMemoryError:

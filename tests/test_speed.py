@@ -1,0 +1,143 @@
+"""Each lever of speed.py: with it and without it loss, gradients and adapter agree."""
+
+import json
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from test_training import folder, scenes, settings, stop_at, train  # noqa: F401
+
+import main
+from checkpoints import hash_file
+from config import TrainConfig
+from data import Example
+from model import CaptionCollator, CaptionDataset, add_lora, load_model, load_processor
+from speed import FastStep, LengthSampler, caption_nll, speed_up_lora, supports_caption_nll, unpack_nf4
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def batch(drawn, tiny_checkpoint):
+    """Four rows with captions of different lengths."""
+    images = sorted((drawn / "images").iterdir())[:4]
+    texts = ["There is one car.", "There are 3 cars. There is one truck.", "There is one bus.", "x"]
+    examples = [Example(image.name, image, text) for image, text in zip(images, texts, strict=True)]
+    processor = load_processor(tiny_checkpoint)
+    model = load_model(tiny_checkpoint, False, CPU)
+    dataset = CaptionDataset(examples, processor, 50, model.config.text_config.eos_token_id)
+    return CaptionCollator(model.config)([dataset[row] for row in range(4)])
+
+
+def load(checkpoint, load_in_4bit=False, dropout=0.0):
+    """A model with LoRA that has an effect, without dropout anywhere but in LoRA."""
+    torch.manual_seed(0)
+    model = add_lora(load_model(checkpoint, load_in_4bit, CPU), "both", 4, 8, dropout)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    return model.eval()
+
+
+def loss_and_gradients(model, compute):
+    loss = compute()
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    return loss.detach(), dict(zip(weights, torch.autograd.grad(loss, weights.values()), strict=True))
+
+
+def check_agreement(one, other, relative=1e-4):
+    assert one[0].item() == pytest.approx(other[0].item(), rel=1e-6)
+    assert one[1].keys() == other[1].keys()
+    for name, gradient in one[1].items():
+        assert gradient.norm() > 0, name
+        assert (gradient - other[1][name]).norm() < relative * gradient.norm(), name
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+@pytest.mark.parametrize("chunk", [512, 7])
+def test_loss_of_text_alone_is_the_models(tiny_checkpoint, batch, monkeypatch, load_in_4bit, chunk):
+    monkeypatch.setattr("speed.CHUNK", chunk)
+    model = load(tiny_checkpoint, load_in_4bit)
+    assert supports_caption_nll(model)
+    tokens = (batch["labels"] != -100).sum()
+    plain = loss_and_gradients(model, lambda: model(**batch).loss)
+    fast = loss_and_gradients(model, lambda: caption_nll(model, **batch).sum() / tokens)
+    check_agreement(plain, fast)
+
+
+def test_fast_lora_is_lora(tiny_checkpoint, batch):
+    model = load(tiny_checkpoint, True, dropout=0.5)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Dropout) and layer.p == 0.5:
+            layer.train()
+
+    def compute():
+        torch.manual_seed(1)
+        return caption_nll(model, **batch).sum()
+
+    plain = loss_and_gradients(model, compute)
+    with model.disable_adapter():
+        base = compute()
+    speed_up_lora(model)
+    fast = loss_and_gradients(model, compute)
+    check_agreement(plain, fast)
+    with model.disable_adapter():
+        assert compute() == base
+    assert abs(base - fast[0]) > 1e-3
+
+
+def test_unpacked_weights_have_the_same_values(tiny_checkpoint, batch):
+    model = load(tiny_checkpoint, True)
+    packed = loss_and_gradients(model, lambda: caption_nll(model, **batch).sum())
+    assert unpack_nf4(model) > 10
+    assert not any(isinstance(layer, bnb.nn.Linear4bit) for layer in model.modules())
+    unpacked = loss_and_gradients(model, lambda: caption_nll(model, **batch).sum())
+    check_agreement(packed, unpacked, relative=1e-5)
+    unquantised = load(tiny_checkpoint, False)
+    assert abs(caption_nll(unquantised, **batch).sum() - packed[0]) > 1e-3  # NF4 it still is
+
+
+def test_passes_add_up_to_a_step(tiny_checkpoint, batch):
+    model = load(tiny_checkpoint)
+    tokens = (batch["labels"] != -100).sum()
+    _, whole = loss_and_gradients(model, lambda: caption_nll(model, **batch).sum() / tokens)
+    step = FastStep(model, cuda_graphs=False)
+    for _ in range(2):  # a second step begins anew
+        model.zero_grad()
+        loss = sum(step({name: rows[i : i + 2] for name, rows in batch.items()}, tokens) for i in (0, 2))
+    assert loss.item() == pytest.approx((caption_nll(model, **batch).sum() / tokens).item(), rel=1e-6)
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            assert (weight.grad - whole[name]).norm() < 1e-4 * whole[name].norm()
+
+
+def test_batches_of_one_length():
+    lengths = [7 * n % 101 for n in range(1000)]
+    sampler = LengthSampler(lengths, batch_size=16, window=10, seed=3)
+    order = list(sampler)
+    assert sorted(order) == list(range(1000)) and len(sampler) == 1000
+    assert list(sampler) == order
+    batches = [[lengths[row] for row in order[first : first + 16]] for first in range(0, 1000, 16)]
+    spreads = [max(batch) - min(batch) for batch in batches]
+    assert sorted(spreads)[len(spreads) // 2] < 20  # of 100
+    sampler.set_epoch(1)
+    assert list(sampler) != order and sorted(sampler) == list(range(1000))
+
+
+def test_fast_run_is_the_plain_run(folder, settings):  # noqa: F811
+    """Through main.py: the same losses to rounding, and the same adapter bit for bit when it is stopped and goes on."""
+    losses = {}
+    for name, changes in {"plain": {}, "fast": {"fast_step": "on", "unpack_nf4": "on"}}.items():
+        main.main(TrainConfig(**settings | changes | {"run_name": name, "output": Path(name), "lora_dropout": 0.0}))
+        records = [json.loads(line) for line in Path(f"logs/{name}/metrics.jsonl").read_text().splitlines()]
+        losses[name] = [r[key] for r in records for key in ("loss", "eval_loss", "grad_norm") if key in r]
+    assert losses["fast"] == pytest.approx(losses["plain"], rel=1e-3)
+    expected = train(settings, fast_step="on")
+    halves = TrainConfig(**settings | {"fast_step": "on", "output": Path("halves")})
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 4)
+        with pytest.raises(SystemExit):
+            main.main(halves)
+    main.main(halves)
+    assert hash_file(Path("halves/adapter_model.safetensors")) == expected
