@@ -21,10 +21,12 @@ import importlib.metadata
 import itertools
 import json
 import math
+import multiprocessing
 import netrc
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -425,6 +427,13 @@ def remove_checkpoints(output: Path) -> None:
         shutil.rmtree(output / FINISHED, ignore_errors=True)
 
 
+def end_workers() -> None:
+    """Kill processes that decode ahead for steps that don't come: the interpreter would wait for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report them as crashed
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def publish(config: TrainConfig) -> None:
     """What is made of the saved adapter: the merged model and the copy on the hub, where asked for."""
     if config.merge:
@@ -475,7 +484,9 @@ def main(config: TrainConfig) -> None:
     fast = use_fast_step(config, model, device, arguments.world_size)
     if fast:
         speed_up_lora(model)
-        if config.unpack_nf4 == "on" or (config.unpack_nf4 == "auto" and has_room_to_unpack(model, device)):
+        if config.unpack_nf4 == "on" or (
+            config.unpack_nf4 == "auto" and not config.gradient_checkpointing and has_room_to_unpack(model, device)
+        ):
             print(f"NF4 values of {unpack_nf4(model)} layers are unpacked: more memory, fewer computations")
 
     state["run_dir"] = str(run_dir)
@@ -514,8 +525,7 @@ def main(config: TrainConfig) -> None:
     print(f"best validation loss {trainer.state.best_metric:.4f}; curves in {run_dir / 'dashboard.png'}")
     print(f"adapter saved to {config.output} after {time.perf_counter() - start:.0f} s")
     publish(config)
-    del trainer
-    gc.collect()  # ends workers that still decode, which the interpreter would wait for
+    end_workers()
     print("next: python eval.py" + (" --demo" if config.demo else f" --adapter {config.output}"))
 
 
