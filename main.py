@@ -429,9 +429,11 @@ def remove_checkpoints(output: Path) -> None:
 
 def end_workers() -> None:
     """Kill processes that decode ahead for steps that don't come: the interpreter would wait for them."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report them as crashed
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report them as crashed
     for worker in multiprocessing.active_children():
         worker.kill()
+        worker.join()
+    signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)  # None: not one that Python set
 
 
 def publish(config: TrainConfig) -> None:
@@ -477,7 +479,7 @@ def main(config: TrainConfig) -> None:
     generation = make_generation_config(model.config, longest + SPARE_TOKENS)
     if store_vision(model, list(datasets.values()), config.vision_store_gib):
         arguments.dataloader_num_workers = 0  # nothing left to decode
-        arguments.dataloader_pin_memory = False  # nor to send, if the GPU has them
+        arguments.dataloader_pin_memory &= not datasets["train"].features.is_cuda  # or there already
         print("the frozen ViT's outputs are stored: it is not needed in training")
     model = add_lora(model, config.lora_target, config.lora_rank, config.lora_alpha, config.lora_dropout)
     model.print_trainable_parameters()
@@ -512,7 +514,10 @@ def main(config: TrainConfig) -> None:
         graphs = config.cuda_graphs and device.type == "cuda" and not config.gradient_checkpointing
         return FastStep(model, graphs) if fast else None
 
-    trainer, metrics = train_lora(config, arguments, state, model, datasets, make_callbacks, make_fast_step)
+    try:
+        trainer, metrics = train_lora(config, arguments, state, model, datasets, make_callbacks, make_fast_step)
+    finally:  # also when it was stopped, and in processes that have nothing to save
+        end_workers()
     if not is_main:
         return
     results = {**metrics, "best_eval_loss": trainer.state.best_metric}
@@ -525,7 +530,6 @@ def main(config: TrainConfig) -> None:
     print(f"best validation loss {trainer.state.best_metric:.4f}; curves in {run_dir / 'dashboard.png'}")
     print(f"adapter saved to {config.output} after {time.perf_counter() - start:.0f} s")
     publish(config)
-    end_workers()
     print("next: python eval.py" + (" --demo" if config.demo else f" --adapter {config.output}"))
 
 

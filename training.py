@@ -114,7 +114,7 @@ class CaptionTrainer(Trainer):
         self.callback_handler.eval_dataloader = dataloader
         for inputs in dataloader:
             inputs = self._prepare_inputs({name: value for name, value in inputs.items() if name != "index"})
-            with torch.no_grad(), self.compute_loss_context_manager():
+            with torch.no_grad():
                 losses = self._sum_losses(model, inputs)  # (B,)
             rows = torch.stack([losses.double(), (inputs["labels"] != IGNORED).sum(1).double()], dim=1)  # (B, 2)
             total += self.accelerator.gather_for_metrics(rows).sum(0).cpu()
@@ -132,9 +132,9 @@ class CaptionTrainer(Trainer):
     def _sum_losses(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """(B,) sums of the losses of each row's tokens."""
         if self.fast_step is not None:
-            with torch.autocast(self.args.device.type, enabled=False):
-                return caption_nll(model, **inputs)
-        logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits  # (B, L, V)
+            return caption_nll(model, **inputs)
+        with self.compute_loss_context_manager():
+            logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits  # (B, L, V)
         losses = [
             F.cross_entropy(row[:-1].float(), label[1:], ignore_index=IGNORED, reduction="sum")
             for row, label in zip(logits, inputs["labels"], strict=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
-from test_training import folder, scenes, settings, stop_at, train  # noqa: F401
+from test_training import stop_at, train
 
 import main
 from checkpoints import hash_file
@@ -125,7 +125,7 @@ def test_batches_of_one_length():
     assert list(sampler) != order and sorted(sampler) == list(range(1000))
 
 
-def test_fast_run_is_the_plain_run(folder, settings):  # noqa: F811
+def test_fast_run_is_the_plain_run(folder, settings):
     """Through main.py: the same losses to rounding, and the same adapter bit for bit when it is stopped and goes on."""
     losses = {}
     for name, changes in {"plain": {}, "fast": {"fast_step": "on", "unpack_nf4": "on"}}.items():

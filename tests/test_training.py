@@ -23,41 +23,6 @@ STEPS_PER_EPOCH = 3
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    from demo.draw import draw_dataset
-
-    folder = tmp_path_factory.mktemp("scenes")
-    draw_dataset(folder, range(20), workers=1)
-    return folder
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def settings(scenes, tiny_checkpoint):
-    """About 12 frames to train on: 3 steps an epoch, two epochs, dropout, NF4, a worker that decodes."""
-    return {
-        "labels": (scenes / "labels.json",),
-        "images": scenes / "images",
-        "model": str(tiny_checkpoint),
-        "num_train_epochs": 2,
-        "train_batch_size": 4,
-        "per_device_train_batch_size": 2,
-        "dataloader_workers": 1,
-        "warmup_ratio": 0,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "val_captions": 0,
-        "wandb": "disabled",
-        "run_name": "run",
-    }
-
-
-@pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, settings):
     """SHA-256 of the adapter of a run that nobody disturbed, and its folder."""
     folder = tmp_path_factory.mktemp("undisturbed")
