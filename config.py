@@ -163,13 +163,17 @@ class EvalConfig:
     temperature: float = 0.7  # of sampling
     top_p: float = 0.9  # share of the probability that sampling draws from
     max_new_tokens: int | None = None  # longest caption in tokens; none: as saved in training
-    batch_size: int = 16  # pictures captioned at once
+    batch_size: int | None = None  # pictures captioned at once; none: up to 256 in the fast way, 16 otherwise
+    fast_generation: Literal["auto", "on", "off"] = "auto"  # OPT written out, a token by one CUDA graph, unquantised
+    # copy of its weights; auto: on a GPU with room
     show: int = 3  # captions printed beside their references
     seed: int = 42  # of the sample and of sampling
     run_name: str | None = None  # name of the folder in logs/; none: date and time
 
     def __post_init__(self):
-        _check(self, "more than 0", lambda value: value > 0, "temperature", "batch_size")
+        _check(self, "more than 0", lambda value: value > 0, "temperature")
+        if self.batch_size is not None:
+            _check(self, "more than 0", lambda value: value > 0, "batch_size")
         _check(self, "0 to 4294967295", lambda value: 0 <= value < 2**32, "seed")
         _check(self, "more than 0, and at most 1", lambda value: 0 < value <= 1, "top_p")
         if self.num_samples != "all" and self.num_samples < 1:

@@ -17,10 +17,12 @@ if __name__ == "__main__":
     config = parse_args(EvalConfig)  # before the heavy imports, so that --help answers at once
 
 import csv
+import itertools
 import json
 import os
 import random
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -33,6 +35,7 @@ from config import UserError, config_to_json, name_run
 from data import IMAGE_SUFFIXES, SPLIT_COLUMNS, Example, atomic_write, index_images
 from fact_metrics import list_statements
 from labels import LabelReport, read_labels
+from pictures import read_ahead
 from predictions import (
     Prediction,
     format_prediction,
@@ -47,6 +50,8 @@ from scores import HEADLINES, compare_predictions, score_predictions, slice_name
 
 UNTUNED, NEAREST = "the untuned model", "nearest training picture"  # floors that need a model
 RESUMED = ("adapter", "base", "blank", "greedy", "temperature", "top_p", "max_new_tokens", "seed", "batch_size")
+RESUMED += ("fast_generation",)
+FAST_BATCH, SLOW_BATCH = 256, 16  # pictures captioned at once, unless --batch-size says how many
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -164,6 +169,37 @@ class Captioner:
 
         config = self.config
         self.model, self.processor, self.generation = load_finetuned(config.adapter, pick_device(), config.base)
+        self.longest = config.max_new_tokens or self.generation.max_new_tokens
+        self.batch_size = config.batch_size or SLOW_BATCH
+        self.generator = self._make_generator()
+
+    def _make_generator(self):
+        """The fast way to generate (generation.py), which sets the batch size; None if not wanted or not possible."""
+        import torch
+
+        from generation import FastGenerator, max_batch, supports
+
+        wanted, cuda = self.config.fast_generation, self.model.device.type == "cuda"
+        if wanted == "off" or (wanted == "auto" and not cuda):
+            return None
+        if not supports(self.model):
+            if wanted == "on":
+                raise UserError("--fast-generation on: not made for this language model; use --fast-generation auto")
+            return None
+        fit = FAST_BATCH
+        if cuda:
+            torch.cuda.empty_cache()
+            fit = max_batch(self.model, self.longest, torch.cuda.mem_get_info()[0])
+        size = self.config.batch_size or min(FAST_BATCH, 1 << max(fit, 1).bit_length() - 1)  # a power of 2
+        if size > fit or fit < min(size, SLOW_BATCH):
+            if wanted == "on":
+                raise UserError(
+                    f"--fast-generation on: the GPU has room for {fit} pictures at once in this way; take a "
+                    "--batch-size of no more, or --fast-generation auto"
+                )
+            return None
+        self.batch_size = size
+        return FastGenerator(self.model, size)
 
     def map_batches(
         self,
@@ -180,31 +216,40 @@ class Captioner:
         are passed over.
         """
         place, processes = find_place()
-        size = self.config.batch_size
+        size = self.batch_size
         batches = [(index, pictures[size * index : size * (index + 1)]) for index in range(-(-len(pictures) // size))]
         batches = [(index, batch) for index, batch in batches if any(name not in finished for name, _ in batch)]
         total = sum(len(batch) for _, batch in batches)
+        mine = itertools.chain.from_iterable(batch for _, batch in batches[place::processes])
+        reading = read_ahead(self._read, mine, ahead=2 * size)
         with tqdm(total=total, desc="captioning", unit="picture", disable=place > 0) as progress:
             for first in range(0, len(batches), processes):
                 now = batches[first : first + processes]
                 index, batch = now[place] if place < len(now) else (-1, [])
-                for rows, reasons in gather(self._do_batch, index, batch, work, finished):
+                for rows, reasons in gather(self._do_batch, index, batch, reading, work, finished):
                     unreadable.update(reasons)
                     yield rows
                 progress.update(sum(len(batch) for _, batch in now))
 
-    def _do_batch(self, index: int, batch: Sequence[tuple[str, Path]], work: Callable, finished: Collection[str]):
-        import torch
-
+    def _read(self, picture: tuple[str, Path]):
+        """Pixel values (3, S, S), or why there are none."""
         from model import load_pixels
 
+        try:
+            return load_pixels(picture[1], self.processor, self.config.blank)
+        except UserError as error:
+            return str(error)
+
+    def _do_batch(self, index: int, batch: Sequence, reading: Iterator, work: Callable, finished: Collection[str]):
+        import torch
+
         names, pixels, unreadable = [], [], {}
-        for name, path in batch:
-            try:
-                pixels.append(load_pixels(path, self.processor, self.config.blank))
+        for (name, _), read in zip(batch, reading, strict=False):
+            if isinstance(read, str):
+                unreadable[name] = read
+            else:
+                pixels.append(read)
                 names.append(name)
-            except UserError as error:
-                unreadable[name] = str(error)
         if all(name in finished for name in names):
             return [], unreadable
         return list(zip(names, work(index, torch.stack(pixels)), strict=True)), unreadable
@@ -217,15 +262,23 @@ class Captioner:
         """
         import torch
 
-        from model import generate_captions
+        from model import decode_captions, generate_captions
 
         mixed = np.random.SeedSequence((self.config.seed, index)).generate_state(1)  # a CPU takes 32 bits of a seed
-        torch.manual_seed(int(mixed[0]))
+        seed = int(mixed[0])
         try:
+            if self.generator is not None:
+                options = {
+                    name: self.options[name] for name in ("do_sample", "temperature", "top_p") if name in self.options
+                }
+                pixels = pixels.to(self.model.dtype)
+                tokens = self.generator.generate(pixels, self.longest, **options, seed=seed)
+                return decode_captions(self.processor, tokens)
+            torch.manual_seed(seed)
             return generate_captions(self.model, self.processor, pixels, self.generation, **self.options)
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
-            size = self.config.batch_size
+            size = self.batch_size
             raise UserError(f"--batch-size {size}: too large for the GPU ({reason}); take a smaller one") from None
 
     def caption_untuned(self, index: int, pixels) -> list[str]:
@@ -259,12 +312,14 @@ def caption_examples(config: EvalConfig, examples: list[Example]) -> tuple[list[
         untuned = captioner.caption_untuned(index, pixels)
         return [(caption, {UNTUNED: text}) for caption, text in zip(captions, untuned, strict=True)]
 
-    predictions = []
+    predictions, start = [], time.perf_counter()
     for rows in captioner.map_batches([(e.name, e.image) for e in examples], work, unreadable):
         for name, (caption, floors) in rows:
             floors |= {NEAREST: nearest[name]} if nearest else {}
             predictions.append(Prediction(name, caption, references[name], floors))
     go_on_alone()
+    seconds = time.perf_counter() - start
+    print(f"{len(predictions):,} captions in {seconds:.1f} s, {len(predictions) / seconds:.1f} a second")
     if not predictions:
         raise UserError(f"none of the {len(examples)} pictures can be read: {next(iter(unreadable.values()))}")
     return predictions, unreadable
@@ -558,7 +613,7 @@ def add_to_adapter(adapter: Path, scores: dict) -> None:
 def describe_decoding(config: EvalConfig) -> str:
     if config.greedy:
         return "greedy"
-    return f"T{config.temperature:g}-p{config.top_p:g}-seed{config.seed}-batch{config.batch_size}"
+    return f"T{config.temperature:g}-p{config.top_p:g}-seed{config.seed}-batch{config.batch_size or 'auto'}"
 
 
 def compare(config: EvalConfig, run_dir: Path) -> None:

@@ -6,6 +6,8 @@ A row of a training batch is [Q x <image>][bos][caption][newline][padding]; only
 The newline is OPT's end token in BLIP-2: a model that was not trained to write it never stops.
 """
 
+import functools
+import itertools
 import json
 import os
 import re
@@ -32,7 +34,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from config import UserError
 from data import Example
-from pictures import open_picture
+from pictures import open_picture, read_ahead
 
 IGNORED = -100  # label of a position that carries no loss
 
@@ -319,13 +321,14 @@ def store_vision(model, datasets: Sequence[CaptionDataset], limit_gib: float | N
     with tqdm(total=pictures, desc="encoding pictures", unit="picture") as progress:
         for dataset in datasets:
             dataset.features = torch.empty(len(dataset), positions, vision.hidden_size, dtype=dtype, device=place)
+            read = functools.partial(load_pixels, processor=dataset.processor)
+            pictures_read = read_ahead(read, [example.image for example in dataset.examples])
             for start in range(0, len(dataset), batch_size):
-                examples = dataset.examples[start : start + batch_size]
-                pixels = torch.stack([load_pixels(example.image, dataset.processor) for example in examples])
+                pixels = torch.stack(list(itertools.islice(pictures_read, batch_size)))  # (B, 3, S, S)
                 with torch.inference_mode():
                     output = model.vision_model(pixels.to(model.device, dtype)).last_hidden_state
                 dataset.features[start : start + batch_size] = output
-                progress.update(len(examples))
+                progress.update(len(pixels))
     model.vision_model = StoredVision()
     return True
 
@@ -355,5 +358,10 @@ def generate_captions(model, processor, pixel_values: Tensor, generation: Genera
         attention_mask=torch.ones_like(prefix),
         generation_config=GenerationConfig(**{**generation.to_diff_dict(), **options}),
     )  # (B, Q+1+T): the prefix comes back too
-    texts = processor.batch_decode(tokens[:, prefix.shape[1] :], skip_special_tokens=True)
+    return decode_captions(processor, tokens[:, prefix.shape[1] :])
+
+
+def decode_captions(processor, tokens: Tensor) -> list[str]:
+    """Captions of new tokens (B, N), each on one line."""
+    texts = processor.batch_decode(tokens, skip_special_tokens=True)
     return [re.sub(r"\s+", " ", text).strip() for text in texts]

@@ -2,13 +2,16 @@
 
 picture = open_picture(Path("a.jpg"))       # upright, 8 bits, RGB
 unreadable = check_pictures([Path("a.jpg")])   # {path: why}
+for picture in read_ahead(open_picture, paths): ...
 """
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -16,9 +19,11 @@ from tqdm import tqdm
 
 from config import UserError
 
+T, R = TypeVar("T"), TypeVar("R")
 FORMATS = ("JPEG", "PNG")  # decoders that are tried, whatever a file's name is
 MAX_PIXELS = 50_000_000  # of a picture; a BDD100K frame has 0.9 million
 DRAFT = (256, 256)  # pixels to which a JPEG is decoded at least when it is only checked
+AHEAD = 256  # pictures that are read before they are asked for
 
 
 def open_picture(path: Path, draft: bool = False) -> Image.Image:
@@ -50,13 +55,32 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 def check_pictures(paths: Sequence[Path]) -> dict[Path, str]:
     """{path: why} of the pictures that can't be read. All of each is decoded, on all cores."""
     unreadable = {}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(cores) as pool, tqdm(total=len(paths), desc="checking pictures", unit="picture") as bar:
-        for path, reason in zip(paths, pool.map(_check, paths), strict=True):
+    with tqdm(total=len(paths), desc="checking pictures", unit="picture") as bar:
+        for path, reason in zip(paths, read_ahead(_check, paths), strict=True):
             if reason is not None:
                 unreadable[path] = reason
             bar.update()
     return unreadable
+
+
+def read_ahead(read: Callable[[T], R], items: Iterable[T], ahead: int = AHEAD) -> Iterator[R]:
+    """read(item) of each item, in order, by a thread on each core, which are at most `ahead` items ahead.
+
+    Pillow decodes and resizes without Python's lock, so threads do as well as processes, and cost nothing to start.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    waiting = deque()
+    with ThreadPoolExecutor(cores) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(read, item))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:  # also when nobody asks for the rest
+            for future in waiting:
+                future.cancel()
 
 
 def _check(path: Path) -> str | None:

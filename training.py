@@ -61,6 +61,7 @@ class CaptionTrainer(Trainer):
         self.pace: Pace | None = None
         self._rows: list[torch.Tensor] = []  # of this optimiser step
         self._losses: list[torch.Tensor] = []
+        self._unchecked: tuple | None = None  # what check_finite needs to know of the last step
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self._rows.append(inputs.pop("index"))
@@ -82,17 +83,31 @@ class CaptionTrainer(Trainer):
         losses = torch.stack(self._losses)  # (accumulation steps,)
         # with fp16 an infinite gradient is no accident: the scaler skips that step
         finite = losses.isfinite() if self.args.fp16 else losses.isfinite() & torch.as_tensor(norm).isfinite()
-        if not finite.all():
-            bad = [index for rows, good in zip(self._rows, finite.tolist(), strict=True) if not good for index in rows]
-            raise UserError(self._describe_bad_batch(losses, norm, bad))
+        self.check_finite()
+        self._unchecked = (self.state.global_step + 1, losses, norm, finite, self._rows)
         self._rows, self._losses = [], []
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        if self.fast_step is not None and optimizer.defaults.get("fused"):
+            # the GPU itself leaves the step out; to look now would have it wait until the next one is launched
+            optimizer.found_inf = 1 - finite.all().float()
+        else:
+            self.check_finite()
         return norm
 
-    def _describe_bad_batch(self, losses, norm, rows) -> str:
+    def check_finite(self) -> None:
+        """Raise UserError if the last step's loss or gradient was no number. It has not changed any weight then."""
+        if self._unchecked is None:
+            return
+        (step, losses, norm, finite, batches), self._unchecked = self._unchecked, None
+        if not finite.all():
+            bad = [row for rows, good in zip(batches, finite.tolist(), strict=True) if not good for row in rows]
+            raise UserError(self._describe_bad_batch(step, losses, norm, bad))
+
+    def _describe_bad_batch(self, step, losses, norm, rows) -> str:
         names = [self.train_dataset.examples[int(row)].name for row in rows]
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         return (
-            f"step {self.state.global_step + 1}: the loss is {losses.sum().item():g} and the gradient norm {norm:g}, "
+            f"step {step}: the loss is {losses.sum().item():g} and the gradient norm {norm:g}, "
             f"in the batch {', '.join(names[:NAMED])}{more}. Training stopped before that step; the last checkpoint is "
             f"kept in {self.args.output_dir}. Lower --learning-rate, look at those pictures, or use a GPU with bf16 "
             "(fp16 overflows in the Q-Former)"
@@ -108,6 +123,7 @@ class CaptionTrainer(Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
+        self.check_finite()
         model = self.model
         model.eval()
         total = torch.zeros(2, dtype=torch.float64)  # sum of losses, tokens
@@ -142,6 +158,7 @@ class CaptionTrainer(Trainer):
         return torch.stack(losses)
 
     def _save_checkpoint(self, model, trial):
+        self.check_finite()
         folder = Path(self.args.output_dir)
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         check_disk(folder, 12 * trainable + 2**22, "a checkpoint")  # weights and two moments in fp32
