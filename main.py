@@ -492,6 +492,7 @@ def main(config: TrainConfig) -> None:
             print(f"NF4 values of {unpack_nf4(model)} layers are unpacked: more memory, fewer computations")
 
     state["run_dir"] = str(run_dir)
+    state["model_commit"] = getattr(model.config, "_commit_hash", None)  # that the hub's name stood for
     state["micro_batch"] = (unfinished or {}).get("micro_batch") or config.per_device_train_batch_size
     if state["micro_batch"] is None:
         collator, dtype = CaptionCollator(model.config), pick_dtype(device)
