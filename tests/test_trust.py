@@ -133,3 +133,83 @@ def test_an_adapter_of_another_vocabulary_is_refused(adapter, copy):
     edit(copy / "config.json", image_token_index=5)
     with pytest.raises(UserError, match=r"<image> as \d+, the model \d+ and 5"):
         blip2.load_finetuned(adapter, CPU)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.bin"])
+def test_a_pickle_in_a_checkpoint_does_not_run(folder, settings, tmp_path, name):
+    """Planted with a manifest that vouches for it."""
+    from test_training import stop_at, train
+
+    from checkpoints import seal_checkpoint
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, 2)
+        train(settings)
+    checkpoint = folder / "blip2-finetuned/checkpoints/checkpoint-2"
+    if name == "adapter_model.bin":
+        (checkpoint / "adapter_model.safetensors").unlink()
+    torch.save(Planted(tmp_path / "ran"), checkpoint / name)
+    (checkpoint / "manifest.json").unlink()
+    seal_checkpoint(checkpoint)
+    with pytest.raises(UserError, match=rf"{name}.*--overwrite"):
+        train(settings, resume=True)
+    assert not (tmp_path / "ran").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# names and links
+
+
+def test_no_link_leads_out_of_a_folder(tmp_path, drawn):
+    from data import index_images
+    from eval import find_pictures
+    from labels import find_label_files
+
+    (tmp_path / "data").mkdir()
+    secret = shutil.copy(next((drawn / "images").iterdir()), tmp_path / "secret.jpg")
+    shutil.copy(secret, tmp_path / "data/mine.jpg")
+    (tmp_path / "data/link.jpg").symlink_to(secret)
+    (tmp_path / "data/inner.jpg").symlink_to("mine.jpg")
+    (tmp_path / "data/a.json").write_text("[]")
+    (tmp_path / "data/b.json").symlink_to("/etc/passwd")
+    assert sorted(index_images(tmp_path / "data")) == ["inner.jpg", "mine.jpg"]
+    assert sorted(name for name, _ in find_pictures([tmp_path / "data"])) == ["inner.jpg", "mine.jpg"]
+    assert [file.name for file in find_label_files([tmp_path / "data"])] == ["a.json"]
+
+
+@pytest.mark.parametrize("row", ["../a.jpg,test,/etc/passwd,x", "a.jpg,test,/etc/passwd,x", "a,test,/etc/a,x"])
+def test_a_split_of_somebody_else_names_no_other_file(tmp_path, row):
+    from eval import read_split
+
+    (tmp_path / "split.csv").write_text(f"name,split,image,raw_caption\n{row}\n")
+    with pytest.raises(UserError, match=r"split\.csv: .*is no frame's"):
+        read_split(tmp_path, "test")
+
+
+def test_a_bomb_of_labels_is_not_unpacked(tmp_path, monkeypatch):
+    import gzip
+
+    import labels
+
+    monkeypatch.setattr(labels, "GZIP_LIMIT", 10_000)
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(b"[" + b" " * 20_000 + b"]"))
+    with pytest.raises(UserError, match=r"a\.json\.gz: .*more than 10,000 bytes"):
+        list(labels.read_labels([tmp_path / "a.json.gz"], labels.LabelReport()))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# pictures
+
+
+def test_hostile_pictures_take_little_time_and_memory(tmp_path):
+    import hostile_pictures as hostile
+
+    found = {path.name: hostile.measure(path) for path in hostile.make_pictures(tmp_path)}
+    assert all(one["seconds"] < hostile.LIMIT_SECONDS and one["mb"] < hostile.LIMIT_MB for one in found.values()), found
+    assert found["65500-wide.jpg"]["mb"] > 40, "the meter sees a picture of 46 million pixels"
+    read = {name for name, one in found.items() if one["outcome"].startswith("read")}
+    assert {"whole.jpg", "png-named.jpg", "animated.png", "65500-wide.jpg"} == read
+    refused = {name for name, one in found.items() if one["outcome"] == "refused"}
+    assert refused == found.keys() - read
+    shown = {name for name, one in found.items() if one["shown"]}
+    assert shown == read
