@@ -73,7 +73,7 @@ class TrainConfig(DataConfig):
     output: Path = Path("blip2-finetuned")  # folder of the adapter, processor, settings and split
     limit: int | None = None  # use at most this many frames; none: all
 
-    model: str = "Salesforce/blip2-opt-2.7b"  # BLIP-2 checkpoint: a name on the Hugging Face hub or a local folder
+    model: str = "Salesforce/blip2-opt-2.7b"  # BLIP-2 checkpoint: name or name@revision on the hub, or a local folder
     load_in_4bit: bool = True  # quantise the frozen weights to NF4 with double quantisation
     lora_target: Literal["qformer", "lm", "both"] = "both"  # where LoRA is added: Q-Former, language model, both
     lora_rank: int = 16  # rank of the LoRA matrices

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from captions import Style, describe
 from config import DEMO_DATA, DEMO_SCENES, DataConfig, UserError
 from labels import NAME, Frame, LabelOptions, LabelReport, read_labels
+from trust import is_inside
 
 CSV_HEADER = ["name", "raw_caption"]
 SPLIT_COLUMNS = ["name", "split", "image", "raw_caption"]  # of split.csv, which main.py writes and eval.py reads
@@ -135,14 +136,17 @@ def _caption_rows(config: DataConfig, labels, options: LabelOptions, report: Lab
 
 
 def index_images(folder: Path) -> dict[str, Path]:
-    """{file name: path} of the pictures below `folder`. The first of equal names in alphabetical order counts."""
+    """{file name: path} of the pictures below `folder`. The first of equal names in alphabetical order counts.
+
+    A link to a file outside of the folder is passed over.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder with the pictures with --images, or try --demo")
     index: dict[str, Path] = {}
     for parent, folders, files in os.walk(folder):
         folders.sort()
         for name in sorted(files):
-            if name.lower().endswith(IMAGE_SUFFIXES):
+            if name.lower().endswith(IMAGE_SUFFIXES) and is_inside(Path(parent, name), folder):
                 index.setdefault(name, Path(parent, name))
     if not index:
         raise UserError(f"{folder}: no picture in this folder ({', '.join(IMAGE_SUFFIXES)})")

@@ -34,7 +34,7 @@ from captions import Facts, mark_caption, parse_caption
 from config import UserError, config_to_json, name_run
 from data import IMAGE_SUFFIXES, SPLIT_COLUMNS, Example, atomic_write, index_images
 from fact_metrics import list_statements
-from labels import LabelReport, read_labels
+from labels import NAME, LabelReport, read_labels
 from pictures import read_ahead
 from predictions import (
     Prediction,
@@ -47,6 +47,7 @@ from predictions import (
 )
 from report import ReportRow, write_report
 from scores import HEADLINES, compare_predictions, score_predictions, slice_names
+from trust import is_inside
 
 UNTUNED, NEAREST = "the untuned model", "nearest training picture"  # floors that need a model
 RESUMED = ("adapter", "base", "blank", "greedy", "temperature", "top_p", "max_new_tokens", "seed", "batch_size")
@@ -126,6 +127,17 @@ def read_split(folder: Path, split: str) -> list[Example]:
         with open(path, encoding="utf-8", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["split"] == split]
             examples = [Example(row["name"], Path(row["image"]), row["raw_caption"]) for row in rows]
+            for example in examples:  # the folder may be somebody else's, and the report shows the picture
+                suffix = example.image.suffix.lower()
+                if (
+                    not NAME.fullmatch(example.name)
+                    or example.image.name != example.name
+                    or suffix not in IMAGE_SUFFIXES
+                ):
+                    raise UserError(
+                        f"{path}: {example.name[:80]!r} with the picture {str(example.image)[:200]!r} is no frame's; "
+                        "the picture must have the frame's name: train again with python main.py"
+                    )
     except (OSError, KeyError, TypeError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a split with columns {', '.join(SPLIT_COLUMNS)} ({error!r})") from None
     if not examples:
@@ -349,6 +361,7 @@ def find_pictures(paths: Sequence[Path]) -> list[tuple[str, Path]]:
     for path in paths:
         if path.is_dir():
             below = [file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+            below = [file for file in below if is_inside(file, path)]  # no link leads out of the folder
             found = {str(file.relative_to(path)): file for file in sorted(below)}
             if not found:
                 raise UserError(f"{path}: no picture in this folder ({', '.join(IMAGE_SUFFIXES)})")

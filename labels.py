@@ -44,6 +44,7 @@ from captions import (
     ObjectKind,
 )
 from config import UserError
+from trust import is_inside
 
 # Names that an image file may have: no folder, no control character, nothing that a CSV or a spreadsheet acts on.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,250}")
@@ -65,6 +66,7 @@ NEAR_DUPLICATE_IOU = 0.85  # above it two boxes of one class are taken for the s
 PIECE = 4 * 2**20  # bytes of a large array that are decoded at once
 LOOKAHEAD = 64 * 2**20  # bytes in which the next frame must begin for a file to be cut
 WHOLE = 256 * 2**20  # bytes up to which a file that can't be cut is decoded as a whole
+GZIP_LIMIT = 2 * 2**30  # bytes of a .json.gz when unpacked; BDD100K's largest label file has 1.4 GB
 LISTED = 20  # frames left out that are listed by name for each reason
 
 T = TypeVar("T")
@@ -505,6 +507,7 @@ def find_label_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if path.is_dir():
             found = sorted(file for file in path.rglob("*") if file.name.endswith(LABEL_SUFFIXES) and file.is_file())
+            found = [file for file in found if is_inside(file, path)]  # no link leads out of the folder
             if not found:
                 raise UserError(f"{path}: no .json file in this folder; --labels takes BDD100K label files or folders")
             files += found
@@ -626,7 +629,11 @@ def _load_job(job: _Job) -> Iterator[bytes | memoryview]:
             for member in job.members:
                 yield _load_member(archive, member)
     elif job.path.suffix == ".gz":
-        yield gzip.decompress(job.path.read_bytes())
+        with gzip.open(job.path) as file:
+            data = file.read(GZIP_LIMIT + 1)
+        if len(data) > GZIP_LIMIT:
+            raise _BadFile(f"unpacked it has more than {GZIP_LIMIT:,} bytes; unpack it first")
+        yield data
     elif job.stop is None:
         yield job.path.read_bytes()
     else:

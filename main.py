@@ -82,7 +82,15 @@ from model import (
 from pictures import check_pictures
 from publish import merge_adapter, push_to_hub, write_model_card
 from speed import FastStep, has_room_to_unpack, speed_up_lora, supports_caption_nll, unpack_nf4
-from training import CaptionTrainer, Pace, RowCollator, Stopped, find_micro_batch, list_micro_batches
+from training import (
+    CaptionTrainer,
+    Pace,
+    RowCollator,
+    Stopped,
+    check_pickles,
+    find_micro_batch,
+    list_micro_batches,
+)
 
 SPARE_TOKENS = 16  # that generation may write beyond the longest training caption
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")  # whose versions a run records
@@ -276,6 +284,8 @@ def train_lora(
     while True:
         share(arguments, functools.partial(write_state, folder, state))
         checkpoint = share(arguments, functools.partial(find_checkpoint, folder))
+        if checkpoint:
+            check_pickles(checkpoint)
         done, steps = read_step(checkpoint) if checkpoint else (0, None)
         set_micro_batch(arguments, state["micro_batch"], config.train_batch_size)
         trainer = CaptionTrainer(
@@ -492,6 +502,7 @@ def main(config: TrainConfig) -> None:
             print(f"NF4 values of {unpack_nf4(model)} layers are unpacked: more memory, fewer computations")
 
     state["run_dir"] = str(run_dir)
+    state["model_commit"] = getattr(model.config, "_commit_hash", None)  # that the hub's name stood for
     state["micro_batch"] = (unfinished or {}).get("micro_batch") or config.per_device_train_batch_size
     if state["micro_batch"] is None:
         collator, dtype = CaptionCollator(model.config), pick_dtype(device)

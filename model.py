@@ -19,7 +19,7 @@ import psutil
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -29,12 +29,14 @@ from transformers import (
     Blip2ForConditionalGeneration,
     Blip2Processor,
     GenerationConfig,
+    PreTrainedModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from config import UserError
 from data import Example
 from pictures import open_picture, read_ahead
+from trust import ADAPTER_WEIGHTS, check_adapter_folder, check_model_folder
 
 IGNORED = -100  # label of a position that carries no loss
 
@@ -172,8 +174,14 @@ def _load(auto_class, source: str | Path, **options):
     is_local = local.is_absolute() or str(source).startswith((".", "~")) or local.exists()
     if is_local and not any((local / name).is_file() for name in ("config.json", "processor_config.json")):
         raise UserError(f"{source}: no model folder (no config.json in it); --model takes a folder or a hub name")
+    if is_local:
+        check_model_folder(local)
+    elif "@" in str(source):  # name@revision
+        source, options["revision"] = str(source).split("@", 1)
+    if issubclass(auto_class, PreTrainedModel):
+        options["use_safetensors"] = True  # a pickle may run code
     try:
-        return auto_class.from_pretrained(source, **options)
+        return auto_class.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:
         broken = find_broken_connection(error)
         if broken is None and not isinstance(error, LOADING_ERRORS):
@@ -200,10 +208,38 @@ def load_finetuned(folder: Path, device: torch.device, base: bool = False):
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder}: no fine-tuned model in it; train one with python main.py --output {folder}")
     run = read_run(folder)
-    model = load_model(run["config"]["model"], run["config"]["load_in_4bit"], device)
+    source = run["config"]["model"]
+    check_adapter_folder(folder, LORA_TARGETS.values(), source.split("@")[0])
+    model, processor = load_model(source, run["config"]["load_in_4bit"], device), load_processor(folder)
+    check_adapter_fits(folder, model, processor)
     if not base:
         model = PeftModel.from_pretrained(model, folder)
-    return model.eval(), load_processor(folder), GenerationConfig.from_pretrained(folder)
+    return model.eval(), processor, GenerationConfig.from_pretrained(folder)
+
+
+def check_adapter_fits(folder: Path, model, processor: Blip2Processor) -> None:
+    """Raise UserError when the adapter in `folder` was made for a model of other tokens or layers."""
+    token, tokens = processor.tokenizer.convert_tokens_to_ids("<image>"), len(processor.tokenizer)
+    wanted, vocabulary = model.config.image_token_index, model.config.text_config.vocab_size
+    remedy = f"is for another base model than {model.name_or_path}: give the one that it was trained on"
+    if token != wanted or tokens > vocabulary:
+        raise UserError(
+            f"{folder}: its tokenizer has {tokens} tokens and <image> as {token}, the model {vocabulary} and {wanted}; "
+            f"it {remedy}"
+        )
+    modules = dict(model.named_modules())
+    try:
+        with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / ADAPTER_WEIGHTS}: can't be read ({error}); train again") from None
+    for key, shape in shapes.items():
+        name, _, matrix = key.removeprefix("base_model.model.").partition(".lora_")
+        layer = modules.get(name)
+        side = {"A.weight": 1, "B.weight": 0}.get(matrix)
+        size = getattr(layer, "in_features" if side else "out_features", None)
+        if side is None or size is None or len(shape) != 2 or shape[side] != size:
+            raise UserError(f"{folder / ADAPTER_WEIGHTS}: {key[:200]} has shape {shape}, its layer {size}; it {remedy}")
 
 
 def read_run(folder: Path) -> dict:

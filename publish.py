@@ -143,7 +143,7 @@ def take_names(value, only_absolute: bool = False):
 
 def name_base(run: dict) -> str | None:
     """The base model's name on the hub; None for a local folder."""
-    source = run["config"]["model"]
+    source = run["config"]["model"].partition("@")[0]  # name@revision
     return source if HUB_NAME.fullmatch(source) and not Path(source).is_dir() else None
 
 
@@ -391,13 +391,15 @@ def merge_adapter(folder: Path, output: Path) -> None:
     from safetensors import SafetensorError
     from transformers import GenerationConfig
 
-    from model import load_processor
+    from model import LORA_TARGETS, load_processor
+    from trust import check_adapter_folder
 
     check_adapter(folder)
     output = output.resolve()
     check_replaceable(output)
     run = read_run(folder)
     source = run["config"]["model"]
+    check_adapter_folder(folder, LORA_TARGETS.values(), source.split("@")[0])
     check_room(output, count_parameters(source) * torch.float32.itemsize)
 
     processor, model = load_processor(folder), load_unquantised(source)

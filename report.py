@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from data import atomic_write
+from pictures import FORMATS, MAX_PIXELS
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 VERDICTS = ("", "right", "wrong", "invented", "missing", "unread")
@@ -154,7 +155,9 @@ def make_thumbnail(path: Path, side: int, quality: int) -> str | None:
     """Base64 of a JPEG with no side longer than `side`, upright, without metadata; None when it can't be read."""
     buffer = io.BytesIO()
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                return None
             image.draft("RGB", (side, side))  # a JPEG is decoded at an eighth to a half of its size, if that is enough
             small = image.convert("RGB")
         small.thumbnail((side, side))

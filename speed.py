@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import IGNORED
 
 CHUNK = 512  # text positions whose logits are in memory at once
 PADDED_TO = 16  # text lengths are rounded up to a multiple of it: a recording for each
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]  # whose gradients are the same each time, unlike the others'
 UNPACKING_ROOM = 3  # the GPU must have so many times the memory free that unpacked weights take
 
 
@@ -58,6 +60,7 @@ class FrozenHeadNLL(torch.autograd.Function):
         return gradient * grad_nll[:, None].to(gradient.dtype), None, None
 
 
+@sdpa_kernel(ATTENTION)
 def caption_nll(model, pixel_values: Tensor, input_ids: Tensor, labels: Tensor, **_) -> Tensor:
     """(B,) sums of -log p over each row's caption tokens, of a batch as CaptionCollator makes it.
 

@@ -4,6 +4,7 @@ Shapes: B rows, L positions, V vocabulary.
 """
 
 import math
+import pickle
 import signal
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import EvalLoopOutput
 
 from checkpoints import check_disk, seal_checkpoint
@@ -225,6 +227,21 @@ def _gather(value, world_size: int) -> list:
     values = [None] * world_size
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def check_pickles(checkpoint: Path) -> None:
+    """Raise UserError unless what is pickled in a checkpoint holds tensors and numbers alone; nothing of it is run."""
+    remedy = "is not opened; if the checkpoint is your own, start anew with --overwrite"
+    for name in ("adapter_model.bin", "pytorch_model.bin"):
+        if (checkpoint / name).exists():
+            raise UserError(f"{checkpoint / name}: a pickle, which this program never writes, {remedy}")
+    for path in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]):
+        try:
+            with safe_globals():
+                torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path}: holds other things than tensors ({reason}) and {remedy}") from None
 
 
 # --------------------------------------------------------------------------------------------------------------

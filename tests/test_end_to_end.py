@@ -85,6 +85,16 @@ def test_the_same_seed_gives_the_same_captions(trained):
     assert one == two
 
 
+def test_fast_generation_gives_the_same_captions(trained):
+    for name, flags in {"slow": ["off"], "fast": ["on", "--batch-size", 3]}.items():
+        flags = ["--num-samples", "all", "--greedy", "--run-name", name, "--fast-generation", *flags]
+        finished = run("eval.py", *flags, cwd=trained)
+        assert finished.returncode == 0, finished.stderr
+        assert " a second" in finished.stdout
+    slow, fast = ((trained / f"logs/{name}/predictions.jsonl").read_text() for name in ("slow", "fast"))
+    assert slow == fast
+
+
 def test_model_card_has_the_scores_of_most_pictures(trained):
     from publish import write_model_card
 

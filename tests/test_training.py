@@ -133,7 +133,8 @@ def test_resume_without_an_unfinished_run(folder, settings):
 # guards
 
 
-def test_a_loss_that_is_no_number_stops_the_run(folder, settings):
+@pytest.mark.parametrize("fast_step", ["off", "on"])
+def test_a_loss_that_is_no_number_stops_the_run(folder, settings, fast_step):
     """The batch is named, no weight has changed, the checkpoint before is kept."""
     real = training.Trainer.training_step
 
@@ -142,8 +143,17 @@ def test_a_loss_that_is_no_number_stops_the_run(folder, settings):
         return loss * float("nan") if self.state.global_step == STEPS_PER_EPOCH + 1 else loss
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as stopped:
-        patch.setattr(training.Trainer, "training_step", training_step)
-        train(settings)
+        if fast_step == "off":
+            patch.setattr(training.Trainer, "training_step", training_step)
+        else:
+            step = training.FastStep.__call__
+            calls = iter(range(1000))
+
+            def fail(self, batch, tokens):
+                return step(self, batch, tokens) * (float("nan") if next(calls) == STEPS_PER_EPOCH + 1 else 1)
+
+            patch.setattr(training.FastStep, "__call__", fail)
+        train(settings, fast_step=fast_step)
     message = str(stopped.value)
     assert "step 5: the loss is nan" in message and "bf16" in message
     assert message.count(".jpg") == 4
