@@ -10,7 +10,7 @@ from pathlib import Path
 
 from captions import ObjectKind
 from config import DEMO_FOLDER, PipelineConfig, TrainConfig, name_run, parse_args, run_script
-from data import caption_labels, find_labels, read_captions
+from data import caption_labels, find_labels, lock_folder, read_captions
 from labels import LabelReport
 
 TOKENISED = 2000  # captions whose tokens are counted for the census
@@ -102,12 +102,13 @@ def draw_classes(axis, objects: Counter[ObjectKind]) -> None:
 
 def main(config: PipelineConfig) -> None:
     run_dir = name_run(config, "-labels")
-    report = caption_labels(config, find_labels(config), config.output, run_dir)
-    if config.census:
-        tokens, tokenizer = count_tokens(list(read_captions(config.output).values()))
-        print_census(report, tokens, tokenizer)
-        draw_census(report, tokens, run_dir / "census.png")
-        print(f"census drawn in {run_dir / 'census.png'}")
+    with lock_folder(run_dir, "--run-name"):
+        report = caption_labels(config, find_labels(config), config.output, run_dir)
+        if config.census:
+            tokens, tokenizer = count_tokens(list(read_captions(config.output).values()))
+            print_census(report, tokens, tokenizer)
+            draw_census(report, tokens, run_dir / "census.png")
+            print(f"census drawn in {run_dir / 'census.png'}")
 
 
 if __name__ == "__main__":

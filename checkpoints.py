@@ -15,6 +15,7 @@ from config import UserError
 from data import Example, atomic_write
 
 MANIFEST = "manifest.json"
+GROUPS = ("config", "data", "world", "versions")  # of state.json: what two runs are compared by
 FREE_OF_CHOICE = (  # settings that don't change what is learnt, and may differ when a run goes on
     *("resume", "overwrite", "merge", "push_to_hub", "wandb", "run_name", "logging_steps", "save_minutes"),
     *("val_captions", "dataloader_workers", "output", "captions"),
@@ -52,10 +53,13 @@ def find_damage(checkpoint: Path) -> str | None:
         for name, expected in sums.items():
             if hash_file(checkpoint / name) != expected:
                 return f"{name} has changed"
+        read_step(checkpoint)
         best = json.loads((checkpoint / "trainer_state.json").read_text())["best_model_checkpoint"]
+        if best is not None and not Path(best).name:
+            raise ValueError(f"best_model_checkpoint {best!r}")
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing: it was not written to its end"
-    except (OSError, ValueError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         return f"not readable ({error})"
     if best is not None and Path(best).name != checkpoint.name:
         damage = find_damage(checkpoint.with_name(Path(best).name))
@@ -117,17 +121,20 @@ def write_state(folder: Path, state: dict) -> None:
 def read_state(folder: Path) -> dict | None:
     """What write_state wrote there; None when no run is unfinished."""
     try:
-        return json.loads((folder / "state.json").read_text())
+        state = json.loads((folder / "state.json").read_text())
+        if not isinstance(state, dict) or not all(isinstance(state.get(group, {}), dict) for group in GROUPS):
+            raise ValueError("not what a run writes")
+        return state
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / 'state.json'}: not readable ({error}); start anew with --overwrite") from None
 
 
 def list_changes(before: dict, now: dict) -> list[str]:
     """What differs between two states in settings that change what is learnt, one line each."""
     lines = []
-    for group in ("config", "data", "world", "versions"):
+    for group in GROUPS:
         old, new = before.get(group) or {}, now.get(group) or {}
         for name in dict.fromkeys([*old, *new]):
             was, is_now = old.get(name), new.get(name)

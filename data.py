@@ -13,6 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+try:
+    import fcntl
+except ImportError:  # Windows: there folders are not locked
+    fcntl = None
+
 from captions import Style, describe
 from config import DEMO_DATA, DEMO_SCENES, DataConfig, UserError
 from labels import NAME, Frame, LabelOptions, LabelReport, read_labels
@@ -51,6 +56,49 @@ def atomic_write(path: Path) -> Iterator:
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+@contextmanager
+def lock_folder(folder: Path, flag: str) -> Iterator[None]:
+    """Hold `folder`, that `flag` names, for this run alone; of several processes of a run the main one holds it.
+
+    The kernel frees it when the process ends, however it ends. The file .lock stays, empty.
+    """
+    if fcntl is None or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: can't be written ({error.strerror}); name another folder") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{flag} {folder}: another run is writing there; wait for its end, or name another"
+            ) from None
+        except OSError as error:
+            print(f"note: {folder} can't be locked ({error.strerror}): see that no other run writes there")
+        _locks.add(file)
+        try:
+            yield
+        finally:
+            _locks.discard(file)
+
+
+_locks = set()
+
+
+def _leave_locks() -> None:
+    """A forked worker must not hold on to a folder when the run that it worked for was killed."""
+    for file in _locks:
+        os.close(file.fileno())
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_leave_locks)
 
 
 def write_captions(path: Path, rows: Iterable[tuple[str, str]]) -> int:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from captions import Facts, mark_caption, parse_caption
 from config import UserError, config_to_json, name_run
-from data import IMAGE_SUFFIXES, SPLIT_COLUMNS, Example, atomic_write, index_images
+from data import IMAGE_SUFFIXES, SPLIT_COLUMNS, Example, atomic_write, index_images, lock_folder
 from fact_metrics import list_statements
 from labels import NAME, LabelReport, read_labels
 from pictures import read_ahead
@@ -648,12 +648,13 @@ def main(config: EvalConfig) -> None:
     run_dir = name_run(config, "-eval")
     if (config.compare or config.predictions) and int(os.environ.get("RANK", 0)) > 0:
         return  # there is nothing to share out
-    if config.compare is not None:
-        compare(config, run_dir)
-    elif config.images and config.predictions is None:
-        caption_pictures(config, run_dir)
-    else:
-        evaluate(config, run_dir)
+    with lock_folder(run_dir, "--run-name"):
+        if config.compare is not None:
+            compare(config, run_dir)
+        elif config.images and config.predictions is None:
+            caption_pictures(config, run_dir)
+        else:
+            evaluate(config, run_dir)
 
 
 if __name__ == "__main__":

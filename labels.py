@@ -537,7 +537,7 @@ def _plan_archive(path: Path) -> Iterator[_Job]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = [info for info in archive.infolist() if info.filename.endswith(".json") and not info.is_dir()]
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, OSError, UnicodeDecodeError, NotImplementedError) as error:
         raise UserError(f"{path}: not readable as a zip archive ({error}); is the download complete?") from None
     if not members:
         raise UserError(f"{path}: no .json file in this archive")

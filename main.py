@@ -60,6 +60,7 @@ from data import (
     caption_labels,
     find_labels,
     index_images,
+    lock_folder,
     match_images,
     read_captions,
     ride_of,
@@ -457,6 +458,11 @@ def publish(config: TrainConfig) -> None:
 
 
 def main(config: TrainConfig) -> None:
+    with lock_folder(config.output, "--output"):
+        train(config)
+
+
+def train(config: TrainConfig) -> None:
     start = time.perf_counter()
     transformers_logging.set_verbosity_error()
     if config.resume and is_finished(config):

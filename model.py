@@ -245,8 +245,11 @@ def check_adapter_fits(folder: Path, model, processor: Blip2Processor) -> None:
 def read_run(folder: Path) -> dict:
     """What main.py wrote about its run: configuration, pictures, versions."""
     try:
-        return json.loads((folder / "run.json").read_text())
-    except (OSError, ValueError) as error:
+        run = json.loads((folder / "run.json").read_text())
+        if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
+            raise ValueError("no JSON object with a config")
+        return run
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / 'run.json'}: can't be read ({error}); train again with python main.py") from None
 
 

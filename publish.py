@@ -99,7 +99,7 @@ def read_json(path: Path) -> dict:
         record = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(record, dict):
             raise ValueError("not a JSON object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: can't be read ({error}); write it again with the script that it is of") from None
     return record
 
@@ -118,6 +118,8 @@ def read_scores(folder: Path) -> dict | None:
         return None
     scores = read_json(folder / "scores.json")
     config = scores.get("config", {})
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'scores.json'}: its config is no JSON object; write it again with python eval.py")
     foreign = config.get("base") or config.get("blank") or config.get("predictions")
     return None if foreign or scores.get("schema") != SCHEMA_VERSION else scores
 
