@@ -63,6 +63,7 @@ def captions_target(folder: Path) -> tuple[list[bytes], Check]:
 
 def labels_target(folder: Path) -> tuple[list[bytes], Check]:
     import fuzz_labels
+
     import labels
     from demo.draw import draw_scene
 

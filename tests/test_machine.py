@@ -36,7 +36,7 @@ def test_second_run_is_refused_until_the_first_is_killed(tmp_path):
         worker = int(first.stdout.readline())
         try:
             with (
-                pytest.raises(UserError, match="--output .*another run is writing there"),
+                pytest.raises(UserError, match=r"--output .*another run is writing there"),
                 lock_folder(tmp_path, "--output"),
             ):
                 pass
@@ -87,16 +87,16 @@ def small_disk(tmp_path):
 def test_full_disk_keeps_the_file_before(small_disk):
     path = small_disk / "captions.csv"
     path.write_text("before")
-    with pytest.raises(UserError, match="captions.csv: can't be written .No space left"), atomic_write(path) as file:
+    with pytest.raises(UserError, match=r"captions.csv: can't be written .No space left"), atomic_write(path) as file:
         file.write("x" * 2**20)
     assert [file.name for file in small_disk.iterdir()] == ["captions.csv"] and path.read_text() == "before"
 
 
 def test_read_only_disk(small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    with pytest.raises(UserError, match="Read-only file system"), atomic_write(small_disk / "a.csv"):
+    with pytest.raises(UserError, match=r"Read-only file system"), atomic_write(small_disk / "a.csv"):
         pass
-    with pytest.raises(UserError, match="--output .*Read-only file system"), lock_folder(small_disk / "a", "--output"):
+    with pytest.raises(UserError, match=r"--output .*Read-only file system"), lock_folder(small_disk / "a", "--output"):
         pass
 
 
@@ -129,7 +129,7 @@ def test_lost_permission(tmp_path):
 @pytest.mark.parametrize("content", ["2.5", "[]", '{"config": "x"}', "[" * 100_000])
 def test_damaged_state(tmp_path, content):
     (tmp_path / "state.json").write_text(content)
-    with pytest.raises(UserError, match="state.json: not readable"):
+    with pytest.raises(UserError, match=r"state.json: not readable"):
         read_state(tmp_path)
 
 
@@ -138,7 +138,7 @@ def test_damaged_run(tmp_path, content):
     from model import read_run
 
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(UserError, match="run.json: can't be read"):
+    with pytest.raises(UserError, match=r"run.json: can't be read"):
         read_run(tmp_path)
 
 
@@ -146,7 +146,7 @@ def test_scores_whose_config_is_no_object(tmp_path):
     from publish import read_scores
 
     (tmp_path / "scores.json").write_text('{"config": []}')
-    with pytest.raises(UserError, match="scores.json: its config"):
+    with pytest.raises(UserError, match=r"scores.json: its config"):
         read_scores(tmp_path)
 
 
@@ -166,5 +166,5 @@ def test_archive_with_a_damaged_name(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("\u00e4.json", "[]")
     path.write_bytes(path.read_bytes().replace("\u00e4".encode(), b"\xa9\xa9"))
-    with pytest.raises(UserError, match="labels.zip: not readable as a zip archive"):
+    with pytest.raises(UserError, match=r"labels.zip: not readable as a zip archive"):
         list(read_labels([path], LabelReport()))
