@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -30,6 +31,19 @@ with lock_folder(Path({folder!r}), "--output"):
 """
 
 
+def wait_for_lock(folder: Path, seconds: float = 10) -> None:
+    """A worker that was forked a moment ago may not yet have let go of it."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            with lock_folder(folder, "--output"):
+                return
+        except UserError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+
+
 def test_second_run_is_refused_until_the_first_is_killed(tmp_path):
     command = [sys.executable, "-c", HOLD.format(root=str(ROOT), folder=str(tmp_path))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
@@ -43,8 +57,7 @@ def test_second_run_is_refused_until_the_first_is_killed(tmp_path):
             first.kill()
             first.wait()
             os.kill(worker, 0)  # a worker of the killed run lives on, and does not hold the folder
-            with lock_folder(tmp_path, "--output"):
-                pass
+            wait_for_lock(tmp_path)
         finally:
             first.kill()
             os.kill(worker, signal.SIGKILL)
