@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,30 +62,46 @@ def atomic_write(path: Path) -> Iterator:
 def lock_folder(folder: Path, flag: str) -> Iterator[None]:
     """Hold `folder`, that `flag` names, for this run alone; of several processes of a run the main one holds it.
 
-    The kernel frees it when the process ends, however it ends. The file .lock stays, empty.
+    The kernel frees it when the process ends, however it ends. A folder that the run made and left empty is removed.
     """
     if fcntl is None or os.environ.get("RANK", "0") != "0":
         yield
         return
+    path = folder / ".lock"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a")  # noqa: SIM115
+        made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        file = _open_locked(path)
+    except BlockingIOError:
+        raise UserError(f"{flag} {folder}: another run is writing there; wait for its end, or name another") from None
     except OSError as error:
         raise UserError(f"{flag} {folder}: can't be written ({error.strerror}); name another folder") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{flag} {folder}: another run is writing there; wait for its end, or name another"
-            ) from None
-        except OSError as error:
-            print(f"note: {folder} can't be locked ({error.strerror}): see that no other run writes there")
         _locks.add(file)
         try:
             yield
         finally:
             _locks.discard(file)
+            with suppress(OSError):  # it may be gone, or the disk have become read-only
+                path.unlink()
+                for empty in made:
+                    empty.rmdir()
+
+
+def _open_locked(path: Path):
+    """The file at `path`, made and locked. Raises BlockingIOError when another process has it."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                return file
+        except FileNotFoundError:
+            pass
+        except OSError:
+            file.close()
+            raise
+        file.close()  # the run that had it has just removed it: what was locked is nobody's
 
 
 _locks = set()
@@ -94,7 +110,7 @@ _locks = set()
 def _leave_locks() -> None:
     """A forked worker must not hold on to a folder when the run that it worked for was killed."""
     for file in _locks:
-        os.close(file.fileno())
+        file.close()
 
 
 if fcntl is not None:
