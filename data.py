@@ -210,8 +210,10 @@ def index_images(folder: Path) -> dict[str, Path]:
     for parent, folders, files in os.walk(folder):
         folders.sort()
         for name in sorted(files):
-            if name.lower().endswith(IMAGE_SUFFIXES) and is_inside(Path(parent, name), folder):
-                index.setdefault(name, Path(parent, name))
+            path = Path(parent, name)
+            # os.walk enters no linked folder: only a file that is a link itself can lead out
+            if name.lower().endswith(IMAGE_SUFFIXES) and (not path.is_symlink() or is_inside(path, folder)):
+                index.setdefault(name, path)
     if not index:
         raise UserError(f"{folder}: no picture in this folder ({', '.join(IMAGE_SUFFIXES)})")
     return index

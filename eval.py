@@ -50,8 +50,10 @@ from scores import HEADLINES, compare_predictions, score_predictions, slice_name
 from trust import is_inside
 
 UNTUNED, NEAREST = "the untuned model", "nearest training picture"  # floors that need a model
-RESUMED = ("adapter", "base", "blank", "greedy", "temperature", "top_p", "max_new_tokens", "seed", "batch_size")
-RESUMED += ("fast_generation",)
+RESUMED = (
+    *("adapter", "base", "blank", "greedy", "temperature", "top_p", "max_new_tokens", "seed", "batch_size"),
+    "fast_generation",
+)
 FAST_BATCH, SLOW_BATCH = 256, 16  # pictures captioned at once, unless --batch-size says how many
 
 
