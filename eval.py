@@ -295,6 +295,12 @@ class Captioner:
             size = self.batch_size
             raise UserError(f"--batch-size {size}: too large for the GPU ({reason}); take a smaller one") from None
 
+    def describe_memory(self) -> str:
+        import torch
+
+        used = torch.cuda.max_memory_allocated() / 2**30
+        return f", {used:.2f} GiB of GPU memory at most" if used else ""
+
     def caption_untuned(self, index: int, pixels) -> list[str]:
         """The same without the adapter: what --base gives."""
         with self.model.disable_adapter():
@@ -333,7 +339,8 @@ def caption_examples(config: EvalConfig, examples: list[Example]) -> tuple[list[
             predictions.append(Prediction(name, caption, references[name], floors))
     go_on_alone()
     seconds = time.perf_counter() - start
-    print(f"{len(predictions):,} captions in {seconds:.1f} s, {len(predictions) / seconds:.1f} a second")
+    pace = f"{len(predictions):,} captions in {seconds:.1f} s, {len(predictions) / seconds:.1f} a second"
+    print(pace + captioner.describe_memory())
     if not predictions:
         raise UserError(f"none of the {len(examples)} pictures can be read: {next(iter(unreadable.values()))}")
     return predictions, unreadable

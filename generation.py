@@ -16,6 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Blip2ForConditionalGeneration, OPTForCausalLM
 
+try:
+    from decode_kernel import attend_one
+except ImportError:  # torch without CUDA comes without Triton
+    attend_one = None
+
 BUCKET = 32  # positions by which the part of the cache that is read grows
 CHUNK = 128  # pictures that ViT, Q-Former and the prefix's pass take at once
 NUCLEUS = 1024  # most likely tokens among which top-p draws
@@ -265,14 +270,17 @@ class FastGenerator:
         table = self.decoder.embed_positions
         x = x + F.embedding(positions + table.offset, table.weight)
         for layer, (qkv, out, fc1, fc2), (keys, values) in zip(self.decoder.layers, self.weights, cache, strict=True):
-            inputs = layer.self_attn_layer_norm(x)
-            q, k, v = F.linear(inputs, *qkv).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (n, H, T, D)
-            keys.index_copy_(2, positions, k)
-            values.index_copy_(2, positions, v)
-            if mask is None:
-                seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            new = F.linear(layer.self_attn_layer_norm(x), *qkv).view(n, length, 3, self.heads, -1)
+            if mask is not None and attend_one is not None and x.is_cuda:
+                seen = attend_one(new[:, 0], keys, values, positions).unsqueeze(2)  # (n, H, 1, D)
             else:
-                seen = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.expand(n, self.heads, 1, -1))
+                q, k, v = new.permute(2, 0, 3, 1, 4)  # (n, H, T, D)
+                keys.index_copy_(2, positions, k)
+                values.index_copy_(2, positions, v)
+                if mask is None:
+                    seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+                else:
+                    seen = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.expand(n, self.heads, 1, -1))
             x = x + F.linear(seen.transpose(1, 2).reshape(n, length, -1), *out)
             x = x + F.linear(layer.activation_fn(F.linear(layer.final_layer_norm(x), *fc1)), *fc2)
         return self.decoder.final_layer_norm(x)

@@ -40,6 +40,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
+import caption_loss
 from checkpoints import (
     checkpoint_folder,
     find_checkpoint,
@@ -82,7 +83,7 @@ from model import (
 )
 from pictures import check_pictures
 from publish import merge_adapter, push_to_hub, write_model_card
-from speed import FastStep, has_room_to_unpack, speed_up_lora, supports_caption_nll, unpack_nf4
+from speed import FastStep, has_room_to_unpack, join_weights, unpack_nf4
 from training import (
     CaptionTrainer,
     Pace,
@@ -244,7 +245,7 @@ def use_fast_step(config: TrainConfig, model, device: torch.device, world_size: 
         else "a GPU without bf16"
         if pick_dtype(device) == torch.float16
         else "a language model of another form than OPT-2.7B's"
-        if not supports_caption_nll(model)
+        if not caption_loss.supports(model)
         else None
     )
     if config.fast_step == "on" and obstacle:
@@ -501,11 +502,11 @@ def train(config: TrainConfig) -> None:
     model.print_trainable_parameters()
     fast = use_fast_step(config, model, device, arguments.world_size)
     if fast:
-        speed_up_lora(model)
         if config.unpack_nf4 == "on" or (
             config.unpack_nf4 == "auto" and not config.gradient_checkpointing and has_room_to_unpack(model, device)
         ):
             print(f"NF4 values of {unpack_nf4(model)} layers are unpacked: more memory, fewer computations")
+        join_weights(model)
 
     state["run_dir"] = str(run_dir)
     state["model_commit"] = getattr(model.config, "_commit_hash", None)  # that the hub's name stood for

@@ -1,129 +1,23 @@
-"""What makes training fast on a GPU: the same loss and gradients, to rounding, in fewer and larger steps.
+"""What makes training fast on a GPU beside the loss as written out in caption_loss.py.
 
-Levers, each with a switch in config.py: logits only where there is text, and none of them kept (caption_nll); LoRA in
-the precision of the weights it adapts (speed_up_lora); NF4 weights unpacked once instead of at each use (unpack_nf4);
-the launches of one forward and backward pass recorded once and replayed (CapturedStep); frames of a length beside each
-other (LengthSampler).
-
-Shapes: B rows, Q image tokens, T text tokens with bos and newline, H width of the language model, V vocabulary.
+Levers, each with a switch in config.py: NF4 weights unpacked once instead of at each use (unpack_nf4); weights of
+layers that read the same input side by side (join_weights); the launches of one forward and backward pass recorded once
+and replayed (FastStep); frames of a length beside each other (LengthSampler).
 """
 
-import functools
 from collections.abc import Iterator, Sequence
 
 import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from caption_loss import caption_nll, get_base, join_linears
+from generation import get_blip2, group_linears
 from model import IGNORED
 
-CHUNK = 512  # text positions whose logits are in memory at once
 PADDED_TO = 16  # text lengths are rounded up to a multiple of it: a recording for each
-ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]  # whose gradients are the same each time, unlike the others'
 UNPACKING_ROOM = 3  # the GPU must have so many times the memory free that unpacked weights take
-
-
-# --------------------------------------------------------------------------------------------------------------
-# the loss
-
-
-class FrozenHeadNLL(torch.autograd.Function):
-    """-log p of each target under softmax(hidden @ weight.T), with the gradient computed in the forward pass.
-
-    hidden (N, H), weight (V, H) without gradient, targets (N,) with IGNORED where nothing is to be learnt -> (N,) fp32.
-    Logits of CHUNK positions exist at a time, and none are kept.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets):
-        nll = hidden.new_empty(len(hidden), dtype=torch.float32)
-        gradient = torch.empty_like(hidden)
-        for start in range(0, len(hidden), CHUNK):
-            part = slice(start, start + CHUNK)
-            kept = targets[part] != IGNORED
-            target = targets[part].clamp(min=0)[:, None]  # (C, 1)
-            logits = (hidden[part] @ weight.T).float()  # (C, V)
-            log_p = logits.log_softmax(-1)
-            nll[part] = -log_p.gather(1, target)[:, 0] * kept
-            p = log_p.exp_()
-            p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
-            gradient[part] = (p * kept[:, None]).to(weight.dtype) @ weight
-        ctx.save_for_backward(gradient)
-        return nll
-
-    @staticmethod
-    def backward(ctx, grad_nll):
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_nll[:, None].to(gradient.dtype), None, None
-
-
-@sdpa_kernel(ATTENTION)
-def caption_nll(model, pixel_values: Tensor, input_ids: Tensor, labels: Tensor, **_) -> Tensor:
-    """(B,) sums of -log p over each row's caption tokens, of a batch as CaptionCollator makes it.
-
-    The sum over rows divided by the tokens is Blip2ForConditionalGeneration's loss. The frozen ViT runs without
-    gradients, rows need no attention mask since padding stands on the right of a causal model, and the language
-    model's head sees text positions only.
-    """
-    blip = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with torch.no_grad():
-        vision = blip.vision_model(pixel_values=pixel_values).last_hidden_state  # (B, P, D)
-    qformer, decoder = blip.qformer, blip.language_model.model.decoder
-    queries = blip.query_tokens.expand(len(pixel_values), -1, -1)  # (B, Q, ...)
-    queries = qformer.dropout(qformer.layernorm(queries.to(qformer.layernorm.weight.dtype)))
-    encoded = qformer.encoder(
-        queries, encoder_hidden_states=vision.to(queries.dtype), query_length=queries.shape[1]
-    ).last_hidden_state
-    text = decoder.embed_tokens(input_ids[:, queries.shape[1] :])  # (B, T, H): bos, caption, newline, padding
-    image = blip.language_projection(encoded.to(text.dtype)).to(text.dtype)  # (B, Q, H)
-    hidden = torch.cat([image, text], dim=1)
-    first = decoder.embed_positions.offset
-    hidden = hidden + decoder.embed_positions.weight[first : first + hidden.shape[1]]
-    for layer in decoder.layers:
-        hidden = layer(hidden, attention_mask=None)
-    hidden = decoder.final_layer_norm(hidden)[:, queries.shape[1] : -1]  # (B, T-1, H)
-    targets = labels[:, queries.shape[1] + 1 :]  # (B, T-1)
-    nll = FrozenHeadNLL.apply(hidden.flatten(0, 1), blip.language_model.lm_head.weight, targets.flatten())
-    return nll.view(targets.shape).sum(1)
-
-
-def supports_caption_nll(model) -> bool:
-    """Whether the language model is an OPT of the form that caption_nll spells out."""
-    config = model.config.text_config
-    return (
-        config.model_type == "opt"
-        and config.do_layer_norm_before
-        and config.word_embed_proj_dim == config.hidden_size
-        and not config.layerdrop
-        and not getattr(config, "_remove_final_layer_norm", False)
-    )
-
-
-# --------------------------------------------------------------------------------------------------------------
-# LoRA
-
-
-def speed_up_lora(model) -> None:
-    """Have LoRA compute in its layer's precision: a few large kernels instead of a dozen with casts to fp32 and back.
-
-    The weights stay fp32, as do their gradients and AdamW's state.
-    """
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.forward = functools.partial(_lora_forward, module, module.forward)
-
-
-def _lora_forward(layer: LoraLayer, plain_forward, x: Tensor, *args, **kwargs) -> Tensor:
-    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1 or args or kwargs:
-        return plain_forward(x, *args, **kwargs)
-    [name] = layer.active_adapters
-    a, b = layer.lora_A[name].weight.to(x.dtype), layer.lora_B[name].weight.to(x.dtype)  # (R, in), (out, R)
-    result = layer.base_layer(x)
-    low = F.linear(layer.lora_dropout[name](x), a).flatten(0, -2)  # (N, R)
-    return torch.addmm(result.flatten(0, -2), low, b.T, alpha=layer.scaling[name]).view(result.shape)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -148,6 +42,28 @@ def unpack_nf4(model) -> int:
         plain.bias = layer.bias
         setattr(parent, name, plain)
     return len(packed)
+
+
+def join_weights(model) -> None:
+    """Put weights of layers that read the same input beside each other in memory, to be used as one.
+
+    The layers keep theirs, as parts of it. NF4 weights stay as they are.
+    """
+    blip = get_blip2(model)
+    groups = [group for layer in blip.language_model.model.decoder.layers for group in group_linears(layer)]
+    for layer in blip.qformer.encoder.layer:
+        attention = layer.attention.attention
+        groups.append([attention.query, attention.key, attention.value])
+        if layer.has_cross_attention:
+            groups.append([layer.crossattention.attention.key, layer.crossattention.attention.value])
+    for group in groups:
+        bases = [get_base(layer) for layer in group]
+        if len(bases) == 1 or any(isinstance(base, bnb.nn.Linear4bit) for base in bases):
+            continue
+        bases[0].joined = weight, bias = tuple(part.detach() for part in join_linears(group))
+        sizes = [base.out_features for base in bases]
+        for base, weight_part, bias_part in zip(bases, weight.split(sizes), bias.split(sizes), strict=True):
+            base.weight.data, base.bias.data = weight_part, bias_part
 
 
 def has_room_to_unpack(model, device: torch.device) -> bool:

@@ -16,10 +16,11 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import EvalLoopOutput
 
+from caption_loss import caption_nll
 from checkpoints import check_disk, seal_checkpoint
 from config import UserError
 from model import IGNORED, CaptionCollator, CaptionDataset
-from speed import FastStep, LengthSampler, caption_nll
+from speed import FastStep, LengthSampler
 
 CPU_MICRO_BATCH = 4  # frames a forward pass on a CPU, where more only take memory
 SPARE_MEMORY = 0.05  # share of a GPU that a micro-batch must leave free
@@ -121,6 +122,11 @@ class CaptionTrainer(Trainer):
         lengths = [len(ids) for ids in self.train_dataset.caption_ids]
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthSampler(lengths, step, self.length_window, self.args.seed)
+
+    def _get_eval_sampler(self, eval_dataset):
+        """By length, against padding: the sum over the set is the same in any order."""
+        rows = range(len(eval_dataset))
+        return sorted(rows, key=lambda row: -len(eval_dataset.caption_ids[row]))
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"

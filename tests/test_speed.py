@@ -9,11 +9,12 @@ import torch
 from test_training import stop_at, train
 
 import main
+from caption_loss import caption_nll, supports
 from checkpoints import hash_file
 from config import TrainConfig
 from data import Example
 from model import CaptionCollator, CaptionDataset, add_lora, load_model, load_processor
-from speed import FastStep, LengthSampler, caption_nll, speed_up_lora, supports_caption_nll, unpack_nf4
+from speed import FastStep, LengthSampler, join_weights, unpack_nf4
 
 CPU = torch.device("cpu")
 
@@ -57,34 +58,41 @@ def check_agreement(one, other, relative=1e-4):
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 @pytest.mark.parametrize("chunk", [512, 7])
 def test_loss_of_text_alone_is_the_models(tiny_checkpoint, batch, monkeypatch, load_in_4bit, chunk):
-    monkeypatch.setattr("speed.CHUNK", chunk)
+    monkeypatch.setattr("caption_loss.CHUNK", chunk)
     model = load(tiny_checkpoint, load_in_4bit)
-    assert supports_caption_nll(model)
+    assert supports(model)
     tokens = (batch["labels"] != -100).sum()
     plain = loss_and_gradients(model, lambda: model(**batch).loss)
     fast = loss_and_gradients(model, lambda: caption_nll(model, **batch).sum() / tokens)
     check_agreement(plain, fast)
 
 
-def test_fast_lora_is_lora(tiny_checkpoint, batch):
+def test_dropout_is_that_of_lora(tiny_checkpoint, batch):
+    """The same masks are drawn, one for each layer; without LoRA the loss is another."""
     model = load(tiny_checkpoint, True, dropout=0.5)
     for layer in model.modules():
         if isinstance(layer, torch.nn.Dropout) and layer.p == 0.5:
             layer.train()
-
-    def compute():
-        torch.manual_seed(1)
-        return caption_nll(model, **batch).sum()
-
-    plain = loss_and_gradients(model, compute)
-    with model.disable_adapter():
-        base = compute()
-    speed_up_lora(model)
-    fast = loss_and_gradients(model, compute)
+    tokens = (batch["labels"] != -100).sum()
+    torch.manual_seed(1)
+    plain = loss_and_gradients(model, lambda: model(**batch).loss)
+    torch.manual_seed(1)
+    fast = loss_and_gradients(model, lambda: caption_nll(model, **batch).sum() / tokens)
     check_agreement(plain, fast)
     with model.disable_adapter():
-        assert compute() == base
+        base = caption_nll(model, **batch).sum() / tokens
+        assert base.item() == pytest.approx(model(**batch).loss.item(), rel=1e-6)
     assert abs(base - fast[0]) > 1e-3
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_checkpoint, batch):
+    model = load(tiny_checkpoint)
+    kept = loss_and_gradients(model, lambda: caption_nll(model, **batch).sum())
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.modules():  # training mode, but for the dropouts
+        layer.training = not isinstance(layer, torch.nn.Dropout)
+        layer.dropout = 0.0 if isinstance(getattr(layer, "dropout", None), float) else getattr(layer, "dropout", None)
+    check_agreement(kept, loss_and_gradients(model, lambda: caption_nll(model, **batch).sum()), relative=1e-6)
 
 
 def test_unpacked_weights_have_the_same_values(tiny_checkpoint, batch):
@@ -92,6 +100,10 @@ def test_unpacked_weights_have_the_same_values(tiny_checkpoint, batch):
     packed = loss_and_gradients(model, lambda: caption_nll(model, **batch).sum())
     assert unpack_nf4(model) > 10
     assert not any(isinstance(layer, bnb.nn.Linear4bit) for layer in model.modules())
+    join_weights(model)
+    layer = model.get_base_model().language_model.model.decoder.layers[0].self_attn
+    query, key = layer.q_proj.base_layer, layer.k_proj.base_layer
+    assert key.weight.data_ptr() == query.weight.data_ptr() + query.weight.nbytes
     unpacked = loss_and_gradients(model, lambda: caption_nll(model, **batch).sum())
     check_agreement(packed, unpacked, relative=1e-5)
     unquantised = load(tiny_checkpoint, False)

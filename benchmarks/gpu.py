@@ -1,0 +1,384 @@
+"""The whole job on a GPU at full size, beside the reference's configuration, one process after the other.
+
+    python -m benchmarks.gpu --folder FOLDER             # some 25 GB of disk, ten minutes on an H100
+    python -m benchmarks.gpu --folder FOLDER --record    # and put the tables into benchmarks/RESULTS.md
+    python -m benchmarks.gpu --folder FOLDER --parts job # one part
+
+FOLDER gets a BLIP-2 OPT-2.7B with random weights (benchmarks.full_size) and 10,000 JPEGs of 1280 x 720 whose captions are
+as long as BDD100K's. What is timed are main.py and eval.py themselves, started as a user starts them.
+
+Parts: `job` trains on 6,000 frames for 5 epochs with validation on 2,800 after each, and captions and scores the 1,200
+of the test split; `reference` trains and captions as the reference does; `batch` trains at larger batches; `small`
+trains and captions with all but 4 GiB of the GPU taken; `floor` times the matrix products that training can't do
+without.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import os
+import random
+import re
+import runpy
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.results import record
+from demo.draw import draw_scene, list_labels, name_image, sample_scene
+
+ROOT = Path(__file__).parent.parent
+PICTURES, SIZE, QUALITY = 200, (1280, 720), 90  # that are drawn; frames beyond share them
+SCENES_A_FRAME = 4  # at most, whose labels a frame has
+REFERENCE_LENGTH = 114  # positions to which the reference pads
+NEW_TOKENS = 75  # of a caption: a model with random weights writes on to the last
+PARTS = ("floor", "reference", "job", "batch", "small")
+TITLE = "Training and captioning on a GPU"
+
+
+# --------------------------------------------------------------------------------------------------------------
+# data
+
+
+def make_data(folder: Path, frames: int) -> None:
+    """labels.json and images/ in 2018 layout."""
+    if (folder / "labels.json").is_file():
+        return
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for seed in range(min(PICTURES, frames)):
+        drawn.append(folder / f"drawn{seed}.jpg")
+        draw_scene(seed)[0].resize(SIZE).save(drawn[-1], quality=QUALITY)
+    bodies = [make_labels(index) for index in range(min(PICTURES, frames))]
+    labels = []
+    for index in range(frames):
+        labels.append({"name": name_image(index), **bodies[index % len(bodies)]})
+        os.link(drawn[index % len(drawn)], images / name_image(index))
+    (folder / "labels.json").write_text(json.dumps(labels))
+
+
+def make_labels(index: int) -> dict:
+    """A frame without its name: the labels of one to four drawn scenes, for captions of 84 tokens on average.
+
+    The plain captions of BDD100K's val labels have 83 (measured with OPT's tokenizer).
+    """
+    rng = random.Random(index)
+    scenes = [sample_scene(SCENES_A_FRAME * index + i) for i in range(1 + index % SCENES_A_FRAME)]
+    things = list(itertools.chain.from_iterable(map(list_labels, scenes)))
+    for thing in things:
+        thing.setdefault("attributes", {}).update(occluded=rng.random() < 0.3, truncated=rng.random() < 0.1)
+    attributes = {"weather": scenes[0].weather, "scene": scenes[0].place, "timeofday": scenes[0].time}
+    return {"attributes": attributes, "timestamp": 10000, "labels": things}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# ours
+
+
+@dataclasses.dataclass
+class Training:
+    """What a run of main.py says of itself."""
+
+    seconds: float
+    samples_per_second: float  # median of what was logged after the first quarter of the steps
+    peak_gib: float
+    output: str
+
+
+def run(script: str, *flags, free_gib: float | None = None) -> tuple[float, str]:
+    """(wall seconds, what it printed) of one of the scripts; `free_gib`: with so much of the GPU left to it."""
+    command = [sys.executable, script, *map(str, flags)]
+    if free_gib is not None:
+        command = [sys.executable, "-m", "benchmarks.gpu", "--leave", str(free_gib), "--then", *command[1:]]
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout[-3000:]}")
+    return seconds, done.stdout
+
+
+def train(args, name: str, *flags, free_gib: float | None = None) -> Training:
+    logs, output = ROOT / "logs" / f"benchmark-{name}", args.folder / name
+    for old in (logs, output):
+        shutil.rmtree(old, ignore_errors=True)
+    data = ("--labels", args.folder / "labels.json", "--images", args.folder / "images", "--model", args.model)
+    places = ("--captions", args.folder / "captions.csv", "--output", output, "--run-name", logs.name)
+    seconds, text = run("main.py", *data, *places, "--wandb", "disabled", *flags, free_gib=free_gib)
+    records = [json.loads(line) for line in (logs / "metrics.jsonl").read_text().splitlines()]
+    pace = [record["samples_per_second"] for record in records if "samples_per_second" in record]
+    peaks = [record["peak_memory_gib"] for record in records if "peak_memory_gib" in record]
+    shutil.rmtree(logs)
+    return Training(seconds, statistics.median(pace[len(pace) // 4 :]), max(peaks, default=math.nan), text)
+
+
+def caption(args, name: str, *flags, free_gib: float | None = None) -> tuple[float, float, float]:
+    """(wall seconds of eval.py, captions a second while it captions, peak GiB)."""
+    logs = ROOT / "logs" / "benchmark-eval"
+    shutil.rmtree(logs, ignore_errors=True)
+    flags = ("--adapter", args.folder / name, "--max-new-tokens", NEW_TOKENS, "--run-name", logs.name, *flags)
+    seconds, text = run("eval.py", *flags, free_gib=free_gib)
+    shutil.rmtree(logs)
+    pace = re.search(r"captions in .* s, ([\d.,]+) a second(?:, ([\d.]+) GiB)?", text)
+    return seconds, float(pace[1].replace(",", "")), float(pace[2] or "nan")
+
+
+def measure_job(args) -> Iterator[tuple]:
+    job = train(args, "job", "--num-train-epochs", args.epochs)
+    yield "QLoRA training, steady state, 16 a step", job.samples_per_second, "samples/s", job.peak_gib
+    drawn, pace, peak = caption(args, "job", "--num-samples", "all")
+    yield f"captioning the test split, {NEW_TOKENS} new tokens, sampled", pace, "captions/s", peak
+    _, pace, peak = caption(args, "job", "--num-samples", "all", "--greedy")
+    yield "the same, greedy", pace, "captions/s", peak
+    yield f"main.py: {args.frames:,} frames, {args.epochs} epochs", job.seconds, "s", math.nan
+    yield "eval.py: captions of the test split and all scores", drawn, "s", math.nan
+    yield "whole job", job.seconds + drawn, "s", math.nan
+
+
+def measure_batch(args) -> Iterator[tuple]:
+    for size in (64, 128):
+        flags = ("--train-batch-size", size, "--max-steps", 40, "--logging-steps", 2, "--val-captions", 0)
+        run = train(args, "batch", *flags, "--limit", 2000)
+        yield f"QLoRA training, {size} a step", run.samples_per_second, "samples/s", run.peak_gib
+
+
+def measure_small(args) -> Iterator[tuple]:
+    flags = ("--per-device-train-batch-size", 4, "--per-device-eval-batch-size", 4, "--gradient-checkpointing")
+    flags = (*flags, "--max-steps", 20, "--logging-steps", 2, "--limit", 200, "--val-captions", 0)
+    run = train(args, "small", *flags, free_gib=args.small_gib)
+    yield f"QLoRA training, 4 x 4, {args.small_gib:g} GiB free", run.samples_per_second, "samples/s", run.peak_gib
+    _, pace, peak = caption(args, "small", "--num-samples", 16, "--batch-size", 4, free_gib=args.small_gib)
+    yield f"captioning 4 at a time, {args.small_gib:g} GiB free", pace, "captions/s", peak
+
+
+def leave(free_gib: float, script: list[str]) -> None:
+    """Take the GPU's memory but for `free_gib`, then run the script in this process."""
+    import torch
+
+    torch.cuda.init()
+    ballast = torch.empty(int(torch.cuda.mem_get_info()[0] - free_gib * 2**30), dtype=torch.uint8, device="cuda")
+    taken = torch.cuda.memory_allocated()
+    peak = torch.cuda.max_memory_allocated
+    torch.cuda.max_memory_allocated = lambda *args: peak(*args) - taken
+    sys.path.insert(0, str(ROOT))
+    sys.argv = script
+    runpy.run_path(script[0], run_name="__main__")
+    del ballast
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the reference's configuration
+
+
+def measure_reference(args) -> Iterator[tuple]:
+    """NF4 and fp16, LoRA on the Q-Former, 4 x 4 frames a step, each decoded and padded anew; captions one by one."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--as-reference", "--folder", str(args.folder)]
+    done = subprocess.run([*command, "--model", str(args.model)], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"the reference's configuration: {done.stderr[-3000:]}")
+    figures = json.loads(done.stdout.splitlines()[-1])
+    yield "reference: training, 4 x 4, Q-Former only, truncated", figures["samples"], "samples/s", figures["peak"]
+    yield "reference: captioning, one by one, sampled", figures["captions"], "captions/s", math.nan
+
+
+def run_as_reference(args, steps: int = 12, warmup: int = 3, captions: int = 4) -> None:
+    import torch
+    from PIL import Image
+    from transformers import (
+        BitsAndBytesConfig,
+        Blip2ForConditionalGeneration,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    from captions import describe
+    from labels import LabelReport, read_frame
+    from model import add_lora, load_processor
+
+    processor = load_processor(args.model)
+    frames = json.loads((args.folder / "labels.json").read_text())[: 16 * steps]
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float16,
+    )
+    model = Blip2ForConditionalGeneration.from_pretrained(
+        args.model, quantization_config=quantization, dtype=torch.float16, device_map={"": 0}
+    )
+    model = add_lora(model.requires_grad_(False), "qformer", 16, 32, 0.05)
+
+    class Frames(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(frames)
+
+        def __getitem__(self, index):
+            picture = Image.open(args.folder / "images" / frames[index]["name"]).convert("RGB")
+            text = describe(read_frame(frames[index], LabelReport()).facts)
+            options = {"padding": "max_length", "truncation": True, "max_length": REFERENCE_LENGTH}
+            row = processor(images=picture, text=text, return_tensors="pt", **options)
+            row = {name: value[0] for name, value in row.items()}
+            return row | {"labels": row["input_ids"].clone()}
+
+    marks = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, arguments, state, control, **_):
+            torch.cuda.synchronize()
+            marks.append(time.perf_counter())
+
+    arguments = TrainingArguments(
+        output_dir=str(args.folder / "reference"),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4,
+        max_steps=steps,
+        learning_rate=5e-5,
+        fp16=True,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        remove_unused_columns=False,
+        label_names=["labels"],
+    )
+    Trainer(model=model, args=arguments, train_dataset=Frames(), callbacks=[Clock()]).train()
+    samples = 16 * (steps - warmup) / (marks[-1] - marks[warmup - 1])
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    model.eval()
+    start = time.perf_counter()
+    for frame in frames[:captions]:
+        inputs = processor(images=Image.open(args.folder / "images" / frame["name"]), return_tensors="pt")
+        inputs = inputs.to("cuda", torch.float16)
+        with torch.autocast("cuda", torch.float16):
+            model.generate(
+                **inputs, do_sample=True, temperature=0.7, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS
+            )
+    print(json.dumps({"samples": samples, "peak": peak, "captions": captions / (time.perf_counter() - start)}))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the floor
+
+
+def measure_floor(args) -> Iterator[tuple]:
+    """Samples a second if a training step were its large matrix products alone: those of the frozen weights of OPT, its
+    head and the Q-Former, forward and for the gradient of their inputs, in bf16, with the ViT's output stored."""
+    import torch
+
+    from model import load_processor, tokenize_caption
+
+    with open(args.folder / "captions.csv", encoding="utf-8") as file:
+        texts = [line.split(",", 1)[1].strip().strip('"') for line in itertools.islice(file, 1, 1001)]
+    processor = load_processor(args.model)
+    lengths = [len(tokenize_caption(text, processor, 256, 0)) for text in texts]
+    tokens = statistics.mean(lengths)
+    print(f"captions have {tokens:.1f} tokens on average, {max(lengths)} at most")
+
+    def seconds(rows: int, inner: int, outer: int, backward: bool = True) -> float:
+        weights = [torch.randn(outer, inner, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+        x = torch.randn(rows, inner, device="cuda", dtype=torch.bfloat16)
+        gradient = torch.randn(rows, outer, device="cuda", dtype=torch.bfloat16)
+
+        def work():
+            for weight in weights:
+                torch.nn.functional.linear(x, weight)
+                if backward:
+                    gradient @ weight
+
+        for _ in range(3):
+            work()
+        graph = torch.cuda.CUDAGraph()  # else small ones would wait for their launch
+        with torch.cuda.graph(graph):
+            work()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(20):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3 / 20 / len(weights)
+
+    for batch in (16, 64, 128):
+        rows, queries, seen = round(batch * (33 + tokens)), batch * 32, batch * 257
+        layer = sum(seconds(rows, *shape) for shape in ((2560, 7680), (2560, 2560), (2560, 10240), (10240, 2560)))
+        head = seconds(round(batch * tokens), 2560, 50304)
+        shapes = ((768, 2304), (768, 768), (768, 3072), (3072, 768))
+        qformer = 12 * sum(seconds(queries, *shape) for shape in shapes)
+        qformer += 6 * (2 * seconds(queries, 768, 768) + seconds(seen, 1408, 1536, backward=False))
+        opt = 4 * rows * 78.6e6 / layer / 1e12
+        print(f"batch {batch}: a layer of OPT at {opt:.0f} TFLOP/s")
+        yield (
+            f"floor: matrix products alone, {batch} a step",
+            batch / (32 * layer + head + qformer),
+            "samples/s",
+            math.nan,
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--leave"]:
+        leave(float(sys.argv[2]), sys.argv[4:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="for model, pictures and results")
+    parser.add_argument("--model", type=Path, help="another BLIP-2; none: one of full size is made in FOLDER")
+    parser.add_argument("--frames", type=int, default=10_000)
+    parser.add_argument("--epochs", type=float, default=5.0)
+    parser.add_argument("--small-gib", type=float, default=4.0, help="GPU memory left in the small setting")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--record", action="store_true", help="put the table into benchmarks/RESULTS.md")
+    parser.add_argument("--as-reference", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.folder = args.folder.resolve()
+    args.model = args.model or args.folder / "model"
+    if args.as_reference:
+        run_as_reference(args)
+        return
+    make_data(args.folder, args.frames)
+    if not (args.model / "config.json").is_file():
+        subprocess.run([sys.executable, "-m", "benchmarks.full_size", str(args.model)], cwd=ROOT, check=True)
+    if not (args.folder / "captions.csv").is_file():
+        flags = ("--labels", args.folder / "labels.json", "--output", args.folder / "captions.csv")
+        run("bdd100k_data_pipeline.py", *flags)
+
+    rows = []
+    for part in args.parts:
+        for row in globals()[f"measure_{part}"](args):
+            rows.append(row)
+            print("{}: {:.2f} {}, peak {:.2f} GiB".format(*row), flush=True)
+    lines = ["| what | measured | | peak GiB |", "| --- | ---: | --- | ---: |"]
+    for what, value, unit, peak in rows:
+        lines.append(f"| {what} | {value:,.1f} | {unit} | {'' if math.isnan(peak) else f'{peak:.2f}'} |")
+    figures = {what: value for what, value, *_ in rows}
+    ratios = [
+        f"{ours}: **{figures[ours] / figures[theirs]:,.1f} times** the reference's configuration."
+        for ours, theirs in (
+            ("QLoRA training, steady state, 16 a step", "reference: training, 4 x 4, Q-Former only, truncated"),
+            (
+                f"captioning the test split, {NEW_TOKENS} new tokens, sampled",
+                "reference: captioning, one by one, sampled",
+            ),
+        )
+        if ours in figures and theirs in figures
+    ]
+    text = "\n".join(lines) + "\n\n" + "\n".join(ratios)
+    print(text)
+    if args.record:
+        import torch
+
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        record(TITLE, text, packages=["torch", "transformers", "peft", "bitsandbytes"], device=device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""A Triton kernel for the attention of one new token a row, which torch has no fast kernel of. On a GPU only.
+
+Shapes: n rows, H heads of width D, L positions of the cache.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 64  # positions of the cache that are read at once
+
+
+def attend_one(qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+    """Attention of one new token a row, (n, H, D): scaled_dot_product_attention with a query of length 1.
+
+    qkv (n, 3, H, D), contiguous, holds query, key and value of the token at `position` (1,). Key and value are written
+    into the cache, keys and values (n, H, L, D), and looked at with all positions before; those behind are not read.
+    """
+    n, _, heads, width = qkv.shape
+    assert qkv.is_contiguous() and keys.stride() == values.stride() and keys.stride()[2:] == (width, 1)
+    out = torch.empty(n, heads, width, dtype=qkv.dtype, device=qkv.device)
+    _attend_one[n, heads](
+        *(qkv, keys, values, position, out, *keys.stride()[:2], width**-0.5),
+        H=heads,
+        D=width,
+        D_POWER=triton.next_power_of_2(width),
+        L_BLOCK=BLOCK,
+    )
+    return out
+
+
+@triton.jit
+def _attend_one(
+    qkv, keys, values, position, out, row_stride, head_stride, scale,
+    H: tl.constexpr, D: tl.constexpr, D_POWER: tl.constexpr, L_BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    end = tl.load(position)  # positions 0 to end - 1 are in the cache
+    d = tl.arange(0, D_POWER)
+    is_d = d < D
+    new = qkv + row * 3 * H * D + head * D + d
+    q = tl.load(new, is_d, 0.0).to(tl.float32) * scale
+    k = tl.load(new + H * D, is_d, 0.0)
+    v = tl.load(new + 2 * H * D, is_d, 0.0)
+    cache = row * row_stride + head * head_stride
+    tl.store(keys + cache + end * D + d, k, is_d)
+    tl.store(values + cache + end * D + d, v, is_d)
+
+    top = tl.sum(q * k.to(tl.float32), 0)  # largest score so far
+    total = top * 0 + 1.0  # sum of exp(score - top)
+    mean = v.to(tl.float32)  # sum of exp(score - top) times value
+    for start in range(0, end, L_BLOCK):
+        at = start + tl.arange(0, L_BLOCK)
+        place = cache + at[:, None] * D + d[None, :]
+        is_there = (at < end)[:, None] & is_d[None, :]
+        old_k = tl.load(keys + place, is_there, 0.0).to(tl.float32)  # (L_BLOCK, D)
+        old_v = tl.load(values + place, is_there, 0.0).to(tl.float32)
+        score = tl.where(at < end, tl.sum(q[None, :] * old_k, 1), float("-inf"))
+        higher = tl.maximum(top, tl.max(score, 0))
+        shrink, p = tl.exp(top - higher), tl.exp(score - higher)
+        total = total * shrink + tl.sum(p, 0)
+        mean = mean * shrink + tl.sum(p[:, None] * old_v, 0)
+        top = higher
+    tl.store(out + (row * H + head) * D + d, (mean / total).to(out.dtype.element_ty), is_d)
