@@ -163,7 +163,7 @@ class EvalConfig:
     temperature: float = 0.7  # of sampling
     top_p: float = 0.9  # share of the probability that sampling draws from
     max_new_tokens: int | None = None  # longest caption in tokens; none: as saved in training
-    batch_size: int | None = None  # pictures captioned at once; none: up to 256 in the fast way, 16 otherwise
+    batch_size: int | None = None  # pictures captioned at once; none: up to 512 in the fast way, 16 otherwise
     fast_generation: Literal["auto", "on", "off"] = "auto"  # OPT written out, a token by one CUDA graph, unquantised
     # copy of its weights; auto: on a GPU with room
     show: int = 3  # captions printed beside their references

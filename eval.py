@@ -54,7 +54,7 @@ RESUMED = (
     *("adapter", "base", "blank", "greedy", "temperature", "top_p", "max_new_tokens", "seed", "batch_size"),
     "fast_generation",
 )
-FAST_BATCH, SLOW_BATCH = 256, 16  # pictures captioned at once, unless --batch-size says how many
+FAST_BATCH, SLOW_BATCH = 512, 16  # pictures captioned at once, unless --batch-size says how many
 
 
 # --------------------------------------------------------------------------------------------------------------

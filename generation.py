@@ -10,16 +10,12 @@ A row is [Q image embeddings][bos][new tokens]; all rows have the same length, s
 
 import bitsandbytes as bnb
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Blip2ForConditionalGeneration, OPTForCausalLM
 
-try:
-    from decode_kernel import attend_one
-except ImportError:  # torch without CUDA comes without Triton
-    attend_one = None
+from layers import copy_lora, embed_images, get_blip2, gpu_kernels, group_linears
 
 BUCKET = 32  # positions by which the part of the cache that is read grows
 CHUNK = 128  # pictures that ViT, Q-Former and the prefix's pass take at once
@@ -30,17 +26,6 @@ WORKSPACE = 3 * 2**30  # bytes that passes of CHUNK pictures through a full-size
 
 # --------------------------------------------------------------------------------------------------------------
 # the model's parts
-
-
-def get_blip2(model) -> Blip2ForConditionalGeneration:
-    """The BLIP-2 inside a PeftModel, with its LoRA layers; any other model as it is."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def group_linears(layer) -> list[list[torch.nn.Module]]:
-    """The linear layers of an OPT layer in the order of their use; those in a group read the same input."""
-    attention = layer.self_attn
-    return [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.out_proj], [layer.fc1], [layer.fc2]]
 
 
 def is_plain(linear: torch.nn.Module) -> bool:
@@ -56,6 +41,8 @@ def supports(model) -> bool:
     """Whether FastGenerator can caption with this model; where not, transformers' generate() can."""
     blip2 = get_blip2(model)
     if not isinstance(blip2, Blip2ForConditionalGeneration) or not isinstance(blip2.language_model, OPTForCausalLM):
+        return False
+    if blip2.config.qformer_config.use_qformer_text_input:
         return False
     decoder, config = blip2.language_model.model.decoder, blip2.config.text_config
     return (
@@ -251,9 +238,10 @@ class FastGenerator:
         """Fill the cache with image tokens and bos, and choose the first new token of each row."""
         positions = torch.arange(self.prefix, device=self.device)
         bos = self.decoder.embed_tokens(torch.tensor([[self.bos]], device=self.device))  # (1, 1, E)
-        last, start = [], 0
+        last, start, lora = [], 0, copy_lora(self.model)
         for pixels in pixel_values.split(CHUNK):
-            image = self.model.get_image_features(pixels.to(self.device), return_dict=True).pooler_output  # (., Q, E)
+            vision = self.model.vision_model(pixel_values=pixels.to(self.device)).last_hidden_state  # (., P, D)
+            image = embed_images(self.model, vision, lora)  # (., Q, E)
             prefix = torch.cat([image.to(self.dtype), bos.expand(len(image), -1, -1)], dim=1)  # (., Q+1, E)
             cache = self.cache[:, :, start : start + len(image)]
             last.append(self._run_layers(prefix, positions, cache, None)[:, -1])
@@ -271,8 +259,8 @@ class FastGenerator:
         x = x + F.embedding(positions + table.offset, table.weight)
         for layer, (qkv, out, fc1, fc2), (keys, values) in zip(self.decoder.layers, self.weights, cache, strict=True):
             new = F.linear(layer.self_attn_layer_norm(x), *qkv).view(n, length, 3, self.heads, -1)
-            if mask is not None and attend_one is not None and x.is_cuda:
-                seen = attend_one(new[:, 0], keys, values, positions).unsqueeze(2)  # (n, H, 1, D)
+            if mask is not None and gpu_kernels and x.is_cuda:
+                seen = gpu_kernels.attend_one(new[:, 0], keys, values, positions).unsqueeze(2)  # (n, H, 1, D)
             else:
                 q, k, v = new.permute(2, 0, 3, 1, 4)  # (n, H, T, D)
                 keys.index_copy_(2, positions, k)

@@ -209,6 +209,7 @@ def make_arguments(config: TrainConfig, device: torch.device) -> TrainingArgumen
         dataloader_num_workers=config.dataloader_workers,
         dataloader_persistent_workers=False,  # they would take their seed once, and a run that goes on again
         dataloader_pin_memory=device.type == "cuda",
+        accelerator_config={"non_blocking": device.type == "cuda"},
         ddp_find_unused_parameters=False,
         report_to="none",  # see dashboard.RunLog
     )
@@ -281,7 +282,8 @@ def train_lora(
     When the GPU's memory does not suffice, the micro-batch is halved and the effective batch kept.
     """
     folder = checkpoint_folder(config.output)
-    collator = RowCollator(CaptionCollator(model.config))
+    features = datasets["train"].features
+    collator = RowCollator(CaptionCollator(model.config), pin=features is not None and features.is_cuda)
     start = {name: weight.detach().cpu().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     while True:
         share(arguments, functools.partial(write_state, folder, state))

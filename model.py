@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bitsandbytes as bnb
+import numpy as np
 import psutil
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -258,11 +259,28 @@ def read_run(folder: Path) -> dict:
 
 
 def load_pixels(image: Path, processor: Blip2Processor, blank: bool = False) -> Tensor:
-    """(3, S, S) pixel values of a picture file, or of a black picture of its size."""
-    picture = open_picture(image)
+    """(3, S, S) pixel values of a picture file, or of a black picture of its size.
+
+    The same numbers as the processor gives, which copies the picture several times on its way.
+    """
+    picture, prepare = open_picture(image), processor.image_processor
     if blank:
         picture = Image.new("RGB", picture.size)
-    return processor.image_processor(picture, return_tensors="pt")["pixel_values"][0]
+    if not (prepare.do_resize and prepare.do_rescale and prepare.do_normalize and "height" in prepare.size):
+        return prepare(picture, return_tensors="pt")["pixel_values"][0]
+    small = np.asarray(picture.resize((prepare.size["width"], prepare.size["height"]), prepare.resample))  # (S, S, 3)
+    values = list_values(prepare)
+    return torch.from_numpy(np.stack([values[channel].take(small[:, :, channel]) for channel in range(3)]))
+
+
+@functools.cache
+def list_values(image_processor) -> np.ndarray:
+    """(3, 256) pixel values that the processor makes of each level of each channel."""
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 256, 1).repeat(3, axis=2)  # a picture of 256 x 1
+    made = image_processor(Image.fromarray(levels), do_resize=False, return_tensors="np")["pixel_values"][
+        0
+    ]  # (3, 1, 256)
+    return np.ascontiguousarray(made[:, 0], dtype=np.float32)
 
 
 def end_token(model_config) -> int:
@@ -338,7 +356,7 @@ class StoredVision(torch.nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=pixel_values)  # (B, P, D)
 
 
-def store_vision(model, datasets: Sequence[CaptionDataset], limit_gib: float | None, batch_size: int = 32) -> bool:
+def store_vision(model, datasets: Sequence[CaptionDataset], limit_gib: float | None, batch_size: int = 64) -> bool:
     """Compute the frozen ViT's output of each picture once, and take the ViT itself out of the model.
 
     The ViT has neither LoRA nor dropout, so training sees the same numbers as with it. Returns False, and changes

@@ -5,18 +5,19 @@ layers that read the same input side by side (join_weights); the launches of one
 and replayed (FastStep); frames of a length beside each other (LengthSampler).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from caption_loss import caption_nll, get_base, join_linears
-from generation import get_blip2, group_linears
+from caption_loss import caption_nll
+from layers import get_base, get_blip2, group_linears, join_linears
 from model import IGNORED
 
-PADDED_TO = 16  # text lengths are rounded up to a multiple of it: a recording for each
+INPUTS = ("pixel_values", "input_ids", "labels")  # of a pass
+PADDED_TO = 8  # text lengths are rounded up to a multiple of it: a recording for each
 UNPACKING_ROOM = 3  # the GPU must have so many times the memory free that unpacked weights take
 
 
@@ -80,7 +81,7 @@ def has_room_to_unpack(model, device: torch.device) -> bool:
 
 
 class FastStep:
-    """Loss and gradients of one micro-batch: step(batch, tokens) -> loss, gradients are added to .grad.
+    """Loss and gradients of one micro-batch: step(batch, tokens) -> loss, gradients are added to .grad; and validation.
 
     On a GPU with `cuda_graphs` the pass is recorded as a CUDA graph for each shape of batch, texts being padded to a
     multiple of PADDED_TO; the random numbers are those of a pass that is not.
@@ -97,46 +98,57 @@ class FastStep:
         """batch as of CaptionCollator on the model's device; tokens of the whole optimiser step, for the mean."""
         if self.weights[0].grad is None:  # the first pass of an optimiser step
             torch._foreach_zero_(self.gradients)
-        batch = {name: batch[name] for name in ("pixel_values", "input_ids", "labels")}
+        batch = {name: batch[name] for name in INPUTS}
         tokens = torch.as_tensor(tokens, dtype=torch.float32, device=batch["labels"].device)
-        loss = self._replay(batch, tokens) if self.cuda_graphs else self._run(batch, tokens)
+        loss = self._replay(self._run, batch | {"tokens": tokens}) if self.cuda_graphs else self._run(batch, tokens)
         for weight, gradient in zip(self.weights, self.gradients, strict=True):
             weight.grad = gradient
         return loss
+
+    @torch.no_grad()
+    def evaluate(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B,) sums of each row's losses, without gradients; the model is in eval mode."""
+        batch = {name: batch[name] for name in INPUTS}
+        return self._replay(self._sum, batch) if self.cuda_graphs else self._sum(batch)
+
+    def _sum(self, batch: dict[str, Tensor]) -> Tensor:
+        return caption_nll(self.model, **batch)
 
     def _run(self, batch: dict[str, Tensor], tokens: Tensor) -> Tensor:
         loss = caption_nll(self.model, **batch).sum() / tokens
         torch._foreach_add_(self.gradients, torch.autograd.grad(loss, self.weights))
         return loss.detach()
 
-    def _replay(self, batch: dict[str, Tensor], tokens: Tensor) -> Tensor:
-        padding = -batch["labels"].shape[1] % PADDED_TO
-        batch["input_ids"] = F.pad(batch["input_ids"], (0, padding), value=self.model.config.text_config.pad_token_id)
-        batch["labels"] = F.pad(batch["labels"], (0, padding), value=IGNORED)
-        key = tuple(batch["labels"].shape)
+    def _replay(self, work: Callable, inputs: dict[str, Tensor]) -> Tensor:
+        """work(batch) or work(batch, tokens), from a recording."""
+        padding = -inputs["labels"].shape[1] % PADDED_TO
+        pad = self.model.config.text_config.pad_token_id
+        inputs["input_ids"] = F.pad(inputs["input_ids"], (0, padding), value=pad)
+        inputs["labels"] = F.pad(inputs["labels"], (0, padding), value=IGNORED)
+        key = (work.__name__, *inputs["labels"].shape)
         if key not in self.recordings:
-            self.recordings[key] = self._record(batch, tokens)
-        graph, inputs, loss = self.recordings[key]
-        for name, value in {**batch, "tokens": tokens}.items():
-            inputs[name].copy_(value)
+            self.recordings[key] = self._record(work, inputs)
+        graph, places, result = self.recordings[key]
+        for name, value in inputs.items():
+            places[name].copy_(value)
         graph.replay()
-        return loss.clone()
+        return result.clone()
 
-    def _record(self, batch: dict[str, Tensor], tokens: Tensor) -> tuple:
-        inputs = {name: value.clone() for name, value in {**batch, "tokens": tokens}.items()}
-        batch = {name: inputs[name] for name in batch}
+    def _record(self, work: Callable, inputs: dict[str, Tensor]) -> tuple:
+        places = {name: value.clone() for name, value in inputs.items()}
+        arguments = ({name: places[name] for name in INPUTS}, *(places[name] for name in places if name not in INPUTS))
         before, random = [gradient.clone() for gradient in self.gradients], torch.cuda.get_rng_state()
         side = torch.cuda.Stream()  # libraries set themselves up in a first pass, which must not be recorded
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self._run(batch, inputs["tokens"])
+            work(*arguments)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # others may pin memory
-            loss = self._run(batch, inputs["tokens"])
+            result = work(*arguments)
         torch._foreach_copy_(self.gradients, before)
         torch.cuda.set_rng_state(random)
-        return graph, inputs, loss
+        return graph, places, result
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -33,16 +33,21 @@ class Stopped(Exception):
 
 
 class RowCollator:
-    """A collator whose batches also have "index": (B,) places of their rows in the dataset, to name them by."""
+    """A collator whose batches also have "index": (B,) places of their rows in the dataset, to name them by.
 
-    def __init__(self, collator: CaptionCollator):
-        self.collator = collator
+    With `pin` it puts tensors of the CPU into pinned memory, where the loader can't since others are on the GPU: a copy
+    from elsewhere would wait for all that the GPU has to do.
+    """
+
+    def __init__(self, collator: CaptionCollator, pin: bool = False):
+        self.collator, self.pin = collator, pin
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         if torch.utils.data.get_worker_info() is not None:  # a signal to the group is for the main process to answer
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, _outlive_main)
-        return self.collator(rows) | {"index": torch.tensor([row["index"] for row in rows])}
+        batch = self.collator(rows) | {"index": torch.tensor([row["index"] for row in rows])}
+        return {k: v.pin_memory() if v.device.type == "cpu" else v for k, v in batch.items()} if self.pin else batch
 
 
 def _outlive_main(number, frame) -> None:
@@ -87,7 +92,11 @@ class CaptionTrainer(Trainer):
         # with fp16 an infinite gradient is no accident: the scaler skips that step
         finite = losses.isfinite() if self.args.fp16 else losses.isfinite() & torch.as_tensor(norm).isfinite()
         self.check_finite()
-        self._unchecked = (self.state.global_step + 1, losses, norm, finite, self._rows)
+        all_finite = finite.all().to("cpu", non_blocking=True)  # on its way while the GPU goes on
+        arrived = torch.cuda.Event() if finite.is_cuda else None
+        if arrived:
+            arrived.record()
+        self._unchecked = (arrived, all_finite, self.state.global_step + 1, losses, norm, finite, self._rows)
         self._rows, self._losses = [], []
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
         if self.fast_step is not None and optimizer.defaults.get("fused"):
@@ -101,8 +110,10 @@ class CaptionTrainer(Trainer):
         """Raise UserError if the last step's loss or gradient was no number. It has not changed any weight then."""
         if self._unchecked is None:
             return
-        (step, losses, norm, finite, batches), self._unchecked = self._unchecked, None
-        if not finite.all():
+        (arrived, all_finite, step, losses, norm, finite, batches), self._unchecked = self._unchecked, None
+        if arrived:
+            arrived.synchronize()  # with that step alone: what was launched after it runs on
+        if not all_finite:
             bad = [row for rows, good in zip(batches, finite.tolist(), strict=True) if not good for row in rows]
             raise UserError(self._describe_bad_batch(step, losses, norm, bad))
 
@@ -156,7 +167,7 @@ class CaptionTrainer(Trainer):
     def _sum_losses(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """(B,) sums of the losses of each row's tokens."""
         if self.fast_step is not None:
-            return caption_nll(model, **inputs)
+            return self.fast_step.evaluate(inputs)
         with self.compute_loss_context_manager():
             logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits  # (B, L, V)
         losses = [

@@ -4,8 +4,8 @@
     python -m benchmarks.gpu --folder FOLDER --record    # and put the tables into benchmarks/RESULTS.md
     python -m benchmarks.gpu --folder FOLDER --parts job # one part
 
-FOLDER gets a BLIP-2 OPT-2.7B with random weights (benchmarks.full_size) and 10,000 JPEGs of 1280 x 720 whose captions are
-as long as BDD100K's. What is timed are main.py and eval.py themselves, started as a user starts them.
+FOLDER gets a BLIP-2 OPT-2.7B with random weights (benchmarks.full_size) and 10,000 JPEGs of 1280 x 720 whose captions
+are as long as BDD100K's. What is timed are main.py and eval.py themselves, started as a user starts them.
 
 Parts: `job` trains on 6,000 frames for 5 epochs with validation on 2,800 after each, and captions and scores the 1,200
 of the test split; `reference` trains and captions as the reference does; `batch` trains at larger batches; `small`

@@ -1,6 +1,6 @@
-"""A Triton kernel for the attention of one new token a row, which torch has no fast kernel of. On a GPU only.
+"""Triton kernels for what torch needs several passes over memory for. On a GPU only; each names what it stands in for.
 
-Shapes: n rows, H heads of width D, L positions of the cache.
+Shapes: n rows, H heads of width D, L positions of the cache; N positions of a batch together, R LoRA rank.
 """
 
 import torch
@@ -9,6 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 64  # positions of the cache that are read at once
+RANKS = (16, 32, 64, 128)  # that add_lora_gradient takes
+ROWS, COLUMNS = 64, 128  # of the gradient that a program adds to
 
 
 def attend_one(qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
@@ -63,3 +65,33 @@ def _attend_one(
         mean = mean * shrink + tl.sum(p[:, None] * old_v, 0)
         top = higher
     tl.store(out + (row * H + head) * D + d, (mean / total).to(out.dtype.element_ty), is_d)
+
+
+def add_lora_gradient(grad_x: Tensor, grad_low: Tensor, a: Tensor, mask: Tensor, scale: float) -> None:
+    """grad_x += mask * (grad_low @ a) * scale in place: what LoRA with dropout adds to the gradient of its input.
+
+    grad_x (N, in), grad_low (N, R), a (R, in), mask (N, in) of bool; all contiguous, R one of RANKS.
+    """
+    rows, width = grad_x.shape
+    assert all(each.is_contiguous() for each in (grad_x, grad_low, a, mask))
+    grid = (triton.cdiv(rows, ROWS), triton.cdiv(width, COLUMNS))
+    options = {"R": a.shape[0], "ROWS": ROWS, "COLUMNS": COLUMNS}
+    _add_lora_gradient[grid](grad_x, grad_low, a, mask, scale, rows, width, **options)
+
+
+@triton.jit
+def _add_lora_gradient(
+    grad_x, grad_low, a, mask, scale, rows, width,
+    R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    r = tl.arange(0, R)
+    low = tl.load(grad_low + row[:, None] * R + r[None, :], (row < rows)[:, None], 0.0)
+    matrix = tl.load(a + r[:, None] * width + column[None, :], (column < width)[None, :], 0.0)
+    place = row[:, None].to(tl.int64) * width + column[None, :]
+    is_there = (row < rows)[:, None] & (column < width)[None, :]
+    kept = tl.load(mask + place, is_there, 0) != 0
+    added = tl.where(kept, tl.dot(low, matrix) * scale, 0.0)
+    before = tl.load(grad_x + place, is_there, 0.0)
+    tl.store(grad_x + place, (before.to(tl.float32) + added).to(before.dtype), is_there)
