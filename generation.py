@@ -133,6 +133,9 @@ class FastGenerator:
         self.step_size = -(-batch_size // 8)  # n is a multiple of it, so that there are few graphs
         embedding = self.decoder.embed_tokens.weight
         self.device, self.dtype = embedding.device, embedding.dtype
+        self.use_kernel = (
+            gpu_kernels is not None and self.device.type == "cuda"
+        )  # reads no more of the cache than is there
         self.use_graphs = cuda_graphs and self.device.type == "cuda"
         self.cache = None
         with torch.inference_mode():
@@ -179,7 +182,8 @@ class FastGenerator:
                 if at_border:
                     size = self._drop_finished(size, unfinished, position)
             draw_noise()
-            self._run_step(size, round_up(position + 1, self.bucket), choice)
+            length = self.cache.shape[4] if self.use_kernel else round_up(position + 1, self.bucket)
+            self._run_step(size, length, choice)
             position += 1
 
         tokens = self.tokens[:rows, self.prefix : position + 1]
@@ -259,7 +263,7 @@ class FastGenerator:
         x = x + F.embedding(positions + table.offset, table.weight)
         for layer, (qkv, out, fc1, fc2), (keys, values) in zip(self.decoder.layers, self.weights, cache, strict=True):
             new = F.linear(layer.self_attn_layer_norm(x), *qkv).view(n, length, 3, self.heads, -1)
-            if mask is not None and gpu_kernels and x.is_cuda:
+            if mask is not None and self.use_kernel:
                 seen = gpu_kernels.attend_one(new[:, 0], keys, values, positions).unsqueeze(2)  # (n, H, 1, D)
             else:
                 q, k, v = new.permute(2, 0, 3, 1, 4)  # (n, H, T, D)

@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 64  # positions of the cache that are read at once
-RANKS = (16, 32, 64, 128)  # that add_lora_gradient takes
-ROWS, COLUMNS = 64, 128  # of the gradient that a program adds to
+RANKS = (16, 32, 64, 128)  # that add_low_rank takes
+ROWS, COLUMNS = 64, 128  # of what a program adds to
 
 
 def attend_one(qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
@@ -67,31 +67,35 @@ def _attend_one(
     tl.store(out + (row * H + head) * D + d, (mean / total).to(out.dtype.element_ty), is_d)
 
 
-def add_lora_gradient(grad_x: Tensor, grad_low: Tensor, a: Tensor, mask: Tensor, scale: float) -> None:
-    """grad_x += mask * (grad_low @ a) * scale in place: what LoRA with dropout adds to the gradient of its input.
+def add_low_rank(out: Tensor, low: Tensor, matrix: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> None:
+    """out += mask * (low @ matrix) * scale in place: addmm_, with the gradient of dropout if there is a mask.
 
-    grad_x (N, in), grad_low (N, R), a (R, in), mask (N, in) of bool; all contiguous, R one of RANKS.
+    out (N, M) with rows that may lie apart, low (N, R) contiguous, matrix (R, M) in any order, mask (N, M) of bool,
+    contiguous; R is one of RANKS.
     """
-    rows, width = grad_x.shape
-    assert all(each.is_contiguous() for each in (grad_x, grad_low, a, mask))
+    rows, width = out.shape
+    assert out.stride(1) == 1 and low.is_contiguous() and (mask is None or mask.is_contiguous())
     grid = (triton.cdiv(rows, ROWS), triton.cdiv(width, COLUMNS))
-    options = {"R": a.shape[0], "ROWS": ROWS, "COLUMNS": COLUMNS}
-    _add_lora_gradient[grid](grad_x, grad_low, a, mask, scale, rows, width, **options)
+    options = {"MASKED": mask is not None, "R": low.shape[1], "ROWS": ROWS, "COLUMNS": COLUMNS}
+    arguments = (out, low, matrix, out if mask is None else mask, scale, rows, width)
+    _add_low_rank[grid](*arguments, out.stride(0), *matrix.stride(), **options)
 
 
 @triton.jit
-def _add_lora_gradient(
-    grad_x, grad_low, a, mask, scale, rows, width,
-    R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def _add_low_rank(
+    out, low, matrix, mask, scale, rows, width, out_stride, matrix_stride, matrix_step,
+    MASKED: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     r = tl.arange(0, R)
-    low = tl.load(grad_low + row[:, None] * R + r[None, :], (row < rows)[:, None], 0.0)
-    matrix = tl.load(a + r[:, None] * width + column[None, :], (column < width)[None, :], 0.0)
-    place = row[:, None].to(tl.int64) * width + column[None, :]
+    left = tl.load(low + row[:, None] * R + r[None, :], (row < rows)[:, None], 0.0)
+    right = tl.load(matrix + r[:, None] * matrix_stride + column[None, :] * matrix_step, (column < width)[None, :], 0.0)
+    added = tl.dot(left, right) * scale
     is_there = (row < rows)[:, None] & (column < width)[None, :]
-    kept = tl.load(mask + place, is_there, 0) != 0
-    added = tl.where(kept, tl.dot(low, matrix) * scale, 0.0)
-    before = tl.load(grad_x + place, is_there, 0.0)
-    tl.store(grad_x + place, (before.to(tl.float32) + added).to(before.dtype), is_there)
+    if MASKED:
+        kept = tl.load(mask + row[:, None] * width + column[None, :], is_there, 0)
+        added = tl.where(kept != 0, added, 0.0)
+    place = out + row[:, None] * out_stride + column[None, :]
+    before = tl.load(place, is_there, 0.0)
+    tl.store(place, (before.to(tl.float32) + added).to(before.dtype), is_there)

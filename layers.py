@@ -124,7 +124,7 @@ class LoraLinears(torch.autograd.Function):
         for a, b, part in zip(matrices[::2], matrices[1::2], y.split(ctx.sizes, dim=1), strict=False):
             kept, mask = torch.native_dropout(x, dropout, True) if dropout else (x, None)
             low = kept @ a.T  # (N, R)
-            part.addmm_(low, b.T)
+            add_low_rank(part, low, b.T)
             saved += [kept, mask, low]
         ctx.save_for_backward(*matrices, *saved)
         return y
@@ -143,13 +143,18 @@ class LoraLinears(torch.autograd.Function):
             gradients += [grad_low.T @ kept, part.T @ low]
             if grad_x is None:
                 continue
-            if mask is None:
-                grad_x.addmm_(grad_low, a)
-            elif gpu_kernels and grad_x.is_cuda and a.shape[0] in gpu_kernels.RANKS:
-                gpu_kernels.add_lora_gradient(grad_x, grad_low, a, mask, 1 / (1 - ctx.dropout))
-            else:
-                grad_x.add_(torch.ops.aten.native_dropout_backward(grad_low @ a, mask, 1 / (1 - ctx.dropout)))
+            add_low_rank(grad_x, grad_low, a, mask, 1 / (1 - ctx.dropout))
         return grad_x, None, None, *gradients
+
+
+def add_low_rank(out: Tensor, low: Tensor, matrix: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> None:
+    """out (N, M) += mask * (low (N, R) @ matrix (R, M)) * scale in place; no mask counts as 1, and scale with it."""
+    if gpu_kernels and out.is_cuda and low.shape[1] in gpu_kernels.RANKS:
+        gpu_kernels.add_low_rank(out, low, matrix, mask, 1.0 if mask is None else scale)
+    elif mask is None:
+        out.addmm_(low, matrix)
+    else:
+        out.add_(torch.ops.aten.native_dropout_backward(low @ matrix, mask, scale))
 
 
 def get_base(layer: nn.Module) -> nn.Module:

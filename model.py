@@ -356,7 +356,7 @@ class StoredVision(torch.nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=pixel_values)  # (B, P, D)
 
 
-def store_vision(model, datasets: Sequence[CaptionDataset], limit_gib: float | None, batch_size: int = 64) -> bool:
+def store_vision(model, datasets: Sequence[CaptionDataset], limit_gib: float | None, batch_size: int = 32) -> bool:
     """Compute the frozen ViT's output of each picture once, and take the ViT itself out of the model.
 
     The ViT has neither LoRA nor dropout, so training sees the same numbers as with it. Returns False, and changes

@@ -40,7 +40,8 @@ def open_picture(path: Path, draft: bool = False) -> Image.Image:
             if draft:
                 picture.draft("RGB", DRAFT)
             picture.load()
-            return _to_rgb(ImageOps.exif_transpose(picture))
+            ImageOps.exif_transpose(picture, in_place=True)
+            return _to_rgb(picture)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not readable as a picture ({error}); remove it or fetch it again") from None
 
@@ -49,7 +50,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I"):  # 16 bits of grey, which convert() would cut at 255
         grey = np.asarray(picture).astype(np.float64) / 257
         picture = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def check_pictures(paths: Sequence[Path]) -> dict[Path, str]:

@@ -17,7 +17,7 @@ from layers import get_base, get_blip2, group_linears, join_linears
 from model import IGNORED
 
 INPUTS = ("pixel_values", "input_ids", "labels")  # of a pass
-PADDED_TO = 8  # text lengths are rounded up to a multiple of it: a recording for each
+PADDED_TO = 16  # text lengths are rounded up to a multiple of it: a recording for each
 UNPACKING_ROOM = 3  # the GPU must have so many times the memory free that unpacked weights take
 
 
@@ -138,11 +138,12 @@ class FastStep:
         places = {name: value.clone() for name, value in inputs.items()}
         arguments = ({name: places[name] for name in INPUTS}, *(places[name] for name in places if name not in INPUTS))
         before, random = [gradient.clone() for gradient in self.gradients], torch.cuda.get_rng_state()
-        side = torch.cuda.Stream()  # libraries set themselves up in a first pass, which must not be recorded
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            work(*arguments)
-        torch.cuda.current_stream().wait_stream(side)
+        if not any(kind == work.__name__ for kind, *_ in self.recordings):
+            side = torch.cuda.Stream()  # libraries set themselves up in a first pass, which must not be recorded
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                work(*arguments)
+            torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # others may pin memory
             result = work(*arguments)

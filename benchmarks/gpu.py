@@ -40,6 +40,15 @@ REFERENCE_LENGTH = 114  # positions to which the reference pads
 NEW_TOKENS = 75  # of a caption: a model with random weights writes on to the last
 PARTS = ("floor", "reference", "job", "batch", "small")
 TITLE = "Training and captioning on a GPU"
+TRAINING, REFERENCE_TRAINING = "training, 16 a step", "reference: training, 4 x 4, Q-Former only, truncated"
+CAPTIONING, REFERENCE_CAPTIONING = "captioning, sampled", "reference: captioning one by one, sampled"
+FLOOR = "floor of training, {} a step"
+RATIOS = (
+    (TRAINING, REFERENCE_TRAINING),
+    (CAPTIONING, REFERENCE_CAPTIONING),
+    (TRAINING, FLOOR.format(16)),
+    ("training, 64 a step", FLOOR.format(64)),
+)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -112,6 +121,7 @@ def train(args, name: str, *flags, free_gib: float | None = None) -> Training:
     data = ("--labels", args.folder / "labels.json", "--images", args.folder / "images", "--model", args.model)
     places = ("--captions", args.folder / "captions.csv", "--output", output, "--run-name", logs.name)
     seconds, text = run("main.py", *data, *places, "--wandb", "disabled", *flags, free_gib=free_gib)
+    (args.folder / f"{name}.log").write_text(text)
     records = [json.loads(line) for line in (logs / "metrics.jsonl").read_text().splitlines()]
     pace = [record["samples_per_second"] for record in records if "samples_per_second" in record]
     peaks = [record["peak_memory_gib"] for record in records if "peak_memory_gib" in record]
@@ -125,6 +135,7 @@ def caption(args, name: str, *flags, free_gib: float | None = None) -> tuple[flo
     shutil.rmtree(logs, ignore_errors=True)
     flags = ("--adapter", args.folder / name, "--max-new-tokens", NEW_TOKENS, "--run-name", logs.name, *flags)
     seconds, text = run("eval.py", *flags, free_gib=free_gib)
+    (args.folder / f"{name}-eval.log").write_text(text)
     shutil.rmtree(logs)
     pace = re.search(r"captions in .* s, ([\d.,]+) a second(?:, ([\d.]+) GiB)?", text)
     return seconds, float(pace[1].replace(",", "")), float(pace[2] or "nan")
@@ -132,29 +143,29 @@ def caption(args, name: str, *flags, free_gib: float | None = None) -> tuple[flo
 
 def measure_job(args) -> Iterator[tuple]:
     job = train(args, "job", "--num-train-epochs", args.epochs)
-    yield "QLoRA training, steady state, 16 a step", job.samples_per_second, "samples/s", job.peak_gib
+    yield TRAINING, job.samples_per_second, "samples/s", job.peak_gib
     drawn, pace, peak = caption(args, "job", "--num-samples", "all")
-    yield f"captioning the test split, {NEW_TOKENS} new tokens, sampled", pace, "captions/s", peak
+    yield CAPTIONING, pace, "captions/s", peak
     _, pace, peak = caption(args, "job", "--num-samples", "all", "--greedy")
-    yield "the same, greedy", pace, "captions/s", peak
+    yield "captioning, greedy", pace, "captions/s", peak
     yield f"main.py: {args.frames:,} frames, {args.epochs} epochs", job.seconds, "s", math.nan
     yield "eval.py: captions of the test split and all scores", drawn, "s", math.nan
     yield "whole job", job.seconds + drawn, "s", math.nan
 
 
 def measure_batch(args) -> Iterator[tuple]:
-    for size in (64, 128):
-        flags = ("--train-batch-size", size, "--max-steps", 40, "--logging-steps", 2, "--val-captions", 0)
-        run = train(args, "batch", *flags, "--limit", 2000)
-        yield f"QLoRA training, {size} a step", run.samples_per_second, "samples/s", run.peak_gib
+    for size in (64,):
+        flags = ("--train-batch-size", size, "--max-steps", 40, "--logging-steps", 4, "--val-captions", 0)
+        run = train(args, "batch", *flags, "--limit", 1600)
+        yield f"training, {size} a step", run.samples_per_second, "samples/s", run.peak_gib
 
 
 def measure_small(args) -> Iterator[tuple]:
     flags = ("--per-device-train-batch-size", 4, "--per-device-eval-batch-size", 4, "--gradient-checkpointing")
-    flags = (*flags, "--max-steps", 20, "--logging-steps", 2, "--limit", 200, "--val-captions", 0)
+    flags = (*flags, "--max-steps", 12, "--logging-steps", 2, "--limit", 100, "--val-captions", 0)
     run = train(args, "small", *flags, free_gib=args.small_gib)
-    yield f"QLoRA training, 4 x 4, {args.small_gib:g} GiB free", run.samples_per_second, "samples/s", run.peak_gib
-    _, pace, peak = caption(args, "small", "--num-samples", 16, "--batch-size", 4, free_gib=args.small_gib)
+    yield f"training, 4 x 4, {args.small_gib:g} GiB free", run.samples_per_second, "samples/s", run.peak_gib
+    _, pace, peak = caption(args, "small", "--num-samples", 8, "--batch-size", 4, free_gib=args.small_gib)
     yield f"captioning 4 at a time, {args.small_gib:g} GiB free", pace, "captions/s", peak
 
 
@@ -184,8 +195,8 @@ def measure_reference(args) -> Iterator[tuple]:
     if done.returncode:
         sys.exit(f"the reference's configuration: {done.stderr[-3000:]}")
     figures = json.loads(done.stdout.splitlines()[-1])
-    yield "reference: training, 4 x 4, Q-Former only, truncated", figures["samples"], "samples/s", figures["peak"]
-    yield "reference: captioning, one by one, sampled", figures["captions"], "captions/s", math.nan
+    yield REFERENCE_TRAINING, figures["samples"], "samples/s", figures["peak"]
+    yield REFERENCE_CAPTIONING, figures["captions"], "captions/s", math.nan
 
 
 def run_as_reference(args, steps: int = 12, warmup: int = 3, captions: int = 4) -> None:
@@ -356,28 +367,25 @@ def main() -> None:
         for row in globals()[f"measure_{part}"](args):
             rows.append(row)
             print("{}: {:.2f} {}, peak {:.2f} GiB".format(*row), flush=True)
+        if args.record:  # after each part: a later one may fail
+            import torch
+
+            device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+            record(TITLE, make_table(rows), packages=["torch", "transformers", "peft", "bitsandbytes"], device=device)
+    print(make_table(rows))
+
+
+def make_table(rows: list[tuple]) -> str:
     lines = ["| what | measured | | peak GiB |", "| --- | ---: | --- | ---: |"]
     for what, value, unit, peak in rows:
         lines.append(f"| {what} | {value:,.1f} | {unit} | {'' if math.isnan(peak) else f'{peak:.2f}'} |")
     figures = {what: value for what, value, *_ in rows}
-    ratios = [
-        f"{ours}: **{figures[ours] / figures[theirs]:,.1f} times** the reference's configuration."
-        for ours, theirs in (
-            ("QLoRA training, steady state, 16 a step", "reference: training, 4 x 4, Q-Former only, truncated"),
-            (
-                f"captioning the test split, {NEW_TOKENS} new tokens, sampled",
-                "reference: captioning, one by one, sampled",
-            ),
-        )
+    lines += [
+        f"| **{ours} : {theirs}** | **{figures[ours] / figures[theirs]:,.2f}** | | |"
+        for ours, theirs in RATIOS
         if ours in figures and theirs in figures
     ]
-    text = "\n".join(lines) + "\n\n" + "\n".join(ratios)
-    print(text)
-    if args.record:
-        import torch
-
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        record(TITLE, text, packages=["torch", "transformers", "peft", "bitsandbytes"], device=device)
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
