@@ -182,6 +182,7 @@ class FastGenerator:
                 if at_border:
                     size = self._drop_finished(size, unfinished, position)
             draw_noise()
+            # the kernel reads no more of the cache than is filled, whatever its length
             length = self.cache.shape[4] if self.use_kernel else round_up(position + 1, self.bucket)
             self._run_step(size, length, choice)
             position += 1
