@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from layers import copy_lora, embed_images, get_blip2, opt_layer, run_layer
+from layers import copy_lora, embed_images, get_blip2, is_written_out, opt_layer, run_layer
 from model import IGNORED
 
 CHUNK = 512  # text positions whose logits are in memory at once
@@ -18,16 +18,8 @@ ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]  # whose gradients are
 
 
 def supports(model) -> bool:
-    """Whether Q-Former and language model are of the form that is written out here, as in BLIP-2 with OPT-2.7B."""
-    text = model.config.text_config
-    return (
-        text.model_type == "opt"
-        and text.do_layer_norm_before
-        and text.word_embed_proj_dim == text.hidden_size
-        and not text.layerdrop
-        and not getattr(text, "_remove_final_layer_norm", False)
-        and not model.config.qformer_config.use_qformer_text_input
-    )
+    """Whether caption_nll is the loss of this model: that of layers.py, with no layers left out at random."""
+    return is_written_out(model) and not model.config.text_config.layerdrop
 
 
 @sdpa_kernel(ATTENTION)

@@ -13,9 +13,18 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Blip2ForConditionalGeneration, OPTForCausalLM
 
-from layers import copy_lora, embed_images, get_blip2, gpu_kernels, group_linears
+from layers import (
+    copy_lora,
+    embed_images,
+    get_base,
+    get_blip2,
+    gpu_kernels,
+    group_linears,
+    is_written_out,
+    list_groups,
+    read_weight,
+)
 
 BUCKET = 32  # positions by which the part of the cache that is read grows
 CHUNK = 128  # pictures that ViT, Q-Former and the prefix's pass take at once
@@ -29,7 +38,7 @@ WORKSPACE = 3 * 2**30  # bytes that passes of CHUNK pictures through a full-size
 
 
 def is_plain(linear: torch.nn.Module) -> bool:
-    """Whether copy_linear knows the layer: nn.Linear or Linear4bit, bare or with LoRA that is no variant like DoRA."""
+    """Whether the layer is an nn.Linear or Linear4bit, bare or with LoRA that is no variant like DoRA."""
     if isinstance(linear, LoraLayer):
         if linear.lora_variant or any(matrix.bias is not None for matrix in linear.lora_B.values()):
             return False
@@ -39,29 +48,13 @@ def is_plain(linear: torch.nn.Module) -> bool:
 
 def supports(model) -> bool:
     """Whether FastGenerator can caption with this model; where not, transformers' generate() can."""
-    blip2 = get_blip2(model)
-    if not isinstance(blip2, Blip2ForConditionalGeneration) or not isinstance(blip2.language_model, OPTForCausalLM):
-        return False
-    if blip2.config.qformer_config.use_qformer_text_input:
-        return False
-    decoder, config = blip2.language_model.model.decoder, blip2.config.text_config
-    return (
-        config.do_layer_norm_before
-        and config.enable_bias
-        and decoder.final_layer_norm is not None
-        and decoder.project_in is None
-        and decoder.project_out is None
-        and all(is_plain(linear) for layer in decoder.layers for group in group_linears(layer) for linear in group)
-    )
+    return is_written_out(model) and all(is_plain(linear) for group in list_groups(model) for linear in group)
 
 
 def copy_linear(linear: torch.nn.Module, weight: Tensor, bias: Tensor) -> None:
     """Write a layer's `weight` (out, in) and `bias` (out,) as they act now: dequantised, active LoRA added."""
-    base = linear.base_layer if isinstance(linear, LoraLayer) else linear
-    if isinstance(base, bnb.nn.Linear4bit):
-        weight.copy_(bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state))
-    else:
-        weight.copy_(base.weight)
+    base = get_base(linear)
+    weight.copy_(read_weight(base))
     bias.copy_(base.bias)
     if isinstance(linear, LoraLayer) and not linear.disable_adapters and not linear.merged:
         for name in linear.active_adapters:
@@ -133,9 +126,7 @@ class FastGenerator:
         self.step_size = -(-batch_size // 8)  # n is a multiple of it, so that there are few graphs
         embedding = self.decoder.embed_tokens.weight
         self.device, self.dtype = embedding.device, embedding.dtype
-        self.use_kernel = (
-            gpu_kernels is not None and self.device.type == "cuda"
-        )  # reads no more of the cache than is there
+        self.use_kernel = gpu_kernels is not None and self.device.type == "cuda"
         self.use_graphs = cuda_graphs and self.device.type == "cuda"
         self.cache = None
         with torch.inference_mode():

@@ -15,7 +15,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Blip2ForConditionalGeneration
+from transformers import Blip2ForConditionalGeneration, OPTForCausalLM
 
 try:
     import gpu_kernels
@@ -34,6 +34,40 @@ def group_linears(layer) -> list[list[nn.Module]]:
     """The linear layers of an OPT layer in the order of their use; those in a group read the same input."""
     attention = layer.self_attn
     return [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.out_proj], [layer.fc1], [layer.fc2]]
+
+
+def group_qformer_linears(layer) -> list[list[nn.Module]]:
+    """The same of a Q-Former layer's part for queries."""
+    groups = []
+    for block in (layer.attention, layer.crossattention if layer.has_cross_attention else None):
+        if block is not None:
+            q, k, v = block.attention.query, block.attention.key, block.attention.value
+            groups += [[q, k, v]] if block is layer.attention else [[q], [k, v]]
+            groups.append([block.output.dense])
+    return [*groups, [layer.intermediate_query.dense], [layer.output_query.dense]]
+
+
+def list_groups(model) -> list[list[nn.Module]]:
+    """The linear layers of the language model and the Q-Former, those that read the same input together."""
+    blip = get_blip2(model)
+    groups = [group for layer in blip.language_model.model.decoder.layers for group in group_linears(layer)]
+    return groups + [group for layer in blip.qformer.encoder.layer for group in group_qformer_linears(layer)]
+
+
+def is_written_out(model) -> bool:
+    """Whether a model is a BLIP-2 of the form that the functions here compute, as the one with OPT-2.7B is."""
+    blip = get_blip2(model)
+    if not isinstance(blip, Blip2ForConditionalGeneration) or not isinstance(blip.language_model, OPTForCausalLM):
+        return False
+    config, decoder = blip.config.text_config, blip.language_model.model.decoder
+    return (
+        config.do_layer_norm_before
+        and config.enable_bias
+        and decoder.final_layer_norm is not None
+        and decoder.project_in is None
+        and decoder.project_out is None
+        and not blip.config.qformer_config.use_qformer_text_input
+    )
 
 
 def embed_images(blip: Blip2ForConditionalGeneration, vision: Tensor, lora: Matrices) -> Tensor:
@@ -141,18 +175,17 @@ class LoraLinears(torch.autograd.Function):
             kept, mask, low = saved[3 * i : 3 * i + 3]
             grad_low = part @ b  # (N, R)
             gradients += [grad_low.T @ kept, part.T @ low]
-            if grad_x is None:
-                continue
-            add_low_rank(grad_x, grad_low, a, mask, 1 / (1 - ctx.dropout))
+            if grad_x is not None:
+                add_low_rank(grad_x, grad_low, a, mask, 1 / (1 - ctx.dropout))
         return grad_x, None, None, *gradients
 
 
 def add_low_rank(out: Tensor, low: Tensor, matrix: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> None:
-    """out (N, M) += mask * (low (N, R) @ matrix (R, M)) * scale in place; no mask counts as 1, and scale with it."""
+    """out (N, M) += mask * (low (N, R) @ matrix (R, M)) * scale in place; no mask counts as one of ones."""
     if gpu_kernels and out.is_cuda and low.shape[1] in gpu_kernels.RANKS:
-        gpu_kernels.add_low_rank(out, low, matrix, mask, 1.0 if mask is None else scale)
+        gpu_kernels.add_low_rank(out, low, matrix, mask, scale)
     elif mask is None:
-        out.addmm_(low, matrix)
+        out.addmm_(low, matrix, alpha=scale)
     else:
         out.add_(torch.ops.aten.native_dropout_backward(low @ matrix, mask, scale))
 
@@ -161,37 +194,45 @@ def get_base(layer: nn.Module) -> nn.Module:
     return layer.base_layer if isinstance(layer, LoraLayer) else layer
 
 
+def read_weight(base: nn.Linear) -> Tensor:
+    """(out, in) weight of a layer without LoRA, in the precision in which it computes; NF4 is unpacked."""
+    if not isinstance(base, bnb.nn.Linear4bit):
+        return base.weight
+    weight = bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
+    return weight.to(base.compute_dtype or weight.dtype)
+
+
 def join_linears(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
     """Weight (sum of out, in) and bias (sum of out,) of layers as one; NF4 is unpacked."""
     bases = [get_base(layer) for layer in layers]
     if hasattr(bases[0], "joined"):  # see speed.join_weights
         return bases[0].joined
-    weights = [
-        bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state).to(base.compute_dtype)
-        if isinstance(base, bnb.nn.Linear4bit)
-        else base.weight
-        for base in bases
-    ]
+    weights = [read_weight(base) for base in bases]
     if len(bases) == 1:
         return weights[0], bases[0].bias
     return torch.cat(weights), None if bases[0].bias is None else torch.cat([base.bias for base in bases])
 
 
 def copy_lora(model) -> Matrices:
-    """LoRA's matrices in the precision of the model's other weights, B times LoRA's scale; gradients reach them."""
+    """LoRA's matrices in the precision in which their layer computes, B times LoRA's scale; gradients reach them.
+
+    That differs between layers: the Q-Former of a model in fp16 stays in fp32.
+    """
     layers = [
         layer
         for layer in model.modules()
         if isinstance(layer, LoraLayer) and not layer.disable_adapters and not layer.merged
     ]
-    weights, scales = [], []
+    weights, scales, dtypes = [], [], []
     for layer in layers:
-        [name] = layer.active_adapters
+        [name], base = layer.active_adapters, get_base(layer)
+        is_packed = isinstance(base, bnb.nn.Linear4bit)
+        dtypes += 2 * [(base.compute_dtype or base.weight.quant_state.dtype) if is_packed else base.weight.dtype]
         weights += [layer.lora_A[name].weight, layer.lora_B[name].weight]
         scales += [1.0, layer.scaling[name]]
     if not layers:
         return {}
-    copies = ScaledCopies.apply(model.language_model.model.decoder.embed_tokens.weight.dtype, scales, *weights)
+    copies = ScaledCopies.apply(dtypes, scales, *weights)
     return dict(zip(layers, zip(copies[::2], copies[1::2], strict=True), strict=True))
 
 
@@ -199,17 +240,20 @@ class ScaledCopies(torch.autograd.Function):
     """Hundreds of small weights in another precision and times a factor each, by a few kernels."""
 
     @staticmethod
-    def forward(ctx, dtype, scales, *weights):
-        ctx.scales, ctx.dtype = scales, weights[0].dtype
-        return tuple(copy_all(weights, dtype, scales))
+    def forward(ctx, dtypes, scales, *weights):
+        ctx.scales, ctx.dtypes = scales, [weight.dtype for weight in weights]
+        return tuple(copy_all(weights, dtypes, scales))
 
     @staticmethod
     def backward(ctx, *gradients):
-        return None, None, *copy_all(gradients, ctx.dtype, ctx.scales)
+        return None, None, *copy_all(gradients, ctx.dtypes, ctx.scales)
 
 
-def copy_all(tensors: Sequence[Tensor], dtype: torch.dtype, scales: list[float]) -> list[Tensor]:
-    copies = [torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format) for tensor in tensors]
+def copy_all(tensors: Sequence[Tensor], dtypes: list[torch.dtype], scales: list[float]) -> list[Tensor]:
+    copies = [
+        torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+        for tensor, dtype in zip(tensors, dtypes, strict=True)
+    ]
     torch._foreach_copy_(copies, list(tensors))
     torch._foreach_mul_(copies, scales)
     return copies

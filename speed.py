@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from caption_loss import caption_nll
-from layers import get_base, get_blip2, group_linears, join_linears
+from layers import get_base, join_linears, list_groups, read_weight
 from model import IGNORED
 
 INPUTS = ("pixel_values", "input_ids", "labels")  # of a pass
@@ -37,9 +37,8 @@ def unpack_nf4(model) -> int:
         if isinstance(layer, bnb.nn.Linear4bit)
     ]
     for parent, name, layer in packed:
-        weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        plain.weight = torch.nn.Parameter(weight.to(layer.compute_dtype or weight.dtype), requires_grad=False)
+        plain.weight = torch.nn.Parameter(read_weight(layer), requires_grad=False)
         plain.bias = layer.bias
         setattr(parent, name, plain)
     return len(packed)
@@ -50,14 +49,7 @@ def join_weights(model) -> None:
 
     The layers keep theirs, as parts of it. NF4 weights stay as they are.
     """
-    blip = get_blip2(model)
-    groups = [group for layer in blip.language_model.model.decoder.layers for group in group_linears(layer)]
-    for layer in blip.qformer.encoder.layer:
-        attention = layer.attention.attention
-        groups.append([attention.query, attention.key, attention.value])
-        if layer.has_cross_attention:
-            groups.append([layer.crossattention.attention.key, layer.crossattention.attention.value])
-    for group in groups:
+    for group in list_groups(model):
         bases = [get_base(layer) for layer in group]
         if len(bases) == 1 or any(isinstance(base, bnb.nn.Linear4bit) for base in bases):
             continue

@@ -10,6 +10,7 @@ import generation
 import model as blip2
 from benchmarks.full_size import build_full_size_config
 from generation import FastGenerator, max_batch, pick_tokens, supports
+from layers import copy_lora, embed_images, get_blip2
 
 CPU = torch.device("cpu")
 NEW_TOKENS = 60  # positions 9 to 68: five buckets of 16
@@ -228,6 +229,28 @@ def test_what_is_not_supported(tiny_checkpoint):
     attention.q_proj.lora_variant["default"] = object()  # DoRA, say
     assert not supports(model)
     assert not supports(torch.nn.Linear(2, 2))
+
+
+def test_a_variant_of_lora_in_the_qformer_is_not_supported(tiny_checkpoint):
+    model = load(tiny_checkpoint, with_lora=True)
+    layer = model.get_base_model().qformer.encoder.layer[0]
+    layer.attention.attention.key.lora_variant["default"] = object()
+    assert not supports(model)
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_image_tokens_in_half_precision(tiny_checkpoint, monkeypatch, load_in_4bit):
+    """As on a GPU without bf16: the Q-Former stays in fp32, the rest is fp16; LoRA follows each."""
+    monkeypatch.setattr("model.pick_dtype", lambda device: torch.float16)
+    model = load(tiny_checkpoint, load_in_4bit, with_lora=True)
+    blip, pixels = get_blip2(model), make_pixels(2).half()
+    assert blip.qformer.layernorm.weight.dtype == torch.float32
+    with torch.inference_mode():
+        vision = blip.vision_model(pixel_values=pixels).last_hidden_state
+        image = embed_images(blip, vision, copy_lora(blip))
+        expected = blip.get_image_features(pixels, return_dict=True).pooler_output
+    assert image.dtype == torch.float16
+    assert (image - expected).abs().max() < 0.01 * expected.abs().max()
 
 
 def test_max_batch_fills_the_memory(tiny_checkpoint):

@@ -178,6 +178,15 @@ def test_model_from_the_hub_without_network():
         blip2.load_model("Salesforce/blip2-opt-2.7b", True, CPU)
 
 
+@pytest.mark.parametrize("blank", [False, True])
+def test_pixels_are_those_of_the_processor(drawn, processor, blank):
+    for path in sorted((drawn / "images").iterdir())[:3]:
+        picture = Image.open(path).convert("RGB")
+        picture = Image.new("RGB", picture.size) if blank else picture
+        expected = processor.image_processor(picture, return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(blip2.load_pixels(path, processor, blank), expected)
+
+
 def test_unreadable_picture_is_named(tmp_path, processor):
     bad = tmp_path / "bad.jpg"
     bad.write_text("no picture")
