@@ -102,14 +102,20 @@ class KaggleHandler(LoopbackHandler):
     loopback: KaggleServer
 
     def do_POST(self):
-        """The API: DownloadDataset, answered with a redirect."""
+        """The API: DownloadDataset, answered with a redirect, and ListTreeDatasetFiles of a folder.
+
+        The latter is asked for by kagglehub from 1.0.3 on after a 404: what is no file may be a folder.
+        """
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        handle = f"{asked['ownerSlug']}/{asked['datasetSlug']}/versions/{asked['datasetVersionNumber']}"
+        call = urlsplit(self.path).path.rsplit("/v1/datasets.DatasetApiService/", 1)[-1]
+        if call == "ListTreeDatasetFiles":
+            return self.send_folder(asked.get("path") or "", handle)
         file = asked.get("fileName") or ""
         self.loopback.calls.append(file)
-        handle = f"{asked['ownerSlug']}/{asked['datasetSlug']}/versions/{asked['datasetVersionNumber']}"
         known = handle == self.loopback.dataset and (not file or file in self.loopback.files)
         status = self.loopback.status or (302 if known else 404)
-        if not urlsplit(self.path).path.endswith("/v1/datasets.DatasetApiService/DownloadDataset"):
+        if call != "DownloadDataset":
             status = 501
         body = b"" if status == 302 else json.dumps({"code": status, "message": "Permission was denied"}).encode()
         self.send_response(status)
@@ -118,6 +124,23 @@ class KaggleHandler(LoopbackHandler):
             self.send_header("Location", f"http://localhost/storage/{quote(file, safe='') or '-'}/{quote(name)}")
         else:
             self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def send_folder(self, folder: str, handle: str) -> None:
+        """What is directly in a folder: nothing, as with Kaggle, if there is no such folder."""
+        status = self.loopback.status or (200 if handle == self.loopback.dataset else 404)
+        inside = [file for file in self.loopback.files if file.startswith(f"{folder}/")]
+        below = {file.removeprefix(f"{folder}/").split("/")[0] for file in inside}
+        paths = sorted(f"{folder}/{name}" for name in below)
+        content = {
+            "files": [{"relativeUrl": path} for path in paths if path in self.loopback.files],
+            "directories": [{"relativeUrl": path} for path in paths if path not in self.loopback.files],
+        }
+        body = json.dumps(content if status == 200 else {"code": status, "message": "Permission was denied"}).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
