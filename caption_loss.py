@@ -8,13 +8,12 @@ N positions of a batch together.
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
-from layers import copy_lora, embed_images, get_blip2, is_written_out, opt_layer, run_layer
+from layers import ATTENTION, copy_lora, embed_images, get_blip2, is_written_out, opt_layer, run_layer
 from model import IGNORED
 
 CHUNK = 512  # text positions whose logits are in memory at once
-ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]  # whose gradients are the same each time, unlike the others'
 
 
 def supports(model) -> bool:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers import Blip2ForConditionalGeneration, OPTForCausalLM
 
@@ -22,6 +23,7 @@ try:
 except ImportError:  # torch without CUDA comes without Triton
     gpu_kernels = None
 
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]  # whose gradients are the same each time, unlike the others'
 Matrices = dict[nn.Module, tuple[Tensor, Tensor]]  # of a linear layer's LoRA: A (R, in), scaled B (out, R)
 
 
@@ -83,8 +85,13 @@ def embed_images(blip: Blip2ForConditionalGeneration, vision: Tensor, lora: Matr
 def run_layer(function, layer, *args) -> Tensor:
     """function(layer, *args), its activations computed again in the backward pass where the layer is set to that."""
     if getattr(layer, "gradient_checkpointing", False) and layer.training:
-        return checkpoint(function, layer, *args, use_reentrant=False)
+        return checkpoint(function, layer, *args, use_reentrant=False, context_fn=_attention_contexts)
     return function(layer, *args)
+
+
+def _attention_contexts() -> tuple:
+    """Of the forward pass and of its repetition, which happens when the caller's choice of attention is gone."""
+    return sdpa_kernel(ATTENTION), sdpa_kernel(ATTENTION)
 
 
 def opt_layer(layer, x: Tensor, lora: Matrices) -> Tensor:

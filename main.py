@@ -81,7 +81,7 @@ from model import (
     read_run,
     store_vision,
 )
-from pictures import check_pictures
+from pictures import check_pictures, explain_dead_worker
 from publish import merge_adapter, push_to_hub, write_model_card
 from speed import FastStep, has_room_to_unpack, join_weights, unpack_nf4
 from training import (
@@ -321,7 +321,9 @@ def train_lora(
                 f"saved after step {trainer.state.global_step:,} of {trainer.state.max_steps:,}; go on with\n{command}"
             )
             sys.exit(128 + trainer.pace.signal if trainer.pace.signal else 0)
-        except torch.OutOfMemoryError as error:
+        except (UserError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError):
+                raise (explain_dead_worker(error) or error) from None
             reason = str(error).splitlines()[0]
         smaller = [size for size in list_micro_batches(state["micro_batch"]) if size <= state["micro_batch"] // 2]
         if not smaller or arguments.world_size > 1:

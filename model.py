@@ -7,7 +7,6 @@ The newline is OPT's end token in BLIP-2: a model that was not trained to write 
 """
 
 import functools
-import itertools
 import json
 import os
 import re
@@ -36,7 +35,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from config import UserError
 from data import Example
-from pictures import open_picture, read_ahead
+from pictures import open_picture, read_batches
 from trust import ADAPTER_WEIGHTS, check_adapter_folder, check_model_folder
 
 IGNORED = -100  # label of a position that carries no loss
@@ -356,7 +355,7 @@ class StoredVision(torch.nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=pixel_values)  # (B, P, D)
 
 
-def store_vision(model, datasets: Sequence[CaptionDataset], limit_gib: float | None, batch_size: int = 32) -> bool:
+def store_vision(model, datasets: Sequence[CaptionDataset], limit_gib: float | None) -> bool:
     """Compute the frozen ViT's output of each picture once, and take the ViT itself out of the model.
 
     The ViT has neither LoRA nor dropout, so training sees the same numbers as with it. Returns False, and changes
@@ -379,15 +378,21 @@ def store_vision(model, datasets: Sequence[CaptionDataset], limit_gib: float | N
         for dataset in datasets:
             dataset.features = torch.empty(len(dataset), positions, vision.hidden_size, dtype=dtype, device=place)
             read = functools.partial(load_pixels, processor=dataset.processor)
-            pictures_read = read_ahead(read, [example.image for example in dataset.examples])
-            for start in range(0, len(dataset), batch_size):
-                pixels = torch.stack(list(itertools.islice(pictures_read, batch_size)))  # (B, 3, S, S)
+            collate = functools.partial(_stack, dtype=dtype)
+            images, start = [example.image for example in dataset.examples], 0
+            item_bytes = 3 * vision.image_size**2 * dtype.itemsize
+            for pixels in read_batches(read, images, collate, item_bytes):  # (B, 3, S, S)
                 with torch.inference_mode():
-                    output = model.vision_model(pixels.to(model.device, dtype)).last_hidden_state
-                dataset.features[start : start + batch_size] = output
+                    output = model.vision_model(pixels.to(model.device)).last_hidden_state
+                dataset.features[start : start + len(pixels)] = output
+                start += len(pixels)
                 progress.update(len(pixels))
     model.vision_model = StoredVision()
     return True
+
+
+def _stack(pixels: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.stack(pixels).to(dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------

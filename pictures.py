@@ -2,10 +2,14 @@
 
 picture = open_picture(Path("a.jpg"))       # upright, 8 bits, RGB
 unreadable = check_pictures([Path("a.jpg")])   # {path: why}
-for picture in read_ahead(open_picture, paths): ...
+for picture in read_ahead(open_picture, paths): ...              # by threads
+for pictures in read_batches(open_picture, paths, list): ...     # by processes
 """
 
+import itertools
 import os
+import shutil
+import signal
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,11 +23,14 @@ from tqdm import tqdm
 
 from config import UserError
 
-T, R = TypeVar("T"), TypeVar("R")
+T, R, B = TypeVar("T"), TypeVar("R"), TypeVar("B")
 FORMATS = ("JPEG", "PNG")  # decoders that are tried, whatever a file's name is
 MAX_PIXELS = 50_000_000  # of a picture; a BDD100K frame has 0.9 million
 DRAFT = (256, 256)  # pixels to which a JPEG is decoded at least when it is only checked
 AHEAD = 256  # pictures that are read before they are asked for
+BATCH = 32  # pictures that a process reads for one answer
+ANSWERS = 2  # of a process that may wait to be asked for
+SHARED_MEMORY = Path("/dev/shm")  # where answers of processes wait
 
 
 def open_picture(path: Path, draft: bool = False) -> Image.Image:
@@ -57,7 +64,8 @@ def check_pictures(paths: Sequence[Path]) -> dict[Path, str]:
     """{path: why} of the pictures that can't be read. All of each is decoded, on all cores."""
     unreadable = {}
     with tqdm(total=len(paths), desc="checking pictures", unit="picture") as bar:
-        for path, reason in zip(paths, read_ahead(_check, paths), strict=True):
+        reasons = itertools.chain.from_iterable(read_batches(_check, paths, list))
+        for path, reason in zip(paths, reasons, strict=True):
             if reason is not None:
                 unreadable[path] = reason
             bar.update()
@@ -67,11 +75,10 @@ def check_pictures(paths: Sequence[Path]) -> dict[Path, str]:
 def read_ahead(read: Callable[[T], R], items: Iterable[T], ahead: int = AHEAD) -> Iterator[R]:
     """read(item) of each item, in order, by a thread on each core, which are at most `ahead` items ahead.
 
-    Pillow decodes and resizes without Python's lock, so threads do as well as processes, and cost nothing to start.
+    Threads cost nothing to start, but get in the way of a thread that has much to launch on a GPU.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     waiting = deque()
-    with ThreadPoolExecutor(cores) as pool:
+    with ThreadPoolExecutor(count_cores()) as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(read, item))
@@ -82,6 +89,70 @@ def read_ahead(read: Callable[[T], R], items: Iterable[T], ahead: int = AHEAD) -
         finally:  # also when nobody asks for the rest
             for future in waiting:
                 future.cancel()
+
+
+class _Reading:
+    """read(item) of each item, as a DataLoader wants it."""
+
+    def __init__(self, read: Callable, items: Sequence):
+        self.read, self.items = read, items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int):
+        return self.read(self.items[index])
+
+
+def read_batches(
+    read: Callable[[T], R], items: Sequence[T], collate: Callable[[list[R]], B], item_bytes: int = 0
+) -> Iterator[B]:
+    """collate([read(item), ...]) of BATCH items each, in order, by a process on each core.
+
+    An answer with tensors waits in shared memory, `item_bytes` for each item: where that has no room for all
+    processes, as in a container, fewer work. Raises UserError when one of them was killed.
+    """
+    import torch  # here: who only opens pictures does without
+
+    workers = min(count_cores(), len(items) // BATCH)
+    if item_bytes and SHARED_MEMORY.is_dir():
+        workers = min(workers, shutil.disk_usage(SHARED_MEMORY).free // (ANSWERS * BATCH * item_bytes) - 1)
+    workers = max(workers, 0)
+    loader = torch.utils.data.DataLoader(
+        _Reading(read, items),
+        BATCH,
+        num_workers=workers,
+        prefetch_factor=ANSWERS if workers else None,
+        collate_fn=collate,
+        worker_init_fn=_ignore_interrupt,
+        generator=torch.Generator(),  # else it would draw from the one that draws LoRA's first weights
+    )
+    try:
+        yield from loader
+    except (UserError, RuntimeError) as error:
+        raise (explain_dead_worker(error) or error) from None
+
+
+def explain_dead_worker(error: Exception) -> UserError | None:
+    """For an error of a DataLoader: what its worker had to tell the user, or that it was killed; None for another."""
+    text = str(error).strip()
+    if isinstance(error, UserError) and text.startswith("Caught UserError in DataLoader worker"):
+        return UserError(text.splitlines()[-1].partition("UserError: ")[2])
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+        return UserError(
+            f"a process that reads pictures was killed ({text.splitlines()[0]}): mostly for want of memory or of "
+            f"shared memory ({SHARED_MEMORY}); free some, or read with fewer (--dataloader-workers)"
+        )
+    return None
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C is for the main process to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def count_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check(path: Path) -> str | None:
