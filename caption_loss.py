@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from layers import ATTENTION, copy_lora, embed_images, get_blip2, is_written_out, opt_layer, run_layer
+from layers import ATTENTION, copy_lora, embed_images, get_blip2, gpu_kernels, is_written_out, run_decoder, use_kernels
 from model import IGNORED
 
 CHUNK = 512  # text positions whose logits are in memory at once
@@ -37,10 +37,7 @@ def caption_nll(model, pixel_values: Tensor, input_ids: Tensor, labels: Tensor, 
     text = decoder.embed_tokens(input_ids[:, image.shape[1] :])  # (B, T, H): bos, caption, newline, padding
     x, first = torch.cat([image.to(text.dtype), text], dim=1), decoder.embed_positions.offset
     x = x + decoder.embed_positions.weight[first : first + x.shape[1]]
-    for layer in decoder.layers:
-        x = run_layer(opt_layer, layer, x, lora)
-
-    hidden = decoder.final_layer_norm(x)[:, image.shape[1] : -1]  # (B, T-1, H)
+    hidden = run_decoder(decoder, x, lora)[:, image.shape[1] : -1]  # (B, T-1, H)
     targets = labels[:, image.shape[1] + 1 :]  # (B, T-1)
     nll = FrozenHeadNLL.apply(hidden.flatten(0, 1), blip.language_model.lm_head.weight, targets.flatten())
     return nll.view(targets.shape).sum(1)
@@ -63,14 +60,10 @@ class FrozenHeadNLL(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
-            kept = targets[part] != IGNORED
-            target = targets[part].clamp(min=0)[:, None]  # (C, 1)
-            log_p = (hidden[part] @ weight.T).log_softmax(-1, dtype=torch.float32)  # (C, V)
-            nll[part] = -log_p.gather(1, target)[:, 0] * kept
+            logits = hidden[part] @ weight.T  # (C, V)
+            nll[part], grad_logits = softmax_nll(logits, targets[part], gradient is not None)
             if gradient is not None:
-                p = log_p.exp_()
-                p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
-                gradient[part] = (p.to(weight.dtype) @ weight) * kept[:, None]
+                torch.mm(grad_logits, weight, out=gradient[part])
         ctx.save_for_backward(gradient)
         return nll
 
@@ -78,3 +71,16 @@ class FrozenHeadNLL(torch.autograd.Function):
     def backward(ctx, grad_nll):
         (gradient,) = ctx.saved_tensors
         return gradient * grad_nll[:, None].to(gradient.dtype), None, None
+
+
+def softmax_nll(logits: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """(C,) fp32 cross-entropies of logits (C, V), which are overwritten, and the gradient (C, V) of their sum."""
+    if use_kernels(logits):
+        return gpu_kernels.softmax_nll(logits, targets, IGNORED, with_gradient), logits if with_gradient else None
+    kept, target = targets != IGNORED, targets.clamp(min=0)[:, None]  # (C,), (C, 1)
+    log_p = logits.log_softmax(-1, dtype=torch.float32)
+    nll = -log_p.gather(1, target)[:, 0] * kept
+    if not with_gradient:
+        return nll, None
+    p = log_p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
+    return nll, (p * kept[:, None]).to(logits.dtype)

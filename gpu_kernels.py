@@ -1,6 +1,10 @@
 """Triton kernels for what torch needs several passes over memory for. On a GPU only; each names what it stands in for.
 
-Shapes: n rows, H heads of width D, L positions of the cache; N positions of a batch together, R LoRA rank.
+Shapes: N positions of a batch together, G linear layers that read the same input, R LoRA rank, W width of an input, M
+width of a layer's output, V vocabulary; n rows, H heads of width D, L positions of the cache.
+
+Dropout masks are never in memory: whether a value is kept is drawn from a seed (1,) int64, the number of the `site`
+where it is dropped, and its place, and drawn again in the backward pass.
 """
 
 import torch
@@ -8,9 +12,348 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+RANKS = (16, 32, 64, 128)  # of LoRA, that the kernels here take
 BLOCK = 64  # positions of the cache that are read at once
-RANKS = (16, 32, 64, 128)  # that add_low_rank takes
-ROWS, COLUMNS = 64, 128  # of what a program adds to
+ROWS, COLUMNS = 64, 128  # of what a program works on
+PROGRAMS = 400  # that a launch has at least where the work can be divided at will: three for each processor of an H100
+LEVELS = 2**16  # dropout probabilities are multiples of 1 / LEVELS
+ROUNDS = tl.constexpr(
+    7
+)  # of Philox, enough for Crush (Salmon et al. 2011, Parallel Random Numbers: As Easy as 1, 2, 3)
+
+
+@triton.jit
+def _is_kept(seed, site, place, level):
+    """Whether values are kept: eight for each `place` (..., w), (..., w, 2, 2, 2), to be given the shape (..., 8w)."""
+    a, b, c, d = tl.randint4x(tl.load(seed) + site, place, n_rounds=ROUNDS)
+    low = tl.join(tl.join(a & 0xFFFF, b & 0xFFFF), tl.join(c & 0xFFFF, d & 0xFFFF))
+    high = tl.join(tl.join((a >> 16) & 0xFFFF, (b >> 16) & 0xFFFF), tl.join((c >> 16) & 0xFFFF, (d >> 16) & 0xFFFF))
+    return tl.join(low, high).to(tl.int32) >= level
+
+
+def _to_level(dropout: float) -> int:
+    return round(dropout * LEVELS)
+
+
+def _to_scale(dropout: float) -> float:
+    """What kept values are multiplied by."""
+    return LEVELS / (LEVELS - _to_level(dropout))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# LoRA
+
+
+def project_low(x: Tensor, a: Tensor, groups: int, dropout: float, seed: Tensor, site: int) -> Tensor:
+    """(G, N, R): dropout(x) @ A.T for each of `groups` A's, whose masks differ.
+
+    x (N, W) with rows that may lie apart, a (G x R, W) contiguous.
+    """
+    rows, width = x.shape
+    rank = len(a) // groups
+    assert x.stride(1) == 1 and a.is_contiguous() and groups * rows * width < 2**34
+    low = torch.empty(groups, rows, rank, dtype=x.dtype, device=x.device)
+    size = 16 if rows <= 4096 else 32
+    options = {"DROPS": dropout > 0, "R": rank, "ROWS": size, "COLUMNS": 2 * COLUMNS}
+    _project_low[groups, triton.cdiv(rows, size)](
+        x, a, low, seed, site, rows, width, x.stride(0), _to_level(dropout), _to_scale(dropout), **options
+    )
+    return low
+
+
+@triton.jit(do_not_specialize=["site"])
+def _project_low(
+    x, a, low, seed, site, rows, width, x_stride, level, scale,
+    DROPS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(0)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    r = tl.arange(0, R)
+    eighths = tl.cdiv(width, 8)
+    total = tl.zeros((ROWS, R), tl.float32)
+    for start in range(0, width, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        is_there = (row < rows)[:, None] & (column < width)[None, :]
+        part = tl.load(x + row.to(tl.int64)[:, None] * x_stride + column[None, :], is_there, 0.0)
+        if DROPS:
+            place = (group * rows + row)[:, None] * eighths + start // 8 + tl.arange(0, COLUMNS // 8)[None, :]
+            part = tl.where(tl.reshape(_is_kept(seed, site, place, level), (ROWS, COLUMNS)), part, 0.0)
+        weight = tl.load(a + (group * R + r)[:, None] * width + column[None, :], (column < width)[None, :], 0.0)
+        total += tl.dot(part, tl.trans(weight), input_precision="ieee")
+    if DROPS:
+        total = total * scale
+    place = low + (group * rows + row).to(tl.int64)[:, None] * R + r[None, :]
+    tl.store(place, total.to(low.dtype.element_ty), (row < rows)[:, None])
+
+
+def add_low_rank(out: Tensor, low: Tensor, b: Tensor, relu: bool = False) -> None:
+    """out (N, G x M) += low @ B.T of each group in place, and then relu if asked for: addmm_ for each, and relu_.
+
+    low (G, N, R) contiguous, b (G x M, R) contiguous.
+    """
+    groups, rows, rank = low.shape
+    part = out.shape[1] // groups
+    assert out.is_contiguous() and low.is_contiguous() and b.is_contiguous()
+    columns = COLUMNS if groups == 1 else _largest_power(part, COLUMNS)  # no program adds to two groups
+    grid = (triton.cdiv(rows, ROWS), groups * triton.cdiv(part, columns))
+    _add_low_rank[grid](out, low, b, rows, out.shape[1], part, RELU=relu, R=rank, ROWS=ROWS, COLUMNS=columns)
+
+
+def _largest_power(number: int, most: int) -> int:
+    """The largest power of 2 up to `most` that divides `number`."""
+    return min(number & -number, most)
+
+
+@triton.jit
+def _add_low_rank(
+    out, low, b, rows, width, part,
+    RELU: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    group = tl.program_id(1) * COLUMNS // part
+    r = tl.arange(0, R)
+    left = tl.load(low + (group * rows + row).to(tl.int64)[:, None] * R + r[None, :], (row < rows)[:, None], 0.0)
+    right = tl.load(b + column[:, None] * R + r[None, :], (column < width)[:, None], 0.0)
+    is_there = (row < rows)[:, None] & (column < width)[None, :]
+    place = out + row.to(tl.int64)[:, None] * width + column[None, :]
+    total = tl.load(place, is_there, 0.0).to(tl.float32) + tl.dot(left, tl.trans(right), input_precision="ieee")
+    if RELU:
+        total = tl.maximum(total, 0.0)
+    tl.store(place, total.to(out.dtype.element_ty), is_there)
+
+
+def lora_backward(
+    grad_x: Tensor | None,
+    x: Tensor,
+    grad_low: Tensor,
+    a: Tensor,
+    dropout: float,
+    seed: Tensor,
+    site: int,
+    relu: bool = False,
+) -> Tensor:
+    """The gradient of `a` (G x R, W) from that of project_low's result, grad_low (G, N, R) contiguous.
+
+    Adds what goes to x to grad_x (N, W) in place, which is then set to 0 where x <= 0 if `relu`; None: not wanted.
+    """
+    (groups, rows, rank), width = grad_low.shape, x.shape[1]
+    assert x.stride(1) == 1 and grad_low.is_contiguous() and (grad_x is None or grad_x.is_contiguous())
+    blocks = triton.cdiv(width, COLUMNS)
+    height = triton.cdiv(triton.cdiv(rows, ROWS), triton.cdiv(PROGRAMS, blocks)) * ROWS  # rows of a program
+    parts = triton.cdiv(rows, height)
+    sums = torch.empty(parts, *a.shape, dtype=torch.float32, device=a.device)
+    options = {"DROPS": dropout > 0, "ADDS": grad_x is not None, "RELU": relu, "G": groups, "R": rank}
+    _lora_backward[blocks, parts](
+        *(x if grad_x is None else grad_x, x, grad_low, a, sums, seed, site, rows, width, height, x.stride(0)),
+        *(_to_level(dropout), _to_scale(dropout)),
+        **options,
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+    )
+    return sums[0].to(a.dtype) if parts == 1 else sums.sum(0).to(a.dtype)
+
+
+@triton.jit(do_not_specialize=["site"])
+def _lora_backward(
+    grad_x, x, grad_low, a, sums, seed, site, rows, width, height, x_stride, level, scale,
+    DROPS: tl.constexpr, ADDS: tl.constexpr, RELU: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    eighth = tl.program_id(0) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
+    eighths = tl.cdiv(width, 8)
+    is_column = (column < width)[None, :]
+    r = tl.arange(0, R)
+    sum0 = tl.zeros((R, COLUMNS), tl.float32)
+    sum1 = tl.zeros((R, COLUMNS), tl.float32)
+    sum2 = tl.zeros((R, COLUMNS), tl.float32)
+    first = tl.program_id(1) * height
+    for start in range(first, tl.minimum(first + height, rows), ROWS):
+        row = start + tl.arange(0, ROWS)
+        is_there = (row < rows)[:, None] & is_column
+        values = tl.load(x + row.to(tl.int64)[:, None] * x_stride + column[None, :], is_there, 0.0)
+        added = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for group in tl.static_range(G):
+            place = (group * rows + row).to(tl.int64)[:, None] * R + r[None, :]
+            low = tl.load(grad_low + place, (row < rows)[:, None], 0.0)
+            kept = values
+            if DROPS:
+                place = (group * rows + row)[:, None] * eighths + eighth[None, :]
+                is_kept = tl.reshape(_is_kept(seed, site, place, level), (ROWS, COLUMNS))
+                kept = tl.where(is_kept, values, 0.0)
+            share = tl.dot(tl.trans(low), kept, input_precision="ieee")  # (R, COLUMNS)
+            if group == 0:
+                sum0 += share
+            elif group == 1:
+                sum1 += share
+            else:
+                sum2 += share
+            if ADDS:
+                weight = tl.load(a + (group * R + r)[:, None] * width + column[None, :], is_column, 0.0)
+                back = tl.dot(low, weight, input_precision="ieee")
+                if DROPS:
+                    back = tl.where(is_kept, back, 0.0)
+                added += back
+        if ADDS:
+            place = grad_x + row.to(tl.int64)[:, None] * width + column[None, :]
+            total = tl.load(place, is_there, 0.0).to(tl.float32) + added * scale
+            if RELU:
+                total = tl.where(values > 0, total, 0.0)
+            tl.store(place, total.to(grad_x.dtype.element_ty), is_there)
+    place = sums + (tl.program_id(1) * G * R + r)[:, None] * width + column[None, :]
+    tl.store(place, sum0 * scale, is_column)
+    if G > 1:
+        tl.store(place + R * width, sum1 * scale, is_column)
+    if G > 2:
+        tl.store(place + 2 * R * width, sum2 * scale, is_column)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# residual stream
+
+
+def residual_norm(
+    x: Tensor, h: Tensor, dropout: float, seed: Tensor, site: int, weight: Tensor, bias: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(s = x + dropout(h), layer_norm(s), (2, N) mean and 1 / deviation of s's rows in fp32); x and h (N, W)."""
+    rows, width = x.shape
+    assert x.is_contiguous() and h.is_contiguous()
+    total, normed = torch.empty_like(x), torch.empty_like(x)
+    moments = torch.empty(2, rows, dtype=torch.float32, device=x.device)
+    _residual_norm[(rows,)](
+        *(x, h, total, normed, moments, weight, bias, seed, site, rows, width, epsilon),
+        *(_to_level(dropout), _to_scale(dropout)),
+        DROPS=dropout > 0,
+        W=triton.next_power_of_2(width),
+        num_warps=8,
+    )
+    return total, normed, moments
+
+
+@triton.jit(do_not_specialize=["site"])
+def _residual_norm(
+    x, h, total, normed, moments, weight, bias, seed, site, rows, width, epsilon, level, scale,
+    DROPS: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    column = tl.arange(0, W)
+    is_there = column < width
+    place = row.to(tl.int64) * width + column
+    added = tl.load(h + place, is_there, 0.0).to(tl.float32)
+    if DROPS:
+        drawn = row * tl.cdiv(width, 8) + tl.arange(0, W // 8)
+        added = tl.where(tl.reshape(_is_kept(seed, site, drawn, level), (W,)), added * scale, 0.0)
+    s = (tl.load(x + place, is_there, 0.0).to(tl.float32) + added).to(total.dtype.element_ty)
+    tl.store(total + place, s, is_there)
+    s = s.to(tl.float32)
+    mean = tl.sum(s, 0) / width
+    centred = tl.where(is_there, s - mean, 0.0)
+    factor = 1 / tl.sqrt(tl.sum(centred * centred, 0) / width + epsilon)
+    tl.store(moments + row, mean)
+    tl.store(moments + rows + row, factor)
+    gain = tl.load(weight + column, is_there, 0.0).to(tl.float32)
+    shift = tl.load(bias + column, is_there, 0.0).to(tl.float32)
+    tl.store(normed + place, (centred * factor * gain + shift).to(normed.dtype.element_ty), is_there)
+
+
+def residual_norm_backward(
+    grad_total: Tensor | None,
+    grad_normed: Tensor,
+    total: Tensor,
+    moments: Tensor,
+    dropout: float,
+    seed: Tensor,
+    site: int,
+    weight: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of residual_norm's x and h from those of its sum (None: nothing else has used it) and normed sum."""
+    rows, width = total.shape
+    assert grad_normed.is_contiguous() and (grad_total is None or grad_total.is_contiguous())
+    grad_x = torch.empty_like(total)
+    grad_h = torch.empty_like(total) if dropout else grad_x
+    _residual_norm_backward[(rows,)](
+        *(grad_normed if grad_total is None else grad_total, grad_normed, total, moments, weight, grad_x, grad_h),
+        *(seed, site, rows, width, _to_level(dropout), _to_scale(dropout)),
+        ADDS=grad_total is not None,
+        DROPS=dropout > 0,
+        W=triton.next_power_of_2(width),
+        num_warps=8,
+    )
+    return grad_x, grad_h
+
+
+@triton.jit(do_not_specialize=["site"])
+def _residual_norm_backward(
+    grad_total, grad_normed, total, moments, weight, grad_x, grad_h, seed, site, rows, width, level, scale,
+    ADDS: tl.constexpr, DROPS: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    column = tl.arange(0, W)
+    is_there = column < width
+    place = row.to(tl.int64) * width + column
+    mean, factor = tl.load(moments + row), tl.load(moments + rows + row)
+    normal = (tl.load(total + place, is_there, 0.0).to(tl.float32) - mean) * factor
+    normal = tl.where(is_there, normal, 0.0)
+    gain = tl.load(weight + column, is_there, 0.0).to(tl.float32)
+    grad = tl.load(grad_normed + place, is_there, 0.0).to(tl.float32) * gain
+    along, level_part = tl.sum(grad * normal, 0) / width, tl.sum(grad, 0) / width
+    grad = (grad - normal * along - level_part) * factor
+    if ADDS:
+        grad += tl.load(grad_total + place, is_there, 0.0).to(tl.float32)
+    tl.store(grad_x + place, grad.to(grad_x.dtype.element_ty), is_there)
+    if DROPS:
+        drawn = row * tl.cdiv(width, 8) + tl.arange(0, W // 8)
+        dropped = tl.where(tl.reshape(_is_kept(seed, site, drawn, level), (W,)), grad * scale, 0.0)
+        tl.store(grad_h + place, dropped.to(grad_h.dtype.element_ty), is_there)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the language model's head
+
+
+def softmax_nll(logits: Tensor, targets: Tensor, ignored: int, with_gradient: bool) -> Tensor:
+    """(C,) fp32 cross-entropies of logits (C, V) and targets (C,), 0 where the target is `ignored`.
+
+    With a gradient, the logits are overwritten by that of the sum of the cross-entropies.
+    """
+    rows, vocabulary = logits.shape
+    assert logits.is_contiguous()
+    nll = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    _softmax_nll[(rows,)](logits, targets, nll, vocabulary, ignored, WRITES=with_gradient, V=4096, num_warps=8)
+    return nll
+
+
+@triton.jit
+def _softmax_nll(logits, targets, nll, vocabulary, ignored, WRITES: tl.constexpr, V: tl.constexpr):
+    row = tl.program_id(0)
+    start_of_row = logits + row.to(tl.int64) * vocabulary
+    target = tl.load(targets + row)
+    is_wanted = target != ignored
+    at_target = tl.load(start_of_row + tl.where(is_wanted, target, 0)).to(tl.float32)
+    top = tl.full((V,), float("-inf"), tl.float32)  # of each lane so far
+    total = tl.zeros((V,), tl.float32)  # sum of exp(logit - top)
+    for start in range(0, vocabulary, V):
+        column = start + tl.arange(0, V)
+        part = tl.load(start_of_row + column, column < vocabulary, float("-inf")).to(tl.float32)
+        higher = tl.maximum(top, part)
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(top - safe) + tl.exp(part - safe)
+        top = higher
+    highest = tl.max(top, 0)
+    log_total = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
+    tl.store(nll + row, tl.where(is_wanted, log_total - at_target, 0.0))
+    if WRITES:
+        for start in range(0, vocabulary, V):
+            column = start + tl.arange(0, V)
+            part = tl.load(start_of_row + column, column < vocabulary, float("-inf")).to(tl.float32)
+            p = tl.exp(part - log_total) - tl.where(column == target, 1.0, 0.0)
+            p = tl.where(is_wanted, p, 0.0)
+            tl.store(start_of_row + column, p.to(logits.dtype.element_ty), column < vocabulary)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# generation
 
 
 def attend_one(qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
@@ -65,37 +408,3 @@ def _attend_one(
         mean = mean * shrink + tl.sum(p[:, None] * old_v, 0)
         top = higher
     tl.store(out + (row * H + head) * D + d, (mean / total).to(out.dtype.element_ty), is_d)
-
-
-def add_low_rank(out: Tensor, low: Tensor, matrix: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> None:
-    """out += mask * (low @ matrix) * scale in place: addmm_, with the gradient of dropout if there is a mask.
-
-    out (N, M) with rows that may lie apart, low (N, R) contiguous, matrix (R, M) in any order, mask (N, M) of bool,
-    contiguous; R is one of RANKS.
-    """
-    rows, width = out.shape
-    assert out.stride(1) == 1 and low.is_contiguous() and (mask is None or mask.is_contiguous())
-    grid = (triton.cdiv(rows, ROWS), triton.cdiv(width, COLUMNS))
-    options = {"MASKED": mask is not None, "R": low.shape[1], "ROWS": ROWS, "COLUMNS": COLUMNS}
-    arguments = (out, low, matrix, out if mask is None else mask, scale, rows, width)
-    _add_low_rank[grid](*arguments, out.stride(0), *matrix.stride(), **options)
-
-
-@triton.jit
-def _add_low_rank(
-    out, low, matrix, mask, scale, rows, width, out_stride, matrix_stride, matrix_step,
-    MASKED: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    r = tl.arange(0, R)
-    left = tl.load(low + row[:, None] * R + r[None, :], (row < rows)[:, None], 0.0)
-    right = tl.load(matrix + r[:, None] * matrix_stride + column[None, :] * matrix_step, (column < width)[None, :], 0.0)
-    added = tl.dot(left, right) * scale
-    is_there = (row < rows)[:, None] & (column < width)[None, :]
-    if MASKED:
-        kept = tl.load(mask + row[:, None] * width + column[None, :], is_there, 0)
-        added = tl.where(kept != 0, added, 0.0)
-    place = out + row[:, None] * out_stride + column[None, :]
-    before = tl.load(place, is_there, 0.0)
-    tl.store(place, (before.to(tl.float32) + added).to(before.dtype), is_there)

@@ -3,10 +3,11 @@ and peft: linear layers that read the same input are one, and LoRA computes in t
 adapts and adds to their result in place. What caption_loss.py, generation.py and speed.py share.
 
 Shapes: B rows, Q image tokens, T text tokens, H width of the language model, P positions of the ViT and D its width,
-N positions of a batch together, R LoRA rank.
+N positions of a batch together, G linear layers that read the same input, R LoRA rank.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import bitsandbytes as bnb
 import torch
@@ -20,11 +21,20 @@ from transformers import Blip2ForConditionalGeneration, OPTForCausalLM
 
 try:
     import gpu_kernels
-except ImportError:  # torch without CUDA comes without Triton
+except ImportError:  # torch for CPUs comes without Triton
     gpu_kernels = None
 
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]  # whose gradients are the same each time, unlike the others'
-Matrices = dict[nn.Module, tuple[Tensor, Tensor]]  # of a linear layer's LoRA: A (R, in), scaled B (out, R)
+
+
+class Adapters(NamedTuple):
+    """LoRA's matrices of a pass, and what its dropout masks are drawn from where Triton kernels draw them."""
+
+    matrices: dict[
+        nn.Module, tuple[Tensor, Tensor]
+    ]  # by a group's first layer: A (G x R, in), scaled B (sum of out, R)
+    sites: dict[nn.Module, int]  # number of the place where a module drops values
+    seed: Tensor  # (1,) int64 on the device
 
 
 def get_blip2(model) -> Blip2ForConditionalGeneration:
@@ -72,7 +82,7 @@ def is_written_out(model) -> bool:
     )
 
 
-def embed_images(blip: Blip2ForConditionalGeneration, vision: Tensor, lora: Matrices) -> Tensor:
+def embed_images(blip: Blip2ForConditionalGeneration, vision: Tensor, lora: Adapters) -> Tensor:
     """The language model's image tokens (B, Q, H) for the ViT's outputs (B, P, D)."""
     qformer = blip.qformer
     queries = blip.query_tokens.expand(len(vision), -1, -1).to(qformer.layernorm.weight.dtype)
@@ -82,7 +92,16 @@ def embed_images(blip: Blip2ForConditionalGeneration, vision: Tensor, lora: Matr
     return blip.language_projection(x.to(blip.language_model.lm_head.weight.dtype))
 
 
-def run_layer(function, layer, *args) -> Tensor:
+def run_decoder(decoder, x: Tensor, lora: Adapters) -> Tensor:
+    """OPT's last hidden states, normed, for embeddings x (B, Q+T, H) with positions."""
+    norms = [layer.self_attn_layer_norm for layer in decoder.layers] + [decoder.final_layer_norm]
+    normed = norms[0](x)
+    for layer, norm in zip(decoder.layers, norms[1:], strict=True):
+        x, normed = run_layer(opt_layer, layer, x, normed, norm, lora)
+    return normed
+
+
+def run_layer(function, layer, *args):
     """function(layer, *args), its activations computed again in the backward pass where the layer is set to that."""
     if getattr(layer, "gradient_checkpointing", False) and layer.training:
         return checkpoint(function, layer, *args, use_reentrant=False, context_fn=_attention_contexts)
@@ -94,29 +113,33 @@ def _attention_contexts() -> tuple:
     return sdpa_kernel(ATTENTION), sdpa_kernel(ATTENTION)
 
 
-def opt_layer(layer, x: Tensor, lora: Matrices) -> Tensor:
-    """An OPTDecoderLayer on x (B, Q+T, H), each position seeing itself and those before."""
+def opt_layer(layer, x: Tensor, normed: Tensor, next_norm: nn.LayerNorm, lora: Adapters) -> tuple[Tensor, Tensor]:
+    """An OPTDecoderLayer on x (B, Q+T, H), each position seeing itself and those before: the new x, and next_norm(x).
+
+    `normed` is x as the layer's first norm makes it.
+    """
     attention, (qkv, out, fc1, fc2) = layer.self_attn, group_linears(layer)
-    q, k, v = apply_linears(qkv, layer.self_attn_layer_norm(x), lora)
+    q, k, v = apply_linears(qkv, normed, lora)
     seen = attend(q, k, v, attention.num_heads, attention.dropout * layer.training, is_causal=True)
     [h] = apply_linears(out, seen, lora)
-    x = x + F.dropout(h, layer.dropout, layer.training)
-    [h] = apply_linears(fc1, layer.final_layer_norm(x), lora)
-    [h] = apply_linears(fc2, layer.activation_fn(h), lora)
-    return x + F.dropout(h, layer.dropout, layer.training)
+    x, normed = add_and_norm(x, h, layer.dropout * layer.training, layer.final_layer_norm, lora)
+    relu = isinstance(layer.activation_fn, nn.ReLU)
+    [h] = apply_linears(fc1, normed, lora, relu=relu)
+    [h] = apply_linears(fc2, h if relu else layer.activation_fn(h), lora, after_relu=relu)
+    return add_and_norm(x, h, layer.dropout * layer.training, next_norm, lora)
 
 
-def qformer_layer(layer, x: Tensor, vision: Tensor, lora: Matrices) -> Tensor:
+def qformer_layer(layer, x: Tensor, vision: Tensor, lora: Adapters) -> Tensor:
     """A Blip2QFormerLayer on queries x (B, Q, width), which look at vision (B, P, D) in every other layer."""
     x = qformer_attention(layer.attention, x, x, lora)
     if layer.has_cross_attention:
         x = qformer_attention(layer.crossattention, x, vision, lora)
     [h] = apply_linears([layer.intermediate_query.dense], x, lora)
     [h] = apply_linears([layer.output_query.dense], layer.intermediate_query.intermediate_act_fn(h), lora)
-    return layer.output_query.LayerNorm(layer.output_query.dropout(h) + x)
+    return qformer_add_and_norm(layer.output_query, x, h, lora)
 
 
-def qformer_attention(block, x: Tensor, source: Tensor, lora: Matrices) -> Tensor:
+def qformer_attention(block, x: Tensor, source: Tensor, lora: Adapters) -> Tensor:
     attention = block.attention
     if source is x:
         q, k, v = apply_linears([attention.query, attention.key, attention.value], x, lora)
@@ -127,7 +150,12 @@ def qformer_attention(block, x: Tensor, source: Tensor, lora: Matrices) -> Tenso
     [h] = apply_linears(
         [block.output.dense], attend(q, k, v, attention.num_attention_heads, dropout, is_causal=False), lora
     )
-    return block.output.LayerNorm(block.output.dropout(h) + x)
+    return qformer_add_and_norm(block.output, x, h, lora)
+
+
+def qformer_add_and_norm(block, x: Tensor, h: Tensor, lora: Adapters) -> Tensor:
+    dropout = block.dropout.p if block.dropout.training else 0.0
+    return add_and_norm(x, h, dropout, block.LayerNorm, lora)[1]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, dropout: float, is_causal: bool) -> Tensor:
@@ -137,64 +165,156 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, dropout: float, is_causa
 
 
 # --------------------------------------------------------------------------------------------------------------
+# residual stream
+
+
+def add_and_norm(x: Tensor, h: Tensor, dropout: float, norm: nn.LayerNorm, lora: Adapters) -> tuple[Tensor, Tensor]:
+    """x + dropout(h), and norm of it; norm is frozen. The mask's site is that of `norm`."""
+    if not use_kernels(x):
+        x = x + F.dropout(h, dropout)
+        return x, norm(x)
+    return AddAndNorm.apply(x, h, dropout, norm, lora.seed, lora.sites[norm])
+
+
+class AddAndNorm(torch.autograd.Function):
+    """add_and_norm by Triton kernels, without gradients of the norm's own weights."""
+
+    @staticmethod
+    def forward(ctx, x, h, dropout, norm, seed, site):
+        total, normed, moments = gpu_kernels.residual_norm(
+            x.flatten(0, -2), h.flatten(0, -2), dropout, seed, site, norm.weight, norm.bias, norm.eps
+        )
+        ctx.save_for_backward(total, moments, seed)
+        ctx.dropout, ctx.weight, ctx.site = dropout, norm.weight, site
+        ctx.set_materialize_grads(False)
+        return total.view(x.shape), normed.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad_total, grad_normed):
+        total, moments, seed = ctx.saved_tensors
+        grad_total = None if grad_total is None else grad_total.contiguous().view(total.shape)
+        grad_x, grad_h = gpu_kernels.residual_norm_backward(
+            *(grad_total, grad_normed.contiguous().view(total.shape), total, moments),
+            *(ctx.dropout, seed, ctx.site, ctx.weight),
+        )
+        return grad_x.view(grad_normed.shape), grad_h.view(grad_normed.shape), None, None, None, None
+
+
+# --------------------------------------------------------------------------------------------------------------
 # linear layers with LoRA
 
 
-def apply_linears(layers: Sequence[nn.Module], x: Tensor, lora: Matrices) -> tuple[Tensor, ...]:
-    """What each of `layers`, which read the same x (..., in), gives: (..., out) each."""
-    matrices = [matrix for layer in layers if layer in lora for matrix in lora[layer]]
+def use_kernels(x: Tensor) -> bool:
+    return gpu_kernels is not None and x.is_cuda
+
+
+def apply_linears(
+    layers: Sequence[nn.Module], x: Tensor, lora: Adapters, relu: bool = False, after_relu: bool = False
+) -> tuple[Tensor, ...]:
+    """What each of `layers`, which read the same x (..., in), gives: (..., out) each.
+
+    With `relu` that is applied to it, and what uses it must be called with `after_relu`: that makes the gradient of
+    what is below 0 zero, for both.
+    """
+    matrices = lora.matrices.get(layers[0], ())
     dropouts = [m for m in layers[0].lora_dropout.values() if isinstance(m, nn.Dropout)] if matrices else []
     dropout = dropouts[0].p if dropouts and dropouts[0].training else 0.0
-    y = LoraLinears.apply(x.reshape(-1, x.shape[-1]), layers, dropout, *matrices)
+    drop = (dropout, lora.seed, lora.sites[layers[0]])
+    y = LoraLinears.apply(x.reshape(-1, x.shape[-1]), layers, drop, relu, after_relu, *matrices)
     return y.view(*x.shape[:-1], -1).split([layer.out_features for layer in layers], dim=-1)
 
 
 class LoraLinears(torch.autograd.Function):
-    """Frozen linear layers side by side, with or without LoRA: x (N, in), A1, B1, A2, B2, ... -> (N, sum of out).
+    """Frozen linear layers side by side, with or without LoRA: x (N, in), A, B -> (N, sum of out).
 
     The matrices are those of `copy_lora`. Each layer's LoRA has a dropout mask of its own, as in peft.
     """
 
     @staticmethod
-    def forward(ctx, x, layers, dropout, *matrices):
+    def forward(ctx, x, layers, drop, relu, after_relu, a=None, b=None):
         weight, bias = join_linears(layers)
+        ctx.layers, ctx.drop, ctx.after_relu = layers, drop, after_relu
+        if a is None:
+            ctx.save_for_backward(x if after_relu else None)
+            return torch._addmm_activation(bias, x, weight.T) if relu else F.linear(x, weight, bias)
         y = F.linear(x, weight, bias)
-        ctx.layers, ctx.dropout = layers, dropout
-        ctx.sizes = [layer.out_features for layer in layers]
-        saved = []
-        for a, b, part in zip(matrices[::2], matrices[1::2], y.split(ctx.sizes, dim=1), strict=False):
-            kept, mask = torch.native_dropout(x, dropout, True) if dropout else (x, None)
-            low = kept @ a.T  # (N, R)
-            add_low_rank(part, low, b.T)
-            saved += [kept, mask, low]
-        ctx.save_for_backward(*matrices, *saved)
+        low, masks = project_low(x, a, len(layers), *drop)
+        add_low_rank(y, low, b, relu)
+        ctx.save_for_backward(x, a, b, low, masks)
         return y
 
     @staticmethod
     def backward(ctx, grad_y):
-        saved = ctx.saved_tensors
-        count = len(saved) * 2 // 5
-        matrices, saved = saved[:count], saved[count:]
+        x, *saved = ctx.saved_tensors
+        grad_y = grad_y.contiguous()
         grad_x = grad_y @ join_linears(ctx.layers)[0] if ctx.needs_input_grad[0] else None
-        gradients = []
-        for i, part in zip(range(count // 2), grad_y.split(ctx.sizes, dim=1), strict=False):
-            a, b = matrices[2 * i : 2 * i + 2]
-            kept, mask, low = saved[3 * i : 3 * i + 3]
-            grad_low = part @ b  # (N, R)
-            gradients += [grad_low.T @ kept, part.T @ low]
-            if grad_x is not None:
-                add_low_rank(grad_x, grad_low, a, mask, 1 / (1 - ctx.dropout))
-        return grad_x, None, None, *gradients
+        if not saved:
+            if ctx.after_relu and grad_x is not None:
+                grad_x.masked_fill_(x <= 0, 0)
+            return grad_x, None, None, None, None
+        a, b, low, masks = saved
+        groups, rank = len(ctx.layers), b.shape[1]
+        parts = grad_y.view(len(x), groups, -1).transpose(0, 1)  # (G, N, out)
+        grad_low = torch.bmm(parts, b.view(groups, -1, rank))  # (G, N, R)
+        grad_b = torch.bmm(parts.mT, low).view(b.shape)
+        grad_a = lora_backward(grad_x, x, grad_low, a, masks, *ctx.drop, ctx.after_relu)
+        return grad_x, None, None, None, None, grad_a, grad_b
 
 
-def add_low_rank(out: Tensor, low: Tensor, matrix: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> None:
-    """out (N, M) += mask * (low (N, R) @ matrix (R, M)) * scale in place; no mask counts as one of ones."""
-    if gpu_kernels and out.is_cuda and low.shape[1] in gpu_kernels.RANKS:
-        gpu_kernels.add_low_rank(out, low, matrix, mask, scale)
-    elif mask is None:
-        out.addmm_(low, matrix, alpha=scale)
-    else:
-        out.add_(torch.ops.aten.native_dropout_backward(low @ matrix, mask, scale))
+def has_rank(a: Tensor, groups: int) -> bool:
+    """Whether the Triton kernels take matrices of this rank."""
+    return use_kernels(a) and len(a) // groups in gpu_kernels.RANKS and groups <= 3
+
+
+def project_low(
+    x: Tensor, a: Tensor, groups: int, dropout: float, seed: Tensor, site: int
+) -> tuple[Tensor, Tensor | None]:
+    """dropout(x) @ A.T of each layer (G, N, R); and the masks (G, N, in), None where they need not be kept."""
+    if has_rank(a, groups):
+        return gpu_kernels.project_low(x, a, groups, dropout, seed, site), None
+    if not dropout:
+        return torch.stack([x @ part.T for part in a.chunk(groups)]), None
+    drawn = [torch.native_dropout(x, dropout, True) for _ in range(groups)]
+    low = [kept @ part.T for (kept, _), part in zip(drawn, a.chunk(groups), strict=True)]
+    return torch.stack(low), torch.stack([mask for _, mask in drawn])
+
+
+def add_low_rank(y: Tensor, low: Tensor, b: Tensor, relu: bool) -> None:
+    """y (N, sum of out) += low (G, N, R) @ B.T of each layer in place, and then relu if asked for."""
+    if use_kernels(y) and low.shape[2] in gpu_kernels.RANKS:
+        gpu_kernels.add_low_rank(y, low, b, relu)
+        return
+    for part, part_low, part_b in zip(y.chunk(len(low), 1), low, b.chunk(len(low)), strict=True):
+        part.addmm_(part_low, part_b.T)
+    if relu:
+        y.relu_()
+
+
+def lora_backward(
+    grad_x: Tensor | None,
+    x: Tensor,
+    grad_low: Tensor,
+    a: Tensor,
+    masks: Tensor | None,
+    dropout: float,
+    seed: Tensor,
+    site: int,
+    after_relu: bool,
+) -> Tensor:
+    """A's gradient from that of project_low's result; adds to grad_x (N, in) in place, unless it is None."""
+    groups = len(grad_low)
+    if has_rank(a, groups):
+        return gpu_kernels.lora_backward(grad_x, x, grad_low, a, dropout, seed, site, after_relu)
+    scale, gradients = 1 / (1 - dropout), []
+    for i, part in enumerate(a.chunk(groups)):
+        kept = x if masks is None else torch.ops.aten.native_dropout_backward(x, masks[i], scale)
+        gradients.append(grad_low[i].T @ kept)
+        if grad_x is not None:
+            back = grad_low[i] @ part
+            grad_x += back if masks is None else torch.ops.aten.native_dropout_backward(back, masks[i], scale)
+    if after_relu and grad_x is not None:
+        grad_x.masked_fill_(x <= 0, 0)
+    return torch.cat(gradients)
 
 
 def get_base(layer: nn.Module) -> nn.Module:
@@ -220,47 +340,69 @@ def join_linears(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
     return torch.cat(weights), None if bases[0].bias is None else torch.cat([base.bias for base in bases])
 
 
-def copy_lora(model) -> Matrices:
+def copy_lora(model) -> Adapters:
     """LoRA's matrices in the precision in which their layer computes, B times LoRA's scale; gradients reach them.
 
-    That differs between layers: the Q-Former of a model in fp16 stays in fp32.
+    That differs between layers: the Q-Former of a model in fp16 stays in fp32. The seed is drawn anew.
     """
-    layers = [
-        layer
-        for layer in model.modules()
-        if isinstance(layer, LoraLayer) and not layer.disable_adapters and not layer.merged
-    ]
-    weights, scales, dtypes = [], [], []
-    for layer in layers:
-        [name], base = layer.active_adapters, get_base(layer)
-        is_packed = isinstance(base, bnb.nn.Linear4bit)
-        dtypes += 2 * [(base.compute_dtype or base.weight.quant_state.dtype) if is_packed else base.weight.dtype]
-        weights += [layer.lora_A[name].weight, layer.lora_B[name].weight]
-        scales += [1.0, layer.scaling[name]]
-    if not layers:
-        return {}
-    copies = ScaledCopies.apply(dtypes, scales, *weights)
-    return dict(zip(layers, zip(copies[::2], copies[1::2], strict=True), strict=True))
+    blip, groups, weights, dtypes, scales = get_blip2(model), {}, [], [], []
+    for group in list_groups(model):
+        layers = [layer for layer in group if has_active_lora(layer)]
+        assert len(layers) in (0, len(group)), "LoRA on some of the layers that read the same input"
+        for layer in layers:
+            [name], base = layer.active_adapters, get_base(layer)
+            is_packed = isinstance(base, bnb.nn.Linear4bit)
+            dtypes.append((base.compute_dtype or base.weight.quant_state.dtype) if is_packed else base.weight.dtype)
+            weights += [layer.lora_A[name].weight, layer.lora_B[name].weight]
+            scales.append(layer.scaling[name])
+        if layers:
+            groups[group[0]] = len(group)
+    sites = {module: site for site, module in enumerate(blip.modules())}
+    device = blip.query_tokens.device
+    seed = torch.randint(2**62, (1,), device=device) if use_kernels(blip.query_tokens) else torch.zeros(1)
+    copies = ScaledCopies.apply(list(groups.values()), dtypes, scales, *weights) if groups else ()
+    return Adapters(dict(zip(groups, zip(copies[::2], copies[1::2], strict=True), strict=True)), sites, seed)
+
+
+def has_active_lora(layer: nn.Module) -> bool:
+    return isinstance(layer, LoraLayer) and not layer.disable_adapters and not layer.merged
 
 
 class ScaledCopies(torch.autograd.Function):
-    """Hundreds of small weights in another precision and times a factor each, by a few kernels."""
+    """Hundreds of small matrices in another precision, B's times a factor, by a few kernels.
+
+    Weights A, B of each layer become A's and B's of each group of `sizes` layers below each other.
+    """
 
     @staticmethod
-    def forward(ctx, dtypes, scales, *weights):
-        ctx.scales, ctx.dtypes = scales, [weight.dtype for weight in weights]
-        return tuple(copy_all(weights, dtypes, scales))
+    def forward(ctx, sizes, dtypes, scales, *weights):
+        ctx.sizes, ctx.scales, ctx.dtypes = sizes, scales, [weight.dtype for weight in weights]
+        stacked, places, first = [], [], 0
+        for size in sizes:
+            group, dtype = weights[2 * first : 2 * (first + size)], dtypes[first]
+            for same in (group[::2], group[1::2]):
+                stacked.append(same[0].new_empty(sum(map(len, same)), same[0].shape[1], dtype=dtype))
+                places.append(stacked[-1].split([len(matrix) for matrix in same]))
+            first += size
+        copies = interleave(places)
+        torch._foreach_copy_(copies, list(weights))
+        torch._foreach_mul_(copies[1::2], scales)
+        return tuple(stacked)
 
     @staticmethod
     def backward(ctx, *gradients):
-        return None, None, *copy_all(gradients, ctx.dtypes, ctx.scales)
+        sizes = [size for size in ctx.sizes for _ in "AB"]
+        parts = interleave([part.chunk(size) for part, size in zip(gradients, sizes, strict=True)])
+        copies = [
+            torch.empty_like(part, dtype=dtype, memory_format=torch.contiguous_format)
+            for part, dtype in zip(parts, ctx.dtypes, strict=True)
+        ]
+        torch._foreach_copy_(copies, parts)
+        torch._foreach_mul_(copies[1::2], ctx.scales)
+        return None, None, None, *copies
 
 
-def copy_all(tensors: Sequence[Tensor], dtypes: list[torch.dtype], scales: list[float]) -> list[Tensor]:
-    copies = [
-        torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
-        for tensor, dtype in zip(tensors, dtypes, strict=True)
-    ]
-    torch._foreach_copy_(copies, list(tensors))
-    torch._foreach_mul_(copies, scales)
-    return copies
+def interleave(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """A, B, A, B, ... of each layer, from the A's of a group, its B's, the A's of the next, ..."""
+    pairs = [pair for a, b in zip(groups[::2], groups[1::2], strict=True) for pair in zip(a, b, strict=True)]
+    return [matrix for pair in pairs for matrix in pair]

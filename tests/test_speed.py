@@ -31,10 +31,10 @@ def batch(drawn, tiny_checkpoint):
     return CaptionCollator(model.config)([dataset[row] for row in range(4)])
 
 
-def load(checkpoint, load_in_4bit=False, dropout=0.0):
+def load(checkpoint, load_in_4bit=False, dropout=0.0, rank=4):
     """A model with LoRA that has an effect, without dropout anywhere but in LoRA."""
     torch.manual_seed(0)
-    model = add_lora(load_model(checkpoint, load_in_4bit, CPU), "both", 4, 8, dropout)
+    model = add_lora(load_model(checkpoint, load_in_4bit, CPU), "both", rank, 8, dropout)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
@@ -83,6 +83,50 @@ def test_dropout_is_that_of_lora(tiny_checkpoint, batch):
         base = caption_nll(model, **batch).sum() / tokens
         assert base.item() == pytest.approx(model(**batch).loss.item(), rel=1e-6)
     assert abs(base - fast[0]) > 1e-3
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The Triton kernels in use on the CPU, in Triton's interpreter."""
+    pytest.importorskip("gpu_kernels", reason="Triton is not installed")
+    monkeypatch.setattr("layers.use_kernels", lambda x: True)
+    monkeypatch.setattr("caption_loss.use_kernels", lambda x: True)
+
+
+def test_kernels_give_the_models_loss(tiny_checkpoint, batch, kernels):
+    model = load(tiny_checkpoint, rank=16)
+    tokens = (batch["labels"] != -100).sum()
+    plain = loss_and_gradients(model, lambda: model(**batch).loss)
+    check_agreement(plain, loss_and_gradients(model, lambda: caption_nll(model, **batch).sum() / tokens))
+
+
+def test_gradients_of_kernels_are_those_of_their_dropout(tiny_checkpoint, batch, kernels):
+    """With the masks of one seed, the loss changes along a direction as the gradient says."""
+    model = load(tiny_checkpoint, dropout=0.3, rank=16).train()
+    blip = model.get_base_model()
+    for layer in blip.modules():
+        layer.attention_dropout = 0.0  # drawn by torch
+    blip.qformer.dropout.eval()
+
+    def compute():
+        torch.manual_seed(1)
+        return caption_nll(model, **batch).sum()
+
+    loss, gradients = loss_and_gradients(model, compute)
+    assert compute() == loss
+    assert abs(caption_nll(model, **batch).sum() - loss) > 1e-3  # another seed
+    for part in ("qformer", "language_model"):
+        weights = {name: weight for name, weight in model.named_parameters() if name in gradients and part in name}
+        slope = sum((gradients[name] ** 2).sum() for name in weights).sqrt()
+        losses = []
+        for step in (-1e-3, 1e-3):
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    weight.add_(step * gradients[name] / slope)
+                losses.append(compute().double())
+                for name, weight in weights.items():
+                    weight.sub_(step * gradients[name] / slope)
+        assert ((losses[1] - losses[0]) / 2e-3).item() == pytest.approx(slope.item(), rel=0.02)
 
 
 def test_gradient_checkpointing_changes_nothing(tiny_checkpoint, batch):

@@ -1,0 +1,111 @@
+"""The Triton kernels against torch: on the CPU in Triton's interpreter, on a GPU as they run there."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+gpu_kernels = pytest.importorskip("gpu_kernels", reason="Triton is not installed")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32]
+SEED = torch.tensor([123456789], device=DEVICE)
+
+
+def make(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def check(result, expected, dtype):
+    limit = 1e-5 if dtype == torch.float32 else 1e-2
+    assert (result.double() - expected.double()).norm() <= limit * expected.double().norm()
+
+
+def masks_of(groups, rows, width, dropout, site=3):
+    """(G, N, W) masks times scale, as project_low draws them: its products with unit matrices of rank 16."""
+    x, columns = torch.ones(rows, width, device=DEVICE), []
+    for start in range(0, width, 16):
+        unit = torch.zeros(16, width, device=DEVICE)
+        unit[range(min(16, width - start)), range(start, min(start + 16, width))] = 1
+        columns.append(gpu_kernels.project_low(x, unit.repeat(groups, 1), groups, dropout, SEED, site))
+    return torch.cat(columns, 2)[:, :, :width]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("groups", "relu"), [(1, True), (2, False), (3, True)])
+def test_lora_is_torchs(groups, relu, dtype):
+    rows, width, part, rank = 70, 200, 64, 16
+    torch.manual_seed(0)
+    masks = masks_of(groups, rows, width, 0.25)
+    x = make(rows, width, dtype=dtype).requires_grad_()
+    a = make(groups * rank, width, dtype=dtype).requires_grad_()
+    low = gpu_kernels.project_low(x.detach(), a.detach(), groups, 0.25, SEED, 3)
+    inputs = x.double() * masks.double()  # (G, N, W)
+    expected = torch.bmm(inputs, a.double().view(groups, rank, width).mT)
+    check(low, expected, dtype)
+
+    b, out = make(groups * part, rank, dtype=dtype), make(rows, groups * part, dtype=dtype)
+    added = out.double() + torch.cat(list(torch.bmm(low.double(), b.double().view(groups, part, rank).mT)), 1)
+    gpu_kernels.add_low_rank(out, low, b, relu)
+    check(out, added.relu() if relu else added, dtype)
+
+    grad_low, grad_x = make(groups, rows, rank, dtype=dtype), make(rows, width, dtype=dtype)
+    gradients = torch.autograd.grad(expected, (x, a), grad_low.double())
+    wanted = grad_x.double() + gradients[0].double()
+    grad_a = gpu_kernels.lora_backward(grad_x, x.detach(), grad_low, a.detach(), 0.25, SEED, 3, relu)
+    check(grad_a, gradients[1], dtype)
+    check(grad_x, wanted * (x > 0) if relu else wanted, dtype)
+    assert torch.equal(gpu_kernels.lora_backward(None, x.detach(), grad_low, a.detach(), 0.25, SEED, 3), grad_a)
+
+
+def test_masks_differ_and_have_the_wanted_share():
+    masks = masks_of(3, 64, 256, 0.05)
+    assert masks.unique().tolist() == pytest.approx([0, 1 / 0.95], rel=1e-4)
+    shares = (masks == 0).float().mean((1, 2))
+    assert ((shares - 0.05).abs() < 4 * (0.05 * 0.95 / 64 / 256) ** 0.5).all()
+    together = ((masks[0] == 0) & (masks[1] == 0)).float().mean()
+    assert abs(together - 0.05**2) < 4 * (0.05**2 / 64 / 256) ** 0.5
+    for other in (masks_of(1, 64, 256, 0.05, site=4)[0], masks[0].roll(1, 0), masks[0].roll(1, 1), masks[0].roll(8, 1)):
+        assert abs(((masks[0] == 0) & (other == 0)).float().mean() - 0.05**2) < 4 * (0.05**2 / 64 / 256) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("with_sum", [True, False])
+def test_residual_norm_is_torchs(dropout, with_sum, dtype):
+    rows, width = 9, 200
+    torch.manual_seed(0)
+    weight, bias = make(width, dtype=dtype), make(width, dtype=dtype)
+    zeros, ones = torch.zeros(rows, width, device=DEVICE), torch.ones(rows, width, device=DEVICE)
+    mask = gpu_kernels.residual_norm(zeros, ones, dropout, SEED, 5, weight, bias, 1e-5)[0].double()
+    assert (mask == 0).any() == (dropout > 0)
+    x, h = (make(rows, width, dtype=dtype).requires_grad_() for _ in range(2))
+    total, normed, moments = gpu_kernels.residual_norm(x.detach(), h.detach(), dropout, SEED, 5, weight, bias, 1e-5)
+    expected_sum = x.double() + h.double() * mask
+    expected = F.layer_norm(expected_sum, (width,), weight.double(), bias.double(), 1e-5)
+    check(total, expected_sum, dtype)
+    check(normed, expected, dtype)
+    grad_sum, grad = make(rows, width, dtype=dtype), make(rows, width, dtype=dtype)
+    loss = (expected * grad.double()).sum() + (expected_sum * grad_sum.double()).sum() * with_sum
+    gradients = torch.autograd.grad(loss, (x, h))
+    results = gpu_kernels.residual_norm_backward(
+        grad_sum if with_sum else None, grad, total, moments, dropout, SEED, 5, weight
+    )
+    for result, gradient in zip(results, gradients, strict=True):
+        check(result, gradient, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [52, 5000])
+def test_softmax_nll_is_torchs(vocabulary, dtype):
+    torch.manual_seed(0)
+    logits = (3 * make(7, vocabulary)).to(dtype)
+    targets = torch.tensor([0, 1, -100, vocabulary - 1, 3, -100, 2], device=DEVICE)
+    reference = logits.double().requires_grad_()
+    expected = F.cross_entropy(reference, targets, ignore_index=-100, reduction="none")
+    (gradient,) = torch.autograd.grad(expected.sum(), reference)
+    before = logits.clone()
+    check(gpu_kernels.softmax_nll(logits, targets, -100, False), expected, torch.float32)
+    assert torch.equal(logits, before)
+    check(gpu_kernels.softmax_nll(logits, targets, -100, True), expected, torch.float32)
+    check(logits, gradient, dtype)
+    assert not logits[2].any()
