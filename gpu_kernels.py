@@ -14,7 +14,11 @@ from torch import Tensor
 
 RANKS = (16, 32, 64, 128)  # of LoRA, that the kernels here take
 BLOCK = 64  # positions of the cache that are read at once
-ROWS, COLUMNS = 64, 128  # of what a program works on
+# of what a program works on, and by how many warps; measured on an H100
+PROJECT = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4, "num_stages": 3}
+ADD = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4}
+BACKWARD = {"ROWS": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 1}
+ATTEND = {"MOST": 64, "num_warps": 4}  # most queries and keys
 PROGRAMS = 400  # that a launch has at least where the work can be divided at will: three for each processor of an H100
 LEVELS = 2**16  # dropout probabilities are multiples of 1 / LEVELS
 ROUNDS = tl.constexpr(
@@ -44,26 +48,26 @@ def _to_scale(dropout: float) -> float:
 # LoRA
 
 
-def project_low(x: Tensor, a: Tensor, groups: int, dropout: float, seed: Tensor, site: int) -> Tensor:
-    """(G, N, R): dropout(x) @ A.T for each of `groups` A's, whose masks differ.
+def project_low(x: Tensor, a: Tensor, dropout: float, seed: Tensor, site: int, low: Tensor) -> None:
+    """low (G, N, R) = dropout(x) @ A.T for each A of a (G x R, W), whose masks differ.
 
-    x (N, W) with rows that may lie apart, a (G x R, W) contiguous.
+    a is contiguous; rows of x (N, W) and of low may lie apart.
     """
-    rows, width = x.shape
-    rank = len(a) // groups
-    assert x.stride(1) == 1 and a.is_contiguous() and groups * rows * width < 2**34
-    low = torch.empty(groups, rows, rank, dtype=x.dtype, device=x.device)
-    size = 16 if rows <= 4096 else 32
-    options = {"DROPS": dropout > 0, "R": rank, "ROWS": size, "COLUMNS": 2 * COLUMNS}
-    _project_low[groups, triton.cdiv(rows, size)](
-        x, a, low, seed, site, rows, width, x.stride(0), _to_level(dropout), _to_scale(dropout), **options
+    (groups, rows, rank), width = low.shape, x.shape[1]
+    assert x.stride(1) == low.stride(2) == 1 and a.is_contiguous() and groups * rows * width < 2**34
+    _project_low[groups, triton.cdiv(rows, PROJECT["ROWS"])](
+        *(x, a, low, seed, site, rows, width, x.stride(0), *low.stride()[:2]),
+        *(_to_level(dropout), _to_scale(dropout)),
+        DROPS=dropout > 0,
+        R=rank,
+        **PROJECT,
     )
     return low
 
 
 @triton.jit(do_not_specialize=["site"])
 def _project_low(
-    x, a, low, seed, site, rows, width, x_stride, level, scale,
+    x, a, low, seed, site, rows, width, x_stride, low_group, low_stride, level, scale,
     DROPS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0)
@@ -82,7 +86,7 @@ def _project_low(
         total += tl.dot(part, tl.trans(weight), input_precision="ieee")
     if DROPS:
         total = total * scale
-    place = low + (group * rows + row).to(tl.int64)[:, None] * R + r[None, :]
+    place = low + group * low_group + row.to(tl.int64)[:, None] * low_stride + r[None, :]
     tl.store(place, total.to(low.dtype.element_ty), (row < rows)[:, None])
 
 
@@ -94,14 +98,11 @@ def add_low_rank(out: Tensor, low: Tensor, b: Tensor, relu: bool = False) -> Non
     groups, rows, rank = low.shape
     part = out.shape[1] // groups
     assert out.is_contiguous() and low.is_contiguous() and b.is_contiguous()
-    columns = COLUMNS if groups == 1 else _largest_power(part, COLUMNS)  # no program adds to two groups
-    grid = (triton.cdiv(rows, ROWS), groups * triton.cdiv(part, columns))
-    _add_low_rank[grid](out, low, b, rows, out.shape[1], part, RELU=relu, R=rank, ROWS=ROWS, COLUMNS=columns)
-
-
-def _largest_power(number: int, most: int) -> int:
-    """The largest power of 2 up to `most` that divides `number`."""
-    return min(number & -number, most)
+    columns = ADD["COLUMNS"]
+    if groups > 1:
+        columns = min(columns, part & -part)  # the largest power of 2 in it: no program adds to two groups
+    grid = (triton.cdiv(rows, ADD["ROWS"]), groups * triton.cdiv(part, columns))
+    _add_low_rank[grid](out, low, b, rows, out.shape[1], part, RELU=relu, R=rank, **ADD | {"COLUMNS": columns})
 
 
 @triton.jit
@@ -139,8 +140,8 @@ def lora_backward(
     """
     (groups, rows, rank), width = grad_low.shape, x.shape[1]
     assert x.stride(1) == 1 and grad_low.is_contiguous() and (grad_x is None or grad_x.is_contiguous())
-    blocks = triton.cdiv(width, COLUMNS)
-    height = triton.cdiv(triton.cdiv(rows, ROWS), triton.cdiv(PROGRAMS, blocks)) * ROWS  # rows of a program
+    blocks, height = triton.cdiv(width, BACKWARD["COLUMNS"]), BACKWARD["ROWS"]
+    height *= triton.cdiv(triton.cdiv(rows, height), triton.cdiv(PROGRAMS, blocks))  # rows of a program
     parts = triton.cdiv(rows, height)
     sums = torch.empty(parts, *a.shape, dtype=torch.float32, device=a.device)
     options = {"DROPS": dropout > 0, "ADDS": grad_x is not None, "RELU": relu, "G": groups, "R": rank}
@@ -148,8 +149,7 @@ def lora_backward(
         *(x if grad_x is None else grad_x, x, grad_low, a, sums, seed, site, rows, width, height, x.stride(0)),
         *(_to_level(dropout), _to_scale(dropout)),
         **options,
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
+        **BACKWARD,
     )
     return sums[0].to(a.dtype) if parts == 1 else sums.sum(0).to(a.dtype)
 
@@ -214,15 +214,18 @@ def _lora_backward(
 
 
 def residual_norm(
-    x: Tensor, h: Tensor, dropout: float, seed: Tensor, site: int, weight: Tensor, bias: Tensor, epsilon: float
+    x: Tensor, h: Tensor, dropout: float, seed: Tensor, site: int, norm: torch.nn.LayerNorm, room: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(s = x + dropout(h), layer_norm(s), (2, N) mean and 1 / deviation of s's rows in fp32); x and h (N, W)."""
+    """(s = x + dropout(h), norm(s), (2, N) mean and 1 / deviation of s's rows in fp32); x and h (N, W).
+
+    Rows of norm(s) lie `room` values apart.
+    """
     rows, width = x.shape
     assert x.is_contiguous() and h.is_contiguous()
-    total, normed = torch.empty_like(x), torch.empty_like(x)
+    total, normed = torch.empty_like(x), x.new_empty(rows, width + room)[:, :width]
     moments = torch.empty(2, rows, dtype=torch.float32, device=x.device)
     _residual_norm[(rows,)](
-        *(x, h, total, normed, moments, weight, bias, seed, site, rows, width, epsilon),
+        *(x, h, total, normed, moments, norm.weight, norm.bias, seed, site, rows, width, width + room, norm.eps),
         *(_to_level(dropout), _to_scale(dropout)),
         DROPS=dropout > 0,
         W=triton.next_power_of_2(width),
@@ -233,7 +236,7 @@ def residual_norm(
 
 @triton.jit(do_not_specialize=["site"])
 def _residual_norm(
-    x, h, total, normed, moments, weight, bias, seed, site, rows, width, epsilon, level, scale,
+    x, h, total, normed, moments, weight, bias, seed, site, rows, width, normed_stride, epsilon, level, scale,
     DROPS: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -254,6 +257,7 @@ def _residual_norm(
     tl.store(moments + rows + row, factor)
     gain = tl.load(weight + column, is_there, 0.0).to(tl.float32)
     shift = tl.load(bias + column, is_there, 0.0).to(tl.float32)
+    place = row.to(tl.int64) * normed_stride + column
     tl.store(normed + place, (centred * factor * gain + shift).to(normed.dtype.element_ty), is_there)
 
 
@@ -306,6 +310,205 @@ def _residual_norm_backward(
         drawn = row * tl.cdiv(width, 8) + tl.arange(0, W // 8)
         dropped = tl.where(tl.reshape(_is_kept(seed, site, drawn, level), (W,)), grad * scale, 0.0)
         tl.store(grad_h + place, dropped.to(grad_h.dtype.element_ty), is_there)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# attention
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, is_causal: bool, dropout: float, seed: Tensor, site: int
+) -> tuple[Tensor, Tensor]:
+    """F.scaled_dot_product_attention of q (B, L, W) over k and v (B, S, W), heads being side by side.
+
+    Each may be a part of the result of linear layers side by side; k and v have the same strides. Returns (B, L, W), and
+    (B, heads, L) fp32 logarithms to base 2 of the sums that probabilities were divided by.
+    """
+    (batch, length, width), keys = q.shape, k.shape[1]
+    out = q.new_empty(batch, length, width)
+    sums = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
+    sizes = _size_blocks(length, keys, width // heads)
+    _attend[triton.cdiv(length, sizes["QUERIES"]), batch * heads](
+        *(q, k, v, out, sums, seed, site, length, keys, heads, width // heads, q.stride(1), k.stride(1), width),
+        *((width // heads) ** -0.5, _to_level(dropout), _to_scale(dropout)),
+        CAUSAL=is_causal,
+        DROPS=dropout > 0,
+        **sizes,
+    )
+    return out, sums
+
+
+def attend_backward(
+    grad_out: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    sums: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    is_causal: bool,
+    dropout: float,
+    seed: Tensor,
+    site: int,
+) -> None:
+    """Write the `gradients` of attend's q, k and v, which have their strides. They are the same each time."""
+    (q, k, v), (heads, length) = inputs, sums.shape[1:]
+    batch, keys, width = k.shape
+    assert grad_out.is_contiguous() and out.is_contiguous()
+    sizes = _size_blocks(length, keys, width // heads)
+    arguments = (
+        *(q, k, v, out, grad_out, sums, *gradients, seed, site, length, keys, heads, width // heads),
+        *(q.stride(1), k.stride(1), width, (width // heads) ** -0.5, _to_level(dropout), _to_scale(dropout)),
+    )
+    options = {"CAUSAL": is_causal, "DROPS": dropout > 0, **sizes}
+    _attend_backward_keys[triton.cdiv(keys, sizes["KEYS"]), batch * heads](*arguments, **options)
+    _attend_backward_queries[triton.cdiv(length, sizes["QUERIES"]), batch * heads](*arguments, **options)
+
+
+def _size_blocks(length: int, keys: int, width: int) -> dict[str, int]:
+    """Queries and keys that are worked on at once, and the power of 2 that a head's width is filled up to."""
+    most = ATTEND["MOST"]
+    queries, keys = (min(most, max(16, triton.next_power_of_2(size))) for size in (length, keys))
+    width = max(16, triton.next_power_of_2(width))
+    return {"QUERIES": queries, "KEYS": keys, "D": width, "num_warps": ATTEND["num_warps"]}
+
+
+@triton.jit
+def _scores(
+    q, k, queries, keys, length, key_length, scale, CAUSAL: tl.constexpr
+):  # fmt: skip
+    """Scores to base 2 (QUERIES, KEYS) of blocks q and k, -inf where nothing is to be seen."""
+    is_seen = (keys < key_length)[None, :] & (queries < length)[:, None]
+    if CAUSAL:
+        is_seen = is_seen & (queries[:, None] >= keys[None, :])
+    return tl.where(is_seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale * 1.4426950408889634, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["site"])
+def _attend(
+    q, k, v, out, sums, seed, site, length, key_length, heads, width, q_stride, k_stride, out_stride,
+    scale, level, kept_scale,
+    CAUSAL: tl.constexpr, DROPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    row = (head // heads).to(tl.int64)
+    first = (head % heads) * width
+    queries = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    d = tl.arange(0, D)
+    is_query = (queries < length)[:, None] & (d < width)[None, :]
+    q_block = tl.load(q + (row * length + queries)[:, None] * q_stride + first + d[None, :], is_query, 0.0)
+    top = tl.full((QUERIES,), float("-inf"), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    mean = tl.zeros((QUERIES, D), tl.float32)
+    end = key_length
+    if CAUSAL:
+        end = tl.minimum(key_length, (tl.program_id(0) + 1) * QUERIES)
+    for start in range(0, end, KEYS):
+        keys = start + tl.arange(0, KEYS)
+        is_key = (keys < key_length)[:, None] & (d < width)[None, :]
+        place = (row * key_length + keys)[:, None] * k_stride + first + d[None, :]
+        scores = _scores(q_block, tl.load(k + place, is_key, 0.0), queries, keys, length, key_length, scale, CAUSAL)
+        higher = tl.maximum(top, tl.max(scores, 1))
+        safe = tl.where(higher == float("-inf"), 0.0, higher)  # of queries behind the last
+        p = tl.exp2(scores - safe[:, None])
+        shrink = tl.exp2(top - safe)
+        total = total * shrink + tl.sum(p, 1)
+        if DROPS:
+            drawn = (head * length + queries)[:, None] * tl.cdiv(key_length, 8)
+            drawn += start // 8 + tl.arange(0, KEYS // 8)[None, :]
+            p = tl.where(tl.reshape(_is_kept(seed, site, drawn, level), (QUERIES, KEYS)), p * kept_scale, 0.0)
+        v_block = tl.load(v + place, is_key, 0.0)
+        mean = mean * shrink[:, None] + tl.dot(p.to(v_block.dtype), v_block, input_precision="ieee")
+        top = higher
+    place = out + (row * length + queries)[:, None] * out_stride + first + d[None, :]
+    tl.store(place, (mean / total[:, None]).to(out.dtype.element_ty), is_query)
+    tl.store(sums + head.to(tl.int64) * length + queries, top + tl.log2(total), queries < length)
+
+
+@triton.jit
+def _score_gradients(
+    q, k, v, out, grad, sums, seed, site, head, queries, keys, length, key_length, scale, level, kept_scale,
+    CAUSAL: tl.constexpr, DROPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Of blocks: the probabilities as they weigh v, and the gradients of the scores (QUERIES, KEYS), both fp32."""
+    log_total = tl.load(sums + head.to(tl.int64) * length + queries, queries < length, 0.0)
+    p = tl.exp2(_scores(q, k, queries, keys, length, key_length, scale, CAUSAL) - log_total[:, None])
+    grad_p = tl.dot(grad, tl.trans(v), input_precision="ieee")
+    weighed = p
+    if DROPS:
+        drawn = (head * length + queries)[:, None] * tl.cdiv(key_length, 8)
+        drawn += tl.min(keys, 0) // 8 + tl.arange(0, KEYS // 8)[None, :]
+        is_kept = tl.reshape(_is_kept(seed, site, drawn, level), (QUERIES, KEYS))
+        weighed = tl.where(is_kept, p * kept_scale, 0.0)
+        grad_p = tl.where(is_kept, grad_p * kept_scale, 0.0)
+    along = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    return weighed, p * (grad_p - along[:, None])
+
+
+@triton.jit(do_not_specialize=["site"])
+def _attend_backward_keys(
+    q, k, v, out, grad_out, sums, grad_q, grad_k, grad_v, seed, site, length, key_length, heads, width,
+    q_stride, k_stride, out_stride, scale, level, kept_scale,
+    CAUSAL: tl.constexpr, DROPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    row = (head // heads).to(tl.int64)
+    d = tl.arange(0, D)
+    column = (head % heads) * width + d[None, :]
+    keys = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    is_key = (keys < key_length)[:, None] & (d < width)[None, :]
+    key_place = (row * key_length + keys)[:, None] * k_stride + column
+    k_block, v_block = tl.load(k + key_place, is_key, 0.0), tl.load(v + key_place, is_key, 0.0)
+    sum_k = tl.zeros((KEYS, D), tl.float32)
+    sum_v = tl.zeros((KEYS, D), tl.float32)
+    begin = 0
+    if CAUSAL:
+        begin = (tl.program_id(0) * KEYS) // QUERIES * QUERIES
+    for start in range(begin, length, QUERIES):
+        queries = start + tl.arange(0, QUERIES)
+        is_query = (queries < length)[:, None] & (d < width)[None, :]
+        q_block = tl.load(q + (row * length + queries)[:, None] * q_stride + column, is_query, 0.0)
+        place = (row * length + queries)[:, None] * out_stride + column
+        out_block, grad = tl.load(out + place, is_query, 0.0), tl.load(grad_out + place, is_query, 0.0)
+        weighed, grad_scores = _score_gradients(
+            q_block, k_block, v_block, out_block, grad, sums, seed, site, head, queries, keys, length, key_length,
+            scale, level, kept_scale, CAUSAL, DROPS, QUERIES, KEYS,
+        )  # fmt: skip
+        sum_v += tl.dot(tl.trans(weighed.to(grad.dtype)), grad, input_precision="ieee")
+        sum_k += tl.dot(tl.trans(grad_scores.to(q_block.dtype)), q_block, input_precision="ieee")
+    tl.store(grad_k + key_place, (sum_k * scale).to(grad_k.dtype.element_ty), is_key)
+    tl.store(grad_v + key_place, sum_v.to(grad_v.dtype.element_ty), is_key)
+
+
+@triton.jit(do_not_specialize=["site"])
+def _attend_backward_queries(
+    q, k, v, out, grad_out, sums, grad_q, grad_k, grad_v, seed, site, length, key_length, heads, width,
+    q_stride, k_stride, out_stride, scale, level, kept_scale,
+    CAUSAL: tl.constexpr, DROPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    row = (head // heads).to(tl.int64)
+    d = tl.arange(0, D)
+    column = (head % heads) * width + d[None, :]
+    queries = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    is_query = (queries < length)[:, None] & (d < width)[None, :]
+    query_place = (row * length + queries)[:, None] * q_stride + column
+    q_block = tl.load(q + query_place, is_query, 0.0)
+    place = (row * length + queries)[:, None] * out_stride + column
+    out_block, grad = tl.load(out + place, is_query, 0.0), tl.load(grad_out + place, is_query, 0.0)
+    total = tl.zeros((QUERIES, D), tl.float32)
+    end = key_length
+    if CAUSAL:
+        end = tl.minimum(key_length, (tl.program_id(0) + 1) * QUERIES)
+    for start in range(0, end, KEYS):
+        keys = start + tl.arange(0, KEYS)
+        is_key = (keys < key_length)[:, None] & (d < width)[None, :]
+        key_place = (row * key_length + keys)[:, None] * k_stride + column
+        k_block, v_block = tl.load(k + key_place, is_key, 0.0), tl.load(v + key_place, is_key, 0.0)
+        _, grad_scores = _score_gradients(
+            q_block, k_block, v_block, out_block, grad, sums, seed, site, head, queries, keys, length, key_length,
+            scale, level, kept_scale, CAUSAL, DROPS, QUERIES, KEYS,
+        )  # fmt: skip
+        total += tl.dot(grad_scores.to(k_block.dtype), k_block, input_precision="ieee")
+    tl.store(grad_q + query_place, (total * scale).to(grad_q.dtype.element_ty), is_query)
 
 
 # --------------------------------------------------------------------------------------------------------------

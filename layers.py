@@ -94,10 +94,11 @@ def embed_images(blip: Blip2ForConditionalGeneration, vision: Tensor, lora: Adap
 
 def run_decoder(decoder, x: Tensor, lora: Adapters) -> Tensor:
     """OPT's last hidden states, normed, for embeddings x (B, Q+T, H) with positions."""
-    norms = [layer.self_attn_layer_norm for layer in decoder.layers] + [decoder.final_layer_norm]
-    normed = norms[0](x)
-    for layer, norm in zip(decoder.layers, norms[1:], strict=True):
-        x, normed = run_layer(opt_layer, layer, x, normed, norm, lora)
+    ends = [(layer.self_attn_layer_norm, group_linears(layer)[0]) for layer in decoder.layers]
+    ends.append((decoder.final_layer_norm, []))
+    normed = decoder.layers[0].self_attn_layer_norm(x)
+    for layer, (norm, readers) in zip(decoder.layers, ends[1:], strict=True):
+        x, normed = run_layer(opt_layer, layer, x, normed, norm, readers, lora)
     return normed
 
 
@@ -113,20 +114,21 @@ def _attention_contexts() -> tuple:
     return sdpa_kernel(ATTENTION), sdpa_kernel(ATTENTION)
 
 
-def opt_layer(layer, x: Tensor, normed: Tensor, next_norm: nn.LayerNorm, lora: Adapters) -> tuple[Tensor, Tensor]:
+def opt_layer(
+    layer, x: Tensor, normed: Tensor, next_norm: nn.LayerNorm, next_readers: Sequence[nn.Module], lora: Adapters
+) -> tuple[Tensor, Tensor]:
     """An OPTDecoderLayer on x (B, Q+T, H), each position seeing itself and those before: the new x, and next_norm(x).
 
-    `normed` is x as the layer's first norm makes it.
+    `normed` is x as the layer's first norm makes it; what next_norm makes is for `next_readers` to read.
     """
     attention, (qkv, out, fc1, fc2) = layer.self_attn, group_linears(layer)
-    q, k, v = apply_linears(qkv, normed, lora)
-    seen = attend(q, k, v, attention.num_heads, attention.dropout * layer.training, is_causal=True)
-    [h] = apply_linears(out, seen, lora)
-    x, normed = add_and_norm(x, h, layer.dropout * layer.training, layer.final_layer_norm, lora)
+    h = attend([apply_linears(qkv, normed, lora)], attention, attention.num_heads, attention.dropout, True, lora)
+    h = apply_linears(out, h, lora)
+    x, normed = add_and_norm(x, h, layer.dropout * layer.training, layer.final_layer_norm, lora, fc1)
     relu = isinstance(layer.activation_fn, nn.ReLU)
-    [h] = apply_linears(fc1, normed, lora, relu=relu)
-    [h] = apply_linears(fc2, h if relu else layer.activation_fn(h), lora, after_relu=relu)
-    return add_and_norm(x, h, layer.dropout * layer.training, next_norm, lora)
+    h = apply_linears(fc1, normed, lora, relu=relu)
+    h = apply_linears(fc2, h if relu else layer.activation_fn(h), lora, after_relu=relu)
+    return add_and_norm(x, h, layer.dropout * layer.training, next_norm, lora, next_readers)
 
 
 def qformer_layer(layer, x: Tensor, vision: Tensor, lora: Adapters) -> Tensor:
@@ -134,60 +136,101 @@ def qformer_layer(layer, x: Tensor, vision: Tensor, lora: Adapters) -> Tensor:
     x = qformer_attention(layer.attention, x, x, lora)
     if layer.has_cross_attention:
         x = qformer_attention(layer.crossattention, x, vision, lora)
-    [h] = apply_linears([layer.intermediate_query.dense], x, lora)
-    [h] = apply_linears([layer.output_query.dense], layer.intermediate_query.intermediate_act_fn(h), lora)
+    h = apply_linears([layer.intermediate_query.dense], x, lora)
+    h = apply_linears([layer.output_query.dense], layer.intermediate_query.intermediate_act_fn(h), lora)
     return qformer_add_and_norm(layer.output_query, x, h, lora)
 
 
 def qformer_attention(block, x: Tensor, source: Tensor, lora: Adapters) -> Tensor:
     attention = block.attention
     if source is x:
-        q, k, v = apply_linears([attention.query, attention.key, attention.value], x, lora)
+        joined = [apply_linears([attention.query, attention.key, attention.value], x, lora)]
     else:
-        [q] = apply_linears([attention.query], x, lora)
-        k, v = apply_linears([attention.key, attention.value], source, lora)
-    dropout = attention.attention_dropout * attention.training
-    [h] = apply_linears(
-        [block.output.dense], attend(q, k, v, attention.num_attention_heads, dropout, is_causal=False), lora
-    )
-    return qformer_add_and_norm(block.output, x, h, lora)
+        joined = [apply_linears([attention.query], x, lora)]
+        joined.append(apply_linears([attention.key, attention.value], source, lora))
+    h = attend(joined, attention, attention.num_attention_heads, attention.attention_dropout, False, lora)
+    return qformer_add_and_norm(block.output, x, apply_linears([block.output.dense], h, lora), lora)
 
 
 def qformer_add_and_norm(block, x: Tensor, h: Tensor, lora: Adapters) -> Tensor:
-    dropout = block.dropout.p if block.dropout.training else 0.0
-    return add_and_norm(x, h, dropout, block.LayerNorm, lora)[1]
+    return add_and_norm(x, h, block.dropout.p * block.dropout.training, block.LayerNorm, lora)[1]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, dropout: float, is_causal: bool) -> Tensor:
-    """Attention of q (B, L, width) over k and v (B, S, width) -> (B, L, width)."""
-    q, k, v = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (q, k, v))
+# --------------------------------------------------------------------------------------------------------------
+# attention
+
+
+def attend(
+    joined: Sequence[Tensor], module: nn.Module, heads: int, dropout: float, is_causal: bool, lora: Adapters
+) -> Tensor:
+    """Attention (B, L, width) of queries (B, L, width) over keys and values (B, S, width).
+
+    These are what `joined` holds, side by side: [queries, keys, values as one], or [queries, keys and values as one].
+    """
+    dropout *= module.training
+    if use_kernels(joined[0]):
+        return Attention.apply(heads, dropout, is_causal, lora.seed, lora.sites[module], *joined)
+    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in split_joined(joined))  # (B, heads, L, D)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal).transpose(1, 2).flatten(2)
+
+
+def split_joined(joined: Sequence[Tensor]) -> list[Tensor]:
+    """Queries, keys and values out of what `attend` takes."""
+    width = sum(part.shape[-1] for part in joined) // 3
+    return [piece for part in joined for piece in part.split(width, -1)]
+
+
+class Attention(torch.autograd.Function):
+    """attend by Triton kernels, which take and give what is side by side without copies."""
+
+    @staticmethod
+    def forward(ctx, heads, dropout, is_causal, seed, site, *joined):
+        out, sums = gpu_kernels.attend(*split_joined(joined), heads, is_causal, dropout, seed, site)
+        ctx.save_for_backward(out, sums, *joined)
+        ctx.options = (is_causal, dropout, seed, site)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        out, sums, *joined = ctx.saved_tensors
+        gradients = [torch.empty_like(part) for part in joined]
+        parts, grad_parts = split_joined(joined), split_joined(gradients)
+        gpu_kernels.attend_backward(grad_out.contiguous(), parts, out, sums, grad_parts, *ctx.options)
+        return None, None, None, None, None, *gradients
 
 
 # --------------------------------------------------------------------------------------------------------------
 # residual stream
 
 
-def add_and_norm(x: Tensor, h: Tensor, dropout: float, norm: nn.LayerNorm, lora: Adapters) -> tuple[Tensor, Tensor]:
-    """x + dropout(h), and norm of it; norm is frozen. The mask's site is that of `norm`."""
+def add_and_norm(
+    x: Tensor,
+    h: Tensor,
+    dropout: float,
+    norm: nn.LayerNorm,
+    lora: Adapters,
+    readers: Sequence[nn.Module] = (),
+) -> tuple[Tensor, Tensor]:
+    """x + dropout(h), and norm of it, whose rows leave the room that `readers` need; norm is frozen."""
     if not use_kernels(x):
         x = x + F.dropout(h, dropout)
         return x, norm(x)
-    return AddAndNorm.apply(x, h, dropout, norm, lora.seed, lora.sites[norm])
+    room = spare_columns(join_linears(readers)[0]) if has_joined(readers) else 0
+    return AddAndNorm.apply(x, h, dropout, norm, room, lora.seed, lora.sites[norm])
 
 
 class AddAndNorm(torch.autograd.Function):
     """add_and_norm by Triton kernels, without gradients of the norm's own weights."""
 
     @staticmethod
-    def forward(ctx, x, h, dropout, norm, seed, site):
+    def forward(ctx, x, h, dropout, norm, room, seed, site):
         total, normed, moments = gpu_kernels.residual_norm(
-            x.flatten(0, -2), h.flatten(0, -2), dropout, seed, site, norm.weight, norm.bias, norm.eps
+            x.flatten(0, -2), h.flatten(0, -2), dropout, seed, site, norm, room
         )
         ctx.save_for_backward(total, moments, seed)
         ctx.dropout, ctx.weight, ctx.site = dropout, norm.weight, site
         ctx.set_materialize_grads(False)
-        return total.view(x.shape), normed.view(x.shape)
+        return total.view(x.shape), normed.unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx, grad_total, grad_normed):
@@ -197,7 +240,7 @@ class AddAndNorm(torch.autograd.Function):
             *(grad_total, grad_normed.contiguous().view(total.shape), total, moments),
             *(ctx.dropout, seed, ctx.site, ctx.weight),
         )
-        return grad_x.view(grad_normed.shape), grad_h.view(grad_normed.shape), None, None, None, None
+        return grad_x.view(grad_normed.shape), grad_h.view(grad_normed.shape), None, None, None, None, None
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -210,8 +253,8 @@ def use_kernels(x: Tensor) -> bool:
 
 def apply_linears(
     layers: Sequence[nn.Module], x: Tensor, lora: Adapters, relu: bool = False, after_relu: bool = False
-) -> tuple[Tensor, ...]:
-    """What each of `layers`, which read the same x (..., in), gives: (..., out) each.
+) -> Tensor:
+    """What `layers`, which read the same x (..., in), give, side by side: (..., sum of out).
 
     With `relu` that is applied to it, and what uses it must be called with `after_relu`: that makes the gradient of
     what is below 0 zero, for both.
@@ -221,7 +264,7 @@ def apply_linears(
     dropout = dropouts[0].p if dropouts and dropouts[0].training else 0.0
     drop = (dropout, lora.seed, lora.sites[layers[0]])
     y = LoraLinears.apply(x.reshape(-1, x.shape[-1]), layers, drop, relu, after_relu, *matrices)
-    return y.view(*x.shape[:-1], -1).split([layer.out_features for layer in layers], dim=-1)
+    return y.view(*x.shape[:-1], -1)
 
 
 class LoraLinears(torch.autograd.Function):
@@ -236,10 +279,18 @@ class LoraLinears(torch.autograd.Function):
         ctx.layers, ctx.drop, ctx.after_relu = layers, drop, after_relu
         if a is None:
             ctx.save_for_backward(x if after_relu else None)
-            return torch._addmm_activation(bias, x, weight.T) if relu else F.linear(x, weight, bias)
-        y = F.linear(x, weight, bias)
-        low, masks = project_low(x, a, len(layers), *drop)
-        add_low_rank(y, low, b, relu)
+            return run_linear(x, weight, bias, relu)
+        rank = b.shape[1]
+        if has_kernel_rank(a, rank) and spare_columns(x) >= len(a) and spare_columns(weight) >= len(a):
+            # one product: [x, low] times the transposed of [weight, B]
+            low = widen(x, len(a))[:, x.shape[1] :].unflatten(1, (-1, rank)).transpose(0, 1)  # (G, N, R)
+            gpu_kernels.project_low(x, a, *drop, low)
+            place_low_rank(weight, b, len(layers))
+            y, masks = run_linear(widen(x, len(a)), widen(weight, len(a)), bias, relu), None
+        else:
+            y = F.linear(x, weight, bias)
+            low, masks = project_low(x, a, rank, *drop)
+            add_low_rank(y, low, b, relu)
         ctx.save_for_backward(x, a, b, low, masks)
         return y
 
@@ -261,17 +312,41 @@ class LoraLinears(torch.autograd.Function):
         return grad_x, None, None, None, None, grad_a, grad_b
 
 
-def has_rank(a: Tensor, groups: int) -> bool:
-    """Whether the Triton kernels take matrices of this rank."""
-    return use_kernels(a) and len(a) // groups in gpu_kernels.RANKS and groups <= 3
+def run_linear(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    return torch._addmm_activation(bias, x, weight.T) if relu else F.linear(x, weight, bias)
+
+
+def spare_columns(matrix: Tensor) -> int:
+    """Room between the rows of a matrix in memory, in values."""
+    return matrix.stride(0) - matrix.shape[1]
+
+
+def widen(matrix: Tensor, columns: int) -> Tensor:
+    """The matrix with so many of its spare columns."""
+    return matrix.as_strided((len(matrix), matrix.shape[1] + columns), matrix.stride())
+
+
+def place_low_rank(weight: Tensor, b: Tensor, groups: int) -> None:
+    """Write each layer's B (out, R), below each other in b, into spare columns of its own in `weight`."""
+    part, rank = len(b) // groups, b.shape[1]
+    sizes, strides = (groups, part, rank), (part * weight.stride(0) + rank, weight.stride(0), 1)
+    weight.as_strided(sizes, strides, weight.storage_offset() + weight.shape[1]).copy_(b.view(sizes))
+
+
+def has_kernel_rank(x: Tensor, rank: int) -> bool:
+    """Whether Triton kernels are used, and take matrices of this rank."""
+    return use_kernels(x) and rank in gpu_kernels.RANKS
 
 
 def project_low(
-    x: Tensor, a: Tensor, groups: int, dropout: float, seed: Tensor, site: int
+    x: Tensor, a: Tensor, rank: int, dropout: float, seed: Tensor, site: int
 ) -> tuple[Tensor, Tensor | None]:
     """dropout(x) @ A.T of each layer (G, N, R); and the masks (G, N, in), None where they need not be kept."""
-    if has_rank(a, groups):
-        return gpu_kernels.project_low(x, a, groups, dropout, seed, site), None
+    groups = len(a) // rank
+    if has_kernel_rank(x, rank):
+        low = x.new_empty(groups, len(x), rank)
+        gpu_kernels.project_low(x, a, dropout, seed, site, low)
+        return low, None
     if not dropout:
         return torch.stack([x @ part.T for part in a.chunk(groups)]), None
     drawn = [torch.native_dropout(x, dropout, True) for _ in range(groups)]
@@ -281,7 +356,7 @@ def project_low(
 
 def add_low_rank(y: Tensor, low: Tensor, b: Tensor, relu: bool) -> None:
     """y (N, sum of out) += low (G, N, R) @ B.T of each layer in place, and then relu if asked for."""
-    if use_kernels(y) and low.shape[2] in gpu_kernels.RANKS:
+    if has_kernel_rank(y, low.shape[2]):
         gpu_kernels.add_low_rank(y, low, b, relu)
         return
     for part, part_low, part_b in zip(y.chunk(len(low), 1), low, b.chunk(len(low)), strict=True):
@@ -303,7 +378,7 @@ def lora_backward(
 ) -> Tensor:
     """A's gradient from that of project_low's result; adds to grad_x (N, in) in place, unless it is None."""
     groups = len(grad_low)
-    if has_rank(a, groups):
+    if has_kernel_rank(x, grad_low.shape[2]):
         return gpu_kernels.lora_backward(grad_x, x, grad_low, a, dropout, seed, site, after_relu)
     scale, gradients = 1 / (1 - dropout), []
     for i, part in enumerate(a.chunk(groups)):
@@ -329,10 +404,15 @@ def read_weight(base: nn.Linear) -> Tensor:
     return weight.to(base.compute_dtype or weight.dtype)
 
 
+def has_joined(layers: Sequence[nn.Module]) -> bool:
+    """Whether speed.join_weights has put the layers' weights side by side."""
+    return bool(layers) and hasattr(get_base(layers[0]), "joined")
+
+
 def join_linears(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
     """Weight (sum of out, in) and bias (sum of out,) of layers as one; NF4 is unpacked."""
     bases = [get_base(layer) for layer in layers]
-    if hasattr(bases[0], "joined"):  # see speed.join_weights
+    if has_joined(layers):
         return bases[0].joined
     weights = [read_weight(base) for base in bases]
     if len(bases) == 1:

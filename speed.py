@@ -13,11 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from caption_loss import caption_nll
-from layers import get_base, join_linears, list_groups, read_weight
+from layers import (
+    get_base,
+    get_blip2,
+    group_linears,
+    has_active_lora,
+    has_kernel_rank,
+    join_linears,
+    list_groups,
+    read_weight,
+)
 from model import IGNORED
 
 INPUTS = ("pixel_values", "input_ids", "labels")  # of a pass
-PADDED_TO = 16  # text lengths are rounded up to a multiple of it: a recording for each
+PADDED_TO = 8  # text lengths are rounded up to a multiple of it: a recording for each
 UNPACKING_ROOM = 3  # the GPU must have so many times the memory free that unpacked weights take
 
 
@@ -47,16 +56,29 @@ def unpack_nf4(model) -> int:
 def join_weights(model) -> None:
     """Put weights of layers that read the same input beside each other in memory, to be used as one.
 
-    The layers keep theirs, as parts of it. NF4 weights stay as they are.
+    Where Triton kernels are used, those that read what a norm of OPT made get room for their LoRA beside them, and so
+    need no product of their own for it. The layers keep their weights, as parts of it. NF4 weights stay as they are.
     """
+    decoder = get_blip2(model).language_model.model.decoder
+    after_norm = {group[0] for layer in decoder.layers for group in (group_linears(layer)[0], group_linears(layer)[2])}
     for group in list_groups(model):
         bases = [get_base(layer) for layer in group]
-        if len(bases) == 1 or any(isinstance(base, bnb.nn.Linear4bit) for base in bases):
+        room = sum(count_rank(layer) for layer in group) if group[0] in after_norm else 0
+        if (len(bases) == 1 and not room) or any(isinstance(base, bnb.nn.Linear4bit) for base in bases):
             continue
-        bases[0].joined = weight, bias = tuple(part.detach() for part in join_linears(group))
+        weight, bias = (part.detach() for part in join_linears(group))
+        if room:
+            weight = F.pad(weight, (0, room))[:, : weight.shape[1]]
+        bases[0].joined = weight, bias
         sizes = [base.out_features for base in bases]
         for base, weight_part, bias_part in zip(bases, weight.split(sizes), bias.split(sizes), strict=True):
             base.weight.data, base.bias.data = weight_part, bias_part
+
+
+def count_rank(layer) -> int:
+    """The rank of the layer's LoRA if Triton kernels take it, else 0."""
+    ranks = layer.r.values() if has_active_lora(layer) else ()
+    return sum(rank for rank in ranks if has_kernel_rank(layer.weight, rank))
 
 
 def has_room_to_unpack(model, device: torch.device) -> bool:

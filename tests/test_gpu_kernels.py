@@ -26,7 +26,8 @@ def masks_of(groups, rows, width, dropout, site=3):
     for start in range(0, width, 16):
         unit = torch.zeros(16, width, device=DEVICE)
         unit[range(min(16, width - start)), range(start, min(start + 16, width))] = 1
-        columns.append(gpu_kernels.project_low(x, unit.repeat(groups, 1), groups, dropout, SEED, site))
+        columns.append(x.new_empty(groups, rows, 16))
+        gpu_kernels.project_low(x, unit.repeat(groups, 1), dropout, SEED, site, columns[-1])
     return torch.cat(columns, 2)[:, :, :width]
 
 
@@ -38,14 +39,16 @@ def test_lora_is_torchs(groups, relu, dtype):
     masks = masks_of(groups, rows, width, 0.25)
     x = make(rows, width, dtype=dtype).requires_grad_()
     a = make(groups * rank, width, dtype=dtype).requires_grad_()
-    low = gpu_kernels.project_low(x.detach(), a.detach(), groups, 0.25, SEED, 3)
+    room = torch.zeros(rows, groups * rank, device=DEVICE, dtype=dtype)
+    low = room.unflatten(1, (groups, rank)).transpose(0, 1)  # as beside x
+    gpu_kernels.project_low(x.detach(), a.detach(), 0.25, SEED, 3, low)
     inputs = x.double() * masks.double()  # (G, N, W)
     expected = torch.bmm(inputs, a.double().view(groups, rank, width).mT)
     check(low, expected, dtype)
 
     b, out = make(groups * part, rank, dtype=dtype), make(rows, groups * part, dtype=dtype)
     added = out.double() + torch.cat(list(torch.bmm(low.double(), b.double().view(groups, part, rank).mT)), 1)
-    gpu_kernels.add_low_rank(out, low, b, relu)
+    gpu_kernels.add_low_rank(out, low.contiguous(), b, relu)
     check(out, added.relu() if relu else added, dtype)
 
     grad_low, grad_x = make(groups, rows, rank, dtype=dtype), make(rows, width, dtype=dtype)
@@ -74,23 +77,62 @@ def test_masks_differ_and_have_the_wanted_share():
 def test_residual_norm_is_torchs(dropout, with_sum, dtype):
     rows, width = 9, 200
     torch.manual_seed(0)
-    weight, bias = make(width, dtype=dtype), make(width, dtype=dtype)
+    norm = torch.nn.LayerNorm(width, device=DEVICE, dtype=dtype).requires_grad_(False)
+    norm.weight.copy_(make(width)), norm.bias.copy_(make(width))
     zeros, ones = torch.zeros(rows, width, device=DEVICE), torch.ones(rows, width, device=DEVICE)
-    mask = gpu_kernels.residual_norm(zeros, ones, dropout, SEED, 5, weight, bias, 1e-5)[0].double()
+    mask = gpu_kernels.residual_norm(zeros, ones, dropout, SEED, 5, norm)[0].double()
     assert (mask == 0).any() == (dropout > 0)
     x, h = (make(rows, width, dtype=dtype).requires_grad_() for _ in range(2))
-    total, normed, moments = gpu_kernels.residual_norm(x.detach(), h.detach(), dropout, SEED, 5, weight, bias, 1e-5)
+    total, normed, moments = gpu_kernels.residual_norm(x.detach(), h.detach(), dropout, SEED, 5, norm, room=3)
     expected_sum = x.double() + h.double() * mask
-    expected = F.layer_norm(expected_sum, (width,), weight.double(), bias.double(), 1e-5)
+    expected = F.layer_norm(expected_sum, (width,), norm.weight.double(), norm.bias.double(), norm.eps)
     check(total, expected_sum, dtype)
     check(normed, expected, dtype)
     grad_sum, grad = make(rows, width, dtype=dtype), make(rows, width, dtype=dtype)
     loss = (expected * grad.double()).sum() + (expected_sum * grad_sum.double()).sum() * with_sum
     gradients = torch.autograd.grad(loss, (x, h))
     results = gpu_kernels.residual_norm_backward(
-        grad_sum if with_sum else None, grad, total, moments, dropout, SEED, 5, weight
+        grad_sum if with_sum else None, grad, total, moments, dropout, SEED, 5, norm.weight
     )
     for result, gradient in zip(results, gradients, strict=True):
+        check(result, gradient, dtype)
+
+
+def attention_masks(length, keys, heads, is_causal, dropout, site):
+    """(B, heads, L, S) masks times scale: equal scores over values that are a unit matrix give the kept shares."""
+    nothing = torch.zeros(2, max(length, keys), heads * keys, device=DEVICE)
+    unit = torch.eye(keys, device=DEVICE).repeat(2, 1, heads)
+    shares, _ = gpu_kernels.attend(nothing[:, :length], nothing[:, :keys], unit, heads, is_causal, dropout, SEED, site)
+    seen = torch.arange(1, length + 1, device=DEVICE) if is_causal else torch.full((length,), keys, device=DEVICE)
+    return shares.unflatten(-1, (heads, keys)).transpose(1, 2).double() * seen[:, None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("length", "keys", "heads", "width", "is_causal", "dropout"),
+    [(70, 70, 2, 40, True, 0.0), (33, 33, 1, 64, True, 0.3), (8, 140, 2, 16, False, 0.3), (20, 20, 2, 16, False, 0.0)],
+)
+def test_attention_is_torchs(length, keys, heads, width, is_causal, dropout, dtype):
+    torch.manual_seed(0)
+    joined = [(length, 3)] if length == keys else [(length, 1), (keys, 2)]
+    inputs = [make(2, size, parts * heads * width, dtype=dtype) for size, parts in joined]
+    gradients = [torch.full_like(part, torch.nan) for part in inputs]
+    q, k, v = (piece for part in inputs for piece in part.split(heads * width, -1))
+    arguments = (is_causal, dropout, SEED, 7)
+    out, sums = gpu_kernels.attend(q, k, v, heads, *arguments)
+
+    leaves = [part.double().requires_grad_() for part in (q, k, v)]
+    split = [leaf.unflatten(-1, (heads, width)).transpose(1, 2) for leaf in leaves]
+    scores = split[0] @ split[1].mT * width**-0.5
+    if is_causal:
+        scores = scores.masked_fill(torch.ones(length, keys, device=DEVICE).triu(1).bool(), -torch.inf)
+    p = scores.softmax(-1) * attention_masks(length, keys, heads, is_causal, dropout, 7)
+    expected = (p @ split[2]).transpose(1, 2).flatten(2)
+    check(out, expected, dtype)
+    grad = make(2, length, heads * width, dtype=dtype)
+    results = [piece for part in gradients for piece in part.split(heads * width, -1)]
+    gpu_kernels.attend_backward(grad, (q, k, v), out, sums, results, *arguments)
+    for result, gradient in zip(results, torch.autograd.grad(expected, leaves, grad.double()), strict=True):
         check(result, gradient, dtype)
 
 

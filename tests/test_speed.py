@@ -13,6 +13,7 @@ from caption_loss import caption_nll, supports
 from checkpoints import hash_file
 from config import TrainConfig
 from data import Example
+from layers import spare_columns
 from model import CaptionCollator, CaptionDataset, add_lora, load_model, load_processor
 from speed import FastStep, LengthSampler, join_weights, unpack_nf4
 
@@ -93,20 +94,24 @@ def kernels(monkeypatch):
     monkeypatch.setattr("caption_loss.use_kernels", lambda x: True)
 
 
-def test_kernels_give_the_models_loss(tiny_checkpoint, batch, kernels):
+@pytest.mark.parametrize("joined", [False, True])
+def test_kernels_give_the_models_loss(tiny_checkpoint, batch, kernels, joined):
     model = load(tiny_checkpoint, rank=16)
     tokens = (batch["labels"] != -100).sum()
     plain = loss_and_gradients(model, lambda: model(**batch).loss)
+    if joined:
+        join_weights(model)
+        layer = model.get_base_model().language_model.model.decoder.layers[0]
+        assert spare_columns(layer.fc1.base_layer.weight) == 16
+        assert spare_columns(layer.self_attn.v_proj.base_layer.weight) == 48
     check_agreement(plain, loss_and_gradients(model, lambda: caption_nll(model, **batch).sum() / tokens))
 
 
 def test_gradients_of_kernels_are_those_of_their_dropout(tiny_checkpoint, batch, kernels):
     """With the masks of one seed, the loss changes along a direction as the gradient says."""
     model = load(tiny_checkpoint, dropout=0.3, rank=16).train()
-    blip = model.get_base_model()
-    for layer in blip.modules():
-        layer.attention_dropout = 0.0  # drawn by torch
-    blip.qformer.dropout.eval()
+    join_weights(model)
+    model.get_base_model().qformer.dropout.eval()  # drawn by torch
 
     def compute():
         torch.manual_seed(1)
