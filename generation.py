@@ -63,6 +63,15 @@ def copy_linear(linear: torch.nn.Module, weight: Tensor, bias: Tensor) -> None:
                 weight.addmm_(b.to(weight.dtype), a.to(weight.dtype), alpha=linear.scaling[name])
 
 
+def describe_lora(module: torch.nn.Module) -> list[tuple]:
+    """What changes whenever LoRA below the module gives something else: how often weights were written, what is on."""
+    return [
+        (layer.disable_adapters, layer.merged, *layer.active_adapters, *(w._version for w in layer.parameters()))
+        for layer in module.modules()
+        if isinstance(layer, LoraLayer)
+    ]
+
+
 def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
@@ -110,8 +119,8 @@ class FastGenerator:
     """Captions batches of up to `batch_size` pictures with a model that `supports` accepts, in eval mode.
 
     Keeps a copy of OPT's linear layers, unquantised and with LoRA added (5 GB for OPT-2.7B in bf16), a cache of
-    batch_size rows, and the graphs, all of which later calls use again. Each call copies the weights anew, so training
-    steps and disable_adapter() between two calls take effect.
+    batch_size rows, and the graphs, all of which later calls use again. A call copies the weights anew if a training
+    step or disable_adapter() has changed them since the last one.
     """
 
     def __init__(self, model, batch_size: int, bucket: int = BUCKET, cuda_graphs: bool = True):
@@ -128,7 +137,7 @@ class FastGenerator:
         self.device, self.dtype = embedding.device, embedding.dtype
         self.use_kernel = gpu_kernels is not None and self.device.type == "cuda"
         self.use_graphs = cuda_graphs and self.device.type == "cuda"
-        self.cache = None
+        self.cache = self.copied = None
         with torch.inference_mode():
             self.weights = [[self._make_copy(group) for group in group_linears(layer)] for layer in self.decoder.layers]
 
@@ -202,6 +211,10 @@ class FastGenerator:
         self.position = torch.empty(1, dtype=torch.long, device=self.device)  # of `current`
 
     def _copy_weights(self) -> None:
+        state = describe_lora(self.decoder)
+        if state == self.copied:
+            return
+        self.copied = state
         for layer, copies in zip(self.decoder.layers, self.weights, strict=True):
             for group, (weight, bias) in zip(group_linears(layer), copies, strict=True):
                 parts = zip(group, weight.chunk(len(group)), bias.chunk(len(group)), strict=True)

@@ -321,8 +321,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """F.scaled_dot_product_attention of q (B, L, W) over k and v (B, S, W), heads being side by side.
 
-    Each may be a part of the result of linear layers side by side; k and v have the same strides. Returns (B, L, W), and
-    (B, heads, L) fp32 logarithms to base 2 of the sums that probabilities were divided by.
+    Each may be a part of the result of linear layers side by side; k and v have the same strides. Returns (B, L, W),
+    and (B, heads, L) fp32 logarithms to base 2 of the sums that probabilities were divided by.
     """
     (batch, length, width), keys = q.shape, k.shape[1]
     out = q.new_empty(batch, length, width)

@@ -42,7 +42,7 @@ PARTS = ("floor", "job", "reference", "small", "batch")
 TITLE = "Training and captioning on a GPU"
 TRAINING, REFERENCE_TRAINING = "training, 16 a step", "reference: training, 4 x 4, Q-Former only, truncated"
 CAPTIONING, REFERENCE_CAPTIONING = "captioning, sampled", "reference: captioning one by one, sampled"
-LARGE_BATCH = 64
+LARGE_BATCH = 128
 LARGE_TRAINING = f"training, {LARGE_BATCH} a step"
 FLOOR = "floor of training, {} a step"
 RATIOS = (
@@ -104,16 +104,22 @@ class Training:
 
 
 def run(script: str, *flags, free_gib: float | None = None) -> tuple[float, str]:
-    """(wall seconds, what it printed) of one of the scripts; `free_gib`: with so much of the GPU left to it."""
+    """(wall seconds, what it printed, each line with the second) of a script; `free_gib`: of the GPU left to it."""
     command = [sys.executable, script, *map(str, flags)]
     if free_gib is not None:
         command = [sys.executable, "-m", "benchmarks.gpu", "--leave", str(free_gib), "--then", *command[1:]]
     start = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    seconds = time.perf_counter() - start
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout[-3000:]}")
-    return seconds, done.stdout
+    lines = []
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(
+        command, cwd=ROOT, text=True, errors="replace", env=os.environ | {"PYTHONUNBUFFERED": "1"}, **pipes
+    ) as process:
+        for line in process.stdout:
+            lines.append(f"{time.perf_counter() - start:7.1f}  {line}")
+    seconds, text = time.perf_counter() - start, "".join(lines)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)}: exit code {process.returncode}\n{text[-3000:]}")
+    return seconds, text
 
 
 def train(args, name: str, *flags, free_gib: float | None = None) -> Training:
@@ -317,7 +323,7 @@ def measure_floor(args) -> Iterator[tuple]:
         torch.cuda.synchronize()
         return start.elapsed_time(end) / 1e3 / 20 / len(weights)
 
-    for batch in (16, LARGE_BATCH, 128):
+    for batch in (16, 64, LARGE_BATCH):
         rows, queries, seen = round(batch * (33 + tokens)), batch * 32, batch * 257
         layer = sum(seconds(rows, *shape) for shape in ((2560, 7680), (2560, 2560), (2560, 10240), (10240, 2560)))
         head = seconds(round(batch * tokens), 2560, 50304)
