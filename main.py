@@ -91,6 +91,7 @@ from training import (
     Stopped,
     check_pickles,
     find_micro_batch,
+    gather,
     list_micro_batches,
 )
 
@@ -236,13 +237,18 @@ def split_batch(config: TrainConfig, world_size: int) -> int:
     return share
 
 
-def use_fast_step(config: TrainConfig, model, device: torch.device, world_size: int) -> bool:
+def is_sharded() -> bool:
+    """Whether accelerate launch was told to spread the weights over the GPUs (see fsdp.yaml)."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def use_fast_step(config: TrainConfig, model, device: torch.device) -> bool:
     """Whether the fast step (see speed.py) is wanted and possible."""
     if config.fast_step == "off":
         return False
     obstacle = (
-        f"{world_size} processes"
-        if world_size > 1
+        "weights that FSDP spreads over the GPUs"
+        if is_sharded()
         else "a GPU without bf16"
         if pick_dtype(device) == torch.float16
         else "a language model of another form than OPT-2.7B's"
@@ -348,14 +354,6 @@ def share(arguments: TrainingArguments, find: Callable[[], T]) -> T:
     if arguments.world_size > 1:
         broadcast_object_list(found)
     return found[0]
-
-
-def share_all(arguments: TrainingArguments, value: T) -> list[T]:
-    """The values of all processes, in all processes."""
-    values = [value] * arguments.world_size
-    if arguments.world_size > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -504,7 +502,7 @@ def train(config: TrainConfig) -> None:
         print("the frozen ViT's outputs are stored: it is not needed in training")
     model = add_lora(model, config.lora_target, config.lora_rank, config.lora_alpha, config.lora_dropout)
     model.print_trainable_parameters()
-    fast = use_fast_step(config, model, device, arguments.world_size)
+    fast = use_fast_step(config, model, device)
     if fast:
         if config.unpack_nf4 == "on" or (
             config.unpack_nf4 == "auto" and not config.gradient_checkpointing and has_room_to_unpack(model, device)
@@ -518,7 +516,7 @@ def train(config: TrainConfig) -> None:
     if state["micro_batch"] is None:
         collator, dtype = CaptionCollator(model.config), pick_dtype(device)
         fitting = find_micro_batch(model, datasets["train"], collator, micro_batch_limit, device, dtype, fast)
-        state["micro_batch"] = min(share_all(arguments, fitting))
+        state["micro_batch"] = min(gather(fitting, arguments.world_size))
     steps = micro_batch_limit // state["micro_batch"]
     print(f"{config.train_batch_size} frames an optimiser step: {state['micro_batch']} a forward pass, {steps} passes")
     is_main = arguments.process_index == 0

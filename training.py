@@ -3,6 +3,9 @@
 Shapes: B rows, L positions, V vocabulary.
 """
 
+import functools
+import hashlib
+import itertools
 import math
 import pickle
 import signal
@@ -79,49 +82,71 @@ class CaptionTrainer(Trainer):
             if not model.training:
                 model.train()
             loss = self.fast_step(self._prepare_inputs(inputs), num_items_in_batch)
+            loss = loss * self.args.world_size  # as Trainer's own, which it averages over the processes
         self._losses.append(loss)
         return loss
+
+    def _prepare_for_training(self, *args):
+        """Called once before the first step. The fast step adds up gradients itself, so nothing is wrapped in DDP."""
+        if self.fast_step is not None:
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)  # what else it does stays
+        prepared = super()._prepare_for_training(*args)
+        if self.fast_step is not None and self.args.world_size > 1:
+            check_same_weights(self.fast_step.weights, self.args.world_size)  # DDP would have sent out the first one's
+        return prepared
 
     def _clip_grad_norm(self, model):
         """Called once an optimiser step, after all gradients are there and before any weight has changed."""
         if self.fast_step is None:
             norm = super()._clip_grad_norm(model)
         else:  # the same, without a walk over the thousands of frozen weights
+            self.fast_step.add_up()
             norm = torch.nn.utils.clip_grad_norm_(self.fast_step.weights, self.args.max_grad_norm)
         losses = torch.stack(self._losses)  # (accumulation steps,)
-        # with fp16 an infinite gradient is no accident: the scaler skips that step
-        finite = losses.isfinite() if self.args.fp16 else losses.isfinite() & torch.as_tensor(norm).isfinite()
+        total = losses.sum() / self.args.world_size
+        if self.args.world_size > 1:  # all processes stop, or none
+            torch.distributed.all_reduce(total)
+        finite = total.isfinite()
+        if not self.args.fp16:  # with fp16 an infinite gradient is no accident: the scaler skips that step
+            finite = finite & torch.as_tensor(norm).isfinite()
         self.check_finite()
-        all_finite = finite.all().to("cpu", non_blocking=True)  # on its way while the GPU goes on
+        is_finite = finite.to("cpu", non_blocking=True)  # on its way while the GPU goes on
         arrived = torch.cuda.Event() if finite.is_cuda else None
         if arrived:
             arrived.record()
-        self._unchecked = (arrived, all_finite, self.state.global_step + 1, losses, norm, finite, self._rows)
+        self._unchecked = (arrived, is_finite, self.state.global_step + 1, total, norm, losses, self._rows)
         self._rows, self._losses = [], []
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
         if self.fast_step is not None and optimizer.defaults.get("fused"):
             # the GPU itself leaves the step out; to look now would have it wait until the next one is launched
-            optimizer.found_inf = 1 - finite.all().float()
+            optimizer.found_inf = 1 - finite.float()
         else:
             self.check_finite()
         return norm
 
     def check_finite(self) -> None:
-        """Raise UserError if the last step's loss or gradient was no number. It has not changed any weight then."""
+        """Raise UserError, in all processes, if the last step's loss or gradient was no number.
+
+        It has not changed any weight then.
+        """
         if self._unchecked is None:
             return
-        (arrived, all_finite, step, losses, norm, finite, batches), self._unchecked = self._unchecked, None
+        (arrived, is_finite, step, total, norm, losses, batches), self._unchecked = self._unchecked, None
         if arrived:
             arrived.synchronize()  # with that step alone: what was launched after it runs on
-        if not all_finite:
-            bad = [row for rows, good in zip(batches, finite.tolist(), strict=True) if not good for row in rows]
-            raise UserError(self._describe_bad_batch(step, losses, norm, bad))
+        if not is_finite:
+            passes = list(zip(losses.isfinite().tolist(), (rows.tolist() for rows in batches), strict=True))
+            passes = list(itertools.chain.from_iterable(gather(passes, self.args.world_size)))
+            bad = [row for is_good, rows in passes for row in rows if not is_good]
+            bad = bad or [row for _, rows in passes for row in rows]  # the gradient alone: of any of them
+            raise UserError(self._describe_bad_batch(step, total, norm, bad))
 
-    def _describe_bad_batch(self, step, losses, norm, rows) -> str:
-        names = [self.train_dataset.examples[int(row)].name for row in rows]
+    def _describe_bad_batch(self, step, total, norm, rows) -> str:
+        names = [self.train_dataset.examples[row].name for row in rows]
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         return (
-            f"step {step}: the loss is {losses.sum().item():g} and the gradient norm {norm:g}, "
+            f"step {step}: the loss is {total:g} and the gradient norm {norm:g}, "
             f"in the batch {', '.join(names[:NAMED])}{more}. Training stopped before that step; the last checkpoint is "
             f"kept in {self.args.output_dir}. Lower --learning-rate, look at those pictures, or use a GPU with bf16 "
             "(fp16 overflows in the Q-Former)"
@@ -233,17 +258,29 @@ class Pace(TrainerCallback):
 
     def after_save(self) -> None:
         self.saved = time.monotonic()
-        stop = self.signal is not None
-        if self.world_size > 1:
-            stop = any(_gather(stop, self.world_size))
-        if stop:
+        if any(gather(self.signal is not None, self.world_size)):
             raise Stopped
 
 
-def _gather(value, world_size: int) -> list:
+def gather(value, world_size: int) -> list:
+    """The values of all processes."""
+    if world_size == 1:
+        return [value]
     values = [None] * world_size
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def check_same_weights(weights: list[torch.Tensor], world_size: int) -> None:
+    """Raise UserError unless all processes have the same weights, to the last bit."""
+    numbers = torch.cat([weight.detach().flatten().cpu() for weight in weights]).numpy()
+    digests = gather(hashlib.sha256(numbers.tobytes()).hexdigest(), world_size)
+    different = [place for place, digest in enumerate(digests) if digest != digests[0]]
+    if different:
+        raise UserError(
+            f"the weights of process {different[0]} are not those of process 0: the processes must have one seed, and "
+            "go on from one checkpoint; see that all machines have the same versions and the same --output"
+        )
 
 
 def check_pickles(checkpoint: Path) -> None:
