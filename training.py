@@ -96,6 +96,15 @@ class CaptionTrainer(Trainer):
             check_same_weights(self.fast_step.weights, self.args.world_size)  # DDP would have sent out the first one's
         return prepared
 
+    def _run_epoch(self, model, epoch, train_dataloader, *args, **kwargs):
+        """Tells the sampler its epoch, which accelerate fails to when several processes go on within one."""
+        batches = train_dataloader.batch_sampler
+        while hasattr(batches, "batch_sampler"):
+            batches = batches.batch_sampler
+        if hasattr(batches.sampler, "set_epoch"):
+            batches.sampler.set_epoch(epoch)
+        return super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
+
     def _clip_grad_norm(self, model):
         """Called once an optimiser step, after all gradients are there and before any weight has changed."""
         if self.fast_step is None:
