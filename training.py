@@ -3,6 +3,7 @@
 Shapes: B rows, L positions, V vocabulary.
 """
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import EvalLoopOutput
@@ -69,6 +71,8 @@ class CaptionTrainer(Trainer):
     def __init__(self, *args, fast_step: FastStep | None = None, length_window: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
         self.fast_step, self.length_window = fast_step, length_window
+        if self.is_fsdp_enabled:
+            fit_fsdp(self.accelerator.state.fsdp_plugin, self.model)
         self.pace: Pace | None = None
         self._rows: list[torch.Tensor] = []  # of this optimiser step
         self._losses: list[torch.Tensor] = []
@@ -88,13 +92,12 @@ class CaptionTrainer(Trainer):
 
     def _prepare_for_training(self, *args):
         """Called once before the first step. The fast step adds up gradients itself, so nothing is wrapped in DDP."""
+        if self.args.world_size > 1:  # only DDP would send the first process's weights to the others
+            check_same_weights(self.model, self.args.world_size)
         if self.fast_step is not None:
             prepare = self.accelerator.prepare_model
             self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)  # what else it does stays
-        prepared = super()._prepare_for_training(*args)
-        if self.fast_step is not None and self.args.world_size > 1:
-            check_same_weights(self.fast_step.weights, self.args.world_size)  # DDP would have sent out the first one's
-        return prepared
+        return super()._prepare_for_training(*args)
 
     def _run_epoch(self, model, epoch, train_dataloader, *args, **kwargs):
         """Tells the sampler its epoch, which accelerate fails to when several processes go on within one."""
@@ -214,7 +217,8 @@ class CaptionTrainer(Trainer):
         self.check_finite()
         folder = Path(self.args.output_dir)
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        check_disk(folder, 12 * trainable + 2**22, "a checkpoint")  # weights and two moments in fp32
+        copies = 4 if self.is_fsdp_enabled else 3  # weights and two moments in fp32; FSDP writes weights twice
+        check_disk(folder, 4 * copies * trainable + 2**22, "a checkpoint")
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -227,6 +231,13 @@ class CaptionTrainer(Trainer):
             seal_checkpoint(folder / f"checkpoint-{self.state.global_step}")
         if self.pace is not None:
             self.pace.after_save()
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """With FSDP, Trainer would gather the frozen weights too."""
+        if self.is_fsdp_enabled:
+            self._save(output_dir or self.args.output_dir, state_dict=gather_trainable(self.model))
+        else:
+            super().save_model(output_dir, _internal_call)
 
 
 class Pace(TrainerCallback):
@@ -280,10 +291,10 @@ def gather(value, world_size: int) -> list:
     return values
 
 
-def check_same_weights(weights: list[torch.Tensor], world_size: int) -> None:
-    """Raise UserError unless all processes have the same weights, to the last bit."""
-    numbers = torch.cat([weight.detach().flatten().cpu() for weight in weights]).numpy()
-    digests = gather(hashlib.sha256(numbers.tobytes()).hexdigest(), world_size)
+def check_same_weights(model, world_size: int) -> None:
+    """Raise UserError unless the trainable weights are the same in all processes, to the last bit."""
+    weights = [weight.detach().flatten().cpu() for weight in model.parameters() if weight.requires_grad]
+    digests = gather(hashlib.sha256(torch.cat(weights).numpy()).hexdigest(), world_size)
     different = [place for place, digest in enumerate(digests) if digest != digests[0]]
     if different:
         raise UserError(
@@ -292,13 +303,36 @@ def check_same_weights(weights: list[torch.Tensor], world_size: int) -> None:
         )
 
 
+def fit_fsdp(plugin, model) -> None:
+    """Make accelerate's settings for FSDP fit this model: called before anything is spread.
+
+    It wraps only layers that are there, the ViT's being gone once its outputs are stored; and losses and the sums of
+    gradients, which are LoRA's alone, stay in fp32, while accelerate rounds them to the precision of the weights.
+    """
+    there = {type(module).__name__ for module in model.modules()}
+    plugin.transformer_cls_names_to_wrap = [name for name in plugin.transformer_cls_names_to_wrap if name in there]
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+        )
+
+
+def gather_trainable(model) -> dict[str, torch.Tensor]:
+    """LoRA's whole weights, on the CPU of the first process, of a model that FSDP spreads; called in all processes."""
+    return get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    )
+
+
 def check_pickles(checkpoint: Path) -> None:
     """Raise UserError unless what is pickled in a checkpoint holds tensors and numbers alone; nothing of it is run."""
     remedy = "is not opened; if the checkpoint is your own, start anew with --overwrite"
     for name in ("adapter_model.bin", "pytorch_model.bin"):
         if (checkpoint / name).exists():
             raise UserError(f"{checkpoint / name}: a pickle, which this program never writes, {remedy}")
-    for path in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]):
+    for path in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth"), *checkpoint.glob("*.bin")]):
+        if path.name == "training_args.bin":  # nothing reads it
+            continue
         try:
             with safe_globals():
                 torch.load(path, map_location="cpu", weights_only=True)
