@@ -1,6 +1,7 @@
 """Training in two processes, joined by gloo on the CPU: the same losses and weights as in one."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from test_training import hash_adapter, train
 
 from checkpoints import find_checkpoint
+from config import UserError
 from speed import LengthSampler
 
 STEPS_PER_EPOCH = 3
@@ -45,11 +47,30 @@ main.add_lora = add_lora
 """
 
 
+FSDP = """
+import accelerate.state
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+real_arguments, real_gather = main.make_arguments, main.gather_trainable
+def make_arguments(*args):
+    arguments = real_arguments(*args)
+    arguments.device  # joins the processes; accelerate leaves FSDP out where it sees no GPUs
+    accelerate.state.PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return arguments
+def gather_trainable(model):
+    print(f"{sum(isinstance(weight, DTensor) for weight in model.parameters())} weights are spread")
+    return real_gather(model)
+main.make_arguments, main.gather_trainable = make_arguments, gather_trainable
+"""
+BY_FSDP = ("--config_file", ROOT / "fsdp.yaml", "--mixed_precision", "no")  # exact on a CPU
+
+
 @pytest.fixture
 def launch(settings, tmp_path):
     """launch(folder, *flags, patch=source): main.py in two processes; what it printed and its exit code."""
 
-    def start(folder: str, *flags, patch: str = "") -> subprocess.CompletedProcess:
+    # --cpu starts one process; with --multi_gpu it starts two wherever it is
+    def start(folder: str, *flags, patch: str = "", how=("--multi_gpu",)) -> subprocess.CompletedProcess:
         Path(folder).mkdir(exist_ok=True)
         script = tmp_path / "patched.py"
         script.write_text(
@@ -62,10 +83,9 @@ def launch(settings, tmp_path):
         given |= {"--dataloader-workers": 0, "--warmup-ratio": 0, "--learning-rate": 1e-3, "--logging-steps": 1}
         given |= {"--val-captions": 0, "--wandb": "disabled", "--run-name": "run", "--lora-dropout": 0}
         given |= {"--fast-step": "on", **dict(zip(flags[::2], flags[1::2], strict=True))}
-        # --cpu starts one process; with --multi_gpu it starts two wherever it is
-        command = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-        command = [sys.executable, *command, "--main_process_port", "0", str(script)]
-        command += [str(word) for pair in given.items() for word in pair]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *map(str, how), "--num_processes", "2"]
+        command += ["--main_process_port", "0", str(script)]
+        command += [str(word) for pair in given.items() for word in pair if word is not None]
         return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
     return start
@@ -81,28 +101,32 @@ def read_figures(folder: str, *keys: str) -> list[float]:
     return [record[key] for record in records for key in keys if key in record]
 
 
-@pytest.fixture
-def one_process(folder, settings):
-    """Folder "one", where one process trained as `launch` does, without the fast step."""
-    changes = {"lora_dropout": 0.0, "dataloader_workers": 0, "learning_rate": 1e-3}
+def train_one(settings, **changes) -> None:
+    """Train in folder "one" in this process as `launch` does, without the fast step."""
     Path("one").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir("one")
-        train(settings, **changes)
+        train(settings, lora_dropout=0.0, dataloader_workers=0, learning_rate=1e-3, **changes)
+
+
+def check_same_run(relative: float = 1e-4) -> None:
+    """Folders "one" and "two" have the same losses, and the same weights to 1e-5."""
+    assert difference(Path("one"), Path("two")) < 1e-5
+    losses = [read_figures(name, "loss", "eval_loss", "grad_norm") for name in ("one", "two")]
+    assert len(losses[0]) == 2 * (2 * STEPS_PER_EPOCH + 1)
+    assert losses[0] == pytest.approx(losses[1], rel=relative)
 
 
 @pytest.mark.parametrize(("fast_step", "micro_batch"), [("off", 2), ("on", 2), ("on", 1)])
-def test_two_processes_match_one(folder, one_process, launch, fast_step, micro_batch):
+def test_two_processes_match_one(folder, settings, launch, fast_step, micro_batch):
     """The losses of one process, and its weights to 1e-5; only the main process writes."""
+    train_one(settings)
     done = launch("two", "--fast-step", fast_step, "--per-device-train-batch-size", micro_batch)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("adapter saved to") == 1
     runs = [json.loads(Path(n, "blip2-finetuned/run.json").read_text()) for n in ("one", "two")]
     assert [run["world"]["processes"] for run in runs] == [1, 2]
-    assert difference(Path("one"), Path("two")) < 1e-5
-    losses = [read_figures(name, "loss", "eval_loss", "grad_norm") for name in ("one", "two")]
-    assert len(losses[0]) == 2 * (2 * STEPS_PER_EPOCH + 1)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    check_same_run()
 
 
 def test_two_stopped_processes_go_on_to_the_same_adapter(folder, launch):
@@ -149,6 +173,42 @@ def test_frames_of_a_step_have_about_one_length_in_all_processes():
         assert sorted(rows) == sorted(order[start : start + len(rows)])
         spreads.append(max(lengths[row] for row in rows) - min(lengths[row] for row in rows))
     assert len(spreads) == 64 and max(spreads) < 20  # of 100
+
+
+# --------------------------------------------------------------------------------------------------------------
+# FSDP
+
+
+@pytest.mark.parametrize("store", [0, 1])
+def test_spread_weights_match_one_process(folder, settings, launch, store):
+    """fsdp.yaml with gloo, the ViT in the model and taken out of it."""
+    train_one(settings, load_in_4bit=False)
+    flags = ("--no-load-in-4bit", None, "--fast-step", "auto", "--vision-store-gib", store)
+    done = launch("two", *flags, patch=FSDP, how=BY_FSDP)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(re.search(r"(\d+) weights are spread", done.stdout)[1]) > 50
+    check_same_run()
+
+
+def test_a_stopped_run_of_spread_weights_goes_on_to_the_same_adapter(folder, launch):
+    flags = ("--no-load-in-4bit", None, "--fast-step", "auto", "--lora-dropout", 0.1, "--length-window", 1)
+    done = launch("undisturbed", *flags, patch=FSDP, how=BY_FSDP)
+    assert done.returncode == 0, done.stderr[-3000:]
+    stopped = launch("stopped", *flags, patch=FSDP + STOP, how=BY_FSDP)
+    assert stopped.returncode != 0 and "saved after step 4 of 6" in stopped.stdout
+    resumed = launch("stopped", *flags, patch=FSDP, how=BY_FSDP)
+    assert resumed.returncode == 0 and "goes on after step 4 of 6" in resumed.stdout, resumed.stderr[-3000:]
+    assert hash_adapter(Path("stopped")) == hash_adapter(Path("undisturbed"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({}, "--no-load-in-4bit"), ({"load_in_4bit": False, "val_captions": 2}, "--val-captions 0")],
+)
+def test_what_does_not_go_with_spread_weights_is_refused(folder, settings, monkeypatch, changes, message):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match=message):
+        train(settings, **changes)
 
 
 def test_fsdp_configuration_fits_the_model(tiny_checkpoint):
