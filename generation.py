@@ -66,7 +66,12 @@ def copy_linear(linear: torch.nn.Module, weight: Tensor, bias: Tensor) -> None:
 def describe_lora(module: torch.nn.Module) -> list[tuple]:
     """What changes whenever LoRA below the module gives something else: how often weights were written, what is on."""
     return [
-        (layer.disable_adapters, layer.merged, *layer.active_adapters, *(w._version for w in layer.parameters()))
+        (
+            layer.disable_adapters,
+            layer.merged,
+            *layer.active_adapters,
+            *((w.data_ptr(), w._version) for w in layer.parameters()),
+        )
         for layer in module.modules()
         if isinstance(layer, LoraLayer)
     ]

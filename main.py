@@ -91,6 +91,8 @@ from training import (
     Stopped,
     check_pickles,
     find_micro_batch,
+    gather,
+    gather_trainable,
     list_micro_batches,
 )
 
@@ -236,13 +238,29 @@ def split_batch(config: TrainConfig, world_size: int) -> int:
     return share
 
 
-def use_fast_step(config: TrainConfig, model, device: torch.device, world_size: int) -> bool:
+def is_sharded() -> bool:
+    """Whether accelerate launch was told to spread the weights over the GPUs (see fsdp.yaml)."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def check_sharding(config: TrainConfig) -> None:
+    """Raise UserError for what does not go with weights that are spread over the GPUs."""
+    if config.load_in_4bit:
+        raise UserError("--load-in-4bit: FSDP can't spread NF4 weights; give --no-load-in-4bit, or leave FSDP out")
+    if config.val_captions:
+        raise UserError(
+            f"--val-captions {config.val_captions}: with FSDP no process has the whole model to caption with; give "
+            "--val-captions 0, and caption with eval.py after training"
+        )
+
+
+def use_fast_step(config: TrainConfig, model, device: torch.device) -> bool:
     """Whether the fast step (see speed.py) is wanted and possible."""
     if config.fast_step == "off":
         return False
     obstacle = (
-        f"{world_size} processes"
-        if world_size > 1
+        "weights that FSDP spreads over the GPUs"
+        if is_sharded()
         else "a GPU without bf16"
         if pick_dtype(device) == torch.float16
         else "a language model of another form than OPT-2.7B's"
@@ -350,14 +368,6 @@ def share(arguments: TrainingArguments, find: Callable[[], T]) -> T:
     return found[0]
 
 
-def share_all(arguments: TrainingArguments, value: T) -> list[T]:
-    """The values of all processes, in all processes."""
-    values = [value] * arguments.world_size
-    if arguments.world_size > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
-
-
 # --------------------------------------------------------------------------------------------------------------
 # saving
 
@@ -374,11 +384,14 @@ def prepare_output(output: Path) -> None:
         raise UserError(f"--output {output}: can't be written ({error.strerror}); name another folder") from None
 
 
-def save_finetuned(output: Path, model, processor, generation, splits, run: dict) -> None:
-    """Write everything that eval.py and plain peft need, under temporary names first; run.json comes last."""
+def save_finetuned(output: Path, model, weights, processor, generation, splits, run: dict) -> None:
+    """Write everything that eval.py and plain peft need, under temporary names first; run.json comes last.
+
+    `weights` are the adapter's, where the model has but a part of them; None: the model's own.
+    """
     temporary = output / f".saving.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, state_dict=weights)
     (temporary / "README.md").unlink(missing_ok=True)  # peft's empty model card
     processor.save_pretrained(temporary)
     generation.save_pretrained(temporary)
@@ -474,6 +487,8 @@ def train(config: TrainConfig) -> None:
         print(f"the run in {config.output} is finished, nothing is left to train")
         publish(config)
         return
+    if is_sharded():
+        check_sharding(config)
     wandb_mode = choose_wandb_mode(config.wandb)
     device = pick_device()
     arguments = make_arguments(config, device)
@@ -504,7 +519,7 @@ def train(config: TrainConfig) -> None:
         print("the frozen ViT's outputs are stored: it is not needed in training")
     model = add_lora(model, config.lora_target, config.lora_rank, config.lora_alpha, config.lora_dropout)
     model.print_trainable_parameters()
-    fast = use_fast_step(config, model, device, arguments.world_size)
+    fast = use_fast_step(config, model, device)
     if fast:
         if config.unpack_nf4 == "on" or (
             config.unpack_nf4 == "auto" and not config.gradient_checkpointing and has_room_to_unpack(model, device)
@@ -518,7 +533,7 @@ def train(config: TrainConfig) -> None:
     if state["micro_batch"] is None:
         collator, dtype = CaptionCollator(model.config), pick_dtype(device)
         fitting = find_micro_batch(model, datasets["train"], collator, micro_batch_limit, device, dtype, fast)
-        state["micro_batch"] = min(share_all(arguments, fitting))
+        state["micro_batch"] = min(gather(fitting, arguments.world_size))
     steps = micro_batch_limit // state["micro_batch"]
     print(f"{config.train_batch_size} frames an optimiser step: {state['micro_batch']} a forward pass, {steps} passes")
     is_main = arguments.process_index == 0
@@ -540,14 +555,14 @@ def train(config: TrainConfig) -> None:
         trainer, metrics = train_lora(config, arguments, state, model, datasets, make_callbacks, make_fast_step)
     finally:  # also when it was stopped, and in processes that have nothing to save
         end_workers()
+    weights = gather_trainable(model) if is_sharded() else None
     if not is_main:
         return
     results = {**metrics, "best_eval_loss": trainer.state.best_metric}
     if device.type == "cuda":
         results["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-    save_finetuned(
-        config.output, model, processor, generation, splits, describe_run(state, run_dir.name, device, results)
-    )
+    run = describe_run(state, run_dir.name, device, results)
+    save_finetuned(config.output, model, weights, processor, generation, splits, run)
     remove_checkpoints(config.output)
     print(f"best validation loss {trainer.state.best_metric:.4f}; curves in {run_dir / 'dashboard.png'}")
     print(f"adapter saved to {config.output} after {time.perf_counter() - start:.0f} s")

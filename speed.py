@@ -97,27 +97,39 @@ def has_room_to_unpack(model, device: torch.device) -> bool:
 class FastStep:
     """Loss and gradients of one micro-batch: step(batch, tokens) -> loss, gradients are added to .grad; and validation.
 
-    On a GPU with `cuda_graphs` the pass is recorded as a CUDA graph for each shape of batch, texts being padded to a
-    multiple of PADDED_TO; the random numbers are those of a pass that is not.
+    All gradients are parts of one tensor, which several processes add up at once (see add_up). On a GPU with
+    `cuda_graphs` the pass is recorded as a CUDA graph for each shape of batch, texts being padded to a multiple of
+    PADDED_TO; the random numbers are those of a pass that is not.
     """
 
     def __init__(self, model, cuda_graphs: bool):
         self.model, self.cuda_graphs = model, cuda_graphs
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
-        self.gradients = [torch.zeros_like(weight) for weight in self.weights]
+        sizes = [weight.numel() for weight in self.weights]
+        self.flat = torch.zeros(sum(sizes), device=self.weights[0].device)
+        parts = self.flat.split(sizes)
+        self.gradients = [part.view_as(weight) for part, weight in zip(parts, self.weights, strict=True)]
         self.recordings: dict[tuple, tuple] = {}
         self.pool = torch.cuda.graph_pool_handle() if cuda_graphs else None
 
     def __call__(self, batch: dict[str, Tensor], tokens: Tensor | int) -> Tensor:
         """batch as of CaptionCollator on the model's device; tokens of the whole optimiser step, for the mean."""
         if self.weights[0].grad is None:  # the first pass of an optimiser step
-            torch._foreach_zero_(self.gradients)
+            self.flat.zero_()
         batch = {name: batch[name] for name in INPUTS}
         tokens = torch.as_tensor(tokens, dtype=torch.float32, device=batch["labels"].device)
         loss = self._replay(self._run, batch | {"tokens": tokens}) if self.cuda_graphs else self._run(batch, tokens)
         for weight, gradient in zip(self.weights, self.gradients, strict=True):
             weight.grad = gradient
         return loss
+
+    def add_up(self) -> None:
+        """Make the gradients the sums over all processes; called in each, after the last pass of an optimiser step.
+
+        As each loss is divided by the tokens of the whole step, these are the gradients of the step's mean.
+        """
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.flat)
 
     @torch.no_grad()
     def evaluate(self, batch: dict[str, Tensor]) -> Tensor:
@@ -151,7 +163,7 @@ class FastStep:
     def _record(self, work: Callable, inputs: dict[str, Tensor]) -> tuple:
         places = {name: value.clone() for name, value in inputs.items()}
         arguments = ({name: places[name] for name in INPUTS}, *(places[name] for name in places if name not in INPUTS))
-        before, random = [gradient.clone() for gradient in self.gradients], torch.cuda.get_rng_state()
+        before, random = self.flat.clone(), torch.cuda.get_rng_state()
         if not any(kind == work.__name__ for kind, *_ in self.recordings):
             side = torch.cuda.Stream()  # libraries set themselves up in a first pass, which must not be recorded
             side.wait_stream(torch.cuda.current_stream())
@@ -161,7 +173,7 @@ class FastStep:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # others may pin memory
             result = work(*arguments)
-        torch._foreach_copy_(self.gradients, before)
+        self.flat.copy_(before)
         torch.cuda.set_rng_state(random)
         return graph, places, result
 

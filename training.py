@@ -3,6 +3,10 @@
 Shapes: B rows, L positions, V vocabulary.
 """
 
+import dataclasses
+import functools
+import hashlib
+import itertools
 import math
 import pickle
 import signal
@@ -12,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import EvalLoopOutput
@@ -66,6 +71,8 @@ class CaptionTrainer(Trainer):
     def __init__(self, *args, fast_step: FastStep | None = None, length_window: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
         self.fast_step, self.length_window = fast_step, length_window
+        if self.is_fsdp_enabled:
+            fit_fsdp(self.accelerator.state.fsdp_plugin, self.model)
         self.pace: Pace | None = None
         self._rows: list[torch.Tensor] = []  # of this optimiser step
         self._losses: list[torch.Tensor] = []
@@ -79,49 +86,79 @@ class CaptionTrainer(Trainer):
             if not model.training:
                 model.train()
             loss = self.fast_step(self._prepare_inputs(inputs), num_items_in_batch)
+            loss = loss * self.args.world_size  # as Trainer's own, which it averages over the processes
         self._losses.append(loss)
         return loss
+
+    def _prepare_for_training(self, *args):
+        """Called once before the first step. The fast step adds up gradients itself, so nothing is wrapped in DDP."""
+        if self.args.world_size > 1:  # only DDP would send the first process's weights to the others
+            check_same_weights(self.model, self.args.world_size)
+        if self.fast_step is not None:
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)  # what else it does stays
+        return super()._prepare_for_training(*args)
+
+    def _run_epoch(self, model, epoch, train_dataloader, *args, **kwargs):
+        """Tells the sampler its epoch, which accelerate fails to when several processes go on within one."""
+        batches = train_dataloader.batch_sampler
+        while hasattr(batches, "batch_sampler"):
+            batches = batches.batch_sampler
+        if hasattr(batches.sampler, "set_epoch"):
+            batches.sampler.set_epoch(epoch)
+        return super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
     def _clip_grad_norm(self, model):
         """Called once an optimiser step, after all gradients are there and before any weight has changed."""
         if self.fast_step is None:
             norm = super()._clip_grad_norm(model)
         else:  # the same, without a walk over the thousands of frozen weights
+            self.fast_step.add_up()
             norm = torch.nn.utils.clip_grad_norm_(self.fast_step.weights, self.args.max_grad_norm)
         losses = torch.stack(self._losses)  # (accumulation steps,)
-        # with fp16 an infinite gradient is no accident: the scaler skips that step
-        finite = losses.isfinite() if self.args.fp16 else losses.isfinite() & torch.as_tensor(norm).isfinite()
+        total = losses.sum() / self.args.world_size
+        if self.args.world_size > 1:  # all processes stop, or none
+            torch.distributed.all_reduce(total)
+        finite = total.isfinite()
+        if not self.args.fp16:  # with fp16 an infinite gradient is no accident: the scaler skips that step
+            finite = finite & torch.as_tensor(norm).isfinite()
         self.check_finite()
-        all_finite = finite.all().to("cpu", non_blocking=True)  # on its way while the GPU goes on
+        is_finite = finite.to("cpu", non_blocking=True)  # on its way while the GPU goes on
         arrived = torch.cuda.Event() if finite.is_cuda else None
         if arrived:
             arrived.record()
-        self._unchecked = (arrived, all_finite, self.state.global_step + 1, losses, norm, finite, self._rows)
+        self._unchecked = (arrived, is_finite, self.state.global_step + 1, total, norm, losses, self._rows)
         self._rows, self._losses = [], []
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
         if self.fast_step is not None and optimizer.defaults.get("fused"):
             # the GPU itself leaves the step out; to look now would have it wait until the next one is launched
-            optimizer.found_inf = 1 - finite.all().float()
+            optimizer.found_inf = 1 - finite.float()
         else:
             self.check_finite()
         return norm
 
     def check_finite(self) -> None:
-        """Raise UserError if the last step's loss or gradient was no number. It has not changed any weight then."""
+        """Raise UserError, in all processes, if the last step's loss or gradient was no number.
+
+        It has not changed any weight then.
+        """
         if self._unchecked is None:
             return
-        (arrived, all_finite, step, losses, norm, finite, batches), self._unchecked = self._unchecked, None
+        (arrived, is_finite, step, total, norm, losses, batches), self._unchecked = self._unchecked, None
         if arrived:
             arrived.synchronize()  # with that step alone: what was launched after it runs on
-        if not all_finite:
-            bad = [row for rows, good in zip(batches, finite.tolist(), strict=True) if not good for row in rows]
-            raise UserError(self._describe_bad_batch(step, losses, norm, bad))
+        if not is_finite:
+            passes = list(zip(losses.isfinite().tolist(), (rows.tolist() for rows in batches), strict=True))
+            passes = list(itertools.chain.from_iterable(gather(passes, self.args.world_size)))
+            bad = [row for is_good, rows in passes for row in rows if not is_good]
+            bad = bad or [row for _, rows in passes for row in rows]  # the gradient alone: of any of them
+            raise UserError(self._describe_bad_batch(step, total, norm, bad))
 
-    def _describe_bad_batch(self, step, losses, norm, rows) -> str:
-        names = [self.train_dataset.examples[int(row)].name for row in rows]
+    def _describe_bad_batch(self, step, total, norm, rows) -> str:
+        names = [self.train_dataset.examples[row].name for row in rows]
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         return (
-            f"step {step}: the loss is {losses.sum().item():g} and the gradient norm {norm:g}, "
+            f"step {step}: the loss is {total:g} and the gradient norm {norm:g}, "
             f"in the batch {', '.join(names[:NAMED])}{more}. Training stopped before that step; the last checkpoint is "
             f"kept in {self.args.output_dir}. Lower --learning-rate, look at those pictures, or use a GPU with bf16 "
             "(fp16 overflows in the Q-Former)"
@@ -180,7 +217,8 @@ class CaptionTrainer(Trainer):
         self.check_finite()
         folder = Path(self.args.output_dir)
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        check_disk(folder, 12 * trainable + 2**22, "a checkpoint")  # weights and two moments in fp32
+        copies = 4 if self.is_fsdp_enabled else 3  # weights and two moments in fp32; FSDP writes weights twice
+        check_disk(folder, 4 * copies * trainable + 2**22, "a checkpoint")
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -193,6 +231,13 @@ class CaptionTrainer(Trainer):
             seal_checkpoint(folder / f"checkpoint-{self.state.global_step}")
         if self.pace is not None:
             self.pace.after_save()
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """With FSDP, Trainer would gather the frozen weights too."""
+        if self.is_fsdp_enabled:
+            self._save(output_dir or self.args.output_dir, state_dict=gather_trainable(self.model))
+        else:
+            super().save_model(output_dir, _internal_call)
 
 
 class Pace(TrainerCallback):
@@ -233,17 +278,50 @@ class Pace(TrainerCallback):
 
     def after_save(self) -> None:
         self.saved = time.monotonic()
-        stop = self.signal is not None
-        if self.world_size > 1:
-            stop = any(_gather(stop, self.world_size))
-        if stop:
+        if any(gather(self.signal is not None, self.world_size)):
             raise Stopped
 
 
-def _gather(value, world_size: int) -> list:
+def gather(value, world_size: int) -> list:
+    """The values of all processes."""
+    if world_size == 1:
+        return [value]
     values = [None] * world_size
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def check_same_weights(model, world_size: int) -> None:
+    """Raise UserError unless the trainable weights are the same in all processes, to the last bit."""
+    weights = [weight.detach().flatten().cpu() for weight in model.parameters() if weight.requires_grad]
+    digests = gather(hashlib.sha256(torch.cat(weights).numpy()).hexdigest(), world_size)
+    different = [place for place, digest in enumerate(digests) if digest != digests[0]]
+    if different:
+        raise UserError(
+            f"the weights of process {different[0]} are not those of process 0: the processes must have one seed, and "
+            "go on from one checkpoint; see that all machines have the same versions and the same --output"
+        )
+
+
+def fit_fsdp(plugin, model) -> None:
+    """Make accelerate's settings for FSDP fit this model: called before anything is spread.
+
+    It wraps only layers that are there, the ViT's being gone once its outputs are stored; and losses and the sums of
+    gradients, which are LoRA's alone, stay in fp32, while accelerate rounds them to the precision of the weights.
+    """
+    there = {type(module).__name__ for module in model.modules()}
+    plugin.transformer_cls_names_to_wrap = [name for name in plugin.transformer_cls_names_to_wrap if name in there]
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+        )
+
+
+def gather_trainable(model) -> dict[str, torch.Tensor]:
+    """LoRA's whole weights, on the CPU of the first process, of a model that FSDP spreads; called in all processes."""
+    return get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    )
 
 
 def check_pickles(checkpoint: Path) -> None:
@@ -252,7 +330,9 @@ def check_pickles(checkpoint: Path) -> None:
     for name in ("adapter_model.bin", "pytorch_model.bin"):
         if (checkpoint / name).exists():
             raise UserError(f"{checkpoint / name}: a pickle, which this program never writes, {remedy}")
-    for path in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]):
+    for path in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth"), *checkpoint.glob("*.bin")]):
+        if path.name == "training_args.bin":  # nothing reads it
+            continue
         try:
             with safe_globals():
                 torch.load(path, map_location="cpu", weights_only=True)

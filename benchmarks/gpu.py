@@ -100,12 +100,18 @@ class Training:
     seconds: float
     samples_per_second: float  # median of what was logged after the first quarter of the steps
     peak_gib: float
+    losses: list[float]
     output: str
 
 
-def run(script: str, *flags, free_gib: float | None = None) -> tuple[float, str]:
-    """(wall seconds, what it printed, each line with the second) of a script; `free_gib`: of the GPU left to it."""
-    command = [sys.executable, script, *map(str, flags)]
+def run(
+    script: str, *flags, free_gib: float | None = None, launcher: tuple[str, ...] = (sys.executable,)
+) -> tuple[float, str]:
+    """(wall seconds, what it printed, each line with its second) of a script, started by the words of `launcher`.
+
+    `free_gib`: with so much of the GPU left to it.
+    """
+    command = [*launcher, script, *map(str, flags)]
     if free_gib is not None:
         command = [sys.executable, "-m", "benchmarks.gpu", "--leave", str(free_gib), "--then", *command[1:]]
     start = time.perf_counter()
@@ -122,27 +128,28 @@ def run(script: str, *flags, free_gib: float | None = None) -> tuple[float, str]
     return seconds, text
 
 
-def train(args, name: str, *flags, free_gib: float | None = None) -> Training:
+def train(args, name: str, *flags, **options) -> Training:
     logs, output = ROOT / "logs" / f"benchmark-{name}", args.folder / name
     for old in (logs, output):
         shutil.rmtree(old, ignore_errors=True)
     data = ("--labels", args.folder / "labels.json", "--images", args.folder / "images", "--model", args.model)
     places = ("--captions", args.folder / "captions.csv", "--output", output, "--run-name", logs.name)
-    seconds, text = run("main.py", *data, *places, "--wandb", "disabled", *flags, free_gib=free_gib)
+    seconds, text = run("main.py", *data, *places, "--wandb", "disabled", *flags, **options)
     (args.folder / f"{name}.log").write_text(text)
     records = [json.loads(line) for line in (logs / "metrics.jsonl").read_text().splitlines()]
     pace = [record["samples_per_second"] for record in records if "samples_per_second" in record]
     peaks = [record["peak_memory_gib"] for record in records if "peak_memory_gib" in record]
+    losses = [record["loss"] for record in records if "loss" in record]
     shutil.rmtree(logs)
-    return Training(seconds, statistics.median(pace[len(pace) // 4 :]), max(peaks, default=math.nan), text)
+    return Training(seconds, statistics.median(pace[len(pace) // 4 :]), max(peaks, default=math.nan), losses, text)
 
 
-def caption(args, name: str, *flags, free_gib: float | None = None) -> tuple[float, float, float]:
+def caption(args, name: str, *flags, **options) -> tuple[float, float, float]:
     """(wall seconds of eval.py, captions a second while it captions, peak GiB)."""
     logs = ROOT / "logs" / "benchmark-eval"
     shutil.rmtree(logs, ignore_errors=True)
     flags = ("--adapter", args.folder / name, "--max-new-tokens", NEW_TOKENS, "--run-name", logs.name, *flags)
-    seconds, text = run("eval.py", *flags, free_gib=free_gib)
+    seconds, text = run("eval.py", *flags, **options)
     (args.folder / f"{name}-eval.log").write_text(text)
     shutil.rmtree(logs)
     pace = re.search(r"captions in .* s, ([\d.,]+) a second(?:, ([\d.]+) GiB)?", text)

@@ -1,0 +1,211 @@
+"""Training and captioning by several GPUs of a machine, each beside one GPU of the same machine in the same run.
+
+    python -m benchmarks.several_gpus --folder FOLDER                  # two GPUs; some 25 GB of disk, eight minutes
+    python -m benchmarks.several_gpus --folder FOLDER --record         # and put the table into benchmarks/RESULTS.md
+    python -m benchmarks.several_gpus --folder FOLDER --parts nf4      # one part
+
+FOLDER gets the full-size model with random weights and the pictures of benchmarks.gpu. What is timed are main.py and
+eval.py themselves, started by accelerate launch.
+
+Parts: `nf4` and `bf16` train with 64 frames a step, each process with a whole model; `fsdp` trains in bf16 with the
+weights spread by fsdp.yaml; `captions` captions 4,096 pictures; `losses` compares the losses of the first 20 steps, all
+dropouts being 0, since processes draw other random numbers than one.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.gpu import ROOT, caption, make_data, run, train
+from benchmarks.results import record
+
+PARTS = ("nf4", "captions", "bf16", "losses", "fsdp")  # in the order of what matters most
+TITLE = "Several GPUs"
+SECONDS = 150  # of one start of main.py or eval.py, after which it counts as hung
+LOSSES = 20  # steps whose losses are compared
+NF4, BF16, FSDP = "training, NF4", "training, bf16", "training, bf16, FSDP"
+ADAPTER = "several-nf4-1"  # of the part nf4; it is captioned with
+NO_DROPOUT = {
+    "vision_config": {"attention_dropout": 0.0},
+    "qformer_config": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "text_config": {"dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0},
+}
+
+
+class Row(NamedTuple):
+    what: str
+    processes: int
+    value: float
+    unit: str
+    peak_gib: float = math.nan  # of the first GPU
+    beside: str | None = None  # the row of one process that it is compared with
+
+
+# --------------------------------------------------------------------------------------------------------------
+# what is run
+
+
+def launch(processes: int, config: str | None = None) -> tuple[str, ...]:
+    """The words before the script: several processes by accelerate launch, ended when they take too long."""
+    words = ("timeout", "--kill-after", "45", str(SECONDS), sys.executable)
+    if processes == 1:
+        return words
+    how = ("--config_file", config) if config else ("--multi_gpu",)
+    ports = ("--num_machines", "1", "--main_process_port", "0")
+    return (*words, "-m", "accelerate.commands.launch", *how, "--num_processes", str(processes), *ports)
+
+
+def list_flags(args, steps: int) -> list:
+    """Of main.py: `steps` steps within one epoch, each logged, and little validation."""
+    frames = min(args.frames, int(1.25 * steps * args.batch_size))
+    flags = ["--train-batch-size", args.batch_size, "--max-steps", steps, "--logging-steps", 1, "--limit", frames]
+    return [*flags, "--train-share", 0.9, "--val-share", 0.05, "--val-captions", 0]
+
+
+def measure_training(args, what: str, name: str, *flags) -> Iterator[Row]:
+    for processes in (1, args.processes):
+        done = train(
+            args, f"several-{name}-{processes}", *list_flags(args, args.steps), *flags, launcher=launch(processes)
+        )
+        yield Row(what, processes, done.samples_per_second, "samples/s", done.peak_gib, what)
+
+
+def measure_nf4(args) -> Iterator[Row]:
+    yield from measure_training(args, NF4, "nf4")
+
+
+def measure_bf16(args) -> Iterator[Row]:
+    yield from measure_training(args, BF16, "bf16", "--no-load-in-4bit")
+
+
+def measure_fsdp(args) -> Iterator[Row]:
+    """Beside one process that needs no FSDP."""
+    launcher = launch(args.processes, "fsdp.yaml")
+    done = train(args, "several-fsdp", *list_flags(args, args.steps), "--no-load-in-4bit", launcher=launcher)
+    yield Row(FSDP, args.processes, done.samples_per_second, "samples/s", done.peak_gib, BF16)
+
+
+def measure_captions(args) -> Iterator[Row]:
+    """Of enough pictures that neither the start nor the recording of the GPU's launches decides."""
+    if not (args.folder / ADAPTER / "run.json").is_file():
+        train(args, ADAPTER, *list_flags(args, 1), launcher=launch(1))
+    write_test_split(args)
+    for processes in (1, args.processes):
+        _, pace, peak = caption(args, ADAPTER, "--num-samples", "all", launcher=launch(processes))
+        yield Row("captioning, sampled", processes, pace, "captions/s", peak, "captioning, sampled")
+
+
+def write_test_split(args) -> None:
+    """Make all pictures the test split of the adapter."""
+    with open(args.folder / "captions.csv", encoding="utf-8", newline="") as file:
+        texts = {row["name"]: row["raw_caption"] for row in itertools.islice(csv.DictReader(file), args.frames)}
+    with open(args.folder / ADAPTER / "split.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("name", "split", "image", "raw_caption"))
+        writer.writerows((name, "test", args.folder / "images" / name, text) for name, text in texts.items())
+
+
+def measure_losses(args) -> Iterator[Row]:
+    still = argparse.Namespace(**vars(args) | {"model": copy_without_dropout(args.model, args.folder / "still")})
+    losses = {}
+    for processes in (1, args.processes):
+        flags = (*list_flags(args, min(args.steps, LOSSES)), "--lora-dropout", 0)
+        done = train(still, f"several-losses-{processes}", *flags, launcher=launch(processes))
+        losses[processes] = done.losses
+        yield Row(f"loss of step {len(done.losses)}, no dropout", processes, done.losses[-1], "nats a token")
+    (args.folder / "losses.json").write_text(json.dumps(losses))
+    one, several = losses[1], losses[args.processes]
+    differences = [abs(a - b) for a, b in zip(one, several, strict=True)]
+    what = f"largest difference from one process in {len(one)} losses"
+    yield Row(what, args.processes, max(differences), "nats a token")
+
+
+def copy_without_dropout(model: Path, folder: Path) -> Path:
+    """A model folder with the same files but for its config.json; weights are hard links where that is possible."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    place = os.link if model.stat().st_dev == folder.stat().st_dev else shutil.copy
+    for file in model.iterdir():
+        if file.name != "config.json":
+            place(file, folder / file.name)
+    config = json.loads((model / "config.json").read_text())
+    for part, dropouts in NO_DROPOUT.items():
+        config[part] |= dropouts
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="for model, pictures and results")
+    parser.add_argument("--model", type=Path, help="another BLIP-2; none: one of full size is made in FOLDER")
+    parser.add_argument("--processes", type=int, default=2, help="GPUs, each with a process")
+    parser.add_argument("--frames", type=int, default=4096, help="pictures that are captioned")
+    parser.add_argument("--batch-size", type=int, default=64, help="frames an optimiser step, over all GPUs")
+    parser.add_argument("--steps", type=int, default=36, help="of each training run; the last three quarters count")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--record", action="store_true", help="put the table into benchmarks/RESULTS.md")
+    args = parser.parse_args()
+    args.folder = args.folder.resolve()
+    args.model = (args.model or args.folder / "model").resolve()
+    make_data(args.folder, args.frames)
+    if not (args.model / "config.json").is_file():
+        subprocess.run([sys.executable, "-m", "benchmarks.full_size", str(args.model)], cwd=ROOT, check=True)
+    if not (args.folder / "captions.csv").is_file():
+        flags = ("--labels", args.folder / "labels.json", "--output", args.folder / "captions.csv")
+        run("bdd100k_data_pipeline.py", *flags)
+
+    rows, failed = [], []
+    for part in args.parts:
+        try:
+            for row in globals()[f"measure_{part}"](args):
+                rows.append(row)
+                print(f"{row.what}, {row.processes} processes: {row.value:.6g} {row.unit}", flush=True)
+        except SystemExit as error:  # the machine's time is dear: the other parts go on
+            print(error, flush=True)
+            failed.append(part)
+        if args.record and rows:
+            device = name_gpus()
+            record(TITLE, make_table(rows), packages=["torch", "transformers", "peft", "accelerate"], device=device)
+    print(make_table(rows))
+    if failed:
+        sys.exit(f"these parts failed: {', '.join(failed)}")
+
+
+def name_gpus() -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+
+
+def make_table(rows: list[Row]) -> str:
+    """Efficiency is the pace of N processes : (N x that of one)."""
+    lines = [
+        "| what | processes | measured | | peak GiB a GPU | efficiency |",
+        "| --- | ---: | ---: | --- | ---: | ---: |",
+    ]
+    ones = {row.what: row.value for row in rows if row.processes == 1}
+    for row in rows:
+        value = f"{row.value:,.1f}" if row.beside else f"{row.value:.6f}"
+        peak = "" if math.isnan(row.peak_gib) else f"{row.peak_gib:.2f}"
+        share = f"{row.value / (row.processes * ones[row.beside]):.3f}" if row.beside in ones else ""
+        lines.append(f"| {row.what} | {row.processes} | {value} | {row.unit} | {peak} | {share} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
