@@ -582,7 +582,7 @@ def train(config: TrainConfig) -> None:
     finally:  # also when it was stopped, and in processes that have nothing to save
         end_workers()
         if store is not None:
-            store.close(wait=False)
+            store.close(finish=False)
     if not is_main:
         return
     results = {**metrics, "best_eval_loss": trainer.state.best_metric}

@@ -19,7 +19,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -134,7 +134,11 @@ def compute_outputs(model, processor, images: Sequence[Path], store: "VisionStor
             progress.update(len(rows) + len(reasons))
     if store is not None:
         print(store.describe(len(images) - len(missing), len(images)))
-    return _leave_out(outputs, [row for row, image in enumerate(images) if image not in unreadable]), unreadable
+    if unreadable:
+        if store is not None:
+            store.wait()  # before outputs that it writes are moved
+        outputs = _leave_out(outputs, [row for row, image in enumerate(images) if image not in unreadable])
+    return outputs, unreadable
 
 
 def _read_missing(
@@ -259,6 +263,7 @@ class VisionStore:
         self.room = -math.inf  # bytes that may be written; -inf: none, and that has been said
         self.trouble: str | None = None  # of a thread that wrote
         self.pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="vision-store")
+        self.writing: list[Future] = []
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if limit_gib:
             try:
@@ -316,7 +321,7 @@ class VisionStore:
         return output.view(self.dtype).view(self.shape)
 
     def save(self, sums: Sequence[str | None], outputs: Sequence[Tensor]) -> None:
-        """Write each picture's output (P, D), by threads, which read it from where it is: it must not change.
+        """Write each picture's output (P, D), by threads, which read it where it is: it must not change before wait().
 
         An output on the GPU must have been made on the current stream, one in pinned memory be copied there.
         """
@@ -334,7 +339,7 @@ class VisionStore:
                 self._give_up("no room is left: see --vision-store-disk-gib, or delete the folder")
                 return
             self.known.add(sha256)
-            self.pool.submit(self._write, sha256, output, ready)
+            self.writing.append(self.pool.submit(self._write, sha256, output, ready))
 
     def _write(self, sha256: str, output: Tensor, ready) -> None:
         if self.trouble is not None:
@@ -373,8 +378,13 @@ class VisionStore:
         damaged = f"; {len(self.damaged):,} were damaged, and are computed anew" if self.damaged else ""
         return f"{self.root} had the frozen ViT's outputs of {found:,} of {pictures:,} pictures{damaged}"
 
-    def close(self, wait: bool = True) -> None:
-        """Wait for what is being written; without `wait`, leave out what has not been begun."""
-        self.pool.shutdown(wait=True, cancel_futures=not wait)
+    def wait(self) -> None:
+        """Until all that was to be saved is written."""
+        wait(self.writing)
+        self.writing.clear()
+
+    def close(self, finish: bool = True) -> None:
+        """Write what is to be saved; without `finish`, only what has been begun."""
+        self.pool.shutdown(wait=True, cancel_futures=not finish)
         if self.trouble is not None:
             self._give_up(self.trouble)
