@@ -18,7 +18,7 @@ MANIFEST = "manifest.json"
 GROUPS = ("config", "data", "world", "versions")  # of state.json: what two runs are compared by
 FREE_OF_CHOICE = (  # settings that don't change what is learnt, and may differ when a run goes on
     *("resume", "overwrite", "merge", "push_to_hub", "wandb", "run_name", "logging_steps", "save_minutes"),
-    *("val_captions", "dataloader_workers", "output", "captions"),
+    *("val_captions", "dataloader_workers", "output", "captions", "vision_store", "vision_store_disk_gib"),
 )
 
 
@@ -132,9 +132,9 @@ def read_state(folder: Path) -> dict | None:
 
 
 def list_changes(before: dict, now: dict) -> list[str]:
-    """What differs between two states in settings that change what is learnt, one line each."""
+    """What differs between two states in settings that change what is learnt, one line each; of `now`'s groups."""
     lines = []
-    for group in GROUPS:
+    for group in [group for group in GROUPS if group in now]:
         old, new = before.get(group) or {}, now.get(group) or {}
         for name in dict.fromkeys([*old, *new]):
             was, is_now = old.get(name), new.get(name)
@@ -158,9 +158,14 @@ def find_unfinished(output: Path, state: dict, resume: bool, overwrite: bool) ->
         if resume:
             raise UserError(f"--resume: no unfinished run in {output}; leave --resume away to train anew")
         return None
-    if changes := list_changes(before, state):
+    refuse_changes(output, before, state)
+    return before
+
+
+def refuse_changes(output: Path, before: dict, now: dict) -> None:
+    """Raise UserError unless the unfinished run in `output`, of state `before`, can go on as `now`."""
+    if changes := list_changes(before, now):
         raise UserError(
             f"{output}: holds an unfinished run with other settings:\n" + "\n".join(changes) + "\n"
             "go on with the settings it had, train anew with --overwrite, or name another --output"
         )
-    return before

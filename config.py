@@ -92,6 +92,9 @@ class TrainConfig(DataConfig):
     gradient_checkpointing: bool = False  # recompute activations: less memory, slower
     vision_store_gib: float | None = None  # GiB in which the frozen ViT's outputs may be kept, on the GPU if it has
     # room; 0: compute them anew; none: a quarter of the free memory with a GPU, 0 without
+    vision_store: Literal["auto", "off"] | Path = "auto"  # folder that keeps those outputs from run to run; auto:
+    # vision-store/ on a GPU, none without
+    vision_store_disk_gib: float = 20.0  # GiB up to which that folder is filled
     fast_step: Literal["auto", "on", "off"] = "auto"  # logits of text alone, LoRA in 16 bits; auto: on a GPU with bf16
     cuda_graphs: bool = True  # with the fast step on a GPU: record the launches of a pass once and replay them
     unpack_nf4: Literal["auto", "on", "off"] = "auto"  # with the fast step: NF4 values in 16 bits; auto: if room for 3x
@@ -123,6 +126,7 @@ class TrainConfig(DataConfig):
         _check(self, "0 or more", lambda value: value >= 0, "weight_decay", "dataloader_workers", "length_window")
         if self.vision_store_gib is not None:
             _check(self, "0 or more", lambda value: value >= 0, "vision_store_gib")
+        _check(self, "0 or more", lambda value: value >= 0, "vision_store_disk_gib")
         _check(self, "0 or more", lambda value: value >= 0, "min_box_size")
         _check(self, "0 or more, and less than 1", lambda value: 0 <= value < 1, "warmup_ratio", "lora_dropout")
         micro = self.per_device_train_batch_size
@@ -166,6 +170,9 @@ class EvalConfig:
     batch_size: int | None = None  # pictures captioned at once; none: up to 512 in the fast way, 16 otherwise
     fast_generation: Literal["auto", "on", "off"] = "auto"  # OPT written out, a token by one CUDA graph, unquantised
     # copy of its weights; auto: on a GPU with room
+    vision_store: Literal["auto", "off"] | Path = "auto"  # folder that keeps the frozen ViT's outputs from run to run,
+    # main.py's too; auto: vision-store/ on a GPU, none without
+    vision_store_disk_gib: float = 20.0  # GiB up to which that folder is filled
     show: int = 3  # captions printed beside their references
     seed: int = 42  # of the sample and of sampling
     run_name: str | None = None  # name of the folder in logs/; none: date and time
@@ -176,6 +183,7 @@ class EvalConfig:
             _check(self, "more than 0", lambda value: value > 0, "batch_size")
         _check(self, "0 to 4294967295", lambda value: 0 <= value < 2**32, "seed")
         _check(self, "more than 0, and at most 1", lambda value: 0 < value <= 1, "top_p")
+        _check(self, "0 or more", lambda value: value >= 0, "vision_store_disk_gib")
         if self.num_samples != "all" and self.num_samples < 1:
             raise UserError(f"--num-samples {self.num_samples}: must be 1 or more, or the word all")
         if self.model_floors and (self.base or self.predictions):

@@ -180,9 +180,13 @@ class Captioner:
 
     def _load(self) -> None:
         from model import load_finetuned, pick_device
+        from vision_store import open_store, take_vision_out
 
         config = self.config
         self.model, self.processor, self.generation = load_finetuned(config.adapter, pick_device(), config.base)
+        self.store = None if config.blank else open_store(config, self.model, self.processor)  # of real pictures
+        self.found = self.asked = 0  # outputs in the store, and pictures
+        self.vision = take_vision_out(self.model)
         self.longest = config.max_new_tokens or self.generation.max_new_tokens
         self.batch_size = config.batch_size or SLOW_BATCH
         self.generator = self._make_generator()
@@ -224,10 +228,10 @@ class Captioner:
     ) -> Iterator[list[tuple]]:
         """Rows (name, result) of batch after batch, the same in every process.
 
-        A batch is `batch_size` pictures in a row. work(index of the batch, pixels (B, 3, S, S)) gives the B results of
-        those that can be read; the others go into `unreadable` with why. Of N processes the r-th works on batches r,
-        r + N, ...; after N batches the results are exchanged. Batches with no picture to do that is not in `finished`
-        are passed over.
+        A batch is `batch_size` pictures in a row. work(index of the batch, outputs of the ViT (B, P, D)) gives the B
+        results of those that can be read; the others go into `unreadable` with why. Of N processes the r-th works on
+        batches r, r + N, ...; after N batches the results are exchanged. Batches with no picture to do that is not in
+        `finished` are passed over.
         """
         place, processes = find_place()
         size = self.batch_size
@@ -246,30 +250,65 @@ class Captioner:
                 progress.update(sum(len(batch) for _, batch in now))
 
     def _read(self, picture: tuple[str, Path]):
-        """Pixel values (3, S, S), or why there are none."""
+        """(SHA-256 of the file if there is a store, stored output of the ViT (P, D) or else pixel values (3, S, S)).
+
+        For a picture that can't be read, why.
+        """
         from model import load_pixels
 
+        sha256, stored = (None, None) if self.store is None else self.store.look_up(picture[1])
+        if stored is not None:
+            return sha256, stored
         try:
-            return load_pixels(picture[1], self.processor, self.config.blank)
+            return sha256, load_pixels(picture[1], self.processor, self.config.blank)
         except UserError as error:
             return str(error)
 
     def _do_batch(self, index: int, batch: Sequence, reading: Iterator, work: Callable, finished: Collection[str]):
         import torch
 
-        names, pixels, unreadable = [], [], {}
+        names, reads, unreadable = [], [], {}
         for (name, _), read in zip(batch, reading, strict=False):
             if isinstance(read, str):
                 unreadable[name] = read
             else:
-                pixels.append(read)
+                reads.append(read)
                 names.append(name)
         if all(name in finished for name in names):
             return [], unreadable
-        return list(zip(names, work(index, torch.stack(pixels)), strict=True)), unreadable
+        try:
+            return list(zip(names, work(index, self._run_vision(reads)), strict=True)), unreadable
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+            size = self.batch_size
+            raise UserError(f"--batch-size {size}: too large for the GPU ({reason}); take a smaller one") from None
 
-    def caption(self, index: int, pixels) -> list[str]:
-        """Captions of (B, 3, S, S) pixel values. Sampling depends on the seed and the batch's index, on no other batch.
+    def _run_vision(self, reads: list[tuple]):
+        """The ViT's outputs (B, P, D) for what _read gave: stored ones as they are, the others computed, and stored."""
+        import torch
+
+        from vision_store import run_vision
+
+        outputs = [read for _, read in reads]
+        missing = [row for row, output in enumerate(outputs) if output.dim() == 3]
+        self.asked, self.found = self.asked + len(reads), self.found + len(reads) - len(missing)
+        if missing:
+            computed = run_vision(self.vision, torch.stack([outputs[row] for row in missing]))
+            for row, output in zip(missing, computed, strict=True):
+                outputs[row] = output
+            if self.store is not None:
+                kept = computed.to("cpu", non_blocking=True)  # pinned, so that a slow disk holds up no GPU memory
+                self.store.save([reads[row][0] for row in missing], list(kept))
+        return torch.stack([output.to(self.model.device, non_blocking=True) for output in outputs])
+
+    def finish(self) -> None:
+        """Say how many outputs were in the store, and wait for those that are being written."""
+        if self.store is not None:
+            print(self.store.describe(self.found, self.asked))
+            self.store.close()
+
+    def caption(self, index: int, outputs) -> list[str]:
+        """Captions for outputs (B, P, D) of the ViT. Sampling depends on seed and the batch's index, on no other batch.
 
         So whichever process has a batch, and whatever came before, its captions are the same; on a CPU only with as
         many threads, which decide in what order numbers are added up.
@@ -280,20 +319,14 @@ class Captioner:
 
         mixed = np.random.SeedSequence((self.config.seed, index)).generate_state(1)  # a CPU takes 32 bits of a seed
         seed = int(mixed[0])
-        try:
-            if self.generator is not None:
-                options = {
-                    name: self.options[name] for name in ("do_sample", "temperature", "top_p") if name in self.options
-                }
-                pixels = pixels.to(self.model.dtype)
-                tokens = self.generator.generate(pixels, self.longest, **options, seed=seed)
-                return decode_captions(self.processor, tokens)
-            torch.manual_seed(seed)
-            return generate_captions(self.model, self.processor, pixels, self.generation, **self.options)
-        except torch.OutOfMemoryError as error:
-            reason = str(error).splitlines()[0]
-            size = self.batch_size
-            raise UserError(f"--batch-size {size}: too large for the GPU ({reason}); take a smaller one") from None
+        if self.generator is not None:
+            options = {
+                name: self.options[name] for name in ("do_sample", "temperature", "top_p") if name in self.options
+            }
+            tokens = self.generator.generate(outputs, self.longest, **options, seed=seed)
+            return decode_captions(self.processor, tokens)
+        torch.manual_seed(seed)
+        return generate_captions(self.model, self.processor, outputs, self.generation, **self.options)
 
     def describe_memory(self) -> str:
         import torch
@@ -301,21 +334,17 @@ class Captioner:
         used = torch.cuda.max_memory_allocated() / 2**30
         return f", {used:.2f} GiB of GPU memory at most" if used else ""
 
-    def caption_untuned(self, index: int, pixels) -> list[str]:
+    def caption_untuned(self, index: int, outputs) -> list[str]:
         """The same without the adapter: what --base gives."""
         with self.model.disable_adapter():
-            return self.caption(index, pixels)
+            return self.caption(index, outputs)
 
-    def encode(self, pixels) -> np.ndarray:
-        """(B, D) image features of length 1: the frozen ViT's pooled output."""
+    def encode(self, outputs) -> np.ndarray:
+        """(B, D) image features of length 1: the frozen ViT's pooled output, from its outputs (B, P, D)."""
         import torch
 
-        vision = (
-            self.model.get_base_model().vision_model if hasattr(self.model, "peft_config") else self.model.vision_model
-        )
-        weight = vision.post_layernorm.weight
         with torch.inference_mode():
-            pooled = vision(pixels.to(weight.device, weight.dtype)).pooler_output.float()
+            pooled = self.vision.post_layernorm(outputs[:, 0]).float()
         return torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
 
 
@@ -325,11 +354,11 @@ def caption_examples(config: EvalConfig, examples: list[Example]) -> tuple[list[
     nearest = find_nearest(captioner, examples) if config.model_floors else {}
     references = {example.name: [example.caption] for example in examples}
 
-    def work(index: int, pixels) -> list[tuple[str, dict[str, str]]]:
-        captions = captioner.caption(index, pixels)
+    def work(index: int, outputs) -> list[tuple[str, dict[str, str]]]:
+        captions = captioner.caption(index, outputs)
         if not config.model_floors:
             return [(caption, {}) for caption in captions]
-        untuned = captioner.caption_untuned(index, pixels)
+        untuned = captioner.caption_untuned(index, outputs)
         return [(caption, {UNTUNED: text}) for caption, text in zip(captions, untuned, strict=True)]
 
     predictions, start = [], time.perf_counter()
@@ -337,8 +366,9 @@ def caption_examples(config: EvalConfig, examples: list[Example]) -> tuple[list[
         for name, (caption, floors) in rows:
             floors |= {NEAREST: nearest[name]} if nearest else {}
             predictions.append(Prediction(name, caption, references[name], floors))
-    go_on_alone()
     seconds = time.perf_counter() - start
+    captioner.finish()
+    go_on_alone()
     pace = f"{len(predictions):,} captions in {seconds:.1f} s, {len(predictions) / seconds:.1f} a second"
     print(pace + captioner.describe_memory())
     if not predictions:
@@ -352,7 +382,7 @@ def find_nearest(captioner: Captioner, examples: list[Example]) -> dict[str, str
     features = {}
     for part in (training, examples):
         pictures = [(example.name, example.image) for example in part]
-        for rows in captioner.map_batches(pictures, lambda _, pixels: captioner.encode(pixels), {}):
+        for rows in captioner.map_batches(pictures, lambda _, outputs: captioner.encode(outputs), {}):
             features |= rows
     known = [example for example in training if example.name in features]
     table = np.stack([features[example.name] for example in known])  # (N, D)
@@ -441,6 +471,7 @@ def caption_pictures(config: EvalConfig, run_dir: Path) -> None:
                         file.write(format_prediction(Prediction(name, caption, [])))
                         finished[name] = caption
                 file.flush()
+        captioner.finish()
     go_on_alone()
     captions = {name: finished[name] for name, _ in pictures if name in finished}
     with atomic_write(run_dir / "captions.csv") as file:

@@ -30,7 +30,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
@@ -49,6 +49,7 @@ from checkpoints import (
     list_changes,
     read_state,
     read_step,
+    refuse_changes,
     write_state,
 )
 from config import UserError, config_to_json, name_run
@@ -79,7 +80,6 @@ from model import (
     pick_device,
     pick_dtype,
     read_run,
-    store_vision,
 )
 from pictures import check_pictures, explain_dead_worker
 from publish import merge_adapter, push_to_hub, write_model_card
@@ -95,7 +95,9 @@ from training import (
     gather_trainable,
     list_micro_batches,
 )
+from vision_store import compute_outputs, fits_memory, open_store, take_vision_out
 
+TRAINED_ON = ("train", "val")  # splits whose pictures training sees
 SPARE_TOKENS = 16  # that generation may write beyond the longest training caption
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")  # whose versions a run records
 MAX_UNREADABLE = 0.05  # share of the pictures that may be unreadable
@@ -129,8 +131,6 @@ def prepare_splits(config: TrainConfig, run_dir: Path) -> dict[str, list[Example
     names = split_by_ride(list(by_name)[: config.limit], shares, config.seed)
     splits = {split: [by_name[name] for name in names[split]] for split in names}
     splits.setdefault("test", held_out)
-    splits = leave_out_unreadable(splits)
-    print(", ".join(f"{len(examples):,} {split}" for split, examples in splits.items()) + " frames, split by ride")
     return splits
 
 
@@ -155,24 +155,31 @@ def find_images(config: TrainConfig) -> Path:
     return fetch_images(config.kaggle_dataset)
 
 
-def leave_out_unreadable(splits: dict[str, list[Example]]) -> dict[str, list[Example]]:
-    """The splits without the pictures that can't be read, which are counted and listed.
+def list_images(splits: dict[str, list[Example]], names: Iterable[str]) -> list[Path]:
+    """The pictures of the splits of those names, in their order."""
+    return [example.image for name in names for example in splits[name]]
+
+
+def leave_out_unreadable(splits: dict[str, list[Example]], unreadable: dict[Path, str]) -> dict[str, list[Example]]:
+    """The splits without the `unreadable` pictures {path: why}, which are counted and listed.
 
     Raises UserError when they are more than MAX_UNREADABLE of all.
     """
     everything = list(itertools.chain.from_iterable(splits.values()))
-    unreadable = check_pictures([example.image for example in everything])
     if unreadable:
-        reasons = "\n".join(f"  {reason}" for reason in list(unreadable.values())[:LISTED])
+        listed = [unreadable[example.image] for example in everything if example.image in unreadable][:LISTED]
+        reasons = "\n".join(f"  {reason}" for reason in listed)
         told = f"{len(unreadable):,} of {len(everything):,} pictures can't be read"
         if len(unreadable) > MAX_UNREADABLE * len(everything):
             first = reasons.splitlines()[0].strip()
             raise UserError(f"{told}, more than {MAX_UNREADABLE:.0%}: is the data set complete? The first: {first}")
         print(f"{told} and are left out:\n{reasons}")
-    return {
+    readable = {
         split: [example for example in examples if example.image not in unreadable]
         for split, examples in splits.items()
     }
+    print(", ".join(f"{len(examples):,} {split}" for split, examples in readable.items()) + " frames, split by ride")
+    return readable
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -270,6 +277,28 @@ def use_fast_step(config: TrainConfig, model, device: torch.device) -> bool:
     if config.fast_step == "on" and obstacle:
         raise UserError(f"--fast-step on: not made for {obstacle}; use --fast-step auto")
     return config.fast_step == "on" or (device.type == "cuda" and not obstacle)
+
+
+def keep_outputs(config, arguments, model_config, splits: dict[str, list[Example]], device: torch.device) -> bool:
+    """Whether memory has room for the ViT's outputs of what is trained on, in each process."""
+    pictures = len(list_images(splits, TRAINED_ON))
+    vision, dtype = model_config.vision_config, pick_dtype(device)
+    return all(
+        share_all(arguments, fits_memory(vision, dtype, pictures, config.vision_store_gib, device.type == "cuda"))
+    )
+
+
+def make_datasets(
+    config: TrainConfig, splits: dict[str, list[Example]], processor, model_config, outputs: torch.Tensor | None
+) -> dict[str, CaptionDataset]:
+    """What is trained on, with the ViT's `outputs` (N, P, D) of all its pictures in order, if they are stored."""
+    datasets, start = {}, 0
+    for split in TRAINED_ON:
+        dataset = CaptionDataset(splits[split], processor, config.max_caption_tokens, end_token(model_config))
+        if outputs is not None:
+            dataset.features = outputs[start : start + len(dataset)]
+        datasets[split], start = dataset, start + len(dataset)
+    return datasets
 
 
 def choose_wandb_mode(wandb: str) -> str:
@@ -413,12 +442,11 @@ def write_splits(path: Path, splits: dict[str, list[Example]]) -> None:
             writer.writerows((e.name, split, e.image.resolve(), e.caption) for e in examples)
 
 
-def describe_state(config: TrainConfig, splits: dict[str, list[Example]], world_size: int) -> dict:
-    """What an unfinished run must have in common with the one that goes on with it."""
+def describe_state(config: TrainConfig, world_size: int) -> dict:
+    """What an unfinished run must have in common with the one that goes on with it, beside its data."""
     model = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
     return {
         "config": {**config_to_json(config), "model": model},
-        "data": fingerprint_data(splits),
         "world": {"processes": world_size},
     }
 
@@ -444,9 +472,7 @@ def is_finished(config: TrainConfig) -> bool:
     """Whether a run with these settings has come to its end in the output folder."""
     if read_state(checkpoint_folder(config.output)) or not (config.output / "run.json").is_file():
         return False
-    return not list_changes(
-        {"config": read_run(config.output)["config"]}, describe_state(config, {}, 1) | {"data": {}, "world": {}}
-    )
+    return not list_changes({"config": read_run(config.output)["config"]}, describe_state(config, 1) | {"world": {}})
 
 
 def remove_checkpoints(output: Path) -> None:
@@ -494,29 +520,42 @@ def train(config: TrainConfig) -> None:
     arguments = make_arguments(config, device)
     micro_batch_limit = split_batch(config, arguments.world_size)
     set_seed(config.seed)  # before LoRA draws its first weights
-    check_model(config.model, config.load_in_4bit, device)  # before hours of download
+    model_config = check_model(config.model, config.load_in_4bit, device)  # before hours of download
 
     unfinished = None if config.overwrite else read_state(checkpoint_folder(config.output))
     run_dir = Path(unfinished["run_dir"]) if unfinished else share(arguments, functools.partial(name_run, config))
     splits = share(arguments, functools.partial(prepare_splits, config, run_dir))
-    state = describe_state(config, splits, arguments.world_size)
+    state = describe_state(config, arguments.world_size)
     unfinished = share(
         arguments, functools.partial(find_unfinished, config.output, state, config.resume, config.overwrite)
     )
     share(arguments, functools.partial(prepare_output, config.output))
+    stored = keep_outputs(config, arguments, model_config, splits, device)
+    unchecked = list_images(splits, ["test"] if stored else splits)  # the others are decoded for the ViT anyway
+    unreadable = share(arguments, functools.partial(check_pictures, unchecked))
+    if not stored:
+        splits = leave_out_unreadable(splits, unreadable)  # before the model is fetched
 
     processor = load_processor(config.model)
-    model = load_model(config.model, config.load_in_4bit, device)
-    end = end_token(model.config)
-    datasets = {
-        split: CaptionDataset(splits[split], processor, config.max_caption_tokens, end) for split in ("train", "val")
-    }
+    model = load_model(config.model, config.load_in_4bit, device, checked=True)
+    outputs, store = None, None
+    if stored:
+        store = open_store(config, model, processor, write=arguments.process_index == 0)
+        outputs, found = compute_outputs(model, processor, list_images(splits, TRAINED_ON), store)
+        take_vision_out(model)
+        for reasons in share_all(arguments, found):
+            unreadable |= reasons
+        splits = leave_out_unreadable(splits, unreadable)
+        print("the frozen ViT's outputs are stored: it is not needed in training")
+    state["data"] = fingerprint_data(splits)
+    if unfinished:
+        refuse_changes(config.output, unfinished, state)
+    datasets = make_datasets(config, splits, processor, model.config, outputs)
     longest = max(map(len, datasets["train"].caption_ids))
     generation = make_generation_config(model.config, longest + SPARE_TOKENS)
-    if store_vision(model, list(datasets.values()), config.vision_store_gib):
+    if outputs is not None:
         arguments.dataloader_num_workers = 0  # nothing left to decode
-        arguments.dataloader_pin_memory &= not datasets["train"].features.is_cuda  # or there already
-        print("the frozen ViT's outputs are stored: it is not needed in training")
+        arguments.dataloader_pin_memory &= not outputs.is_cuda  # or there already
     model = add_lora(model, config.lora_target, config.lora_rank, config.lora_alpha, config.lora_dropout)
     model.print_trainable_parameters()
     fast = use_fast_step(config, model, device)
@@ -553,8 +592,12 @@ def train(config: TrainConfig) -> None:
 
     try:
         trainer, metrics = train_lora(config, arguments, state, model, datasets, make_callbacks, make_fast_step)
+        if store is not None:
+            store.close()
     finally:  # also when it was stopped, and in processes that have nothing to save
         end_workers()
+        if store is not None:
+            store.close(finish=False)
     weights = gather_trainable(model) if is_sharded() else None
     if not is_main:
         return

@@ -15,27 +15,25 @@ from pathlib import Path
 
 import bitsandbytes as bnb
 import numpy as np
-import psutil
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 from transformers import (
     AutoConfig,
     BitsAndBytesConfig,
+    Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2Processor,
     GenerationConfig,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from config import UserError
 from data import Example
-from pictures import open_picture, read_batches
+from pictures import open_picture
 from trust import ADAPTER_WEIGHTS, check_adapter_folder, check_model_folder
 
 IGNORED = -100  # label of a position that carries no loss
@@ -76,22 +74,30 @@ def load_processor(source: str | Path) -> Blip2Processor:
     return _load(Blip2Processor, source, backend="pil")
 
 
-def check_model(source: str | Path, load_in_4bit: bool, device: torch.device) -> None:
-    """Raise UserError unless `source` is a BLIP-2 with an OPT that fits the device. Fetches its config.json only."""
+def check_model(source: str | Path, load_in_4bit: bool, device: torch.device) -> Blip2Config:
+    """The model's configuration. Fetches config.json only.
+
+    Raises UserError unless `source` is a BLIP-2 with an OPT that fits the device.
+    """
     config = _load(AutoConfig, source)
     if config.model_type != "blip-2" or not config.use_decoder_only_language_model:
         raise UserError(f"{source}: a {config.model_type} model; --model takes a BLIP-2 checkpoint with an OPT")
     if config.image_token_index is None:
         raise UserError(f"{source}: its config.json has no image_token_index; fetch the checkpoint's latest revision")
     check_fits(source, config, load_in_4bit, device)
+    return config
 
 
-def load_model(source: str | Path, load_in_4bit: bool, device: torch.device) -> Blip2ForConditionalGeneration:
+def load_model(
+    source: str | Path, load_in_4bit: bool, device: torch.device, checked: bool = False
+) -> Blip2ForConditionalGeneration:
     """Load a BLIP-2 checkpoint onto `device`, frozen, its linear layers in NF4 if asked for.
 
-    Raises UserError when it can't be had, is no BLIP-2 with an OPT, or is too large for the device.
+    Raises UserError when it can't be had, is no BLIP-2 with an OPT, or is too large for the device; the last two are
+    taken for granted if check_model() was `checked` before.
     """
-    check_model(source, load_in_4bit, device)
+    if not checked:
+        check_model(source, load_in_4bit, device)
     dtype = pick_dtype(device)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -295,7 +301,7 @@ def tokenize_caption(caption: str, processor: Blip2Processor, max_tokens: int, e
 class CaptionDataset(Dataset):
     """Examples as {"index": place, "pixel_values": (3, S, S), "caption_ids": list of tokens with the end token}.
 
-    Once `features` holds the ViT's outputs (see store_vision), they stand in for the pixels.
+    Once `features` holds the ViT's outputs (see vision_store.py), they stand in for the pixels.
     """
 
     def __init__(self, examples: Sequence[Example], processor: Blip2Processor, max_tokens: int, end: int):
@@ -345,57 +351,6 @@ class CaptionCollator:
 
 
 # --------------------------------------------------------------------------------------------------------------
-# the frozen ViT's outputs, computed once
-
-
-class StoredVision(torch.nn.Module):
-    """Stands in place of the ViT and passes on what the ViT gave before."""
-
-    def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        return BaseModelOutputWithPooling(last_hidden_state=pixel_values)  # (B, P, D)
-
-
-def store_vision(model, datasets: Sequence[CaptionDataset], limit_gib: float | None) -> bool:
-    """Compute the frozen ViT's output of each picture once, and take the ViT itself out of the model.
-
-    The ViT has neither LoRA nor dropout, so training sees the same numbers as with it. Returns False, and changes
-    nothing, when the outputs of all `datasets` would take more than `limit_gib` GiB of memory; None stands for a
-    quarter of the free memory with a GPU and for 0 without. They stay on the GPU if half of it is left free.
-    """
-    vision = model.config.vision_config
-    positions = (vision.image_size // vision.patch_size) ** 2 + 1  # P
-    pictures = sum(map(len, datasets))
-    dtype = model.vision_model.post_layernorm.weight.dtype  # model.dtype is that of the Q-Former, fp32 with an fp16 ViT
-    need = pictures * positions * vision.hidden_size * dtype.itemsize / 2**30
-    cuda = model.device.type == "cuda"
-    if limit_gib is None:
-        limit_gib = psutil.virtual_memory().available / 4 / 2**30 if cuda else 0
-    if need > limit_gib:
-        return False
-    free, size = torch.cuda.mem_get_info(model.device) if cuda else (0, 0)
-    place = model.device if cuda and free - need * 2**30 > size / 2 else "cpu"
-    with tqdm(total=pictures, desc="encoding pictures", unit="picture") as progress:
-        for dataset in datasets:
-            dataset.features = torch.empty(len(dataset), positions, vision.hidden_size, dtype=dtype, device=place)
-            read = functools.partial(load_pixels, processor=dataset.processor)
-            collate = functools.partial(_stack, dtype=dtype)
-            images, start = [example.image for example in dataset.examples], 0
-            item_bytes = 3 * vision.image_size**2 * dtype.itemsize
-            for pixels in read_batches(read, images, collate, item_bytes):  # (B, 3, S, S)
-                with torch.inference_mode():
-                    output = model.vision_model(pixels.to(model.device)).last_hidden_state
-                dataset.features[start : start + len(pixels)] = output
-                start += len(pixels)
-                progress.update(len(pixels))
-    model.vision_model = StoredVision()
-    return True
-
-
-def _stack(pixels: list[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.stack(pixels).to(dtype)
-
-
-# --------------------------------------------------------------------------------------------------------------
 # generation
 
 
@@ -412,10 +367,13 @@ def make_generation_config(model_config, max_new_tokens: int) -> GenerationConfi
 
 @torch.inference_mode()
 def generate_captions(model, processor, pixel_values: Tensor, generation: GenerationConfig, **options) -> list[str]:
-    """Captions of pixel_values (B, 3, S, S); `options` override `generation` (do_sample, temperature, ...)."""
+    """Captions of pixel_values (B, 3, S, S); `options` override `generation` (do_sample, temperature, ...).
+
+    Where the ViT's outputs (B, P, D) stand in for it (see vision_store.py), pixel_values are those.
+    """
     prefix = torch.tensor([prefix_ids(model.config)], device=model.device).expand(len(pixel_values), -1)  # (B, Q+1)
     tokens = model.generate(
-        pixel_values=pixel_values.to(model.device, model.dtype),
+        pixel_values=pixel_values.to(model.device),  # the ViT takes any precision
         input_ids=prefix,
         attention_mask=torch.ones_like(prefix),
         generation_config=GenerationConfig(**{**generation.to_diff_dict(), **options}),
