@@ -284,7 +284,9 @@ def keep_outputs(config, arguments, model_config, splits: dict[str, list[Example
     pictures = len(list_images(splits, TRAINED_ON))
     vision, dtype = model_config.vision_config, pick_dtype(device)
     return all(
-        share_all(arguments, fits_memory(vision, dtype, pictures, config.vision_store_gib, device.type == "cuda"))
+        gather(
+            fits_memory(vision, dtype, pictures, config.vision_store_gib, device.type == "cuda"), arguments.world_size
+        )
     )
 
 
@@ -543,7 +545,7 @@ def train(config: TrainConfig) -> None:
         store = open_store(config, model, processor, write=arguments.process_index == 0)
         outputs, found = compute_outputs(model, processor, list_images(splits, TRAINED_ON), store)
         take_vision_out(model)
-        for reasons in share_all(arguments, found):
+        for reasons in gather(found, arguments.world_size):
             unreadable |= reasons
         splits = leave_out_unreadable(splits, unreadable)
         print("the frozen ViT's outputs are stored: it is not needed in training")
