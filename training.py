@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import EvalLoopOutput
@@ -112,6 +113,7 @@ class CaptionTrainer(Trainer):
         """Called once an optimiser step, after all gradients are there and before any weight has changed."""
         if self.fast_step is None:
             norm = super()._clip_grad_norm(model)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP's, of parts
         else:  # the same, without a walk over the thousands of frozen weights
             self.fast_step.add_up()
             norm = torch.nn.utils.clip_grad_norm_(self.fast_step.weights, self.args.max_grad_norm)

@@ -38,6 +38,13 @@ def fail(self, batch, tokens):
     return loss
 training.FastStep.__call__ = fail
 """
+PLAIN_NAN = """
+real = training.Trainer.training_step
+def training_step(self, *args, **options):
+    loss = real(self, *args, **options)
+    return loss * float("nan") if rank == 1 and self.state.global_step == 3 else loss
+training.Trainer.training_step = training_step
+"""
 OTHER_SEED = """
 real = main.add_lora
 def add_lora(*args):
@@ -199,6 +206,14 @@ def test_a_stopped_run_of_spread_weights_goes_on_to_the_same_adapter(folder, lau
     resumed = launch("stopped", *flags, patch=FSDP, how=BY_FSDP)
     assert resumed.returncode == 0 and "goes on after step 4 of 6" in resumed.stdout, resumed.stderr[-3000:]
     assert hash_adapter(Path("stopped")) == hash_adapter(Path("undisturbed"))
+
+
+def test_a_loss_that_is_no_number_stops_processes_of_spread_weights(folder, launch):
+    flags = ("--no-load-in-4bit", None, "--fast-step", "auto")
+    done = launch("two", *flags, patch=FSDP + PLAIN_NAN, how=BY_FSDP)
+    assert done.returncode != 0
+    assert "error: step 4: the loss is nan and the gradient norm" in done.stderr
+    assert find_checkpoint(Path("two/blip2-finetuned/checkpoints")).name == "checkpoint-3"
 
 
 @pytest.mark.parametrize(
