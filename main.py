@@ -243,7 +243,8 @@ def split_batch(config: TrainConfig, world_size: int) -> int:
 
 def is_sharded() -> bool:
     """Whether accelerate launch was told to spread the weights over the GPUs (see fsdp.yaml)."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return wanted and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def check_sharding(config: TrainConfig) -> None:

@@ -296,7 +296,7 @@ def gather(value, world_size: int) -> list:
 def check_same_weights(model, world_size: int) -> None:
     """Raise UserError unless the trainable weights are the same in all processes, to the last bit."""
     weights = [weight.detach().flatten().cpu() for weight in model.parameters() if weight.requires_grad]
-    digests = gather(hashlib.sha256(torch.cat(weights).numpy()).hexdigest(), world_size)
+    digests = gather(hashlib.sha256(torch.cat(weights).view(torch.uint8).numpy()).hexdigest(), world_size)
     different = [place for place, digest in enumerate(digests) if digest != digests[0]]
     if different:
         raise UserError(

@@ -18,9 +18,11 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -30,8 +32,10 @@ from benchmarks.results import record
 
 PARTS = ("nf4", "captions", "bf16", "losses", "fsdp")  # in the order of what matters most
 TITLE = "Several GPUs"
-SECONDS = 150  # of one start of main.py or eval.py, after which it counts as hung
+SECONDS = 200  # of one start of main.py or eval.py, after which it counts as hung
 LOSSES = 20  # steps whose losses are compared
+CAPTIONING, LATER = "captioning, sampled", "captioning, after the first batches"
+STEADY = "captions a second after the first batches:"  # what time_captions prints
 NF4, BF16, FSDP = "training, NF4", "training, bf16", "training, bf16, FSDP"
 ADAPTER = "several-nf4-1"  # of the part nf4; it is captioned with
 NO_DROPOUT = {
@@ -54,14 +58,19 @@ class Row(NamedTuple):
 # what is run
 
 
-def launch(processes: int, config: str | None = None) -> tuple[str, ...]:
-    """The words before the script: several processes by accelerate launch, ended when they take too long."""
+def launch(processes: int, config: str | None = None, timed: bool = False) -> tuple[str, ...]:
+    """The words before the script: several processes by accelerate launch, ended when they take too long.
+
+    `timed`: the script is eval.py, run by time_captions.
+    """
     words = ("timeout", "--kill-after", "45", str(SECONDS), sys.executable)
+    this = ("benchmarks.several_gpus", "--timed")
     if processes == 1:
-        return words
+        return (*words, "-m", *this) if timed else words
     how = ("--config_file", config) if config else ("--multi_gpu",)
-    ports = ("--num_machines", "1", "--main_process_port", "0")
-    return (*words, "-m", "accelerate.commands.launch", *how, "--num_processes", str(processes), *ports)
+    words += ("-m", "accelerate.commands.launch", *how, "--num_processes", str(processes))
+    words += ("--num_machines", "1", "--main_process_port", "0")
+    return (*words, "--module", *this) if timed else words
 
 
 def list_flags(args, steps: int) -> list:
@@ -95,13 +104,39 @@ def measure_fsdp(args) -> Iterator[Row]:
 
 
 def measure_captions(args) -> Iterator[Row]:
-    """Of enough pictures that neither the start nor the recording of the GPU's launches decides."""
+    """The pace of all, and of those after each process's first batch, in which the GPU's launches are recorded."""
     if not (args.folder / ADAPTER / "run.json").is_file():
         train(args, ADAPTER, *list_flags(args, 1), launcher=launch(1))
     write_test_split(args)
     for processes in (1, args.processes):
-        _, pace, peak = caption(args, ADAPTER, "--num-samples", "all", launcher=launch(processes))
-        yield Row("captioning, sampled", processes, pace, "captions/s", peak, "captioning, sampled")
+        _, pace, peak = caption(args, ADAPTER, "--num-samples", "all", launcher=launch(processes, timed=True))
+        yield Row(CAPTIONING, processes, pace, "captions/s", peak, CAPTIONING)
+        steady = re.search(rf"{STEADY} ([\d.]+)", (args.folder / f"{ADAPTER}-eval.log").read_text())
+        if steady:
+            yield Row(LATER, processes, float(steady[1]), "captions/s", math.nan, LATER)
+
+
+def time_captions(script: list[str]) -> None:
+    """Run eval.py in this process, and print how many captions a second there were after the first batches."""
+    import eval as captioning
+    from config import EvalConfig, parse_args, run_script
+
+    sys.argv = script
+    config = parse_args(EvalConfig)
+    map_batches, marks = captioning.Captioner.map_batches, []  # (seconds, captions) of a batch
+
+    def timed(self, *args):
+        for rows in map_batches(self, *args):
+            marks.append((time.perf_counter(), len(rows)))
+            yield rows
+        place, processes = captioning.find_place()
+        later = marks[processes:]  # as many batches come at once as there are processes
+        if place == 0 and later:
+            pace = sum(count for _, count in later) / (later[-1][0] - marks[processes - 1][0])
+            print(f"{STEADY} {pace:.2f}")
+
+    captioning.Captioner.map_batches = timed
+    run_script(captioning.main, config)
 
 
 def write_test_split(args) -> None:
@@ -148,6 +183,9 @@ def copy_without_dropout(model: Path, folder: Path) -> Path:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--timed"]:
+        time_captions(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="for model, pictures and results")
     parser.add_argument("--model", type=Path, help="another BLIP-2; none: one of full size is made in FOLDER")

@@ -222,6 +222,7 @@ def test_a_loss_that_is_no_number_stops_processes_of_spread_weights(folder, laun
 )
 def test_what_does_not_go_with_spread_weights_is_refused(folder, settings, monkeypatch, changes, message):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=message):
         train(settings, **changes)
 
