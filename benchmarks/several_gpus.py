@@ -73,18 +73,21 @@ def launch(processes: int, config: str | None = None, timed: bool = False) -> tu
     return (*words, "--module", *this) if timed else words
 
 
-def list_flags(args, steps: int) -> list:
-    """Of main.py: `steps` steps within one epoch, each logged, and little validation."""
-    frames = min(args.frames, int(1.25 * steps * args.batch_size))
-    flags = ["--train-batch-size", args.batch_size, "--max-steps", steps, "--logging-steps", 1, "--limit", frames]
-    return [*flags, "--train-share", 0.9, "--val-share", 0.05, "--val-captions", 0]
+def list_flags(args, *more) -> list:
+    """Of main.py: epochs of `steps` steps and a little more, with little validation."""
+    frames = min(args.frames, int(1.25 * args.steps * args.batch_size))
+    flags = ["--train-batch-size", args.batch_size, "--limit", frames, "--train-share", 0.9, "--val-share", 0.05]
+    return [*flags, "--val-captions", 0, *more]
+
+
+def list_timed_flags(args, *more) -> list:
+    """In the first epoch of three the GPU's launches are recorded; no step waits for being logged but one in four."""
+    return list_flags(args, "--num-train-epochs", 3, "--logging-steps", 4, *more)
 
 
 def measure_training(args, what: str, name: str, *flags) -> Iterator[Row]:
     for processes in (1, args.processes):
-        done = train(
-            args, f"several-{name}-{processes}", *list_flags(args, args.steps), *flags, launcher=launch(processes)
-        )
+        done = train(args, f"several-{name}-{processes}", *list_timed_flags(args, *flags), launcher=launch(processes))
         yield Row(what, processes, done.samples_per_second, "samples/s", done.peak_gib, what)
 
 
@@ -99,14 +102,14 @@ def measure_bf16(args) -> Iterator[Row]:
 def measure_fsdp(args) -> Iterator[Row]:
     """Beside one process that needs no FSDP."""
     launcher = launch(args.processes, "fsdp.yaml")
-    done = train(args, "several-fsdp", *list_flags(args, args.steps), "--no-load-in-4bit", launcher=launcher)
+    done = train(args, "several-fsdp", *list_timed_flags(args, "--no-load-in-4bit"), launcher=launcher)
     yield Row(FSDP, args.processes, done.samples_per_second, "samples/s", done.peak_gib, BF16)
 
 
 def measure_captions(args) -> Iterator[Row]:
     """The pace of all, and of those after each process's first batch, in which the GPU's launches are recorded."""
     if not (args.folder / ADAPTER / "run.json").is_file():
-        train(args, ADAPTER, *list_flags(args, 1), launcher=launch(1))
+        train(args, ADAPTER, *list_flags(args, "--max-steps", 1), launcher=launch(1))
     write_test_split(args)
     for processes in (1, args.processes):
         _, pace, peak = caption(args, ADAPTER, "--num-samples", "all", launcher=launch(processes, timed=True))
@@ -153,7 +156,8 @@ def measure_losses(args) -> Iterator[Row]:
     still = argparse.Namespace(**vars(args) | {"model": copy_without_dropout(args.model, args.folder / "still")})
     losses = {}
     for processes in (1, args.processes):
-        flags = (*list_flags(args, min(args.steps, LOSSES)), "--lora-dropout", 0)
+        steps = min(args.steps, LOSSES)  # within the first epoch, at whose end one process has fewer frames in a step
+        flags = list_flags(args, "--max-steps", steps, "--logging-steps", 1, "--lora-dropout", 0)
         done = train(still, f"several-losses-{processes}", *flags, launcher=launch(processes))
         losses[processes] = done.losses
         yield Row(f"loss of step {len(done.losses)}, no dropout", processes, done.losses[-1], "nats a token")
@@ -192,7 +196,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="GPUs, each with a process")
     parser.add_argument("--frames", type=int, default=4096, help="pictures that are captioned")
     parser.add_argument("--batch-size", type=int, default=64, help="frames an optimiser step, over all GPUs")
-    parser.add_argument("--steps", type=int, default=36, help="of each training run; the last three quarters count")
+    parser.add_argument("--steps", type=int, default=24, help="of each epoch of training, at least")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--record", action="store_true", help="put the table into benchmarks/RESULTS.md")
     args = parser.parse_args()
