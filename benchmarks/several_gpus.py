@@ -237,7 +237,7 @@ def name_gpus() -> str | None:
 def make_table(rows: list[Row]) -> str:
     """Efficiency is the pace of N processes : (N x that of one)."""
     lines = [
-        "| what | processes | measured | | peak GiB a GPU | efficiency |",
+        "| what | processes | measured | | peak GiB of the first GPU | efficiency |",
         "| --- | ---: | ---: | --- | ---: | ---: |",
     ]
     ones = {row.what: row.value for row in rows if row.processes == 1}
