@@ -100,6 +100,7 @@ from vision_store import compute_outputs, fits_memory, open_store, take_vision_o
 TRAINED_ON = ("train", "val")  # splits whose pictures training sees
 SPARE_TOKENS = 16  # that generation may write beyond the longest training caption
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")  # whose versions a run records
+WAITING = 6 * 3600  # seconds that processes wait for the first, which may have a data set to fetch
 MAX_UNREADABLE = 0.05  # share of the pictures that may be unreadable
 LISTED = 10  # of them that are listed
 FINISHED = ".checkpoints-of-a-finished-run"
@@ -220,6 +221,8 @@ def make_arguments(config: TrainConfig, device: torch.device) -> TrainingArgumen
         dataloader_pin_memory=device.type == "cuda",
         accelerator_config={"non_blocking": device.type == "cuda"},
         ddp_find_unused_parameters=False,
+        ddp_timeout=WAITING,
+        average_tokens_across_devices=True,  # a loss is divided by the tokens of the step in all processes
         report_to="none",  # see dashboard.RunLog
     )
     if "LOCAL_RANK" not in os.environ and arguments.n_gpu > 1:
@@ -247,7 +250,8 @@ def split_batch(config: TrainConfig, world_size: int) -> int:
 
 def is_sharded() -> bool:
     """Whether accelerate launch was told to spread the weights over the GPUs (see fsdp.yaml)."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return wanted and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def check_sharding(config: TrainConfig) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import EvalLoopOutput
@@ -112,6 +113,7 @@ class CaptionTrainer(Trainer):
         """Called once an optimiser step, after all gradients are there and before any weight has changed."""
         if self.fast_step is None:
             norm = super()._clip_grad_norm(model)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP's, of parts
         else:  # the same, without a walk over the thousands of frozen weights
             self.fast_step.add_up()
             norm = torch.nn.utils.clip_grad_norm_(self.fast_step.weights, self.args.max_grad_norm)
@@ -250,6 +252,7 @@ class Pace(TrainerCallback):
         self.seconds, self.steps_per_epoch, self.world_size = 60 * minutes, steps_per_epoch, world_size
         self.signal: int | None = None
         self.saved = time.monotonic()
+        self.asked: tuple | None = None  # on a GPU: what the processes were asked last, and when it is answered
 
     def __enter__(self):
         self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -269,15 +272,30 @@ class Pace(TrainerCallback):
         if state.global_step % self.steps_per_epoch == 0 or state.global_step >= state.max_steps:
             return  # the end of an epoch is saved anyway, after its validation
         due = self.signal is not None or time.monotonic() - self.saved >= self.seconds
-        if self.world_size > 1:  # all processes save at the same step
-            flag = torch.tensor([float(due)], device=args.device)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            due = bool(flag.item())
+        if self.world_size > 1:
+            due = self._is_any_due(due, args.device)
         if due:
             control.should_save = True
 
+    def _is_any_due(self, due: bool, device: torch.device) -> bool:
+        """Whether a process is due, the same in all of them; on a GPU as of the step before, so that it need not wait.
+
+        The CPU would else launch nothing until the step is done.
+        """
+        flag = torch.full((1,), float(due), device=device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        if not flag.is_cuda:
+            return bool(flag)
+        answer, arrived = flag.to("cpu", non_blocking=True), torch.cuda.Event()
+        arrived.record()
+        before, self.asked = self.asked, (arrived, answer)
+        if before is None:
+            return False
+        before[0].synchronize()
+        return bool(before[1])
+
     def after_save(self) -> None:
-        self.saved = time.monotonic()
+        self.saved, self.asked = time.monotonic(), None
         if any(gather(self.signal is not None, self.world_size)):
             raise Stopped
 
@@ -294,7 +312,7 @@ def gather(value, world_size: int) -> list:
 def check_same_weights(model, world_size: int) -> None:
     """Raise UserError unless the trainable weights are the same in all processes, to the last bit."""
     weights = [weight.detach().flatten().cpu() for weight in model.parameters() if weight.requires_grad]
-    digests = gather(hashlib.sha256(torch.cat(weights).numpy()).hexdigest(), world_size)
+    digests = gather(hashlib.sha256(torch.cat(weights).view(torch.uint8).numpy()).hexdigest(), world_size)
     different = [place for place, digest in enumerate(digests) if digest != digests[0]]
     if different:
         raise UserError(

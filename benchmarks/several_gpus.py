@@ -18,9 +18,11 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -30,8 +32,10 @@ from benchmarks.results import record
 
 PARTS = ("nf4", "captions", "bf16", "losses", "fsdp")  # in the order of what matters most
 TITLE = "Several GPUs"
-SECONDS = 150  # of one start of main.py or eval.py, after which it counts as hung
+SECONDS = 200  # of one start of main.py or eval.py, after which it counts as hung
 LOSSES = 20  # steps whose losses are compared
+CAPTIONING, LATER = "captioning, sampled", "captioning, after the first batches"
+STEADY = "captions a second after the first batches:"  # what time_captions prints
 NF4, BF16, FSDP = "training, NF4", "training, bf16", "training, bf16, FSDP"
 ADAPTER = "several-nf4-1"  # of the part nf4; it is captioned with
 NO_DROPOUT = {
@@ -54,28 +58,36 @@ class Row(NamedTuple):
 # what is run
 
 
-def launch(processes: int, config: str | None = None) -> tuple[str, ...]:
-    """The words before the script: several processes by accelerate launch, ended when they take too long."""
+def launch(processes: int, config: str | None = None, timed: bool = False) -> tuple[str, ...]:
+    """The words before the script: several processes by accelerate launch, ended when they take too long.
+
+    `timed`: the script is eval.py, run by time_captions.
+    """
     words = ("timeout", "--kill-after", "45", str(SECONDS), sys.executable)
+    this = ("benchmarks.several_gpus", "--timed")
     if processes == 1:
-        return words
+        return (*words, "-m", *this) if timed else words
     how = ("--config_file", config) if config else ("--multi_gpu",)
-    ports = ("--num_machines", "1", "--main_process_port", "0")
-    return (*words, "-m", "accelerate.commands.launch", *how, "--num_processes", str(processes), *ports)
+    words += ("-m", "accelerate.commands.launch", *how, "--num_processes", str(processes))
+    words += ("--num_machines", "1", "--main_process_port", "0")
+    return (*words, "--module", *this) if timed else words
 
 
-def list_flags(args, steps: int) -> list:
-    """Of main.py: `steps` steps within one epoch, each logged, and little validation."""
-    frames = min(args.frames, int(1.25 * steps * args.batch_size))
-    flags = ["--train-batch-size", args.batch_size, "--max-steps", steps, "--logging-steps", 1, "--limit", frames]
-    return [*flags, "--train-share", 0.9, "--val-share", 0.05, "--val-captions", 0]
+def list_flags(args, *more) -> list:
+    """Of main.py: epochs of `steps` steps and a little more, with little validation."""
+    frames = min(args.frames, int(1.25 * args.steps * args.batch_size))
+    flags = ["--train-batch-size", args.batch_size, "--limit", frames, "--train-share", 0.9, "--val-share", 0.05]
+    return [*flags, "--val-captions", 0, *more]
+
+
+def list_timed_flags(args, *more) -> list:
+    """In the first epoch of three the GPU's launches are recorded; no step waits for being logged but one in four."""
+    return list_flags(args, "--num-train-epochs", 3, "--logging-steps", 4, *more)
 
 
 def measure_training(args, what: str, name: str, *flags) -> Iterator[Row]:
     for processes in (1, args.processes):
-        done = train(
-            args, f"several-{name}-{processes}", *list_flags(args, args.steps), *flags, launcher=launch(processes)
-        )
+        done = train(args, f"several-{name}-{processes}", *list_timed_flags(args, *flags), launcher=launch(processes))
         yield Row(what, processes, done.samples_per_second, "samples/s", done.peak_gib, what)
 
 
@@ -90,18 +102,44 @@ def measure_bf16(args) -> Iterator[Row]:
 def measure_fsdp(args) -> Iterator[Row]:
     """Beside one process that needs no FSDP."""
     launcher = launch(args.processes, "fsdp.yaml")
-    done = train(args, "several-fsdp", *list_flags(args, args.steps), "--no-load-in-4bit", launcher=launcher)
+    done = train(args, "several-fsdp", *list_timed_flags(args, "--no-load-in-4bit"), launcher=launcher)
     yield Row(FSDP, args.processes, done.samples_per_second, "samples/s", done.peak_gib, BF16)
 
 
 def measure_captions(args) -> Iterator[Row]:
-    """Of enough pictures that neither the start nor the recording of the GPU's launches decides."""
+    """The pace of all, and of those after each process's first batch, in which the GPU's launches are recorded."""
     if not (args.folder / ADAPTER / "run.json").is_file():
-        train(args, ADAPTER, *list_flags(args, 1), launcher=launch(1))
+        train(args, ADAPTER, *list_flags(args, "--max-steps", 1), launcher=launch(1))
     write_test_split(args)
     for processes in (1, args.processes):
-        _, pace, peak = caption(args, ADAPTER, "--num-samples", "all", launcher=launch(processes))
-        yield Row("captioning, sampled", processes, pace, "captions/s", peak, "captioning, sampled")
+        _, pace, peak = caption(args, ADAPTER, "--num-samples", "all", launcher=launch(processes, timed=True))
+        yield Row(CAPTIONING, processes, pace, "captions/s", peak, CAPTIONING)
+        steady = re.search(rf"{STEADY} ([\d.]+)", (args.folder / f"{ADAPTER}-eval.log").read_text())
+        if steady:
+            yield Row(LATER, processes, float(steady[1]), "captions/s", math.nan, LATER)
+
+
+def time_captions(script: list[str]) -> None:
+    """Run eval.py in this process, and print how many captions a second there were after the first batches."""
+    import eval as captioning
+    from config import EvalConfig, parse_args, run_script
+
+    sys.argv = script
+    config = parse_args(EvalConfig)
+    map_batches, marks = captioning.Captioner.map_batches, []  # (seconds, captions) of a batch
+
+    def timed(self, *args):
+        for rows in map_batches(self, *args):
+            marks.append((time.perf_counter(), len(rows)))
+            yield rows
+        place, processes = captioning.find_place()
+        later = marks[processes:]  # as many batches come at once as there are processes
+        if place == 0 and later:
+            pace = sum(count for _, count in later) / (later[-1][0] - marks[processes - 1][0])
+            print(f"{STEADY} {pace:.2f}")
+
+    captioning.Captioner.map_batches = timed
+    run_script(captioning.main, config)
 
 
 def write_test_split(args) -> None:
@@ -118,7 +156,8 @@ def measure_losses(args) -> Iterator[Row]:
     still = argparse.Namespace(**vars(args) | {"model": copy_without_dropout(args.model, args.folder / "still")})
     losses = {}
     for processes in (1, args.processes):
-        flags = (*list_flags(args, min(args.steps, LOSSES)), "--lora-dropout", 0)
+        steps = min(args.steps, LOSSES)  # within the first epoch, at whose end one process has fewer frames in a step
+        flags = list_flags(args, "--max-steps", steps, "--logging-steps", 1, "--lora-dropout", 0)
         done = train(still, f"several-losses-{processes}", *flags, launcher=launch(processes))
         losses[processes] = done.losses
         yield Row(f"loss of step {len(done.losses)}, no dropout", processes, done.losses[-1], "nats a token")
@@ -148,13 +187,16 @@ def copy_without_dropout(model: Path, folder: Path) -> Path:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--timed"]:
+        time_captions(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="for model, pictures and results")
     parser.add_argument("--model", type=Path, help="another BLIP-2; none: one of full size is made in FOLDER")
     parser.add_argument("--processes", type=int, default=2, help="GPUs, each with a process")
     parser.add_argument("--frames", type=int, default=4096, help="pictures that are captioned")
     parser.add_argument("--batch-size", type=int, default=64, help="frames an optimiser step, over all GPUs")
-    parser.add_argument("--steps", type=int, default=36, help="of each training run; the last three quarters count")
+    parser.add_argument("--steps", type=int, default=24, help="of each epoch of training, at least")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--record", action="store_true", help="put the table into benchmarks/RESULTS.md")
     args = parser.parse_args()
@@ -195,7 +237,7 @@ def name_gpus() -> str | None:
 def make_table(rows: list[Row]) -> str:
     """Efficiency is the pace of N processes : (N x that of one)."""
     lines = [
-        "| what | processes | measured | | peak GiB a GPU | efficiency |",
+        "| what | processes | measured | | peak GiB of the first GPU | efficiency |",
         "| --- | ---: | ---: | --- | ---: | ---: |",
     ]
     ones = {row.what: row.value for row in rows if row.processes == 1}

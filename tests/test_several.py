@@ -20,6 +20,7 @@ from speed import LengthSampler
 STEPS_PER_EPOCH = 3
 
 # what a test puts in the way of main.py; `rank` is the process's place
+NO_DDP = "torch.nn.parallel.DistributedDataParallel.__init__ = None"
 STOP = """
 real = training.Pace.on_step_end
 def on_step_end(self, args, state, control, **kwargs):
@@ -37,6 +38,13 @@ def fail(self, batch, tokens):
         {what}
     return loss
 training.FastStep.__call__ = fail
+"""
+PLAIN_NAN = """
+real = training.Trainer.training_step
+def training_step(self, *args, **options):
+    loss = real(self, *args, **options)
+    return loss * float("nan") if rank == 1 and self.state.global_step == 3 else loss
+training.Trainer.training_step = training_step
 """
 OTHER_SEED = """
 real = main.add_lora
@@ -121,7 +129,15 @@ def check_same_run(relative: float = 1e-4) -> None:
 def test_two_processes_match_one(folder, settings, launch, fast_step, micro_batch):
     """The losses of one process, and its weights to 1e-5; only the main process writes."""
     train_one(settings)
-    done = launch("two", "--fast-step", fast_step, "--per-device-train-batch-size", micro_batch)
+    flags = (
+        "--fast-step",
+        fast_step,
+        "--per-device-train-batch-size",
+        micro_batch,
+        "--vision-store-gib",
+        2 - micro_batch,
+    )
+    done = launch("two", *flags, patch=NO_DDP if fast_step == "on" else "")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("adapter saved to") == 1
     runs = [json.loads(Path(n, "blip2-finetuned/run.json").read_text()) for n in ("one", "two")]
@@ -201,12 +217,21 @@ def test_a_stopped_run_of_spread_weights_goes_on_to_the_same_adapter(folder, lau
     assert hash_adapter(Path("stopped")) == hash_adapter(Path("undisturbed"))
 
 
+def test_a_loss_that_is_no_number_stops_processes_of_spread_weights(folder, launch):
+    flags = ("--no-load-in-4bit", None, "--fast-step", "auto")
+    done = launch("two", *flags, patch=FSDP + PLAIN_NAN, how=BY_FSDP)
+    assert done.returncode != 0
+    assert "error: step 4: the loss is nan and the gradient norm" in done.stderr
+    assert find_checkpoint(Path("two/blip2-finetuned/checkpoints")).name == "checkpoint-3"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({}, "--no-load-in-4bit"), ({"load_in_4bit": False, "val_captions": 2}, "--val-captions 0")],
 )
 def test_what_does_not_go_with_spread_weights_is_refused(folder, settings, monkeypatch, changes, message):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=message):
         train(settings, **changes)
 

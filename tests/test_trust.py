@@ -135,7 +135,9 @@ def test_an_adapter_of_another_vocabulary_is_refused(adapter, copy):
         blip2.load_finetuned(adapter, CPU)
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.bin"])
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.bin", "optimizer.bin"]
+)
 def test_a_pickle_in_a_checkpoint_does_not_run(folder, settings, tmp_path, name):
     """Planted with a manifest that vouches for it."""
     from test_training import stop_at, train
