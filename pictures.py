@@ -137,6 +137,13 @@ def read_batches(
 
 def explain_dead_worker(error: Exception) -> UserError | None:
     """For an error of a DataLoader: what its worker had to tell the user, or that it was killed; None for another."""
+    try:
+        return _explain_loader(error)
+    except RuntimeError as later:  # torch raises where a signal finds us, and the first sign of a death comes sooner
+        return _explain_loader(later)
+
+
+def _explain_loader(error: Exception) -> UserError | None:
     text = str(error).strip()
     if isinstance(error, UserError) and text.startswith("Caught UserError in DataLoader worker"):
         return UserError(text.splitlines()[-1].partition("UserError: ")[2])
