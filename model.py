@@ -190,8 +190,8 @@ def _load(auto_class, source: str | Path, **options):
         reason = " ".join(str(broken or error).split())[:300]
         if "safetensors" in reason:
             raise UserError(
-                f"{source}: the model can't be loaded ({reason}). Weights are read from safetensors alone: take a model "
-                "that has them"
+                f"{source}: the model can't be loaded ({reason}). Weights are read from safetensors alone: take a "
+                "model that has them"
             ) from None
         raise UserError(
             f"{source}: the model can't be loaded ({reason}). Check the name, the connection and the disk; with "
