@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import re
 import struct
+import threading
 import zipfile
 import zlib
 from collections import Counter, defaultdict
@@ -574,13 +575,23 @@ def _run_jobs(run: Callable[[_Job], _Result], jobs: Sequence[_Job]) -> Iterator[
         return
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     mean_size = sum(job.size for job in jobs) // len(jobs) + 1
-    # nothing here is a cycle, so looking for garbage again and again would find none
     context = multiprocessing.get_context(method)
     try:
-        with ProcessPoolExecutor(workers, context, initializer=gc.disable) as pool:
+        with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
             yield from pool.map(run, jobs, chunksize=max(1, min(32, PIECE // mean_size)))  # many small files at once
     except BrokenProcessPool:
         raise UserError("a process that reads labels was killed, mostly for want of memory: free some") from None
+
+
+def _start_worker() -> None:
+    gc.disable()  # nothing here is a cycle, so looking for garbage again and again would find none
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it does: were that killed, this one would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _run_job(job: _Job, options: LabelOptions, convert: Callable[[Frame], T] | None) -> _Result:

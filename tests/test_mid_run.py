@@ -480,6 +480,34 @@ def test_a_worker_dies_while_a_checkpoint_is_written(folder, settings, monkeypat
         train(settings)
 
 
+READ = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+import labels
+labels.PIECE = 64
+os.sched_getaffinity = lambda pid: {{0, 1}}
+
+def wait(frame):
+    print("waits", flush=True)
+    time.sleep(600)
+
+list(labels.read_labels([labels.Path({path!r})], labels.LabelReport(), convert=wait))
+"""
+
+
+def test_workers_of_the_labels_end_with_a_run_that_is_killed(scenes):
+    command = [sys.executable, "-c", READ.format(root=str(ROOT), path=str(scenes / "labels.json"))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout.readline() == "waits\n"
+        workers = psutil.Process(run.pid).children()
+        run.kill()
+    assert workers
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    for worker in alive:
+        worker.kill()
+    assert not alive
+
+
 def kill_yourself(frame):
     os.kill(os.getpid(), signal.SIGKILL)
 
