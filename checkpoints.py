@@ -106,7 +106,11 @@ def fingerprint_data(splits: dict[str, list[Example]]) -> dict:
     digest = hashlib.sha256()
     for split, examples in splits.items():
         for e in examples:
-            digest.update(f"{split}\0{e.name}\0{e.image.stat().st_size}\0{e.caption}\n".encode())
+            try:
+                size = e.image.stat().st_size
+            except OSError as error:
+                raise UserError(f"{e.image}: can't be read any more ({error.strerror}); see to the folder") from None
+            digest.update(f"{split}\0{e.name}\0{size}\0{e.caption}\n".encode())
     return {
         "fingerprint": digest.hexdigest(),
         "frames": {split: len(examples) for split, examples in splits.items()},

@@ -7,6 +7,7 @@ A script reads its settings before it imports anything heavy, so that --help and
 """
 
 import dataclasses
+import itertools
 import logging
 import os
 import sys
@@ -258,8 +259,15 @@ def run_script(main, config) -> None:
 
 
 def name_run(config, suffix: str = "") -> Path:
-    """The folder of a run in logs/: its --run-name, else date, time and suffix."""
-    return Path("logs") / (config.run_name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S") + suffix)
+    """The folder of a run in logs/: its --run-name, else date, time and suffix, and a number if there is such a folder.
+
+    There is one when two runs start within a second, and when the clock was set back, as it is each autumn.
+    """
+    if config.run_name:
+        return Path("logs") / config.run_name
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    names = itertools.chain([stamp + suffix], (f"{stamp}-{number}{suffix}" for number in itertools.count(2)))
+    return next(folder for name in names if not (folder := Path("logs") / name).exists())
 
 
 def config_to_json(config) -> dict:

@@ -13,12 +13,13 @@ import torch
 from transformers import TrainerCallback
 
 from captions import parse_caption, read_caption
-from data import atomic_write
+from data import atomic_write, explain_writing
 from fact_metrics import measure_shares
 from generation import FastGenerator, max_batch, supports
 from metrics import score, score_bleu
 from model import CaptionDataset, decode_captions, generate_captions
 
+REMEDY = "the checkpoints before are kept: see to the disk, then go on with --resume"
 SHOWN = 2  # captions of each epoch that go to the console
 WIDEST = 400  # characters of them
 ROOM = 256  # pictures that there must be memory for, so that training beside it keeps some
@@ -48,7 +49,8 @@ class RunLog(TrainerCallback):
     def __init__(self, run_dir: Path, done: int = 0, wandb_run=None):
         self.run_dir, self.wandb_run = run_dir, wandb_run
         self.path = run_dir / "metrics.jsonl"
-        run_dir.mkdir(parents=True, exist_ok=True)
+        with explain_writing(run_dir, REMEDY):
+            run_dir.mkdir(parents=True, exist_ok=True)
         self.records = read_records(self.path, done)
         with atomic_write(self.path) as file:
             file.writelines(json.dumps(record) + "\n" for record in self.records)
@@ -56,7 +58,7 @@ class RunLog(TrainerCallback):
 
     def add(self, record: dict) -> None:
         self.records.append(record)
-        with open(self.path, "a", encoding="utf-8") as file:
+        with explain_writing(self.path, REMEDY), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if self.wandb_run is not None:
             try:
@@ -177,7 +179,7 @@ class ValidationCaptions(TrainerCallback):
 
     def write(self, epoch: float, examples: Sequence, texts: list[str]) -> None:
         path = self.log.run_dir / "captions.md"
-        with open(path, "a", encoding="utf-8") as file:
+        with explain_writing(path, REMEDY), open(path, "a", encoding="utf-8") as file:
             file.write(f"# after epoch {epoch:g}\n\n")
             for example, text in zip(examples, texts, strict=True):
                 cut = " (cut off)" if read_caption(text).cut_off else ""
@@ -204,6 +206,7 @@ def plot_dashboard(records: list[dict], path: Path) -> None:
     if any("loss" in record for record in records):
         axes.flat[0].set_yscale("log")
     axes.flat[1].set_ylim(0, 1.02)
-    figure.savefig(path.with_suffix(".tmp.png"), dpi=110)
+    with explain_writing(path, REMEDY):
+        figure.savefig(path.with_suffix(".tmp.png"), dpi=110)
+        path.with_suffix(".tmp.png").replace(path)
     plt.close(figure)
-    path.with_suffix(".tmp.png").replace(path)

@@ -59,6 +59,15 @@ def atomic_write(path: Path) -> Iterator:
 
 
 @contextmanager
+def explain_writing(path: Path, remedy: str) -> Iterator[None]:
+    """Turn what the disk refuses while `path` is written into a UserError that names it, the reason and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror or error}); {remedy}") from None
+
+
+@contextmanager
 def lock_folder(folder: Path, flag: str) -> Iterator[None]:
     """Hold `folder`, that `flag` names, for this run alone; of several processes of a run the main one holds it.
 

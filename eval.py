@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from captions import Facts, mark_caption, parse_caption
 from config import UserError, config_to_json, name_run
-from data import IMAGE_SUFFIXES, SPLIT_COLUMNS, Example, atomic_write, index_images, lock_folder
+from data import IMAGE_SUFFIXES, SPLIT_COLUMNS, Example, atomic_write, explain_writing, index_images, lock_folder
 from fact_metrics import list_statements
 from labels import NAME, LabelReport, read_labels
 from pictures import read_ahead
@@ -463,8 +463,9 @@ def caption_pictures(config: EvalConfig, run_dir: Path) -> None:
     unreadable: dict[str, str] = {}
     if any(name not in finished for name, _ in pictures):
         captioner, before = Captioner(config), frozenset(finished)
-        is_main = find_place()[0] == 0
-        with open(run_dir / "captions.jsonl" if is_main else os.devnull, "a", encoding="utf-8") as file:
+        path = run_dir / "captions.jsonl" if find_place()[0] == 0 else Path(os.devnull)
+        remedy = "the captions before are kept: see to the disk, then give the same command and --run-name again"
+        with explain_writing(path, remedy), open(path, "a", encoding="utf-8") as file:
             for rows in captioner.map_batches(pictures, captioner.caption, unreadable, before):
                 for name, caption in rows:
                     if name not in before:

@@ -20,10 +20,13 @@ import multiprocessing
 import os
 import re
 import struct
+import threading
 import zipfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -525,7 +528,10 @@ def plan_jobs(files: Sequence[Path]) -> list[_Job]:
         if path.suffix == ".zip":
             jobs += _plan_archive(path)
             continue
-        size = path.stat().st_size
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise UserError(f"{path}: can't be read ({error.strerror}); see to the file") from None
         if path.suffix == ".gz" or size <= 2 * PIECE:
             jobs.append(_Job(path, size))
         else:
@@ -569,9 +575,23 @@ def _run_jobs(run: Callable[[_Job], _Result], jobs: Sequence[_Job]) -> Iterator[
         return
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     mean_size = sum(job.size for job in jobs) // len(jobs) + 1
-    # nothing here is a cycle, so looking for garbage again and again would find none
-    with multiprocessing.get_context(method).Pool(workers, initializer=gc.disable) as pool:
-        yield from pool.imap(run, jobs, chunksize=max(1, min(32, PIECE // mean_size)))  # many small files at once
+    context = multiprocessing.get_context(method)
+    try:
+        with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
+            yield from pool.map(run, jobs, chunksize=max(1, min(32, PIECE // mean_size)))  # many small files at once
+    except BrokenProcessPool:
+        raise UserError("a process that reads labels was killed, mostly for want of memory: free some") from None
+
+
+def _start_worker() -> None:
+    gc.disable()  # nothing here is a cycle, so looking for garbage again and again would find none
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it does: were that killed, this one would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _run_job(job: _Job, options: LabelOptions, convert: Callable[[Frame], T] | None) -> _Result:
@@ -607,7 +627,10 @@ def _read_frames(frames, wrapped, options, convert, report: LabelReport) -> list
 def _run_whole(job: _Job, result: _Result, consumed: int, options, convert) -> _Result:
     """Read a file again as a whole, from the frame `consumed` on, to know if only the cut was wrong."""
     reason, position = result.error
-    size = job.path.stat().st_size
+    try:
+        size = job.path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{job.path}: can't be read any more ({error.strerror}); see to the file") from None
     if job.stop is not None and size <= WHOLE:
         try:
             frames, wrapped = decode_frames(job.path.read_bytes())

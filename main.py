@@ -37,6 +37,7 @@ from typing import TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -81,7 +82,7 @@ from model import (
     pick_dtype,
     read_run,
 )
-from pictures import check_pictures, explain_dead_worker
+from pictures import LOADER_ERRORS, check_pictures, explain_dead_worker
 from publish import merge_adapter, push_to_hub, write_model_card
 from speed import FastStep, has_room_to_unpack, join_weights, unpack_nf4
 from training import (
@@ -374,7 +375,7 @@ def train_lora(
                 f"saved after step {trainer.state.global_step:,} of {trainer.state.max_steps:,}; go on with\n{command}"
             )
             sys.exit(128 + trainer.pace.signal if trainer.pace.signal else 0)
-        except (UserError, RuntimeError) as error:
+        except LOADER_ERRORS as error:
             if not isinstance(error, torch.OutOfMemoryError):
                 raise (explain_dead_worker(error) or error) from None
             reason = str(error).splitlines()[0]
@@ -426,14 +427,21 @@ def save_finetuned(output: Path, model, weights, processor, generation, splits, 
     """
     temporary = output / f".saving.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, state_dict=weights)
-    (temporary / "README.md").unlink(missing_ok=True)  # peft's empty model card
-    processor.save_pretrained(temporary)
-    generation.save_pretrained(temporary)
-    write_splits(temporary / "split.csv", splits)
-    for file in sorted(temporary.iterdir()):
-        os.replace(file, output / file.name)
-    temporary.rmdir()
+    try:
+        model.save_pretrained(temporary, state_dict=weights)
+        (temporary / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        processor.save_pretrained(temporary)
+        generation.save_pretrained(temporary)
+        write_splits(temporary / "split.csv", splits)
+        for file in sorted(temporary.iterdir()):
+            os.replace(file, output / file.name)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{output}: the adapter can't be saved ({error}); the checkpoints are kept: see to the disk, then go on "
+            "with --resume, which has nothing left to train"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     (output / "scores.json").unlink(missing_ok=True)  # of an adapter that was here before
     with atomic_write(output / "run.json") as file:
         json.dump(run, file, indent=2)

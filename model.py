@@ -186,6 +186,7 @@ def _load(auto_class, source: str | Path, **options):
         source, options["revision"] = str(source).split("@", 1)
     if issubclass(auto_class, PreTrainedModel):
         options["use_safetensors"] = True  # a pickle may run code
+        os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # nor are weights taken from a pull request that has some
     try:
         return auto_class.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:
@@ -193,6 +194,11 @@ def _load(auto_class, source: str | Path, **options):
         if broken is None and not isinstance(error, LOADING_ERRORS):
             raise
         reason = " ".join(str(broken or error).split())[:300]
+        if "safetensors" in reason:
+            raise UserError(
+                f"{source}: the model can't be loaded ({reason}). Weights are read from safetensors alone: take a "
+                "model that has them"
+            ) from None
         raise UserError(
             f"{source}: the model can't be loaded ({reason}). Check the name, the connection and the disk; with "
             "HF_HUB_OFFLINE=1 only a model that was fetched before is found; --demo needs no network"

@@ -10,6 +10,7 @@ import itertools
 import os
 import shutil
 import signal
+import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +32,7 @@ AHEAD = 256  # pictures that are read before they are asked for
 BATCH = 32  # pictures that a process reads for one answer
 ANSWERS = 2  # of a process that may wait to be asked for
 SHARED_MEMORY = Path("/dev/shm")  # where answers of processes wait
+LOADER_ERRORS = (UserError, RuntimeError, EOFError, ConnectionError)  # that explain_dead_worker may know
 
 
 def open_picture(path: Path, draft: bool = False) -> Image.Image:
@@ -129,19 +131,30 @@ def read_batches(
     )
     try:
         yield from loader
-    except (UserError, RuntimeError) as error:
+    except LOADER_ERRORS as error:
         raise (explain_dead_worker(error) or error) from None
 
 
 def explain_dead_worker(error: Exception) -> UserError | None:
     """For an error of a DataLoader: what its worker had to tell the user, or that it was killed; None for another."""
+    try:
+        return _explain_loader(error)
+    except RuntimeError as later:  # torch raises where a signal finds us, and the first sign of a death comes sooner
+        return _explain_loader(later)
+
+
+def _explain_loader(error: Exception) -> UserError | None:
     text = str(error).strip()
     if isinstance(error, UserError) and text.startswith("Caught UserError in DataLoader worker"):
         return UserError(text.splitlines()[-1].partition("UserError: ")[2])
-    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+    frames = traceback.extract_tb(error.__traceback__)
+    # it may die between a message and the memory that the message speaks of: the answer then ends in its midst
+    cut = isinstance(error, (EOFError, ConnectionError)) and any("torch/utils/data" in f.filename for f in frames)
+    if cut or (isinstance(error, RuntimeError) and text.startswith("DataLoader worker")):
+        reason = (text or repr(error)).splitlines()[0]
         return UserError(
-            f"a process that reads pictures was killed ({text.splitlines()[0]}): mostly for want of memory or of "
-            f"shared memory ({SHARED_MEMORY}); free some, or read with fewer (--dataloader-workers)"
+            f"a process that reads pictures was killed ({reason}): mostly for want of memory or of shared memory "
+            f"({SHARED_MEMORY}); free some, or read with fewer (--dataloader-workers)"
         )
     return None
 

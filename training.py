@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import math
 import pickle
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ from caption_loss import caption_nll
 from checkpoints import check_disk, seal_checkpoint
 from config import UserError
 from model import IGNORED, CaptionCollator, CaptionDataset
+from pictures import explain_dead_worker
 from speed import FastStep, LengthSampler
 
 CPU_MICRO_BATCH = 4  # frames a forward pass on a CPU, where more only take memory
@@ -224,9 +226,10 @@ class CaptionTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise UserError(
-                f"{folder}: the checkpoint of step {self.state.global_step} can't be written ({error}); the ones "
-                "before are kept: see to the disk, then go on with --resume"
+            free = shutil.disk_usage(folder).free / 1e6  # which torch's own message does not tell
+            raise explain_dead_worker(error) or UserError(
+                f"{folder}: the checkpoint of step {self.state.global_step} can't be written ({error}; {free:,.0f} MB "
+                "are free); the ones before are kept: see to the disk, then go on with --resume"
             ) from None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:

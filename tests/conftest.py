@@ -16,14 +16,12 @@ SHARED = ROOT.parent / "shared" / "bdd100k"  # real samples, which are not ours 
 needs_real_samples = pytest.mark.skipif(not SHARED.is_dir(), reason="the real BDD100K samples are not here")
 
 
-@pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory) -> Path:
-    """Folder of a BLIP-2 that is small enough to train in seconds."""
+def build_tiny_checkpoint(folder: Path) -> None:
+    """Save a BLIP-2 that is small enough to train in seconds."""
     import torch
 
     from demo.pretrain import build_model, build_processor
 
-    folder = tmp_path_factory.mktemp("tiny-blip2")
     torch.manual_seed(0)
     processor = build_processor(side=32, queries=8)
     model = build_model(processor, side=32, width=64, layers=(2, 2, 2))
@@ -33,6 +31,12 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
             torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
     model.half().save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny-blip2")
+    build_tiny_checkpoint(folder)
     return folder
 
 

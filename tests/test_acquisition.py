@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections import namedtuple
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import acquisition
 from acquisition import IMAGE_FOLDER, LABEL_FILES, fetch_images, fetch_labels
 from config import UserError
 from data import index_images
+from labels import LabelReport, read_labels
 
 ROOT = Path(__file__).parent.parent
 PICTURES = {
@@ -319,3 +321,83 @@ def test_version_must_be_pinned(server, fetch):
         with pytest.raises(UserError, match="owner/name/versions/number"):
             fetch(handle)
     assert server.calls == []
+
+
+# --------------------------------------------------------------------------------------------------------------
+# archives of somebody who means harm
+
+
+def make_link(name: str) -> zipfile.ZipInfo:
+    """A member that is a symbolic link, whose content is where it leads."""
+    member = zipfile.ZipInfo(name)
+    member.create_system, member.external_attr = 3, 0o120777 << 16
+    return member
+
+
+def list_outside(folder: Path, cache: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if not path.is_relative_to(cache) and path.is_file())
+
+
+def test_members_of_an_archive_stay_in_its_folder(server, tmp_path):
+    """Names that climb or are absolute, and a link: what comes of them lies in the set's folder, none of it a link."""
+    picture = server.files[f"{IMAGE_FOLDER}/val/b1c66a42-6f7d68ca.jpg"]
+    (tmp_path / "secret.jpg").write_bytes(picture)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in ("../../../../../climbed.jpg", f"{tmp_path}/absolute.jpg", f"{IMAGE_FOLDER}/a.jpg"):
+            archive.writestr(name, picture)
+        archive.writestr(make_link(f"{IMAGE_FOLDER}/link.jpg"), f"{tmp_path}/secret.jpg")
+        archive.writestr(make_link(f"{IMAGE_FOLDER}/folder"), f"{tmp_path}")
+        archive.writestr(f"{IMAGE_FOLDER}/val/b.jpg", picture)
+    server.archive = buffer.getvalue()
+    images = fetch_images(DATASET)
+    assert list_outside(tmp_path, server.cache) == [tmp_path / "secret.jpg"]
+    root = version_folder(server)
+    assert (root / "climbed.jpg").exists() and not [path for path in root.rglob("*") if path.is_symlink()]
+    assert (images / "link.jpg").read_bytes() == f"{tmp_path}/secret.jpg".encode()
+
+
+@pytest.mark.parametrize("harm", ["climb", "absolute", "link", "link and through it"])
+def test_members_of_a_tar_stay_in_its_folder(server, tmp_path, harm):
+    """kagglehub takes one too. Refused and deleted, or unpacked within the folder."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        member = tarfile.TarInfo({"climb": "../../../../../x.jpg", "absolute": f"{tmp_path}/x.jpg"}.get(harm, "link"))
+        if harm.startswith("link"):
+            member.type, member.linkname = tarfile.SYMTYPE, str(tmp_path)
+        archive.addfile(member)
+        if harm == "link and through it":
+            archive.addfile(tarfile.TarInfo("link/x.jpg"))
+    server.archive = buffer.getvalue()
+    if harm == "absolute":  # the leading slash is taken away
+        fetch_images(DATASET)
+    else:
+        assert_user_error(lambda: fetch_images(DATASET), "broken", "deleted")
+    assert list_outside(tmp_path, server.cache) == []
+
+
+def test_a_link_for_the_label_file_is_no_label_file(server, tmp_path, monkeypatch):
+    path = LABEL_FILES["val"]
+    (tmp_path / "secret.json").write_text("[]")
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(make_link(Path(path).name), f"{tmp_path}/secret.json")
+    monkeypatch.setattr(server, "content", lambda file: (f"{Path(path).name}.zip", buffer.getvalue()))
+    assert_user_error(lambda: fetch_labels(DATASET, "val"), path, "broken", "deleted")
+
+
+def test_members_of_a_label_archive_are_read_and_not_unpacked(tmp_path, monkeypatch):
+    """Whatever they are called; a link's content is a path, which is no JSON."""
+    monkeypatch.chdir(tmp_path)
+    labels = draw_dataset_files()[LABEL_FILES["val"]]
+    for name in ("../../climbed.json", f"{tmp_path}/absolute.json"):
+        with zipfile.ZipFile("labels.zip", "w") as archive:
+            archive.writestr(name, labels)
+        frames = list(read_labels([Path("labels.zip")], LabelReport()))
+        assert len(frames) == 1
+        assert [path.name for path in tmp_path.rglob("*")] == ["labels.zip"]
+    (tmp_path / "secret.json").write_bytes(labels)
+    with zipfile.ZipFile("labels.zip", "w") as archive:
+        archive.writestr(make_link("a.json"), f"{tmp_path}/secret.json")
+    with pytest.raises(UserError, match=r"labels.zip: not readable as JSON"):
+        list(read_labels([Path("labels.zip")], LabelReport()))

@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import pytest
 from conftest import ROOT
 from loopback import MODEL, PADDING, HubServer, KaggleServer
+from test_trust import Planted
 
 from acquisition import IMAGE_FOLDER, LABEL_FILES
 
@@ -210,6 +212,21 @@ def test_what_was_fetched_is_not_fetched_again(finished, tmp_path):
     assert len(site.hub.calls) > calls
     assert site.hub.served == fetched
     assert site.kaggle.calls == [LABEL_FILES["val"], ""]
+
+
+def test_a_model_of_pickles_is_not_fetched(tmp_path, kaggle_files):
+    """Weights in a .bin alone, which would run code: refused with the reason, and not even asked for."""
+    mark = tmp_path / "ran"
+    files = read_base()
+    del files["model.safetensors"]
+    files |= {"pytorch_model.bin": pickle.dumps(Planted(mark)) + bytes(1 << 18)}
+    with open_site(tmp_path, kaggle_files, files) as site:
+        error = site.fail("main.py", *SHORT)
+        assert MODEL in error and "Weights are read from safetensors alone" in error
+        assert "pytorch_model.bin" not in {name for name, _, _ in site.hub.served}
+        assert not list(site.hub.home.rglob("*.bin"))
+        assert not [call for call in site.hub.calls if "/commits/" in call or "/discussions" in call]
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize("case", CASES)
