@@ -13,6 +13,7 @@ A large array is cut where a frame ends, and decoded piece by piece by all cores
 A wrong cut can't go unnoticed, since neither side of it would then be JSON.
 """
 
+import contextlib
 import functools
 import gc
 import gzip
@@ -28,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import msgspec
 from tqdm import tqdm
@@ -192,19 +193,25 @@ class _Box(msgspec.Struct, gc=False):
     y2: float
 
 
-class _LabelAttributes(msgspec.Struct, gc=False):
+# Both are strings and few: where a file holds no others, all labels share those that are made here.
+Category, Light = TypeVar("Category"), TypeVar("Light")
+_UsualCategory = Literal[(*CLASSES, TRAFFIC_LIGHT, "area/drivable", "area/alternative")]
+_UsualLight = Literal["none", "red", "yellow", "green", "NA", "R", "Y", "G"]
+
+
+class _LabelAttributes(msgspec.Struct, Generic[Light], gc=False):
     occluded: bool | None = None
     truncated: bool | None = None
-    light: Any = msgspec.field(default=None, name="trafficLightColor")
+    light: Light | None = msgspec.field(default=None, name="trafficLightColor")
     # early tracking files and exports
     occluded_too: bool | None = msgspec.field(default=None, name="Occluded")
     truncated_too: bool | None = msgspec.field(default=None, name="Truncated")
     light_too: Any = msgspec.field(default=None, name="Traffic Light Color")
 
 
-class _Label(msgspec.Struct, gc=False):
-    category: str | None = None
-    attributes: _LabelAttributes | None = None
+class _Label(msgspec.Struct, Generic[Category, Light], gc=False):
+    category: Category | None = None
+    attributes: _LabelAttributes[Light] | None = None
     box2d: _Box | None = None
 
 
@@ -214,25 +221,37 @@ class _SceneAttributes(msgspec.Struct, gc=False):
     scene: str | None = None
 
 
-class _Moment(msgspec.Struct, gc=False):
-    objects: list[_Label] | None = None
+class _Moment(msgspec.Struct, Generic[Category, Light], gc=False):
+    objects: list[_Label[Category, Light]] | None = None
 
 
-class _Frame(msgspec.Struct, gc=False):
+class _Frame(msgspec.Struct, Generic[Category, Light], gc=False):
     name: str | None = None
     attributes: _SceneAttributes | None = None
-    labels: list[_Label] | None = None
-    frames: list[_Moment] | None = None  # one file an image: objects are in frames[0]
-    video: str | None = msgspec.field(default=None, name="videoName")
+    labels: list[_Label[Category, Light]] | None = None
+    frames: list[_Moment[Category, Light]] | None = None  # one file an image: objects are in frames[0]
 
 
-class _Wrapper(msgspec.Struct, gc=False):
-    frames: list[_Frame]
+class _Wrapper(msgspec.Struct, Generic[Category, Light], gc=False):
+    frames: list[_Frame[Category, Light]]
 
 
-_FRAMES = msgspec.json.Decoder(list[_Frame])
-_FRAME = msgspec.json.Decoder(_Frame)
-_WRAPPER = msgspec.json.Decoder(_Wrapper)
+class _Decoders:
+    def __init__(self, category: object, light: object):
+        self.array = msgspec.json.Decoder(list[_Frame[category, light]])
+        self.frame = msgspec.json.Decoder(_Frame[category, light])
+        self.wrapper = msgspec.json.Decoder(_Wrapper[category, light])
+
+    def decode(self, data: bytes | memoryview) -> tuple[list[_Frame], bool]:
+        if re.match(rb"\s*\{", data) is None:
+            return self.array.decode(data), False
+        frame = self.frame.decode(data)
+        if frame.name is None and frame.frames is not None:
+            return self.wrapper.decode(data).frames, True
+        return [frame], False
+
+
+_USUAL, _ANY = _Decoders(_UsualCategory, _UsualLight), _Decoders(str, Any)
 
 
 def decode_frames(data: bytes | memoryview) -> tuple[list, bool]:
@@ -244,24 +263,15 @@ def decode_frames(data: bytes | memoryview) -> tuple[list, bool]:
     if bytes(data[:3]) == b"\xef\xbb\xbf":
         data = data[3:]
     try:
-        try:
-            return _decode_typed(data)
-        except msgspec.ValidationError:
-            return _decode_untyped(data)
+        for decoders in (_USUAL, _ANY):
+            with contextlib.suppress(msgspec.ValidationError):
+                return decoders.decode(data)
+        return _decode_untyped(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         byte = re.search(r"\(byte (\d+)\)", str(error))
         raise _BadFile(str(error), int(byte[1]) if byte else len(data)) from None
     except RecursionError:
         raise _BadFile("nested too deep", None) from None
-
-
-def _decode_typed(data: bytes | memoryview) -> tuple[list, bool]:
-    if re.match(rb"\s*\{", data) is None:
-        return _FRAMES.decode(data), False
-    frame = _FRAME.decode(data)
-    if frame.name is None and frame.frames is not None:
-        return _WRAPPER.decode(data).frames, True
-    return [frame], False
 
 
 def _decode_untyped(data: bytes | memoryview) -> tuple[list, bool]:
@@ -282,7 +292,7 @@ def read_frame(
     """One raw frame, a JSON value or decoded by decode_frames, as Frame. Raises _BadFrame with the reason."""
     if not isinstance(raw, _Frame):
         try:
-            raw = msgspec.convert(raw, _Frame)
+            raw = msgspec.convert(raw, _Frame[str, Any])
         except (msgspec.ValidationError, RecursionError) as error:
             raise _BadFrame(f"wrong type: {error}") from None
     report.variants[_name_variant(raw, wrapped)] += 1
@@ -396,9 +406,10 @@ def _read_objects(
             report.remarks["object without a category, not counted"] += count
         elif _class_of(category, options.class_names) is None:
             report.remarks[f"object of the unknown class {category[:40]!r}, not counted"] += count
-    if counts and max(counts.values()) > MAX_COUNT:
+    if len(labels) > MAX_COUNT and max(counts.values(), default=0) > MAX_COUNT:
         raise _BadFrame(f"more than {MAX_COUNT} objects of one kind")
-    return next((light for light in LIGHTS if light in lights), None), counts
+    status = next((light for light in LIGHTS if light in lights), None) if lights else None
+    return status, counts
 
 
 def _tally(labels: list[_Label]) -> dict[tuple, int]:
