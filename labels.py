@@ -121,6 +121,8 @@ class LabelReport:
 
     def add(self, frames: Sequence[Frame]) -> None:
         """Count frames that are used."""
+        if not frames:
+            return
         self.frames += len(frames)
         for name in ("time_of_day", "weather", "scene", "traffic_light"):
             self.attributes[name].update([getattr(frame.facts, name) or "none" for frame in frames])
@@ -386,17 +388,16 @@ def _read_objects(
     labels: list[_Label], report: LabelReport, options: LabelOptions
 ) -> tuple[str | None, dict[ObjectKind, int]]:
     """The status of the traffic lights (red > yellow > green) and the count of each other kind of object."""
-    if options.min_box_size:
-        labels = _leave_out_small(labels, options.min_box_size, report)
     duplicates = _find_near_duplicates(labels)
     report.near_duplicates += len(duplicates)
-    counted = labels
     if options.merge_duplicates and duplicates:
-        counted = [
+        labels = [
             label for index, label in enumerate(labels) if index not in duplicates or label.category == TRAFFIC_LIGHT
         ]
+    if options.min_box_size:
+        labels = _leave_out_small(labels, options.min_box_size, report)
     kinds, lights, counts = _kinds_of(options.class_names, options.lanes), set(), {}
-    for (category, occluded, truncated, light), count in _tally(counted).items():
+    for (category, occluded, truncated, light), count in _tally(labels).items():
         kind = kinds[category, occluded, truncated]
         if kind is not None:
             counts[kind] = counts.get(kind, 0) + count
@@ -413,7 +414,7 @@ def _read_objects(
 
 
 def _tally(labels: list[_Label]) -> dict[tuple, int]:
-    """{(category, occluded, truncated, light): labels}, as the file has them; few of a frame's labels differ in these."""
+    """{(category, occluded, truncated, light): labels}; few of a frame's labels differ in these."""
     tally = {}
     for label in labels:
         seen = label.attributes or _PLAIN
@@ -520,9 +521,9 @@ def read_labels(
 ) -> Iterator[Frame | tuple[str, T]]:
     """Frames of the label files in `paths` and in the folders of it; `report` is filled on the way.
 
-    `convert`, if given, takes the place of each frame's facts by what the process that read it made of them. A name that comes twice is used once,
-    the first time. Raises UserError for a path that is missing, a file that is damaged (with the byte where that
-    shows), and when there is no usable frame at all.
+    With `convert`, pairs of name and convert(facts), made by the process that read the frame. A name that comes twice
+    is used once, the first time. Raises UserError for a path that is missing, a file that is damaged (with the byte
+    where that shows), and when there is no usable frame at all.
     """
     jobs = plan_jobs(find_label_files(paths))
     seen: set[str] = set()
