@@ -9,6 +9,7 @@ and nowhere else.
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -58,6 +59,9 @@ CLASSES = {
 }
 MAX_COUNT = 9999  # of one kind in one caption
 
+# what Facts may hold together
+_ATTRIBUTES = frozenset([(None, None, None), *itertools.product(TIMES_OF_DAY, WEATHERS, SCENES)])
+
 OBJECTS_LEAD = "Key visible objects are:"  # markdown style only
 
 
@@ -94,16 +98,15 @@ class Facts:
 
     def __post_init__(self):
         attributes = (self.time_of_day, self.weather, self.scene)
-        if attributes != (None, None, None):
+        if attributes not in _ATTRIBUTES:
             for value, table in zip(attributes, (TIMES_OF_DAY, WEATHERS, SCENES), strict=True):
                 if value not in table:
                     raise ValueError(f"{value!r} is not one of {', '.join(table)}")
         if self.traffic_light not in (None, *LIGHTS):
             raise ValueError(f"traffic light {self.traffic_light!r} is not one of {', '.join(LIGHTS)}")
         for kind, count in self.objects.items():
-            name, _, _ = kind
-            if name not in CLASSES:
-                raise ValueError(f"class {name!r} is not one of {', '.join(CLASSES)}")
+            if kind[0] not in CLASSES:
+                raise ValueError(f"class {kind[0]!r} is not one of {', '.join(CLASSES)}")
             if not 1 <= count <= MAX_COUNT:
                 raise ValueError(f"{count} x {kind.phrase!r}: a count is 1 to {MAX_COUNT}")
 
@@ -127,22 +130,16 @@ def describe(facts: Facts, style: Style = "plain") -> str:
         sentences.append(OBJECTS_LEAD)
     if facts.traffic_light:
         sentences.append(f"The traffic light is {bold}{facts.traffic_light}{bold}.")
-    for kind in sorted(facts.objects, key=_phrase_of):
-        sentences.append(_count_sentence(kind, facts.objects[kind], bold))
-    return " ".join(sentences)
+    counted = sorted([_count_sentence(kind, count, bold) for kind, count in facts.objects.items()])
+    return " ".join(sentences + [sentence for _, sentence in counted])
 
 
-# Ten sentences a caption, and few that differ: most have been written before.
-@functools.lru_cache(maxsize=4096)
-def _phrase_of(kind: ObjectKind) -> str:
-    return kind.phrase
-
-
-@functools.lru_cache(maxsize=4096)
-def _count_sentence(kind: ObjectKind, count: int, bold: str) -> str:
+@functools.lru_cache(maxsize=4096)  # ten sentences a caption, and few that differ: most have been written before
+def _count_sentence(kind: ObjectKind, count: int, bold: str) -> tuple[str, str]:
+    """The phrase of a kind, by which sentences are sorted, and its sentence."""
     if count == 1:
-        return f"There is one {bold}{kind.phrase}{bold}."
-    return f"There are {bold}{count} {kind.qualifier}{CLASSES[kind.name][0]}{bold}."
+        return kind.phrase, f"There is one {bold}{kind.phrase}{bold}."
+    return kind.phrase, f"There are {bold}{count} {kind.qualifier}{CLASSES[kind.name][0]}{bold}."
 
 
 def _describe_natural(facts: Facts) -> str:

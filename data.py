@@ -18,9 +18,9 @@ try:
 except ImportError:  # Windows: there folders are not locked
     fcntl = None
 
-from captions import Style, describe
+from captions import describe
 from config import DEMO_DATA, DEMO_SCENES, DataConfig, UserError
-from labels import NAME, Frame, LabelOptions, LabelReport, read_labels
+from labels import NAME, LabelOptions, LabelReport, read_labels
 from trust import is_inside
 
 CSV_HEADER = ["name", "raw_caption"]
@@ -175,10 +175,6 @@ def find_labels(config: DataConfig) -> Sequence[Path]:
     return fetch_labels(config.kaggle_dataset, config.subset)
 
 
-def describe_frame(style: Style, frame: Frame) -> tuple[str, str]:
-    return frame.name, describe(frame.facts, style)
-
-
 def caption_labels(config: DataConfig, labels: Sequence[Path], output: Path, run_dir: Path) -> LabelReport:
     """Write the captions of all frames in `labels` to the CSV `output`, and print what was read.
 
@@ -197,7 +193,7 @@ def caption_labels(config: DataConfig, labels: Sequence[Path], output: Path, run
 
 
 def _caption_rows(config: DataConfig, labels, options: LabelOptions, report: LabelReport) -> Iterator[tuple[str, str]]:
-    for name, caption in read_labels(labels, report, options, convert=functools.partial(describe_frame, config.style)):
+    for name, caption in read_labels(labels, report, options, convert=functools.partial(describe, style=config.style)):
         report.caption_words[caption.count(" ") + 1] += 1  # words are one space apart
         yield name, caption
     if config.strict and report.skipped:

@@ -13,23 +13,23 @@ A large array is cut where a frame ends, and decoded piece by piece by all cores
 A wrong cut can't go unnoticed, since neither side of it would then be JSON.
 """
 
+import contextlib
 import functools
 import gc
 import gzip
-import multiprocessing
+import multiprocessing.connection
 import os
 import re
+import signal
 import struct
-import threading
 import zipfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import msgspec
 from tqdm import tqdm
@@ -119,20 +119,22 @@ class LabelReport:
         if len(listed) < LISTED:
             listed.append(str(name)[:80])
 
-    def add(self, frame: Frame) -> None:
-        """Count a frame that is used."""
-        self.frames += 1
-        facts, attributes, objects = frame.facts, self.attributes, self.objects
-        attributes["time_of_day"][facts.time_of_day or "none"] += 1
-        attributes["weather"][facts.weather or "none"] += 1
-        attributes["scene"][facts.scene or "none"] += 1
-        attributes["traffic_light"][facts.traffic_light or "none"] += 1
-        boxes = 0
-        for kind, count in facts.objects.items():
-            objects[kind] += count
-            if kind[0] not in _AREAS:
-                boxes += count
-        self.boxes_a_frame[boxes] += 1
+    def add(self, frames: Sequence[Frame]) -> None:
+        """Count frames that are used."""
+        if not frames:
+            return
+        self.frames += len(frames)
+        for name in ("time_of_day", "weather", "scene", "traffic_light"):
+            self.attributes[name].update([getattr(frame.facts, name) or "none" for frame in frames])
+        objects, boxes_a_frame = self.objects, []
+        for frame in frames:
+            boxes = 0
+            for kind, count in frame.facts.objects.items():
+                objects[kind] += count
+                if kind[0] not in _AREAS:
+                    boxes += count
+            boxes_a_frame.append(boxes)
+        self.boxes_a_frame.update(boxes_a_frame)
 
     def merge(self, other: "LabelReport") -> None:
         """Add what another process counted."""
@@ -193,19 +195,25 @@ class _Box(msgspec.Struct, gc=False):
     y2: float
 
 
-class _LabelAttributes(msgspec.Struct, gc=False):
+# Both are strings and few: where a file holds no others, all labels share those that are made here.
+Category, Light = TypeVar("Category"), TypeVar("Light")
+_UsualCategory = Literal[(*CLASSES, TRAFFIC_LIGHT, "area/drivable", "area/alternative")]
+_UsualLight = Literal["none", "red", "yellow", "green", "NA", "R", "Y", "G"]
+
+
+class _LabelAttributes(msgspec.Struct, Generic[Light], gc=False):
     occluded: bool | None = None
     truncated: bool | None = None
-    light: Any = msgspec.field(default=None, name="trafficLightColor")
+    light: Light | None = msgspec.field(default=None, name="trafficLightColor")
     # early tracking files and exports
     occluded_too: bool | None = msgspec.field(default=None, name="Occluded")
     truncated_too: bool | None = msgspec.field(default=None, name="Truncated")
     light_too: Any = msgspec.field(default=None, name="Traffic Light Color")
 
 
-class _Label(msgspec.Struct, gc=False):
-    category: str | None = None
-    attributes: _LabelAttributes | None = None
+class _Label(msgspec.Struct, Generic[Category, Light], gc=False):
+    category: Category | None = None
+    attributes: _LabelAttributes[Light] | None = None
     box2d: _Box | None = None
 
 
@@ -215,25 +223,37 @@ class _SceneAttributes(msgspec.Struct, gc=False):
     scene: str | None = None
 
 
-class _Moment(msgspec.Struct, gc=False):
-    objects: list[_Label] | None = None
+class _Moment(msgspec.Struct, Generic[Category, Light], gc=False):
+    objects: list[_Label[Category, Light]] | None = None
 
 
-class _Frame(msgspec.Struct, gc=False):
+class _Frame(msgspec.Struct, Generic[Category, Light], gc=False):
     name: str | None = None
     attributes: _SceneAttributes | None = None
-    labels: list[_Label] | None = None
-    frames: list[_Moment] | None = None  # one file an image: objects are in frames[0]
-    video: str | None = msgspec.field(default=None, name="videoName")
+    labels: list[_Label[Category, Light]] | None = None
+    frames: list[_Moment[Category, Light]] | None = None  # one file an image: objects are in frames[0]
 
 
-class _Wrapper(msgspec.Struct, gc=False):
-    frames: list[_Frame]
+class _Wrapper(msgspec.Struct, Generic[Category, Light], gc=False):
+    frames: list[_Frame[Category, Light]]
 
 
-_FRAMES = msgspec.json.Decoder(list[_Frame])
-_FRAME = msgspec.json.Decoder(_Frame)
-_WRAPPER = msgspec.json.Decoder(_Wrapper)
+class _Decoders:
+    def __init__(self, category: object, light: object):
+        self.array = msgspec.json.Decoder(list[_Frame[category, light]])
+        self.frame = msgspec.json.Decoder(_Frame[category, light])
+        self.wrapper = msgspec.json.Decoder(_Wrapper[category, light])
+
+    def decode(self, data: bytes | memoryview) -> tuple[list[_Frame], bool]:
+        if re.match(rb"\s*\{", data) is None:
+            return self.array.decode(data), False
+        frame = self.frame.decode(data)
+        if frame.name is None and frame.frames is not None:
+            return self.wrapper.decode(data).frames, True
+        return [frame], False
+
+
+_USUAL, _ANY = _Decoders(_UsualCategory, _UsualLight), _Decoders(str, Any)
 
 
 def decode_frames(data: bytes | memoryview) -> tuple[list, bool]:
@@ -245,24 +265,15 @@ def decode_frames(data: bytes | memoryview) -> tuple[list, bool]:
     if bytes(data[:3]) == b"\xef\xbb\xbf":
         data = data[3:]
     try:
-        try:
-            return _decode_typed(data)
-        except msgspec.ValidationError:
-            return _decode_untyped(data)
+        for decoders in (_USUAL, _ANY):
+            with contextlib.suppress(msgspec.ValidationError):
+                return decoders.decode(data)
+        return _decode_untyped(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         byte = re.search(r"\(byte (\d+)\)", str(error))
         raise _BadFile(str(error), int(byte[1]) if byte else len(data)) from None
     except RecursionError:
         raise _BadFile("nested too deep", None) from None
-
-
-def _decode_typed(data: bytes | memoryview) -> tuple[list, bool]:
-    if re.match(rb"\s*\{", data) is None:
-        return _FRAMES.decode(data), False
-    frame = _FRAME.decode(data)
-    if frame.name is None and frame.frames is not None:
-        return _WRAPPER.decode(data).frames, True
-    return [frame], False
 
 
 def _decode_untyped(data: bytes | memoryview) -> tuple[list, bool]:
@@ -283,7 +294,7 @@ def read_frame(
     """One raw frame, a JSON value or decoded by decode_frames, as Frame. Raises _BadFrame with the reason."""
     if not isinstance(raw, _Frame):
         try:
-            raw = msgspec.convert(raw, _Frame)
+            raw = msgspec.convert(raw, _Frame[str, Any])
         except (msgspec.ValidationError, RecursionError) as error:
             raise _BadFrame(f"wrong type: {error}") from None
     report.variants[_name_variant(raw, wrapped)] += 1
@@ -352,13 +363,22 @@ def _class_of(category: str, names: ClassNames) -> str | None:
     return category if category in CLASSES else None
 
 
-@functools.lru_cache(maxsize=4096)
-def _kind_of(category: str, names: ClassNames, lanes: bool, occluded, truncated) -> ObjectKind | None:
-    """What a label is counted as; None when it is not."""
-    name = _class_of(category, names)
-    if name is None or (name in _AREAS and not lanes):
-        return None
-    return ObjectKind(name, bool(occluded), bool(truncated))
+class _Kinds(dict):
+    """{(category, occluded, truncated): what such a label is counted as}, None when it is not; filled when asked."""
+
+    def __init__(self, names: ClassNames, lanes: bool):
+        self.names, self.lanes = names, lanes
+
+    def __missing__(self, look: tuple) -> ObjectKind | None:
+        category, occluded, truncated = look
+        name = None if category is None else _class_of(category, self.names)
+        if name is None or (name in _AREAS and not self.lanes):
+            return None
+        self[look] = kind = ObjectKind(name, bool(occluded), bool(truncated))
+        return kind
+
+
+_kinds_of = functools.cache(_Kinds)
 
 
 _PLAIN = _LabelAttributes()
@@ -370,65 +390,92 @@ def _read_objects(
     """The status of the traffic lights (red > yellow > green) and the count of each other kind of object."""
     duplicates = _find_near_duplicates(labels)
     report.near_duplicates += len(duplicates)
-    drop = duplicates if options.merge_duplicates else None
-    class_names, lanes, min_box_size = options.class_names, options.lanes, options.min_box_size
-    lights, counts = set(), {}
-    for index, label in enumerate(labels):
-        category = label.category
-        if category is None:
-            report.remarks["object without a category, not counted"] += 1
-            continue
-        seen = label.attributes or _PLAIN
-        if min_box_size and (box := label.box2d) and min(box.x2 - box.x1, box.y2 - box.y1) < min_box_size:
-            report.remarks[f"box smaller than {min_box_size:g} pixels, not counted"] += 1
-            continue
-        if category == TRAFFIC_LIGHT:
-            lights.add(_read_light(seen.light if seen.light is not None else seen.light_too, report))
-            continue
-        occluded, truncated = seen.occluded or seen.occluded_too, seen.truncated or seen.truncated_too
-        kind = _kind_of(category, class_names, lanes, occluded, truncated)
-        if kind is None:
-            if _class_of(category, class_names) is None:
-                report.remarks[f"object of the unknown class {category[:40]!r}, not counted"] += 1
-        elif not (drop and index in drop):
-            counts[kind] = counts.get(kind, 0) + 1
-    if counts and max(counts.values()) > MAX_COUNT:
+    if options.merge_duplicates and duplicates:
+        labels = [
+            label for index, label in enumerate(labels) if index not in duplicates or label.category == TRAFFIC_LIGHT
+        ]
+    if options.min_box_size:
+        labels = _leave_out_small(labels, options.min_box_size, report)
+    kinds, lights, counts = _kinds_of(options.class_names, options.lanes), set(), {}
+    for (category, occluded, truncated, light), count in _tally(labels).items():
+        kind = kinds[category, occluded, truncated]
+        if kind is not None:
+            counts[kind] = counts.get(kind, 0) + count
+        elif category == TRAFFIC_LIGHT:
+            lights.add(_read_light(light, count, report))
+        elif category is None:
+            report.remarks["object without a category, not counted"] += count
+        elif _class_of(category, options.class_names) is None:
+            report.remarks[f"object of the unknown class {category[:40]!r}, not counted"] += count
+    if len(labels) > MAX_COUNT and max(counts.values(), default=0) > MAX_COUNT:
         raise _BadFrame(f"more than {MAX_COUNT} objects of one kind")
-    return next((light for light in LIGHTS if light in lights), None), counts
+    status = next((light for light in LIGHTS if light in lights), None) if lights else None
+    return status, counts
 
 
-def _read_light(color: object, report: LabelReport) -> str | None:
-    if isinstance(color, list):  # older det_20 files and exports: [1, "G"]
+def _tally(labels: list[_Label]) -> dict[tuple, int]:
+    """{(category, occluded, truncated, light): labels}; few of a frame's labels differ in these."""
+    tally = {}
+    for label in labels:
+        seen = label.attributes or _PLAIN
+        light = seen.light if seen.light is not None else seen.light_too
+        look = label.category, seen.occluded or seen.occluded_too, seen.truncated or seen.truncated_too, light
+        try:
+            tally[look] = tally.get(look, 0) + 1
+        except TypeError:
+            look = *look[:3], _unwrap_light(light)
+            tally[look] = tally.get(look, 0) + 1
+    return tally
+
+
+def _unwrap_light(color: list | dict) -> object:
+    """The colour in what older det_20 files and exports have, [1, "G"]; of anything else its text."""
+    if isinstance(color, list):
         color = color[-1] if color else None
+    return str(color) if isinstance(color, list | dict) else color
+
+
+def _leave_out_small(labels: list[_Label], min_size: float, report: LabelReport) -> list[_Label]:
+    def is_small(label: _Label) -> bool:
+        box = label.box2d
+        return box is not None and label.category is not None and min(box.x2 - box.x1, box.y2 - box.y1) < min_size
+
+    left = [label for label in labels if not is_small(label)]
+    if len(left) < len(labels):
+        report.remarks[f"box smaller than {min_size:g} pixels, not counted"] += len(labels) - len(left)
+    return left
+
+
+def _read_light(color: object, count: int, report: LabelReport) -> str | None:
+    """What one traffic light shows, or `count` that are labelled alike."""
     known = color.lower() if isinstance(color, str) else color
-    if isinstance(known, str) and known in _LIGHT_OF:
-        return _LIGHT_OF[known]
-    if known is not None and known not in _NO_LIGHT:
-        report.remarks[f"traffic light of the unknown colour {str(color)[:40]!r}, taken as none"] += 1
-    return None
+    if known in _NO_LIGHT:
+        return None
+    if known not in _LIGHT_OF:
+        report.remarks[f"traffic light of the unknown colour {str(color)[:40]!r}, taken as none"] += count
+    return _LIGHT_OF.get(known)
 
 
 def _find_near_duplicates(labels: list[_Label]) -> set[int]:
     """Positions of boxes that overlap an earlier one of their class by more than NEAR_DUPLICATE_IOU."""
     boxes = [
-        (label.category or "", box.x1, box.y1, box.x2, box.y2, index)
+        (box.x1, box.y1, box.x2, box.y2, label.category, index)
         for index, label in enumerate(labels)
         if (box := label.box2d) is not None
     ]
-    boxes.sort()  # classes together, and in each from left to right
+    boxes.sort(key=itemgetter(0))
     found, count = set(), len(boxes)
-    for position, (category, x1, y1, x2, y2, index) in enumerate(boxes, start=1):
+    for position, (x1, y1, x2, y2, category, index) in enumerate(boxes, start=1):
         reach = x1 + (1 - NEAR_DUPLICATE_IOU) * (x2 - x1)  # a box that starts farther right overlaps too little
-        while position < count:
-            following, u1, v1, u2, v2, other = boxes[position]
-            if u1 > reach or following != category:
-                break
-            wide, high = min(x2, u2) - u1, min(y2, v2) - max(y1, v1)
-            if wide > 0 and high > 0:
-                common = wide * high
-                union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - common
-                if common > NEAR_DUPLICATE_IOU * union:
-                    found.add(max(index, other))
+        while position < count and (following := boxes[position])[0] <= reach:
+            u1, v1, u2, v2, its_category, its_index = following
+            if its_category == category:
+                wide, high = min(x2, u2) - u1, min(y2, v2) - max(y1, v1)
+                if wide > 0 and high > 0:
+                    common = wide * high
+                    union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - common
+                    if common > NEAR_DUPLICATE_IOU * union:
+                        found.add(max(index, its_index))
             position += 1
     return found
 
@@ -460,8 +507,8 @@ class _Job(NamedTuple):
 
 
 class _Result(NamedTuple):
-    rows: list  # (name, what `convert` made of the frame)
-    frames: int  # in, used or not
+    frames: list  # or (name, what `convert` made of its facts)
+    count: int  # of frames in, used or not
     report: LabelReport
     error: tuple[str, int | None] | None = None  # reason and byte
 
@@ -470,13 +517,13 @@ def read_labels(
     paths: Sequence[Path],
     report: LabelReport,
     options: LabelOptions = DEFAULT_OPTIONS,
-    convert: Callable[[Frame], T] | None = None,
-) -> Iterator[Frame | T]:
+    convert: Callable[[Facts], T] | None = None,
+) -> Iterator[Frame | tuple[str, T]]:
     """Frames of the label files in `paths` and in the folders of it; `report` is filled on the way.
 
-    `convert`, if given, is applied to each frame by the process that read it. A name that comes twice is used once,
-    the first time. Raises UserError for a path that is missing, a file that is damaged (with the byte where that
-    shows), and when there is no usable frame at all.
+    With `convert`, pairs of name and convert(facts), made by the process that read the frame. A name that comes twice
+    is used once, the first time. Raises UserError for a path that is missing, a file that is damaged (with the byte
+    where that shows), and when there is no usable frame at all.
     """
     jobs = plan_jobs(find_label_files(paths))
     seen: set[str] = set()
@@ -491,15 +538,16 @@ def read_labels(
             if result.error is not None:
                 result = _run_whole(job, result, consumed[job.path], options, convert)
                 given_up.add(job.path)
-            consumed[job.path] += result.frames
+            consumed[job.path] += result.count
             report.merge(result.report)
-            for name, row in result.rows:
+            for frame in result.frames:
+                name = frame[0]
                 if name in seen:
                     report.frames -= 1
                     report.skip("its name came before", name)
                 else:
                     seen.add(name)
-                    yield row
+                    yield frame
     if not seen:
         raise UserError(f"no usable frame in {', '.join(map(str, paths))}: {report}")
 
@@ -567,61 +615,101 @@ def _plan_archive(path: Path) -> Iterator[_Job]:
 
 
 def _run_jobs(run: Callable[[_Job], _Result], jobs: Sequence[_Job]) -> Iterator[_Result]:
-    """Results in the order of the jobs, from all cores if there is enough to do."""
+    """Results in the order of the jobs, from all cores if there is enough to do.
+
+    Processes take jobs themselves and answer through a pipe each, so that this one has little to do beside them.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores, len(jobs))
-    if workers < 2 or sum(job.size for job in jobs) < PIECE:
+    workers, total = min(cores, len(jobs)), sum(job.size for job in jobs)
+    if workers < 2 or total < PIECE:
         yield from map(run, jobs)
         return
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    mean_size = sum(job.size for job in jobs) // len(jobs) + 1
-    context = multiprocessing.get_context(method)
+    step = max(1, min(32, PIECE * len(jobs) // (total + 1)))  # many small files at once
+    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
+    taken, processes = context.Value("q", 0), {}
     try:
-        with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
-            yield from pool.map(run, jobs, chunksize=max(1, min(32, PIECE // mean_size)))  # many small files at once
-    except BrokenProcessPool:
-        raise UserError("a process that reads labels was killed, mostly for want of memory: free some") from None
+        for _ in range(workers):
+            answer, send = context.Pipe(duplex=False)
+            inherited = [*processes, answer] if context.get_start_method() == "fork" else []
+            process = context.Process(target=_work, args=(run, jobs, step, taken, send, inherited), daemon=True)
+            process.start()
+            send.close()
+            processes[answer] = process
+        yield from _gather(dict(processes), len(jobs))
+    finally:  # also when nobody asks for the rest
+        for process in processes.values():
+            process.kill()
+            process.join()
 
 
-def _start_worker() -> None:
+def _work(run: Callable[[_Job], _Result], jobs: Sequence[_Job], step: int, taken, send, inherited: list) -> None:
+    """What a process does: take the next `step` jobs and send (number of the first, results) until none are left."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process to answer
+    for answer in inherited:  # else nobody would notice when the main process is killed
+        answer.close()
     gc.disable()  # nothing here is a cycle, so looking for garbage again and again would find none
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    while True:
+        with taken.get_lock():
+            first = taken.value
+            taken.value = first + step
+        if first >= len(jobs):
+            return
+        try:
+            send.send((first, [run(job) for job in jobs[first : first + step]]))
+        except BrokenPipeError:
+            return
 
 
-def _end_with_parent() -> None:
-    """End this process when the one that started it does: were that killed, this one would wait for work for ever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+def _gather(processes: dict, count: int) -> Iterator[_Result]:
+    """What {pipe: process} answer, in the order of the jobs. Raises UserError when one of them was killed."""
+    early: dict[int, _Result] = {}
+    for number in range(count):
+        while number not in early:
+            for pipe in multiprocessing.connection.wait(processes):
+                try:
+                    first, results = pipe.recv()
+                    early.update(enumerate(results, start=first))
+                except EOFError:
+                    process = processes.pop(pipe)
+                    process.join()
+                    if process.exitcode:
+                        raise UserError(
+                            f"a process that reads labels was killed (exit code {process.exitcode}): mostly for want "
+                            "of memory; free some, or give the label files one by one"
+                        ) from None
+        yield early.pop(number)
 
 
-def _run_job(job: _Job, options: LabelOptions, convert: Callable[[Frame], T] | None) -> _Result:
-    result = _Result([], 0, LabelReport())
+def _run_job(job: _Job, options: LabelOptions, convert: Callable[[Facts], T] | None) -> _Result:
+    report, frames, count = LabelReport(), [], 0
     try:
         for data in _load_job(job):
-            frames, wrapped = decode_frames(data)
-            if not frames and job.stop is None:
+            raw_frames, wrapped = decode_frames(data)
+            if not raw_frames and job.stop is None:
                 raise _BadFile("no frames in it; a BDD100K label file is a JSON array of frames")
-            read = _read_frames(frames, wrapped, options, convert, result.report)
-            result = result._replace(rows=result.rows + read, frames=result.frames + len(frames))
+            frames += _read_frames(raw_frames, wrapped, options, report)
+            count += len(raw_frames)
     except _BadFile as error:
-        return result._replace(error=(str(error), error.position))
+        return _Result([], 0, report, (str(error), error.position))
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        return result._replace(error=(f"can't be read: {error}", None))
-    return result
+        return _Result([], 0, report, (f"can't be read: {error}", None))
+    return _finish(frames, count, report, convert)
 
 
-def _read_frames(frames, wrapped, options, convert, report: LabelReport) -> list[tuple[str, Any]]:
-    rows = []
-    for raw in frames:
+def _finish(frames: list[Frame], count: int, report: LabelReport, convert) -> _Result:
+    report.add(frames)
+    return _Result([(name, convert(facts)) for name, facts in frames] if convert else frames, count, report)
+
+
+def _read_frames(raw_frames: list, wrapped: bool, options: LabelOptions, report: LabelReport) -> list[Frame]:
+    frames = []
+    for raw in raw_frames:
         try:
-            frame = read_frame(raw, report, options, wrapped)
+            frames.append(read_frame(raw, report, options, wrapped))
         except _BadFrame as error:
             name = raw.name if isinstance(raw, _Frame) else raw.get("name") if isinstance(raw, dict) else "?"
             report.skip(str(error), name)
-            continue
-        report.add(frame)
-        rows.append((frame.name, convert(frame) if convert else frame))
-    return rows
+    return frames
 
 
 def _run_whole(job: _Job, result: _Result, consumed: int, options, convert) -> _Result:
@@ -635,8 +723,8 @@ def _run_whole(job: _Job, result: _Result, consumed: int, options, convert) -> _
         try:
             frames, wrapped = decode_frames(job.path.read_bytes())
             report = LabelReport()
-            rows = _read_frames(frames[consumed:], wrapped, options, convert, report)
-            return _Result(rows, len(frames) - consumed, report)
+            read = _read_frames(frames[consumed:], wrapped, options, report)
+            return _finish(read, len(frames) - consumed, report, convert)
         except _BadFile as error:
             reason, position = str(error), error.position
     elif position is not None:

@@ -3,8 +3,10 @@
 import gzip
 import itertools
 import json
+import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
 import zipfile
@@ -213,6 +215,52 @@ def test_a_large_array_is_cut_without_loss(tmp_path, monkeypatch, piece, indent)
     assert cut == whole
     assert [frame.name for frame in cut] == [frame["name"] for frame in frames]
     assert report.variants.total() == report.frames == 40
+
+
+def test_unusual_values_in_some_pieces_change_nothing_elsewhere(tmp_path, monkeypatch):
+    """Pieces with categories or colours of no table, or wrong types, are decoded in other ways than the rest."""
+    frames = drawn_frames(40)
+    expected, _ = read_all(tmp_path, *frames)
+    for number, odd in enumerate([{"category": "unicorn"}, light("purple"), light([1, "NA"]), light({}), light(["R"])]):
+        frames[8 * number]["labels"].append(odd)
+    frames[5]["labels"] = 3
+    monkeypatch.setattr(labels, "PIECE", 2**13)
+    read, report = read_all(tmp_path, *frames)
+    assert read[:5] + read[5:31] == expected[:5] + expected[6:32]
+    assert read[31].facts.traffic_light == "red"
+    assert read[32:] == expected[33:]
+    assert report.skipped.total() == 1
+    assert report.remarks == {
+        "object of the unknown class 'unicorn', not counted": 1,
+        "traffic light of the unknown colour 'purple', taken as none": 1,
+        "traffic light of the unknown colour '{}', taken as none": 1,
+    }
+
+
+def test_a_killed_process_is_an_error(tmp_path, monkeypatch):
+    file = tmp_path / "labels.json"
+    file.write_text(json.dumps(drawn_frames(40)))
+    monkeypatch.setattr(labels, "PIECE", 2**13)
+    parent = os.getpid()
+
+    def convert(facts):
+        if os.getpid() != parent and facts.scene is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return facts
+
+    with pytest.raises(UserError, match=r"a process that reads labels was killed \(exit code -9\)"):
+        list(read_labels([file], LabelReport(), convert=convert))
+
+
+def test_processes_end_when_nobody_asks_for_the_rest(tmp_path, monkeypatch):
+    file = tmp_path / "labels.json"
+    file.write_text(json.dumps(drawn_frames(40)))
+    monkeypatch.setattr(labels, "PIECE", 2**12)
+    before = set(multiprocessing.active_children())
+    reading = read_labels([file], LabelReport())
+    next(reading)
+    reading.close()
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_a_wrong_cut_is_noticed(tmp_path, monkeypatch):
