@@ -21,9 +21,8 @@ BACKWARD = {"ROWS": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 1}
 ATTEND = {"MOST": 64, "num_warps": 4}  # most queries and keys
 PROGRAMS = 400  # that a launch has at least where the work can be divided at will: three for each processor of an H100
 LEVELS = 2**16  # dropout probabilities are multiples of 1 / LEVELS
-ROUNDS = tl.constexpr(
-    7
-)  # of Philox, enough for Crush (Salmon et al. 2011, Parallel Random Numbers: As Easy as 1, 2, 3)
+VARYING = ("site", "rows", "height", "length", "key_length")  # arguments that no kernel is compiled anew for
+ROUNDS = tl.constexpr(7)  # of Philox, enough to pass Crush (Salmon et al. 2011, Parallel Random Numbers)
 
 
 @triton.jit
@@ -65,7 +64,7 @@ def project_low(x: Tensor, a: Tensor, dropout: float, seed: Tensor, site: int, l
     return low
 
 
-@triton.jit(do_not_specialize=["site"])
+@triton.jit(do_not_specialize=VARYING)
 def _project_low(
     x, a, low, seed, site, rows, width, x_stride, low_group, low_stride, level, scale,
     DROPS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -105,7 +104,7 @@ def add_low_rank(out: Tensor, low: Tensor, b: Tensor, relu: bool = False) -> Non
     _add_low_rank[grid](out, low, b, rows, out.shape[1], part, RELU=relu, R=rank, **ADD | {"COLUMNS": columns})
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _add_low_rank(
     out, low, b, rows, width, part,
     RELU: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -154,7 +153,7 @@ def lora_backward(
     return sums[0].to(a.dtype) if parts == 1 else sums.sum(0).to(a.dtype)
 
 
-@triton.jit(do_not_specialize=["site"])
+@triton.jit(do_not_specialize=VARYING)
 def _lora_backward(
     grad_x, x, grad_low, a, sums, seed, site, rows, width, height, x_stride, level, scale,
     DROPS: tl.constexpr, ADDS: tl.constexpr, RELU: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
@@ -234,7 +233,7 @@ def residual_norm(
     return total, normed, moments
 
 
-@triton.jit(do_not_specialize=["site"])
+@triton.jit(do_not_specialize=VARYING)
 def _residual_norm(
     x, h, total, normed, moments, weight, bias, seed, site, rows, width, normed_stride, epsilon, level, scale,
     DROPS: tl.constexpr, W: tl.constexpr,
@@ -287,7 +286,7 @@ def residual_norm_backward(
     return grad_x, grad_h
 
 
-@triton.jit(do_not_specialize=["site"])
+@triton.jit(do_not_specialize=VARYING)
 def _residual_norm_backward(
     grad_total, grad_normed, total, moments, weight, grad_x, grad_h, seed, site, rows, width, level, scale,
     ADDS: tl.constexpr, DROPS: tl.constexpr, W: tl.constexpr,
@@ -382,7 +381,7 @@ def _scores(
     return tl.where(is_seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale * 1.4426950408889634, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["site"])
+@triton.jit(do_not_specialize=VARYING)
 def _attend(
     q, k, v, out, sums, seed, site, length, key_length, heads, width, q_stride, k_stride, out_stride,
     scale, level, kept_scale,
@@ -443,7 +442,7 @@ def _score_gradients(
     return weighed, p * (grad_p - along[:, None])
 
 
-@triton.jit(do_not_specialize=["site"])
+@triton.jit(do_not_specialize=VARYING)
 def _attend_backward_keys(
     q, k, v, out, grad_out, sums, grad_q, grad_k, grad_v, seed, site, length, key_length, heads, width,
     q_stride, k_stride, out_stride, scale, level, kept_scale,
@@ -478,7 +477,7 @@ def _attend_backward_keys(
     tl.store(grad_v + key_place, sum_v.to(grad_v.dtype.element_ty), is_key)
 
 
-@triton.jit(do_not_specialize=["site"])
+@triton.jit(do_not_specialize=VARYING)
 def _attend_backward_queries(
     q, k, v, out, grad_out, sums, grad_q, grad_k, grad_v, seed, site, length, key_length, heads, width,
     q_stride, k_stride, out_stride, scale, level, kept_scale,

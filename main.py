@@ -557,6 +557,7 @@ def train(config: TrainConfig) -> None:
         store = open_store(config, model, processor, write=arguments.process_index == 0)
         outputs, found = compute_outputs(model, processor, list_images(splits, TRAINED_ON), store)
         take_vision_out(model)
+        gc.collect()  # now, not when memory is short
         for reasons in gather(found, arguments.world_size):
             unreadable |= reasons
         splits = leave_out_unreadable(splits, unreadable)
