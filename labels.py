@@ -17,6 +17,7 @@ import contextlib
 import functools
 import gc
 import gzip
+import mmap
 import multiprocessing.connection
 import os
 import re
@@ -621,7 +622,7 @@ def _run_jobs(run: Callable[[_Job], _Result], jobs: Sequence[_Job]) -> Iterator[
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers, total = min(cores, len(jobs)), sum(job.size for job in jobs)
-    if workers < 2 or total < PIECE:
+    if len(jobs) < 2 or total < PIECE:
         yield from map(run, jobs)
         return
     step = max(1, min(32, PIECE * len(jobs) // (total + 1)))  # many small files at once
@@ -675,7 +676,7 @@ def _gather(processes: dict, count: int) -> Iterator[_Result]:
                     if process.exitcode:
                         raise UserError(
                             f"a process that reads labels was killed (exit code {process.exitcode}): mostly for want "
-                            "of memory; free some, or give the label files one by one"
+                            "of memory, or because a label file was cut while it was read; start again"
                         ) from None
         yield early.pop(number)
 
@@ -777,52 +778,33 @@ _DECOMPRESS = {
 _BOUNDARY = re.compile(rb'\}\s*,\s*(?=\{\s*"name"\s*:)')
 
 
-_stretch_buffer = bytearray()  # of this process: reading into it again is much faster than into new memory
-
-
 def _load_stretch(job: _Job) -> memoryview:
     """The frames whose boundary lies in [start, stop) of the file, as a JSON array of their own.
 
-    The brackets are written over the commas that stood there. Valid until the next call.
+    The file is mapped, not copied. The brackets are written over the commas that stood there, in a copy of those pages.
     """
-    length = job.stop - job.start
+    base = job.start - job.start % mmap.ALLOCATIONGRANULARITY  # all in bytes; a map begins at a multiple of this
     with open(job.path, "rb") as file:
-        file.seek(job.start)
-        size = _read_into_buffer(file, 0, length)
-        first = None
-        if job.start:
-            first, size = _find_boundary(file, 0, size)
-            if first is None or first.start() >= length:
-                return memoryview(b"[]")  # one long frame spans it all; a stretch before has it
-        end, size = _find_boundary(file, length, size)
-    begin, stop = 0, size
-    if first:
-        begin = first.end() - 1
-        _stretch_buffer[begin : begin + 1] = b"["
-    if end:
+        length = min(job.stop + LOOKAHEAD, os.fstat(file.fileno()).st_size) - base
+        if length <= 0:
+            return memoryview(b"[]")  # the file has shrunk
+        data = mmap.mmap(file.fileno(), length, offset=base, access=mmap.ACCESS_COPY)
+    start, stop = 0, length
+    if job.start:
+        first = _find_boundary(data, job.start - base, job)
+        if first is None or first.start() >= job.stop - base:
+            return memoryview(b"[]")  # one long frame spans it all; a stretch before has it
+        start = first.end() - 1
+        data[start : start + 1] = b"["
+    if end := _find_boundary(data, job.stop - base, job):
         stop = end.start() + 2
-        _stretch_buffer[stop - 1 : stop] = b"]"
-    return memoryview(_stretch_buffer)[begin:stop]
+        data[stop - 1 : stop] = b"]"
+    return memoryview(data)[start:stop]
 
 
-def _find_boundary(file, at: int, size: int) -> tuple[re.Match | None, int]:
-    """The first boundary from `at` on in the buffer, of which `size` bytes are read; more are read until it shows.
-
-    Also returns how many bytes are read then. None at the end of the file.
-    """
-    step = max(PIECE // 8, 4096)
-    while (found := _BOUNDARY.search(_stretch_buffer, at, size)) is None:
-        if size > at + LOOKAHEAD:
-            raise _BadFile(f"no frame begins in {LOOKAHEAD:,} bytes")
-        got = _read_into_buffer(file, size, step)
-        if not got:
-            return None, size
-        size, step = size + got, 2 * step
-    return found, size
-
-
-def _read_into_buffer(file, at: int, length: int) -> int:
-    global _stretch_buffer
-    if len(_stretch_buffer) < at + length:
-        _stretch_buffer = _stretch_buffer[:at] + bytearray(length)  # a new one: views of the old one may live
-    return file.readinto(memoryview(_stretch_buffer)[at : at + length])
+def _find_boundary(data: mmap.mmap, at: int, job: _Job) -> re.Match | None:
+    """The first boundary from `at` on; None at the end of the file."""
+    found = _BOUNDARY.search(data, at)
+    if found is None and job.stop + LOOKAHEAD < job.path.stat().st_size:
+        raise _BadFile(f"no frame begins in {LOOKAHEAD:,} bytes")
+    return found
