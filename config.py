@@ -30,6 +30,20 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
+def import_bitsandbytes() -> None:
+    """Import bitsandbytes without torch's compiler: what it has compiled at import is for machines without its library.
+
+    That takes 0.8 s; torch.compile can be used afterwards.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    import bitsandbytes  # noqa: F401
+
+    del os.environ["TORCHDYNAMO_DISABLE"]
+    if before is not None:
+        os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
 class UserError(Exception):
     """Something that the user can mend. The message names the thing, its value and the remedy."""
 

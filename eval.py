@@ -31,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from captions import Facts, mark_caption, parse_caption
-from config import UserError, config_to_json, name_run
+from config import UserError, config_to_json, import_bitsandbytes, name_run
 from data import IMAGE_SUFFIXES, SPLIT_COLUMNS, Example, atomic_write, explain_writing, index_images, lock_folder
 from fact_metrics import list_statements
 from labels import NAME, LabelReport, read_labels
@@ -164,6 +164,7 @@ class Captioner:
     """The fine-tuned model with its processor and settings, in each process."""
 
     def __init__(self, config: EvalConfig):
+        import_bitsandbytes()  # before transformers and peft do
         from transformers.utils import logging
 
         logging.set_verbosity_error()

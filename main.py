@@ -9,10 +9,11 @@ LoRA is trained on the NF4 model with the Hugging Face Trainer; the adapter with
 with its processor, generation settings, configuration and split, for eval.py or plain peft.
 """
 
-from config import TrainConfig, parse_args, run_script
+from config import TrainConfig, import_bitsandbytes, parse_args, run_script
 
 if __name__ == "__main__":
     config = parse_args(TrainConfig)  # before the heavy imports, so that --help answers at once
+import_bitsandbytes()  # before transformers and peft do
 
 import csv
 import functools

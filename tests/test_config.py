@@ -97,3 +97,13 @@ def test_every_field_has_a_comment(config_class):
 
 def test_config_to_json_has_json_types_only():
     assert config_to_json(TrainConfig(labels=(Path("a"), Path("b"))))["labels"] == ["a", "b"]
+
+
+def test_torchs_compiler_is_not_imported_but_works():
+    """bitsandbytes asks for it at import, for functions that are not used here."""
+    script = (
+        "import sys, main, torch; assert 'torch._inductor.compile_fx' not in sys.modules\n"
+        "seen = []; add = torch.compile(lambda x: x + 1, backend=lambda graph, _: seen.append(1) or graph.forward)\n"
+        "assert add(torch.ones(1)) == 2 and seen"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
