@@ -186,7 +186,6 @@ class Captioner:
         config = self.config
         self.model, self.processor, self.generation = load_finetuned(config.adapter, pick_device(), config.base)
         self.store = None if config.blank else open_store(config, self.model, self.processor)  # of real pictures
-        self.found = self.asked = 0  # outputs in the store, and pictures
         self.vision = take_vision_out(self.model)
         self.longest = config.max_new_tokens or self.generation.max_new_tokens
         self.batch_size = config.batch_size or SLOW_BATCH
@@ -239,8 +238,8 @@ class Captioner:
         batches = [(index, pictures[size * index : size * (index + 1)]) for index in range(-(-len(pictures) // size))]
         batches = [(index, batch) for index, batch in batches if any(name not in finished for name, _ in batch)]
         total = sum(len(batch) for _, batch in batches)
-        mine = itertools.chain.from_iterable(batch for _, batch in batches[place::processes])
-        reading = read_ahead(self._read, mine, ahead=2 * size)
+        mine = [image for _, batch in batches[place::processes] for _, image in batch]
+        reading = self._read_all(mine)
         with tqdm(total=total, desc="captioning", unit="picture", disable=place > 0) as progress:
             for first in range(0, len(batches), processes):
                 now = batches[first : first + processes]
@@ -250,20 +249,24 @@ class Captioner:
                     yield rows
                 progress.update(sum(len(batch) for _, batch in now))
 
-    def _read(self, picture: tuple[str, Path]):
+    def _read_all(self, images: Sequence[Path]) -> Iterator[tuple | str]:
         """(SHA-256 of the file if there is a store, stored output of the ViT (P, D) or else pixel values (3, S, S)).
 
-        For a picture that can't be read, why.
+        For a picture that can't be read, why. Outputs are read ahead by threads, pictures decoded by processes.
         """
-        from model import load_pixels
+        from vision_store import hash_picture, read_each
 
-        sha256, stored = (None, None) if self.store is None else self.store.look_up(picture[1])
-        if stored is not None:
-            return sha256, stored
-        try:
-            return sha256, load_pixels(picture[1], self.processor, self.config.blank)
-        except UserError as error:
-            return str(error)
+        store, settings = self.store, self.model.config.vision_config
+        how = (self.processor, self.vision.post_layernorm.weight.dtype, settings.image_size, self.config.blank)
+        sums = [None] * len(images) if store is None else list(read_ahead(hash_picture, images))
+        is_stored = [store is not None and store.has(sha256) for sha256 in sums]
+        stored = read_ahead(store.load, itertools.compress(sums, is_stored), 2 * self.batch_size) if store else iter(())
+        decoded = read_each([image for image, there in zip(images, is_stored, strict=True) if not there], *how)
+        for image, sha256, there in zip(images, sums, is_stored, strict=True):
+            read = next(stored) if there else next(decoded)
+            if read is None:  # damaged in the store
+                read = next(read_each([image], *how))
+            yield read if isinstance(read, str) else (sha256, read)
 
     def _do_batch(self, index: int, batch: Sequence, reading: Iterator, work: Callable, finished: Collection[str]):
         import torch
@@ -285,14 +288,15 @@ class Captioner:
             raise UserError(f"--batch-size {size}: too large for the GPU ({reason}); take a smaller one") from None
 
     def _run_vision(self, reads: list[tuple]):
-        """The ViT's outputs (B, P, D) for what _read gave: stored ones as they are, the others computed, and stored."""
+        """The ViT's outputs (B, P, D) for what _read_all gave: those that it has not are computed, and saved."""
         import torch
 
         from vision_store import run_vision
 
         outputs = [read for _, read in reads]
         missing = [row for row, output in enumerate(outputs) if output.dim() == 3]
-        self.asked, self.found = self.asked + len(reads), self.found + len(reads) - len(missing)
+        if self.store is not None:
+            self.store.count(len(reads) - len(missing), len(reads))
         if missing:
             computed = run_vision(self.vision, torch.stack([outputs[row] for row in missing]))
             for row, output in zip(missing, computed, strict=True):
@@ -305,7 +309,7 @@ class Captioner:
     def finish(self) -> None:
         """Say how many outputs were in the store, and wait for those that are being written."""
         if self.store is not None:
-            print(self.store.describe(self.found, self.asked))
+            print(self.store.describe())
             self.store.close()
 
     def caption(self, index: int, outputs) -> list[str]:

@@ -97,7 +97,7 @@ from training import (
     gather_trainable,
     list_micro_batches,
 )
-from vision_store import compute_outputs, fits_memory, open_store, take_vision_out
+from vision_store import compute_outputs, fill_store, fits_memory, open_store, take_vision_out, wants_store
 
 TRAINED_ON = ("train", "val")  # splits whose pictures training sees
 SPARE_TOKENS = 16  # that generation may write beyond the longest training caption
@@ -546,7 +546,9 @@ def train(config: TrainConfig) -> None:
     )
     share(arguments, functools.partial(prepare_output, config.output))
     stored = keep_outputs(config, arguments, model_config, splits, device)
-    unchecked = list_images(splits, ["test"] if stored else splits)  # the others are decoded for the ViT anyway
+    for_eval = stored and wants_store(config, device)  # eval.py finds the test split's outputs on disk
+    decoded_later = (*TRAINED_ON, *["test"] * for_eval) if stored else ()  # for the ViT
+    unchecked = list_images(splits, [split for split in splits if split not in decoded_later])
     unreadable = share(arguments, functools.partial(check_pictures, unchecked))
     if not stored:
         splits = leave_out_unreadable(splits, unreadable)  # before the model is fetched
@@ -557,6 +559,10 @@ def train(config: TrainConfig) -> None:
     if stored:
         store = open_store(config, model, processor, write=arguments.process_index == 0)
         outputs, found = compute_outputs(model, processor, list_images(splits, TRAINED_ON), store)
+        if for_eval and arguments.process_index == 0:
+            found |= fill_store(model, processor, list_images(splits, ["test"]), store)
+        if store is not None:
+            print(store.describe())
         take_vision_out(model)
         gc.collect()  # now, not when memory is short
         for reasons in gather(found, arguments.world_size):

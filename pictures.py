@@ -165,6 +165,11 @@ def _ignore_interrupt(worker: int) -> None:
 
 
 def count_cores() -> int:
+    """Cores for this process: its share, where a launcher has started several on this machine."""
+    return max(1, _count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def _count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

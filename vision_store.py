@@ -43,6 +43,7 @@ FORM = 1  # of the files, and of the way in which load_pixels() makes numbers of
 HEADER = len(MAGIC) + 3 * 32  # bytes: MAGIC, and the SHA-256 of model and settings, of the picture, of the output
 VISION_SETTINGS = ("image_size", "patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")
 WRITERS = 4  # threads that write
+PART = 2048  # pictures whose outputs are in memory at once where nobody keeps them: 1.5 GB
 SPARE_DISK = 0.1  # share of what is free on the disk that is left free
 STALE = 3600  # seconds after which a file that was not written to its end is taken for one of a killed run
 
@@ -133,7 +134,7 @@ def compute_outputs(model, processor, images: Sequence[Path], store: "VisionStor
                     store.save([sums[row] for row in rows], places)
             progress.update(len(rows) + len(reasons))
     if store is not None:
-        print(store.describe(len(images) - len(missing), len(images)))
+        store.count(len(images) - len(missing), len(images))
     if unreadable:
         if store is not None:
             store.wait()  # before outputs that it writes are moved
@@ -141,17 +142,39 @@ def compute_outputs(model, processor, images: Sequence[Path], store: "VisionStor
     return outputs, unreadable
 
 
+def fill_store(model, processor, images: Sequence[Path], store: "VisionStore") -> dict[Path, str]:
+    """Compute and save the outputs that are not there yet, and keep none. {path: why} of what can't be read."""
+    unreadable = {}
+    for start in range(0, len(images), PART):
+        _, found = compute_outputs(model, processor, images[start : start + PART], store)
+        unreadable |= found
+        store.wait()  # memory is for one part
+    return unreadable
+
+
 def _read_missing(
     missing: list[int], images: Sequence[Path], processor, dtype: torch.dtype, side: int
 ) -> Iterator[tuple[list[int], Tensor, dict[Path, str]]]:
     """(rows of the pictures that can be read, their pixels (B, 3, S, S), {path: why} of the others), by processes."""
-    read, collate = functools.partial(_read, processor=processor), functools.partial(_stack, dtype=dtype)
     start = 0
-    for pixels, reasons in read_batches(read, [images[row] for row in missing], collate, 3 * side**2 * dtype.itemsize):
+    for pixels, reasons in _read_pixels([images[row] for row in missing], processor, dtype, side, blank=False):
         batch = list(zip(missing[start : start + len(reasons)], reasons, strict=True))
         start += len(batch)
         unreadable = {images[row]: reason for row, reason in batch if reason is not None}
         yield [row for row, reason in batch if reason is None], pixels, unreadable
+
+
+def read_each(images: Sequence[Path], processor, dtype: torch.dtype, side: int, blank: bool) -> Iterator[Tensor | str]:
+    """Pixels (3, S, S) of each picture in order, or why it can't be read, by processes; see load_pixels for `blank`."""
+    for pixels, reasons in _read_pixels(images, processor, dtype, side, blank):
+        readable = iter(pixels)
+        yield from (next(readable) if reason is None else reason for reason in reasons)
+
+
+def _read_pixels(images: Sequence[Path], processor, dtype: torch.dtype, side: int, blank: bool):
+    """(pixels (B, 3, S, S) of the pictures that can be read, why not for each of all) of some at a time."""
+    read = functools.partial(_read, processor=processor, blank=blank)
+    return read_batches(read, images, functools.partial(_stack, dtype=dtype), 3 * side**2 * dtype.itemsize)
 
 
 def _leave_out(outputs: Tensor, kept: list[int]) -> Tensor:
@@ -162,10 +185,10 @@ def _leave_out(outputs: Tensor, kept: list[int]) -> Tensor:
     return outputs[: len(kept)]
 
 
-def _read(image: Path, processor) -> Tensor | str:
+def _read(image: Path, processor, blank: bool) -> Tensor | str:
     """(3, S, S) pixel values, or why there are none."""
     try:
-        return load_pixels(image, processor)
+        return load_pixels(image, processor, blank)
     except UserError as error:
         return str(error)
 
@@ -179,6 +202,15 @@ def _stack(read: list[Tensor | str], dtype: torch.dtype) -> tuple[Tensor, list[s
 
 # --------------------------------------------------------------------------------------------------------------
 # on disk
+
+
+def hash_picture(image: Path) -> str | None:
+    """SHA-256 of the file's bytes; None if it can't be read: who decodes it says why."""
+    try:
+        with open(image, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def hash_weights(module: torch.nn.Module) -> str:
@@ -219,9 +251,14 @@ def describe_machine(device: torch.device) -> dict:
     return {"torch": torch.__version__, "Pillow": PIL.__version__, "device": name, "made": made}
 
 
+def wants_store(config, device: torch.device) -> bool:
+    """Whether --vision-store of main.py's or eval.py's `config` names a store."""
+    return config.vision_store != "off" and (config.vision_store != "auto" or device.type == "cuda")
+
+
 def open_store(config, model, processor, write: bool = True) -> "VisionStore | None":
     """The store that --vision-store of main.py's or eval.py's `config` names; None if none is wanted."""
-    if config.vision_store == "off" or (config.vision_store == "auto" and model.device.type != "cuda"):
+    if not wants_store(config, model.device):
         return None
     folder = Path("vision-store") if config.vision_store == "auto" else config.vision_store
     blip2 = get_blip2(model)
@@ -260,6 +297,7 @@ class VisionStore:
         self.payload = math.prod(shape) * dtype.itemsize  # bytes
         self.known: set[str] = set()  # SHA-256 of the pictures whose outputs are there, or will be
         self.damaged: list[Path] = []
+        self.found = self.asked = 0  # pictures whose output was there, and all
         self.room = -math.inf  # bytes that may be written; -inf: none, and that has been said
         self.trouble: str | None = None  # of a thread that wrote
         self.pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="vision-store")
@@ -295,12 +333,12 @@ class VisionStore:
 
     def look_up(self, image: Path) -> tuple[str | None, Tensor | None]:
         """(SHA-256 of the picture's bytes, its output (P, D) on the CPU), None for what is not there."""
-        try:
-            with open(image, "rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError:
-            return None, None  # who decodes it says why
-        return sha256, self.load(sha256)
+        sha256 = hash_picture(image)
+        return sha256, None if sha256 is None else self.load(sha256)
+
+    def has(self, sha256: str | None) -> bool:
+        """Whether there is a file for the picture of that SHA-256, intact or not."""
+        return sha256 is not None and self._name(sha256).is_file()
 
     def load(self, sha256: str) -> Tensor | None:
         """The output (P, D) for the picture of that SHA-256; None if it is not there, or not as it was written."""
@@ -374,9 +412,13 @@ class VisionStore:
     def _make_header(self, sha256: str, payload) -> bytes:
         return MAGIC + self.key + bytes.fromhex(sha256) + hashlib.sha256(payload).digest()
 
-    def describe(self, found: int, pictures: int) -> str:
+    def count(self, found: int, asked: int) -> None:
+        """So many pictures were asked for, and of so many the output was there."""
+        self.found, self.asked = self.found + found, self.asked + asked
+
+    def describe(self) -> str:
         damaged = f"; {len(self.damaged):,} were damaged, and are computed anew" if self.damaged else ""
-        return f"{self.root} had the frozen ViT's outputs of {found:,} of {pictures:,} pictures{damaged}"
+        return f"{self.root} had the frozen ViT's outputs of {self.found:,} of {self.asked:,} pictures{damaged}"
 
     def wait(self) -> None:
         """Until all that was to be saved is written."""

@@ -7,10 +7,10 @@
 FOLDER gets a BLIP-2 OPT-2.7B with random weights (benchmarks.full_size) and 10,000 JPEGs of 1280 x 720 whose captions
 are as long as BDD100K's. What is timed are main.py and eval.py themselves, started as a user starts them.
 
-Parts: `job` trains on 6,000 frames for 5 epochs with validation on 2,800 after each, and captions and scores the 1,200
-of the test split; `reference` trains and captions as the reference does; `batch` trains at a larger batch; `small`
-trains and captions with all but 4 GiB of the GPU taken; `floor` times the matrix products that training can't do
-without.
+Parts: `floor` times the matrix products that training can't do without; `step` one pass of loss and gradients; `job`
+trains on 6,000 frames for 5 epochs with validation on 2,800 after each, and captions and scores the 1,200 of the test
+split; `reference` trains and captions as the reference does; `small` trains and captions with all but 4 GiB of the GPU
+taken; `batch` trains at a larger batch.
 """
 
 import argparse
@@ -38,11 +38,12 @@ PICTURES, SIZE, QUALITY = 200, (1280, 720), 90  # that are drawn; frames beyond 
 SCENES_A_FRAME = 4  # at most, whose labels a frame has
 REFERENCE_LENGTH = 114  # positions to which the reference pads
 NEW_TOKENS = 75  # of a caption: a model with random weights writes on to the last
-PARTS = ("floor", "job", "reference", "small", "batch")
+PARTS = ("floor", "step", "job", "reference", "small", "batch")
 TITLE = "Training and captioning on a GPU"
 TRAINING, REFERENCE_TRAINING = "training, 16 a step", "reference: training, 4 x 4, Q-Former only, truncated"
 CAPTIONING, REFERENCE_CAPTIONING = "captioning, sampled", "reference: captioning one by one, sampled"
 LARGE_BATCH = 128
+STEP_POSITIONS = 128  # of a row in the part `step`
 LARGE_TRAINING = f"training, {LARGE_BATCH} a step"
 FLOOR = "floor of training, {} a step"
 RATIOS = (
@@ -290,7 +291,58 @@ def run_as_reference(args, steps: int = 12, warmup: int = 3, captions: int = 4) 
 
 
 # --------------------------------------------------------------------------------------------------------------
-# the floor
+# a pass and the floor
+
+
+def measure_step(args) -> Iterator[tuple]:
+    """A pass of speed.FastStep, recorded, over rows of STEP_POSITIONS positions; bf16, the ViT's outputs being there."""
+    import torch
+    from transformers import Blip2ForConditionalGeneration
+
+    from benchmarks.full_size import build_full_size_config
+    from model import IGNORED, add_lora
+    from speed import FastStep, join_weights
+    from vision_store import take_vision_out
+
+    torch.manual_seed(0)
+    config = build_full_size_config()
+    with torch.device("cuda"):
+        model = Blip2ForConditionalGeneration(config).to(torch.bfloat16).requires_grad_(False)
+    take_vision_out(model)
+    model = add_lora(model, "both", 16, 32, 0.05).train()
+    join_weights(model)
+    queries = config.num_query_tokens + 1
+    for rows in (16, 64, LARGE_BATCH):
+        ids = torch.randint(10, 50_000, (rows, STEP_POSITIONS), device="cuda")
+        labels = ids.clone()
+        labels[:, :queries] = IGNORED
+        vision = torch.randn(rows, 257, config.vision_config.hidden_size, dtype=torch.bfloat16, device="cuda")
+        batch, step = {"pixel_values": vision, "input_ids": ids, "labels": labels}, FastStep(model, cuda_graphs=True)
+        torch.cuda.reset_peak_memory_stats()
+        seconds = time_on_gpu(lambda batch=batch, step=step: step(batch, batch["labels"].numel()), repeats=10)
+        yield (
+            f"a pass, {rows} x {STEP_POSITIONS}",
+            rows / seconds,
+            "samples/s",
+            torch.cuda.max_memory_allocated() / 2**30,
+        )
+        del step
+        torch.cuda.empty_cache()
+
+
+def time_on_gpu(work, repeats: int) -> float:
+    """Seconds of work(), the mean of `repeats` after three others."""
+    import torch
+
+    for _ in range(3):
+        work()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(repeats):
+        work()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
 
 
 def measure_floor(args) -> Iterator[tuple]:
@@ -323,13 +375,7 @@ def measure_floor(args) -> Iterator[tuple]:
         graph = torch.cuda.CUDAGraph()  # else small ones would wait for their launch
         with torch.cuda.graph(graph):
             work()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(20):
-            graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3 / 20 / len(weights)
+        return time_on_gpu(graph.replay, repeats=20) / len(weights)
 
     for batch in (16, 64, LARGE_BATCH):
         rows, queries, seen = round(batch * (33 + tokens)), batch * 32, batch * 257
