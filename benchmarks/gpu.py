@@ -295,7 +295,7 @@ def run_as_reference(args, steps: int = 12, warmup: int = 3, captions: int = 4) 
 
 
 def measure_step(args) -> Iterator[tuple]:
-    """A pass of speed.FastStep, recorded, over rows of STEP_POSITIONS positions; bf16, the ViT's outputs being there."""
+    """A pass of speed.FastStep, recorded, in bf16 over rows of STEP_POSITIONS positions, ViT left out."""
     import torch
     from transformers import Blip2ForConditionalGeneration
 
