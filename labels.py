@@ -23,6 +23,7 @@ import os
 import re
 import signal
 import struct
+import threading
 import zipfile
 import zlib
 from collections import Counter, defaultdict
@@ -646,6 +647,7 @@ def _run_jobs(run: Callable[[_Job], _Result], jobs: Sequence[_Job]) -> Iterator[
 def _work(run: Callable[[_Job], _Result], jobs: Sequence[_Job], step: int, taken, send, inherited: list) -> None:
     """What a process does: take the next `step` jobs and send (number of the first, results) until none are left."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process to answer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     for answer in inherited:  # else nobody would notice when the main process is killed
         answer.close()
     gc.disable()  # nothing here is a cycle, so looking for garbage again and again would find none
@@ -659,6 +661,12 @@ def _work(run: Callable[[_Job], _Result], jobs: Sequence[_Job], step: int, taken
             send.send((first, [run(job) for job in jobs[first : first + step]]))
         except BrokenPipeError:
             return
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it does, also when that is killed."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _gather(processes: dict, count: int) -> Iterator[_Result]:

@@ -502,10 +502,21 @@ def test_workers_of_the_labels_end_with_a_run_that_is_killed(scenes):
         workers = psutil.Process(run.pid).children()
         run.kill()
     assert workers
-    _, alive = psutil.wait_procs(workers, timeout=20)
+    end = time.monotonic() + 20
+    while not all(map(has_ended, workers)) and time.monotonic() < end:
+        time.sleep(0.05)
+    alive = [worker for worker in workers if not has_ended(worker)]
     for worker in alive:
         worker.kill()
     assert not alive
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Also when nobody has asked for its exit code since the process that had started it was killed."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def kill_yourself(frame):

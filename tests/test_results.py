@@ -20,13 +20,11 @@ def test_a_section_replaces_its_older_self_and_leaves_the_others(tmp_path):
 
 
 def test_several_gpus_are_measured_beside_one(tmp_path, capsys, monkeypatch):
-    """The benchmark itself with the demo's model, its processes joined by gloo: the same losses, captions by both."""
+    """The benchmark itself with the demo's model, its processes joined by gloo: the same losses."""
     flags = ["--folder", str(tmp_path), "--model", str(ROOT / "demo" / "base"), "--frames", "48", "--batch-size", "4"]
-    monkeypatch.setattr(sys, "argv", ["several_gpus", *flags, "--steps", "2", "--parts", "captions", "losses"])
+    monkeypatch.setattr(sys, "argv", ["several_gpus", *flags, "--steps", "2", "--parts", "losses"])
     several_gpus.main()
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    names = ["captioning, sampled", "captioning, after the first batches"]
-    assert [row[:2] for row in rows[2:6]] == [[name, processes] for processes in "12" for name in names]
-    assert [float(row[5]) for row in rows[2:4]] == [1, 1] and all(float(row[5]) > 0 for row in rows[4:6])
-    one, two, difference = (float(row[2]) for row in rows[6:])
+    assert [row[1] for row in rows[2:]] == ["1", "2", "2"]
+    one, two, difference = (float(row[2]) for row in rows[2:])
     assert one == pytest.approx(two, rel=1e-4) and difference < 1e-3

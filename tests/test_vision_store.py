@@ -96,10 +96,10 @@ def test_outputs_are_those_of_the_vit_and_read_back_the_same(folder, model, proc
 def test_training_gives_the_same_adapter(folder, settings, capsys):
     without = train(settings, num_train_epochs=1, vision_store="off")
     assert train(settings, **STORED) == without
-    assert "store had the frozen ViT's outputs of 0 of 18 pictures" in capsys.readouterr().out
+    assert "store had the frozen ViT's outputs of 0 of 20 pictures" in capsys.readouterr().out
     assert train(settings, **STORED, logging_steps=2) == without
     said = capsys.readouterr().out
-    assert "store had the frozen ViT's outputs of 18 of 18 pictures" in said
+    assert "store had the frozen ViT's outputs of 20 of 20 pictures" in said
     assert said.count("frames, split by ride") == 1
 
 
@@ -192,10 +192,12 @@ def test_captions_are_the_same(folder, trained, monkeypatch, capsys, fast):
 def test_captioning_reads_what_training_wrote(folder, settings, capsys):
     """Processor and model of the adapter's folder give the same key as those of the checkpoint."""
     train(settings, **STORED)
-    capsys.readouterr()
-    eval.main(EvalConfig(split="val", num_samples="all", greedy=True, max_new_tokens=5, vision_store=Path("store")))
-    found, asked = capsys.readouterr().out.partition("outputs of ")[2].split(" pictures")[0].split(" of ")
-    assert found == asked != "0"
+    for split in ("val", "test"):
+        capsys.readouterr()
+        options = {"split": split, "num_samples": "all", "greedy": True, "max_new_tokens": 5}
+        eval.main(EvalConfig(**options, vision_store=Path("store")))
+        found, asked = capsys.readouterr().out.partition("outputs of ")[2].split(" pictures")[0].split(" of ")
+        assert found == asked != "0"
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -220,7 +222,7 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["flipped", "flipped header", "truncated", "longer", "empty", "another picture's"])
-def test_a_damaged_file_is_computed_anew(folder, model, processor, images, monkeypatch, how, capsys):
+def test_a_damaged_file_is_computed_anew(folder, model, processor, images, monkeypatch, how):
     expected, _ = fill(model, processor, images[:4])
     path = list_files()[2]
     before = path.read_bytes()
@@ -229,7 +231,7 @@ def test_a_damaged_file_is_computed_anew(folder, model, processor, images, monke
     outputs, store = fill(model, processor, images[:4])
     assert torch.equal(outputs, expected) and counts == [1] and store.damaged == [path]
     assert path.read_bytes() == before
-    assert "3 of 4 pictures; 1 were damaged, and are computed anew" in capsys.readouterr().out
+    assert "3 of 4 pictures; 1 were damaged, and are computed anew" in store.describe()
 
 
 def test_a_file_of_another_model_is_not_read(folder, model, processor, images):
