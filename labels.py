@@ -313,7 +313,10 @@ def read_frame(
         )
     elif options.without_scene == "skip":
         raise _BadFrame("no scene attributes, as in tracking and segmentation sets")
-    return Frame(name, Facts(*attributes, *_read_objects(labels or [], report, options)))
+    return Frame(name, Facts.of_known(*attributes, *_read_objects(labels or [], report, options)))
+
+
+_LIGHTS_OF_2018 = frozenset(("none", *LIGHTS))
 
 
 def _name_variant(raw: _Frame, wrapped: bool) -> str:
@@ -326,7 +329,7 @@ def _name_variant(raw: _Frame, wrapped: bool) -> str:
     for label in raw.labels or ():
         if label.attributes is not None:
             if label.attributes.light is not None:
-                return "2018 release" if label.attributes.light in ("none", *LIGHTS) else "det_20"
+                return "2018 release" if label.attributes.light in _LIGHTS_OF_2018 else "det_20"
             if label.attributes.light_too is not None:
                 return "Scalabel export"
     return "frames without boxes"
