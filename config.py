@@ -44,6 +44,10 @@ def import_bitsandbytes() -> None:
         os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
+# The newest revision as of 2026-11, in safetensors: a repository that changes does not change what is trained.
+BASE_MODEL = "Salesforce/blip2-opt-2.7b@59a1ef6c1e5117b3f65523d1c6066825bcf315e3"
+
+
 class UserError(Exception):
     """Something that the user can mend. The message names the thing, its value and the remedy."""
 
@@ -88,7 +92,7 @@ class TrainConfig(DataConfig):
     output: Path = Path("blip2-finetuned")  # folder of the adapter, processor, settings and split
     limit: int | None = None  # use at most this many frames; none: all
 
-    model: str = "Salesforce/blip2-opt-2.7b"  # BLIP-2 checkpoint: name or name@revision on the hub, or a local folder
+    model: str = BASE_MODEL  # BLIP-2 checkpoint: name or name@revision on the hub, or a local folder
     load_in_4bit: bool = True  # quantise the frozen weights to NF4 with double quantisation
     lora_target: Literal["qformer", "lm", "both"] = "both"  # where LoRA is added: Q-Former, language model, both
     lora_rank: int = 16  # rank of the LoRA matrices

@@ -15,9 +15,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
+from config import BASE_MODEL
+
 DATASET = "solesensei/solesensei_bdd100k/versions/2"
 PADDING = "bdd100k/padding.bin"  # makes the archive larger than the pieces of 1 MiB that kagglehub writes
-MODEL = "Salesforce/blip2-opt-2.7b"
+MODEL, COMMIT = BASE_MODEL.split("@")
 
 
 class LoopbackServer:
@@ -204,7 +206,7 @@ class HubServer(LoopbackServer):
         self.calls: list[str] = []
         self.served: list[tuple[str, int, int]] = []
         self.sums = {name: hashlib.sha256(content).hexdigest() for name, content in self.files.items()}
-        self.commit = hashlib.sha1(repr(self.sums).encode()).hexdigest()
+        self.commit = COMMIT
         self.home = folder / "hf"
         self.environment = {
             "HF_ENDPOINT": self.address,
