@@ -316,7 +316,7 @@ def read_frame(
     return Frame(name, Facts.of_known(*attributes, *_read_objects(labels or [], report, options)))
 
 
-_LIGHTS_OF_2018 = frozenset(("none", *LIGHTS))
+_LIGHTS_OF_2018 = ("none", *LIGHTS)
 
 
 def _name_variant(raw: _Frame, wrapped: bool) -> str:
