@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from captions import ObjectKind
-from config import DEMO_FOLDER, PipelineConfig, TrainConfig, name_run, parse_args, run_script
+from config import DEMO_FOLDER, PipelineConfig, TrainConfig, name_run, parse_args, run_script, split_revision
 from data import caption_labels, find_labels, lock_folder, read_captions
 from labels import LabelReport
 
@@ -52,10 +52,10 @@ def count_tokens(captions: list[str]) -> tuple[Counter[int], str]:
     from huggingface_hub import try_to_load_from_cache
     from tokenizers import Tokenizer
 
-    cached = try_to_load_from_cache(TrainConfig.model, "tokenizer.json")
-    name, file = (
-        (TrainConfig.model, cached) if isinstance(cached, str) else ("demo's", DEMO_FOLDER / "base/tokenizer.json")
-    )
+    name, revision = split_revision(TrainConfig.model)
+    file = try_to_load_from_cache(name, "tokenizer.json", revision=revision)
+    if not isinstance(file, str):
+        name, file = "demo's", DEMO_FOLDER / "base/tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file))
     encoded = tokenizer.encode_batch(captions[:: max(1, len(captions) // TOKENISED)], add_special_tokens=False)
     return Counter(len(caption.ids) for caption in encoded), f"{name} tokenizer"

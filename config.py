@@ -48,6 +48,14 @@ def import_bitsandbytes() -> None:
 BASE_MODEL = "Salesforce/blip2-opt-2.7b@59a1ef6c1e5117b3f65523d1c6066825bcf315e3"
 
 
+def split_revision(model: str) -> tuple[str, str | None]:
+    """(name, revision) of name@revision on the hub; a local folder is a name that has none."""
+    if Path(model).exists():
+        return model, None
+    name, _, revision = model.partition("@")
+    return name, revision or None
+
+
 class UserError(Exception):
     """Something that the user can mend. The message names the thing, its value and the remedy."""
 

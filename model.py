@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from config import UserError
+from config import UserError, split_revision
 from data import Example
 from pictures import open_picture
 from trust import ADAPTER_WEIGHTS, check_adapter_folder, check_model_folder
@@ -182,8 +182,8 @@ def _load(auto_class, source: str | Path, **options):
         raise UserError(f"{source}: no model folder (no config.json in it); --model takes a folder or a hub name")
     if is_local:
         check_model_folder(local)
-    elif "@" in str(source):  # name@revision
-        source, options["revision"] = str(source).split("@", 1)
+    else:
+        source, options["revision"] = split_revision(str(source))
     if issubclass(auto_class, PreTrainedModel):
         options["use_safetensors"] = True  # a pickle may run code
         os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # nor are weights taken from a pull request that has some
@@ -221,7 +221,7 @@ def load_finetuned(folder: Path, device: torch.device, base: bool = False):
         raise UserError(f"{folder}: no fine-tuned model in it; train one with python main.py --output {folder}")
     run = read_run(folder)
     source = run["config"]["model"]
-    check_adapter_folder(folder, LORA_TARGETS.values(), source.split("@")[0])
+    check_adapter_folder(folder, LORA_TARGETS.values(), split_revision(source)[0])
     model, processor = load_model(source, run["config"]["load_in_4bit"], device), load_processor(folder)
     check_adapter_fits(folder, model, processor)
     if not base:

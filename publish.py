@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from huggingface_hub import EvalResult, HfApi, ModelCardData, get_token
 
 from captions import Facts, ObjectKind, describe
-from config import EvalConfig, TrainConfig, UserError
+from config import EvalConfig, TrainConfig, UserError, split_revision
 from data import atomic_write
 from scores import HEADLINES, SCHEMA_VERSION
 
@@ -145,7 +145,7 @@ def take_names(value, only_absolute: bool = False):
 
 def name_base(run: dict) -> str | None:
     """The base model's name on the hub; None for a local folder."""
-    source = run["config"]["model"].partition("@")[0]  # name@revision
+    source, _ = split_revision(run["config"]["model"])
     return source if HUB_NAME.fullmatch(source) and not Path(source).is_dir() else None
 
 
@@ -401,7 +401,7 @@ def merge_adapter(folder: Path, output: Path) -> None:
     check_replaceable(output)
     run = read_run(folder)
     source = run["config"]["model"]
-    check_adapter_folder(folder, LORA_TARGETS.values(), source.split("@")[0])
+    check_adapter_folder(folder, LORA_TARGETS.values(), split_revision(source)[0])
     check_room(output, count_parameters(source) * torch.float32.itemsize)
 
     processor, model = load_processor(folder), load_unquantised(source)

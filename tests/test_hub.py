@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pytest
 from conftest import ROOT
-from loopback import MODEL, PADDING, HubServer, KaggleServer
+from loopback import COMMIT, MODEL, PADDING, HubServer, KaggleServer
 from test_trust import Planted
 
 from acquisition import IMAGE_FOLDER, LABEL_FILES
@@ -173,7 +173,7 @@ def test_no_flag_is_needed(finished):
     output = site.cwd / "blip2-finetuned"
     assert (output / "adapter_model.safetensors").stat().st_size > 100_000
     assert json.loads((output / "adapter_config.json").read_text())["base_model_name_or_path"] == MODEL
-    assert json.loads((output / "run.json").read_text())["config"]["model"] == MODEL
+    assert json.loads((output / "run.json").read_text())["config"]["model"] == f"{MODEL}@{COMMIT}"
     with open(output / "split.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == SCENES
