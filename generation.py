@@ -24,6 +24,7 @@ from layers import (
     is_written_out,
     list_groups,
     read_weight,
+    use_kernels,
 )
 
 BUCKET = 32  # positions by which the part of the cache that is read grows
@@ -140,7 +141,7 @@ class FastGenerator:
         self.step_size = -(-batch_size // 8)  # n is a multiple of it, so that there are few graphs
         embedding = self.decoder.embed_tokens.weight
         self.device, self.dtype = embedding.device, embedding.dtype
-        self.use_kernel = gpu_kernels is not None and self.device.type == "cuda"
+        self.use_kernel = use_kernels(embedding)
         self.use_graphs = cuda_graphs and self.device.type == "cuda"
         self.cache = self.copied = None
         with torch.inference_mode():

@@ -7,18 +7,21 @@ Dropout masks are never in memory: whether a value is kept is drawn from a seed 
 where it is dropped, and its place, and drawn again in the backward pass.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-RANKS = (16, 32, 64, 128)  # of LoRA, that the kernels here take
+RANKS = (16, 32, 64)  # of LoRA, that the kernels here take
 BLOCK = 64  # positions of the cache that are read at once
 # of what a program works on, and by how many warps; measured on an H100
-PROJECT = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4, "num_stages": 3}
+PROJECT = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}
 ADD = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4}
 BACKWARD = {"ROWS": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 1}
 ATTEND = {"MOST": 64, "num_warps": 4}  # most queries and keys
+LARGE_SHARED_MEMORY = 160 * 2**10  # bytes of a program; A100 and H100 have more, other GPUs 99 KiB
 PROGRAMS = 400  # that a launch has at least where the work can be divided at will: three for each processor of an H100
 LEVELS = 2**16  # dropout probabilities are multiples of 1 / LEVELS
 VARYING = ("site", "rows", "height", "length", "key_length")  # arguments that no kernel is compiled anew for
@@ -32,6 +35,17 @@ def _is_kept(seed, site, place, level):
     low = tl.join(tl.join(a & 0xFFFF, b & 0xFFFF), tl.join(c & 0xFFFF, d & 0xFFFF))
     high = tl.join(tl.join((a >> 16) & 0xFFFF, (b >> 16) & 0xFFFF), tl.join((c >> 16) & 0xFFFF, (d >> 16) & 0xFFFF))
     return tl.join(low, high).to(tl.int32) >= level
+
+
+def pick_stages(device: torch.device) -> int:
+    """How many blocks a loop has on their way at once: fewer on GPUs with little shared memory (RTX 30 and 40, L4)."""
+    return _pick_stages(device.index) if device.type == "cuda" else 1
+
+
+@functools.cache
+def _pick_stages(index: int) -> int:
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return 3 if properties["max_shared_mem"] >= LARGE_SHARED_MEMORY else 2
 
 
 def _to_level(dropout: float) -> int:
@@ -60,6 +74,7 @@ def project_low(x: Tensor, a: Tensor, dropout: float, seed: Tensor, site: int, l
         DROPS=dropout > 0,
         R=rank,
         **PROJECT,
+        num_stages=pick_stages(x.device),
     )
     return low
 
@@ -326,7 +341,7 @@ def attend(
     (batch, length, width), keys = q.shape, k.shape[1]
     out = q.new_empty(batch, length, width)
     sums = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
-    sizes = _size_blocks(length, keys, width // heads)
+    sizes = _size_blocks(length, keys, width // heads) | {"num_stages": pick_stages(q.device)}
     _attend[triton.cdiv(length, sizes["QUERIES"]), batch * heads](
         *(q, k, v, out, sums, seed, site, length, keys, heads, width // heads, q.stride(1), k.stride(1), width),
         *((width // heads) ** -0.5, _to_level(dropout), _to_scale(dropout)),
@@ -352,7 +367,7 @@ def attend_backward(
     (q, k, v), (heads, length) = inputs, sums.shape[1:]
     batch, keys, width = k.shape
     assert grad_out.is_contiguous() and out.is_contiguous()
-    sizes = _size_blocks(length, keys, width // heads)
+    sizes = _size_blocks(length, keys, width // heads) | {"num_stages": pick_stages(q.device)}
     arguments = (
         *(q, k, v, out, grad_out, sums, *gradients, seed, site, length, keys, heads, width // heads),
         *(q.stride(1), k.stride(1), width, (width // heads) ** -0.5, _to_level(dropout), _to_scale(dropout)),

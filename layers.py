@@ -248,7 +248,8 @@ class AddAndNorm(torch.autograd.Function):
 
 
 def use_kernels(x: Tensor) -> bool:
-    return gpu_kernels is not None and x.is_cuda
+    """Whether Triton kernels take x: it makes none for GPUs before Ampere."""
+    return gpu_kernels is not None and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def apply_linears(

@@ -1,8 +1,14 @@
 """The Triton kernels against torch: on the CPU in Triton's interpreter, on a GPU as they run there."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
 gpu_kernels = pytest.importorskip("gpu_kernels", reason="Triton is not installed")
 
@@ -151,3 +157,17 @@ def test_softmax_nll_is_torchs(vocabulary, dtype):
     check(gpu_kernels.softmax_nll(logits, targets, -100, True), expected, torch.float32)
     check(logits, gradient, dtype)
     assert not logits[2].any()
+
+
+def test_kernels_fit_into_a_small_gpu():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, ROOT / "tests" / "shared_memory.py"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    taken = json.loads(run.stdout.splitlines()[-1])
+    assert len(taken) == 9 and all(0 < kib <= 99 for kib in taken.values()), taken
