@@ -130,6 +130,16 @@ def run(
     return seconds, text
 
 
+def prepare(args) -> None:
+    """Data, model and captions in args.folder, as far as they are not there."""
+    make_data(args.folder, args.frames)
+    if not (args.model / "config.json").is_file():
+        subprocess.run([sys.executable, "-m", "benchmarks.full_size", str(args.model)], cwd=ROOT, check=True)
+    if not (args.folder / "captions.csv").is_file():
+        flags = ("--labels", args.folder / "labels.json", "--output", args.folder / "captions.csv")
+        run("bdd100k_data_pipeline.py", *flags)
+
+
 def train(args, name: str, *flags, **options) -> Training:
     logs, output = ROOT / "logs" / f"benchmark-{name}", args.folder / name
     for old in (logs, output):
@@ -416,12 +426,7 @@ def main() -> None:
     if args.as_reference:
         run_as_reference(args)
         return
-    make_data(args.folder, args.frames)
-    if not (args.model / "config.json").is_file():
-        subprocess.run([sys.executable, "-m", "benchmarks.full_size", str(args.model)], cwd=ROOT, check=True)
-    if not (args.folder / "captions.csv").is_file():
-        flags = ("--labels", args.folder / "labels.json", "--output", args.folder / "captions.csv")
-        run("bdd100k_data_pipeline.py", *flags)
+    prepare(args)
 
     rows = []
     for part in args.parts:

@@ -20,14 +20,13 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.gpu import ROOT, caption, make_data, run, train
+from benchmarks.gpu import caption, prepare, train
 from benchmarks.results import record
 
 PARTS = ("nf4", "captions", "losses", "bf16", "fsdp")  # in the order of what matters most
@@ -203,12 +202,7 @@ def main() -> None:
     args = parser.parse_args()
     args.folder = args.folder.resolve()
     args.model = (args.model or args.folder / "model").resolve()
-    make_data(args.folder, args.frames)
-    if not (args.model / "config.json").is_file():
-        subprocess.run([sys.executable, "-m", "benchmarks.full_size", str(args.model)], cwd=ROOT, check=True)
-    if not (args.folder / "captions.csv").is_file():
-        flags = ("--labels", args.folder / "labels.json", "--output", args.folder / "captions.csv")
-        run("bdd100k_data_pipeline.py", *flags)
+    prepare(args)
 
     rows, failed = [], []
     for part in args.parts:

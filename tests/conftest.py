@@ -83,3 +83,18 @@ def settings(scenes, tiny_checkpoint):
         "wandb": "disabled",
         "run_name": "run",
     }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, settings):
+    """SHA-256 of the adapter of a run that nobody disturbed, and its folder."""
+    from test_training import hash_adapter
+
+    import main
+    from config import TrainConfig
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        main.main(TrainConfig(**settings))
+    return hash_adapter(folder), folder

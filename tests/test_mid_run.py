@@ -24,22 +24,12 @@ import labels
 import main
 import training
 from checkpoints import find_checkpoint, fingerprint_data
-from config import EvalConfig, TrainConfig, UserError, name_run
+from config import EvalConfig, UserError, name_run
 from data import Example, lock_folder
 
 OUTPUT = Path("blip2-finetuned")
 CHECKPOINTS = OUTPUT / "checkpoints"
 REFUSED = "another run is writing there"
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, settings):
-    """SHA-256 of the adapter of a run that nobody disturbed, and its folder."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        main.main(TrainConfig(**settings))
-    return hash_adapter(folder), folder
 
 
 @pytest.fixture

@@ -21,16 +21,6 @@ from config import TrainConfig, UserError
 STEPS_PER_EPOCH = 3
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, settings):
-    """SHA-256 of the adapter of a run that nobody disturbed, and its folder."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        main.main(TrainConfig(**settings))
-    return hash_adapter(folder), folder
-
-
 def hash_adapter(folder: Path) -> str:
     return hash_file(folder / "blip2-finetuned" / "adapter_model.safetensors")
 
