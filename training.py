@@ -90,7 +90,7 @@ class CaptionTrainer(Trainer):
         if self.fast_step is None:
             loss = super().training_step(model, inputs, num_items_in_batch)
         else:
-            if not model.training:
+            if not model.training:  # after validation: to tell thousands of modules at each step would take long
                 model.train()
             loss = self.fast_step(self._prepare_inputs(inputs), num_items_in_batch)
             loss = loss * self.args.world_size  # as Trainer's own, which it averages over the processes
@@ -99,6 +99,7 @@ class CaptionTrainer(Trainer):
 
     def _prepare_for_training(self, *args):
         """Called once before the first step. The fast step adds up gradients itself, so nothing is wrapped in DDP."""
+        self.model.train()  # all of it: a model is loaded for inference, and LoRA's wrapper alone is made to train
         if self.args.world_size > 1:  # only DDP would send the first process's weights to the others
             check_same_weights(self.model, self.args.world_size)
         if self.fast_step is not None:

@@ -9,6 +9,7 @@ import torch
 from test_training import stop_at, train
 
 import main
+import training
 from caption_loss import caption_nll, supports
 from checkpoints import hash_file
 from config import TrainConfig
@@ -187,6 +188,21 @@ def test_batches_of_one_length():
     assert sorted(spreads)[len(spreads) // 2] < 20  # of 100
     sampler.set_epoch(1)
     assert list(sampler) != order and sorted(sampler) == list(range(1000))
+
+
+@pytest.mark.parametrize("fast_step", ["off", "on"])
+def test_all_modules_train_in_every_step(folder, settings, monkeypatch, fast_step):
+    """From the first step on, and again after validation: OPT's own dropout, and gradient checkpointing, depend on it."""
+    modes, real = [], training.CaptionTrainer.training_step
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = real(self, model, inputs, num_items_in_batch)
+        modes.append({module.training for module in model.modules()})
+        return loss
+
+    monkeypatch.setattr(training.CaptionTrainer, "training_step", training_step)
+    train(settings, fast_step=fast_step)
+    assert modes == [{True}] * 12  # passes of 6 steps
 
 
 def test_fast_run_is_the_plain_run(folder, settings):
