@@ -10,6 +10,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import re
@@ -158,7 +159,8 @@ def make_thumbnail(path: Path, side: int, quality: int) -> str | None:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 return None
-            image.draft("RGB", (side, side))  # a JPEG is decoded at an eighth to a half of its size, if that is enough
+            scale = min(1, side / max(image.size))
+            image.draft("RGB", [math.ceil(scale * length) for length in image.size])  # decoded at 1/8 to 1/2, if enough
             small = image.convert("RGB")
         small.thumbnail((side, side))
         upright = ImageOps.exif_transpose(small)
