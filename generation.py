@@ -26,6 +26,7 @@ from layers import (
     read_weight,
     use_kernels,
 )
+from speed import record_graph
 
 BUCKET = 32  # positions by which the part of the cache that is read grows
 CHUNK = 128  # pictures that ViT, Q-Former and the prefix's pass take at once
@@ -318,10 +319,7 @@ class FastGenerator:
             return
         self._step(size, length, choice)
         if self.use_graphs:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
-                self._step(size, length, choice)
-            self.graphs[key] = graph
+            self.graphs[key], _ = record_graph(lambda: self._step(size, length, choice), self.pool, warm_up=False)
 
     def _drop_finished(self, size: int, unfinished: int, position: int) -> int:
         """Move the unfinished rows to the front and drop others if that saves a quarter; returns how many are left.

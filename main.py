@@ -97,7 +97,7 @@ from training import (
     gather_trainable,
     list_micro_batches,
 )
-from vision_store import compute_outputs, fill_store, fits_memory, open_store, take_vision_out, wants_store
+from vision_store import compute_outputs, fits_memory, open_store, record_vision, take_vision_out, wants_store
 
 TRAINED_ON = ("train", "val")  # splits whose pictures training sees
 SPARE_TOKENS = 16  # that generation may write beyond the longest training caption
@@ -558,9 +558,11 @@ def train(config: TrainConfig) -> None:
     outputs, store = None, None
     if stored:
         store = open_store(config, model, processor, write=arguments.process_index == 0)
-        outputs, found = compute_outputs(model, processor, list_images(splits, TRAINED_ON), store)
-        if for_eval and arguments.process_index == 0:
-            found |= fill_store(model, processor, list_images(splits, ["test"]), store)
+        if config.cuda_graphs and config.unpack_nf4 != "off":
+            record_vision(model)
+        images = list_images(splits, TRAINED_ON)
+        not_kept = list_images(splits, ["test"]) if for_eval and arguments.process_index == 0 else []
+        outputs, found = compute_outputs(model, processor, [*images, *not_kept], store, len(images))
         if store is not None:
             print(store.describe())
         take_vision_out(model)

@@ -6,6 +6,7 @@ and replayed (FastStep); frames of a length beside each other (LengthSampler).
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import bitsandbytes as bnb
 import torch
@@ -25,6 +26,7 @@ from layers import (
 )
 from model import IGNORED
 
+T = TypeVar("T")
 INPUTS = ("pixel_values", "input_ids", "labels")  # of a pass
 PADDED_TO = 8  # text lengths are rounded up to a multiple of it: a recording for each
 UNPACKING_ROOM = 3  # the GPU must have so many times the memory free that unpacked weights take
@@ -92,6 +94,23 @@ def has_room_to_unpack(model, device: torch.device) -> bool:
 
 # --------------------------------------------------------------------------------------------------------------
 # one pass
+
+
+def record_graph(work: Callable[[], T], pool=None, warm_up: bool = True) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A CUDA graph that does what work() launches, and the tensors that each replay writes anew.
+
+    `warm_up` does the work once before: libraries set themselves up then, which must not be recorded.
+    """
+    if warm_up:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            work()
+        torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may pin memory
+        result = work()
+    return graph, result
 
 
 class FastStep:
@@ -164,15 +183,8 @@ class FastStep:
         places = {name: value.clone() for name, value in inputs.items()}
         arguments = ({name: places[name] for name in INPUTS}, *(places[name] for name in places if name not in INPUTS))
         before, random = self.flat.clone(), torch.cuda.get_rng_state()
-        if not any(kind == work.__name__ for kind, *_ in self.recordings):
-            side = torch.cuda.Stream()  # libraries set themselves up in a first pass, which must not be recorded
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                work(*arguments)
-            torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # others may pin memory
-            result = work(*arguments)
+        is_first = not any(kind == work.__name__ for kind, *_ in self.recordings)
+        graph, result = record_graph(lambda: work(*arguments), self.pool, warm_up=is_first)
         self.flat.copy_(before)
         torch.cuda.set_rng_state(random)
         return graph, places, result

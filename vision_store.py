@@ -11,6 +11,7 @@ output computed anew.
 Shapes: N pictures, B of them at once, S image side in pixels (224), P positions of the ViT (257), D its width (1408).
 """
 
+import bisect
 import functools
 import hashlib
 import json
@@ -37,13 +38,14 @@ from data import atomic_write
 from layers import get_blip2
 from model import load_pixels
 from pictures import BATCH, count_cores, read_ahead, read_batches
+from speed import has_room_to_unpack, record_graph, unpack_nf4
 
 MAGIC = b"blip2vit"
 FORM = 1  # of the files, and of the way in which load_pixels() makes numbers of a picture: a new one makes all new
 HEADER = len(MAGIC) + 3 * 32  # bytes: MAGIC, and the SHA-256 of model and settings, of the picture, of the output
 VISION_SETTINGS = ("image_size", "patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")
 WRITERS = 4  # threads that write
-PART = 2048  # pictures whose outputs are in memory at once where nobody keeps them: 1.5 GB
+PART = 2048  # pictures whose outputs may be in memory beside those that are kept, until they are written: 1.5 GB
 SPARE_DISK = 0.1  # share of what is free on the disk that is left free
 STALE = 3600  # seconds after which a file that was not written to its end is taken for one of a killed run
 
@@ -60,6 +62,36 @@ def take_vision_out(model) -> torch.nn.Module:
     blip2 = get_blip2(model)
     vision, blip2.vision_model = blip2.vision_model, StoredVision()
     return vision
+
+
+class RecordedVision(torch.nn.Module):
+    """A ViT on a GPU whose passes of BATCH pictures are a CUDA graph: it waits for their launches else.
+
+    It is recorded at the first pass. NF4 values are unpacked then, which changes no digit (see speed.unpack_nf4).
+    """
+
+    def __init__(self, vision: torch.nn.Module):
+        super().__init__()
+        self.vision, self.post_layernorm = vision, vision.post_layernorm
+        self.recording: tuple | None = None  # graph, where it reads pixels, where it writes outputs
+
+    def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        if self.recording is None:
+            unpack_nf4(self.vision)
+            pixels = pixel_values.clone()  # (BATCH, 3, S, S)
+            graph, outputs = record_graph(lambda: self.vision(pixels).last_hidden_state)
+            self.recording = graph, pixels, outputs
+        graph, pixels, outputs = self.recording
+        pixels.copy_(pixel_values)
+        graph.replay()
+        return BaseModelOutputWithPooling(last_hidden_state=outputs.clone())
+
+
+def record_vision(model) -> None:
+    """Put a RecordedVision in place of the ViT if the GPU has memory to spare."""
+    blip2 = get_blip2(model)
+    if has_room_to_unpack(blip2.vision_model, model.device):
+        blip2.vision_model = RecordedVision(blip2.vision_model)
 
 
 def run_vision(vision, pixels: Tensor) -> Tensor:
@@ -104,16 +136,18 @@ def pick_place(size: int, device: torch.device) -> torch.device:
     return device if free - size > total / 2 else torch.device("cpu")
 
 
-def compute_outputs(model, processor, images: Sequence[Path], store: "VisionStore | None"):
+def compute_outputs(model, processor, images: Sequence[Path], store: "VisionStore | None", kept: int | None = None):
     """(outputs (N, P, D) of the pictures that can be read, in order; {path: why} of the others).
 
     What `store` has is read from there, the rest is computed, and written there by threads, which may take longer.
+    `kept`: outputs of the first so many pictures; those of the others only go into the store.
     """
+    kept = len(images) if kept is None else kept
     shape, dtype = shape_outputs(model.config.vision_config), model.vision_model.post_layernorm.weight.dtype
-    place = pick_place(len(images) * math.prod(shape) * dtype.itemsize, model.device)
-    outputs = torch.empty(len(images), *shape, dtype=dtype, device=place)
+    place = pick_place(kept * math.prod(shape) * dtype.itemsize, model.device)
+    outputs = torch.empty(kept, *shape, dtype=dtype, device=place)
     sums: list[str | None] = [None] * len(images)
-    missing, unreadable = list(range(len(images))), {}
+    missing, unreadable, not_kept = list(range(len(images))), {}, 0
     with tqdm(total=len(images), desc="encoding pictures", unit="picture") as progress:
         if store is not None:
             missing = []
@@ -121,35 +155,33 @@ def compute_outputs(model, processor, images: Sequence[Path], store: "VisionStor
                 if found is None:
                     missing.append(row)
                 else:
-                    outputs[row].copy_(found, non_blocking=True)
+                    if row < kept:
+                        outputs[row].copy_(found, non_blocking=True)
                     progress.update()
         for rows, pixels, reasons in _read_missing(
             missing, images, processor, dtype, model.config.vision_config.image_size
         ):
             unreadable |= reasons
             if rows:
-                places = [outputs[row] for row in rows]
-                torch._foreach_copy_(places, list(run_vision(model.vision_model, pixels).to(place)))
+                places = list(run_vision(model.vision_model, pixels).to(place))
+                count = bisect.bisect_left(rows, kept)
+                if count:
+                    torch._foreach_copy_([outputs[row] for row in rows[:count]], places[:count])
                 if store is not None:
+                    places[:count] = [outputs[row] for row in rows[:count]]
                     store.save([sums[row] for row in rows], places)
+                    not_kept += len(rows) - count
+                    if not_kept >= PART:
+                        store.wait()
+                        not_kept = 0
             progress.update(len(rows) + len(reasons))
     if store is not None:
         store.count(len(images) - len(missing), len(images))
     if unreadable:
         if store is not None:
             store.wait()  # before outputs that it writes are moved
-        outputs = _leave_out(outputs, [row for row, image in enumerate(images) if image not in unreadable])
+        outputs = _leave_out(outputs, [row for row, image in enumerate(images[:kept]) if image not in unreadable])
     return outputs, unreadable
-
-
-def fill_store(model, processor, images: Sequence[Path], store: "VisionStore") -> dict[Path, str]:
-    """Compute and save the outputs that are not there yet, and keep none. {path: why} of what can't be read."""
-    unreadable = {}
-    for start in range(0, len(images), PART):
-        _, found = compute_outputs(model, processor, images[start : start + PART], store)
-        unreadable |= found
-        store.wait()  # memory is for one part
-    return unreadable
 
 
 def _read_missing(

@@ -196,7 +196,7 @@ def test_graphs_are_captured_once_and_replayed(tiny_checkpoint, monkeypatch):
             step(generator, *self.arguments)
 
     @contextlib.contextmanager
-    def capture(graph, pool):
+    def capture(graph, pool, capture_error_mode):
         def note(self, *arguments):
             graph.arguments = arguments
             captured.append(arguments)

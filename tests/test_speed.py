@@ -192,7 +192,7 @@ def test_batches_of_one_length():
 
 @pytest.mark.parametrize("fast_step", ["off", "on"])
 def test_all_modules_train_in_every_step(folder, settings, monkeypatch, fast_step):
-    """From the first step on, and again after validation: OPT's own dropout, and gradient checkpointing, depend on it."""
+    """From the first step on, and after validation: OPT's own dropout, and gradient checkpointing, depend on it."""
     modes, real = [], training.CaptionTrainer.training_step
 
     def training_step(self, model, inputs, num_items_in_batch=None):

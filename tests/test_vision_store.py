@@ -18,6 +18,7 @@ from test_training import hash_adapter, stop_at, train
 
 import eval
 import main
+import pictures
 import vision_store
 from config import EvalConfig, TrainConfig, UserError
 from model import load_model, load_pixels, load_processor
@@ -76,6 +77,38 @@ def list_files():
 
 # --------------------------------------------------------------------------------------------------------------
 # the same results
+
+
+def test_a_recorded_vit_gives_the_same(tiny_checkpoint, processor, images, monkeypatch):
+    """With a stand-in for CUDA's graph, which does the work again and writes over what it gave before."""
+
+    def record_graph(work):
+        outputs = work()
+        return SimpleNamespace(replay=lambda: outputs.copy_(work())), outputs
+
+    monkeypatch.setattr(vision_store, "record_graph", record_graph)
+    model = load_model(tiny_checkpoint, True, CPU)
+    expected, _ = compute_outputs(model, processor, images, None)
+    plain = model.vision_model
+    vision_store.record_vision(model)
+    assert model.vision_model is plain  # a CPU waits for no launches
+    monkeypatch.setattr(vision_store, "has_room_to_unpack", lambda *_: True)
+    vision_store.record_vision(model)
+    monkeypatch.setattr(vision_store, "BATCH", 4)
+    monkeypatch.setattr(pictures, "BATCH", 4)  # five passes of one recording
+    assert torch.equal(compute_outputs(model, processor, images, None)[0], expected)
+    assert model.vision_model.recording is not None
+
+
+def test_outputs_beyond_those_kept_are_only_stored(folder, model, processor, images, monkeypatch):
+    store = open_here(model, processor)
+    monkeypatch.setattr(vision_store, "PART", 3)
+    outputs, _ = compute_outputs(model, processor, images, store, kept=7)
+    store.close()
+    assert len(outputs) == 7 and len(list_files()) == 20
+    again, store = fill(model, processor, images)
+    assert store.found == 20 and torch.equal(again[:7], outputs)
+    assert torch.equal(again, compute_outputs(model, processor, images, None)[0])
 
 
 def test_outputs_are_those_of_the_vit_and_read_back_the_same(folder, model, processor, images, monkeypatch):
