@@ -3,8 +3,8 @@
 Shapes: N positions of a batch together, G linear layers that read the same input, R LoRA rank, W width of an input, M
 width of a layer's output, V vocabulary; n rows, H heads of width D, L positions of the cache.
 
-Dropout masks are never in memory: whether a value is kept is drawn from a seed (1,) int64, the number of the `site`
-where it is dropped, and its place, and drawn again in the backward pass.
+Dropout masks: whether a value is kept is drawn from a seed (1,) int64, the number of the `site` where it is dropped, and
+its place. The backward pass draws again, but for LoRA's masks, which are kept as bits: drawing took longer than reading.
 """
 
 import functools
@@ -61,27 +61,29 @@ def _to_scale(dropout: float) -> float:
 # LoRA
 
 
-def project_low(x: Tensor, a: Tensor, dropout: float, seed: Tensor, site: int, low: Tensor) -> None:
+def project_low(x: Tensor, a: Tensor, dropout: float, seed: Tensor, site: int, low: Tensor) -> Tensor | None:
     """low (G, N, R) = dropout(x) @ A.T for each A of a (G x R, W), whose masks differ.
 
-    a is contiguous; rows of x (N, W) and of low may lie apart.
+    a is contiguous; rows of x (N, W) and of low may lie apart. Returns which values were kept, bit i of byte j saying
+    it of value 8 j + i: (G, N, W / 8) uint8, W / 8 rounded up; None without dropout.
     """
     (groups, rows, rank), width = low.shape, x.shape[1]
     assert x.stride(1) == low.stride(2) == 1 and a.is_contiguous() and groups * rows * width < 2**34
+    kept = x.new_empty(groups, rows, triton.cdiv(width, 8), dtype=torch.uint8) if dropout else None
     _project_low[groups, triton.cdiv(rows, PROJECT["ROWS"])](
-        *(x, a, low, seed, site, rows, width, x.stride(0), *low.stride()[:2]),
+        *(x, a, low, x if kept is None else kept, seed, site, rows, width, x.stride(0), *low.stride()[:2]),
         *(_to_level(dropout), _to_scale(dropout)),
         DROPS=dropout > 0,
         R=rank,
         **PROJECT,
         num_stages=pick_stages(x.device),
     )
-    return low
+    return kept
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _project_low(
-    x, a, low, seed, site, rows, width, x_stride, low_group, low_stride, level, scale,
+    x, a, low, kept, seed, site, rows, width, x_stride, low_group, low_stride, level, scale,
     DROPS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0)
@@ -94,8 +96,12 @@ def _project_low(
         is_there = (row < rows)[:, None] & (column < width)[None, :]
         part = tl.load(x + row.to(tl.int64)[:, None] * x_stride + column[None, :], is_there, 0.0)
         if DROPS:
-            place = (group * rows + row)[:, None] * eighths + start // 8 + tl.arange(0, COLUMNS // 8)[None, :]
-            part = tl.where(tl.reshape(_is_kept(seed, site, place, level), (ROWS, COLUMNS)), part, 0.0)
+            eighth = start // 8 + tl.arange(0, COLUMNS // 8)
+            place = (group * rows + row)[:, None] * eighths + eighth[None, :]
+            is_kept = tl.reshape(_is_kept(seed, site, place, level), (ROWS, COLUMNS // 8, 8))
+            bits = tl.sum(is_kept.to(tl.int32) << tl.arange(0, 8)[None, None, :], 2)
+            tl.store(kept + place, bits.to(tl.uint8), (row < rows)[:, None] & (eighth < eighths)[None, :])
+            part = tl.where(tl.reshape(is_kept, (ROWS, COLUMNS)), part, 0.0)
         weight = tl.load(a + (group * R + r)[:, None] * width + column[None, :], (column < width)[None, :], 0.0)
         total += tl.dot(part, tl.trans(weight), input_precision="ieee")
     if DROPS:
@@ -144,11 +150,10 @@ def lora_backward(
     grad_low: Tensor,
     a: Tensor,
     dropout: float,
-    seed: Tensor,
-    site: int,
+    kept: Tensor | None,
     relu: bool = False,
 ) -> Tensor:
-    """The gradient of `a` (G x R, W) from that of project_low's result, grad_low (G, N, R) contiguous.
+    """The gradient of `a` (G x R, W) from that of project_low's result, grad_low (G, N, R) contiguous, and `kept` of it.
 
     Adds what goes to x to grad_x (N, W) in place, which is then set to 0 where x <= 0 if `relu`; None: not wanted.
     """
@@ -158,10 +163,10 @@ def lora_backward(
     height *= triton.cdiv(triton.cdiv(rows, height), triton.cdiv(PROGRAMS, blocks))  # rows of a program
     parts = triton.cdiv(rows, height)
     sums = torch.empty(parts, *a.shape, dtype=torch.float32, device=a.device)
-    options = {"DROPS": dropout > 0, "ADDS": grad_x is not None, "RELU": relu, "G": groups, "R": rank}
+    options = {"DROPS": kept is not None, "ADDS": grad_x is not None, "RELU": relu, "G": groups, "R": rank}
     _lora_backward[blocks, parts](
-        *(x if grad_x is None else grad_x, x, grad_low, a, sums, seed, site, rows, width, height, x.stride(0)),
-        *(_to_level(dropout), _to_scale(dropout)),
+        *(x if grad_x is None else grad_x, x, grad_low, a, sums, x if kept is None else kept),
+        *(rows, width, height, x.stride(0), _to_scale(dropout)),
         **options,
         **BACKWARD,
     )
@@ -170,12 +175,11 @@ def lora_backward(
 
 @triton.jit(do_not_specialize=VARYING)
 def _lora_backward(
-    grad_x, x, grad_low, a, sums, seed, site, rows, width, height, x_stride, level, scale,
+    grad_x, x, grad_low, a, sums, kept, rows, width, height, x_stride, scale,
     DROPS: tl.constexpr, ADDS: tl.constexpr, RELU: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    eighth = tl.program_id(0) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
     eighths = tl.cdiv(width, 8)
     is_column = (column < width)[None, :]
     r = tl.arange(0, R)
@@ -191,12 +195,12 @@ def _lora_backward(
         for group in tl.static_range(G):
             place = (group * rows + row).to(tl.int64)[:, None] * R + r[None, :]
             low = tl.load(grad_low + place, (row < rows)[:, None], 0.0)
-            kept = values
+            seen = values
             if DROPS:
-                place = (group * rows + row)[:, None] * eighths + eighth[None, :]
-                is_kept = tl.reshape(_is_kept(seed, site, place, level), (ROWS, COLUMNS))
-                kept = tl.where(is_kept, values, 0.0)
-            share = tl.dot(tl.trans(low), kept, input_precision="ieee")  # (R, COLUMNS)
+                bits = tl.load(kept + (group * rows + row)[:, None] * eighths + column[None, :] // 8, is_there, 0)
+                is_kept = ((bits >> (column % 8)[None, :]) & 1) != 0
+                seen = tl.where(is_kept, values, 0.0)
+            share = tl.dot(tl.trans(low), seen, input_precision="ieee")  # (R, COLUMNS)
             if group == 0:
                 sum0 += share
             elif group == 1:
@@ -378,48 +382,102 @@ def attend_backward(
 
 
 def _size_blocks(length: int, keys: int, width: int) -> dict[str, int]:
-    """Queries and keys that are worked on at once, and the power of 2 that a head's width is filled up to."""
+    """Queries and keys that are worked on at once, and the powers of 2 that a head's width is made up of.
+
+    Those are one, or two where that leaves less to fill up: 64 and 16 for the 80 of OPT-2.7B.
+    """
     most = ATTEND["MOST"]
     queries, keys = (min(most, max(16, triton.next_power_of_2(size))) for size in (length, keys))
-    width = max(16, triton.next_power_of_2(width))
-    return {"QUERIES": queries, "KEYS": keys, "D": width, "num_warps": ATTEND["num_warps"]}
+    whole = max(16, triton.next_power_of_2(width))
+    rest = max(16, triton.next_power_of_2(width - whole // 2))
+    sizes = {"D": whole, "E": 0} if whole == 16 or rest == whole // 2 else {"D": whole // 2, "E": rest}
+    return {"QUERIES": queries, "KEYS": keys, **sizes, "num_warps": ATTEND["num_warps"]}
+
+
+@triton.jit
+def _load_head(start, row, is_row, stride, width, D: tl.constexpr, E: tl.constexpr):
+    """Rows (rows, width) of a head as blocks (rows, D) and (rows, E); where E is 0, the first stands for the second."""
+    d = tl.arange(0, D)
+    place = start + row[:, None] * stride
+    block = tl.load(place + d[None, :], is_row[:, None] & (d < width)[None, :], 0.0)
+    rest = block
+    if E > 0:
+        e = D + tl.arange(0, E)
+        rest = tl.load(place + e[None, :], is_row[:, None] & (e < width)[None, :], 0.0)
+    return block, rest
+
+
+@triton.jit
+def _store_head(start, row, is_row, stride, width, block, rest, D: tl.constexpr, E: tl.constexpr):
+    d = tl.arange(0, D)
+    place = start + row[:, None] * stride
+    tl.store(place + d[None, :], block.to(start.dtype.element_ty), is_row[:, None] & (d < width)[None, :])
+    if E > 0:
+        e = D + tl.arange(0, E)
+        tl.store(place + e[None, :], rest.to(start.dtype.element_ty), is_row[:, None] & (e < width)[None, :])
+
+
+@triton.jit
+def _products(a, b, E: tl.constexpr):
+    """Products (rows of a, rows of b) along a head, of what _load_head gave."""
+    total = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
+    if E > 0:
+        total += tl.dot(a[1], tl.trans(b[1]), input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _add_products(total, weights, b, E: tl.constexpr):
+    """total += weights (rows, rows of b) @ b, both blocks of each."""
+    first = total[0] + tl.dot(weights, b[0], input_precision="ieee")
+    rest = first
+    if E > 0:
+        rest = total[1] + tl.dot(weights, b[1], input_precision="ieee")
+    return first, rest
+
+
+@triton.jit
+def _zero_head(ROWS: tl.constexpr, D: tl.constexpr, E: tl.constexpr):
+    block = tl.zeros((ROWS, D), tl.float32)
+    rest = block
+    if E > 0:
+        rest = tl.zeros((ROWS, E), tl.float32)
+    return block, rest
 
 
 @triton.jit
 def _scores(
-    q, k, queries, keys, length, key_length, scale, CAUSAL: tl.constexpr
+    q, k, queries, keys, length, key_length, scale, CAUSAL: tl.constexpr, E: tl.constexpr
 ):  # fmt: skip
     """Scores to base 2 (QUERIES, KEYS) of blocks q and k, -inf where nothing is to be seen."""
     is_seen = (keys < key_length)[None, :] & (queries < length)[:, None]
     if CAUSAL:
         is_seen = is_seen & (queries[:, None] >= keys[None, :])
-    return tl.where(is_seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale * 1.4426950408889634, float("-inf"))
+    return tl.where(is_seen, _products(q, k, E) * scale * 1.4426950408889634, float("-inf"))
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _attend(
     q, k, v, out, sums, seed, site, length, key_length, heads, width, q_stride, k_stride, out_stride,
     scale, level, kept_scale,
-    CAUSAL: tl.constexpr, DROPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
+    CAUSAL: tl.constexpr, DROPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     row = (head // heads).to(tl.int64)
     first = (head % heads) * width
     queries = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    d = tl.arange(0, D)
-    is_query = (queries < length)[:, None] & (d < width)[None, :]
-    q_block = tl.load(q + (row * length + queries)[:, None] * q_stride + first + d[None, :], is_query, 0.0)
+    q_block = _load_head(q + first, row * length + queries, queries < length, q_stride, width, D, E)
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
-    mean = tl.zeros((QUERIES, D), tl.float32)
+    mean, mean_rest = _zero_head(QUERIES, D, E)
     end = key_length
     if CAUSAL:
         end = tl.minimum(key_length, (tl.program_id(0) + 1) * QUERIES)
     for start in range(0, end, KEYS):
         keys = start + tl.arange(0, KEYS)
-        is_key = (keys < key_length)[:, None] & (d < width)[None, :]
-        place = (row * key_length + keys)[:, None] * k_stride + first + d[None, :]
-        scores = _scores(q_block, tl.load(k + place, is_key, 0.0), queries, keys, length, key_length, scale, CAUSAL)
+        k_block = _load_head(k + first, row * key_length + keys, keys < key_length, k_stride, width, D, E)
+        scores = _scores(q_block, k_block, queries, keys, length, key_length, scale, CAUSAL, E)
         higher = tl.maximum(top, tl.max(scores, 1))
         safe = tl.where(higher == float("-inf"), 0.0, higher)  # of queries behind the last
         p = tl.exp2(scores - safe[:, None])
@@ -429,23 +487,24 @@ def _attend(
             drawn = (head * length + queries)[:, None] * tl.cdiv(key_length, 8)
             drawn += start // 8 + tl.arange(0, KEYS // 8)[None, :]
             p = tl.where(tl.reshape(_is_kept(seed, site, drawn, level), (QUERIES, KEYS)), p * kept_scale, 0.0)
-        v_block = tl.load(v + place, is_key, 0.0)
-        mean = mean * shrink[:, None] + tl.dot(p.to(v_block.dtype), v_block, input_precision="ieee")
+        v_block = _load_head(v + first, row * key_length + keys, keys < key_length, k_stride, width, D, E)
+        shrunk = (mean * shrink[:, None], mean_rest * shrink[:, None])
+        mean, mean_rest = _add_products(shrunk, p.to(v.dtype.element_ty), v_block, E)
         top = higher
-    place = out + (row * length + queries)[:, None] * out_stride + first + d[None, :]
-    tl.store(place, (mean / total[:, None]).to(out.dtype.element_ty), is_query)
+    mean, mean_rest = mean / total[:, None], mean_rest / total[:, None]
+    _store_head(out + first, row * length + queries, queries < length, out_stride, width, mean, mean_rest, D, E)
     tl.store(sums + head.to(tl.int64) * length + queries, top + tl.log2(total), queries < length)
 
 
 @triton.jit
 def _score_gradients(
     q, k, v, out, grad, sums, seed, site, head, queries, keys, length, key_length, scale, level, kept_scale,
-    CAUSAL: tl.constexpr, DROPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    CAUSAL: tl.constexpr, DROPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """Of blocks: the probabilities as they weigh v, and the gradients of the scores (QUERIES, KEYS), both fp32."""
     log_total = tl.load(sums + head.to(tl.int64) * length + queries, queries < length, 0.0)
-    p = tl.exp2(_scores(q, k, queries, keys, length, key_length, scale, CAUSAL) - log_total[:, None])
-    grad_p = tl.dot(grad, tl.trans(v), input_precision="ieee")
+    p = tl.exp2(_scores(q, k, queries, keys, length, key_length, scale, CAUSAL, E) - log_total[:, None])
+    grad_p = _products(grad, v, E)
     weighed = p
     if DROPS:
         drawn = (head * length + queries)[:, None] * tl.cdiv(key_length, 8)
@@ -453,7 +512,9 @@ def _score_gradients(
         is_kept = tl.reshape(_is_kept(seed, site, drawn, level), (QUERIES, KEYS))
         weighed = tl.where(is_kept, p * kept_scale, 0.0)
         grad_p = tl.where(is_kept, grad_p * kept_scale, 0.0)
-    along = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    along = tl.sum(grad[0].to(tl.float32) * out[0].to(tl.float32), 1)
+    if E > 0:
+        along += tl.sum(grad[1].to(tl.float32) * out[1].to(tl.float32), 1)
     return weighed, p * (grad_p - along[:, None])
 
 
@@ -461,68 +522,68 @@ def _score_gradients(
 def _attend_backward_keys(
     q, k, v, out, grad_out, sums, grad_q, grad_k, grad_v, seed, site, length, key_length, heads, width,
     q_stride, k_stride, out_stride, scale, level, kept_scale,
-    CAUSAL: tl.constexpr, DROPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
+    CAUSAL: tl.constexpr, DROPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     row = (head // heads).to(tl.int64)
-    d = tl.arange(0, D)
-    column = (head % heads) * width + d[None, :]
+    first = (head % heads) * width
     keys = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
-    is_key = (keys < key_length)[:, None] & (d < width)[None, :]
-    key_place = (row * key_length + keys)[:, None] * k_stride + column
-    k_block, v_block = tl.load(k + key_place, is_key, 0.0), tl.load(v + key_place, is_key, 0.0)
-    sum_k = tl.zeros((KEYS, D), tl.float32)
-    sum_v = tl.zeros((KEYS, D), tl.float32)
+    is_key, key_row = keys < key_length, row * key_length + keys
+    k_block = _load_head(k + first, key_row, is_key, k_stride, width, D, E)
+    v_block = _load_head(v + first, key_row, is_key, k_stride, width, D, E)
+    sum_k, sum_k_rest = _zero_head(KEYS, D, E)
+    sum_v, sum_v_rest = _zero_head(KEYS, D, E)
     begin = 0
     if CAUSAL:
         begin = (tl.program_id(0) * KEYS) // QUERIES * QUERIES
     for start in range(begin, length, QUERIES):
         queries = start + tl.arange(0, QUERIES)
-        is_query = (queries < length)[:, None] & (d < width)[None, :]
-        q_block = tl.load(q + (row * length + queries)[:, None] * q_stride + column, is_query, 0.0)
-        place = (row * length + queries)[:, None] * out_stride + column
-        out_block, grad = tl.load(out + place, is_query, 0.0), tl.load(grad_out + place, is_query, 0.0)
+        is_query, query_row = queries < length, row * length + queries
+        q_block = _load_head(q + first, query_row, is_query, q_stride, width, D, E)
+        out_block = _load_head(out + first, query_row, is_query, out_stride, width, D, E)
+        grad = _load_head(grad_out + first, query_row, is_query, out_stride, width, D, E)
         weighed, grad_scores = _score_gradients(
             q_block, k_block, v_block, out_block, grad, sums, seed, site, head, queries, keys, length, key_length,
-            scale, level, kept_scale, CAUSAL, DROPS, QUERIES, KEYS,
+            scale, level, kept_scale, CAUSAL, DROPS, QUERIES, KEYS, E,
         )  # fmt: skip
-        sum_v += tl.dot(tl.trans(weighed.to(grad.dtype)), grad, input_precision="ieee")
-        sum_k += tl.dot(tl.trans(grad_scores.to(q_block.dtype)), q_block, input_precision="ieee")
-    tl.store(grad_k + key_place, (sum_k * scale).to(grad_k.dtype.element_ty), is_key)
-    tl.store(grad_v + key_place, sum_v.to(grad_v.dtype.element_ty), is_key)
+        weighed, grad_scores = weighed.to(v.dtype.element_ty), grad_scores.to(q.dtype.element_ty)
+        sum_v, sum_v_rest = _add_products((sum_v, sum_v_rest), tl.trans(weighed), grad, E)
+        sum_k, sum_k_rest = _add_products((sum_k, sum_k_rest), tl.trans(grad_scores), q_block, E)
+    _store_head(grad_k + first, key_row, is_key, k_stride, width, sum_k * scale, sum_k_rest * scale, D, E)
+    _store_head(grad_v + first, key_row, is_key, k_stride, width, sum_v, sum_v_rest, D, E)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _attend_backward_queries(
     q, k, v, out, grad_out, sums, grad_q, grad_k, grad_v, seed, site, length, key_length, heads, width,
     q_stride, k_stride, out_stride, scale, level, kept_scale,
-    CAUSAL: tl.constexpr, DROPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
+    CAUSAL: tl.constexpr, DROPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     row = (head // heads).to(tl.int64)
-    d = tl.arange(0, D)
-    column = (head % heads) * width + d[None, :]
+    first = (head % heads) * width
     queries = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    is_query = (queries < length)[:, None] & (d < width)[None, :]
-    query_place = (row * length + queries)[:, None] * q_stride + column
-    q_block = tl.load(q + query_place, is_query, 0.0)
-    place = (row * length + queries)[:, None] * out_stride + column
-    out_block, grad = tl.load(out + place, is_query, 0.0), tl.load(grad_out + place, is_query, 0.0)
-    total = tl.zeros((QUERIES, D), tl.float32)
+    is_query, query_row = queries < length, row * length + queries
+    q_block = _load_head(q + first, query_row, is_query, q_stride, width, D, E)
+    out_block = _load_head(out + first, query_row, is_query, out_stride, width, D, E)
+    grad = _load_head(grad_out + first, query_row, is_query, out_stride, width, D, E)
+    total, total_rest = _zero_head(QUERIES, D, E)
     end = key_length
     if CAUSAL:
         end = tl.minimum(key_length, (tl.program_id(0) + 1) * QUERIES)
     for start in range(0, end, KEYS):
         keys = start + tl.arange(0, KEYS)
-        is_key = (keys < key_length)[:, None] & (d < width)[None, :]
-        key_place = (row * key_length + keys)[:, None] * k_stride + column
-        k_block, v_block = tl.load(k + key_place, is_key, 0.0), tl.load(v + key_place, is_key, 0.0)
+        is_key, key_row = keys < key_length, row * key_length + keys
+        k_block = _load_head(k + first, key_row, is_key, k_stride, width, D, E)
+        v_block = _load_head(v + first, key_row, is_key, k_stride, width, D, E)
         _, grad_scores = _score_gradients(
             q_block, k_block, v_block, out_block, grad, sums, seed, site, head, queries, keys, length, key_length,
-            scale, level, kept_scale, CAUSAL, DROPS, QUERIES, KEYS,
+            scale, level, kept_scale, CAUSAL, DROPS, QUERIES, KEYS, E,
         )  # fmt: skip
-        total += tl.dot(grad_scores.to(k_block.dtype), k_block, input_precision="ieee")
-    tl.store(grad_q + query_place, (total * scale).to(grad_q.dtype.element_ty), is_query)
+        total, total_rest = _add_products((total, total_rest), grad_scores.to(k.dtype.element_ty), k_block, E)
+    _store_head(grad_q + first, query_row, is_query, q_stride, width, total * scale, total_rest * scale, D, E)
 
 
 # --------------------------------------------------------------------------------------------------------------

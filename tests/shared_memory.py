@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 import gpu_kernels
 
 FLOATS = ("scale", "kept_scale")
-POINTERS = {"seed": "*i64", "sums": "*fp32"}
+POINTERS = {"seed": "*i64", "sums": "*fp32", "kept": "*u8"}
 INTEGERS = ("site", "level", "rows", "length", "key_length", "heads", "width", "height", "part")
 STAGES = 2  # that gpu_kernels.pick_stages gives there
 
@@ -43,12 +43,15 @@ def measure(kernel, constants: dict, **options) -> float:
 
 def main() -> None:
     taken, rank = {}, max(gpu_kernels.RANKS)
-    for heads in ({"CAUSAL": True, "DROPS": False, "D": 128}, {"CAUSAL": False, "DROPS": True, "D": 64}):
+    for heads in (
+        {"CAUSAL": True, "DROPS": False, "D": 64, "E": 16},
+        {"CAUSAL": False, "DROPS": True, "D": 64, "E": 0},
+    ):
         most = gpu_kernels.ATTEND["MOST"]
         for name in ("_attend", "_attend_backward_keys", "_attend_backward_queries"):
             constants, warps = heads | {"QUERIES": most, "KEYS": most}, gpu_kernels.ATTEND["num_warps"]
             options = {"num_warps": warps, "num_stages": STAGES}
-            taken[f"{name} {heads['D']}"] = measure(getattr(gpu_kernels, name), constants, **options)
+            taken[f"{name} {heads['D']} {heads['E']}"] = measure(getattr(gpu_kernels, name), constants, **options)
     for name, sizes, constants in (
         ("_project_low", gpu_kernels.PROJECT | {"num_stages": STAGES}, {"DROPS": True}),
         ("_add_low_rank", gpu_kernels.ADD, {"RELU": True}),

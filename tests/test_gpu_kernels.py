@@ -47,7 +47,9 @@ def test_lora_is_torchs(groups, relu, dtype):
     a = make(groups * rank, width, dtype=dtype).requires_grad_()
     room = torch.zeros(rows, groups * rank, device=DEVICE, dtype=dtype)
     low = room.unflatten(1, (groups, rank)).transpose(0, 1)  # as beside x
-    gpu_kernels.project_low(x.detach(), a.detach(), 0.25, SEED, 3, low)
+    kept = gpu_kernels.project_low(x.detach(), a.detach(), 0.25, SEED, 3, low)
+    bits = (kept.unsqueeze(-1) >> torch.arange(8, device=DEVICE)) & 1  # (G, N, W / 8, 8)
+    assert torch.equal(bits.flatten(2)[:, :, :width].bool(), masks > 0)
     inputs = x.double() * masks.double()  # (G, N, W)
     expected = torch.bmm(inputs, a.double().view(groups, rank, width).mT)
     check(low, expected, dtype)
@@ -60,10 +62,10 @@ def test_lora_is_torchs(groups, relu, dtype):
     grad_low, grad_x = make(groups, rows, rank, dtype=dtype), make(rows, width, dtype=dtype)
     gradients = torch.autograd.grad(expected, (x, a), grad_low.double())
     wanted = grad_x.double() + gradients[0].double()
-    grad_a = gpu_kernels.lora_backward(grad_x, x.detach(), grad_low, a.detach(), 0.25, SEED, 3, relu)
+    grad_a = gpu_kernels.lora_backward(grad_x, x.detach(), grad_low, a.detach(), 0.25, kept, relu)
     check(grad_a, gradients[1], dtype)
     check(grad_x, wanted * (x > 0) if relu else wanted, dtype)
-    assert torch.equal(gpu_kernels.lora_backward(None, x.detach(), grad_low, a.detach(), 0.25, SEED, 3), grad_a)
+    assert torch.equal(gpu_kernels.lora_backward(None, x.detach(), grad_low, a.detach(), 0.25, kept), grad_a)
 
 
 def test_masks_differ_and_have_the_wanted_share():
@@ -116,7 +118,13 @@ def attention_masks(length, keys, heads, is_causal, dropout, site):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("length", "keys", "heads", "width", "is_causal", "dropout"),
-    [(70, 70, 2, 40, True, 0.0), (33, 33, 1, 64, True, 0.3), (8, 140, 2, 16, False, 0.3), (20, 20, 2, 16, False, 0.0)],
+    [
+        (70, 70, 2, 40, True, 0.0),
+        (33, 33, 2, 80, True, 0.3),
+        (33, 33, 1, 64, True, 0.3),
+        (8, 140, 2, 16, False, 0.3),
+        (20, 20, 2, 16, False, 0.0),
+    ],
 )
 def test_attention_is_torchs(length, keys, heads, width, is_causal, dropout, dtype):
     torch.manual_seed(0)
