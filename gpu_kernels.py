@@ -3,8 +3,8 @@
 Shapes: N positions of a batch together, G linear layers that read the same input, R LoRA rank, W width of an input, M
 width of a layer's output, V vocabulary; n rows, H heads of width D, L positions of the cache.
 
-Dropout masks: whether a value is kept is drawn from a seed (1,) int64, the number of the `site` where it is dropped, and
-its place. The backward pass draws again, but for LoRA's masks, which are kept as bits: drawing took longer than reading.
+Dropout masks: whether a value is kept is drawn from a seed (1,) int64, the number of the `site` where it is dropped,
+and its place. The backward pass draws again, but for LoRA's masks, which are kept as bits: to read them is faster.
 """
 
 import functools
@@ -153,9 +153,10 @@ def lora_backward(
     kept: Tensor | None,
     relu: bool = False,
 ) -> Tensor:
-    """The gradient of `a` (G x R, W) from that of project_low's result, grad_low (G, N, R) contiguous, and `kept` of it.
+    """The gradient of `a` (G x R, W) from that of project_low's result, grad_low (G, N, R), and `kept` of it.
 
-    Adds what goes to x to grad_x (N, W) in place, which is then set to 0 where x <= 0 if `relu`; None: not wanted.
+    Both are contiguous. Adds what goes to x to grad_x (N, W) in place, which is then set to 0 where x <= 0 if `relu`;
+    None: not wanted.
     """
     (groups, rows, rank), width = grad_low.shape, x.shape[1]
     assert x.stride(1) == 1 and grad_low.is_contiguous() and (grad_x is None or grad_x.is_contiguous())
@@ -180,6 +181,7 @@ def _lora_backward(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    eighth = tl.program_id(0) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
     eighths = tl.cdiv(width, 8)
     is_column = (column < width)[None, :]
     r = tl.arange(0, R)
@@ -197,8 +199,10 @@ def _lora_backward(
             low = tl.load(grad_low + place, (row < rows)[:, None], 0.0)
             seen = values
             if DROPS:
-                bits = tl.load(kept + (group * rows + row)[:, None] * eighths + column[None, :] // 8, is_there, 0)
-                is_kept = ((bits >> (column % 8)[None, :]) & 1) != 0
+                place = kept + (group * rows + row)[:, None] * eighths + eighth[None, :]
+                bits = tl.load(place, (row < rows)[:, None] & (eighth < eighths)[None, :], 0)
+                is_kept = (bits.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+                is_kept = tl.reshape(is_kept, (ROWS, COLUMNS)) != 0
                 seen = tl.where(is_kept, values, 0.0)
             share = tl.dot(tl.trans(low), seen, input_precision="ieee")  # (R, COLUMNS)
             if group == 0:
