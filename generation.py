@@ -274,18 +274,21 @@ class FastGenerator:
         table = self.decoder.embed_positions
         x = x + F.embedding(positions + table.offset, table.weight)
         for layer, (qkv, out, fc1, fc2), (keys, values) in zip(self.decoder.layers, self.weights, cache, strict=True):
-            new = F.linear(layer.self_attn_layer_norm(x), *qkv).view(n, length, 3, self.heads, -1)
+            joined = F.linear(layer.self_attn_layer_norm(x), *qkv)  # (n, T, 3E)
+            new = joined.view(n, length, 3, self.heads, -1)
             if mask is not None and self.use_kernel:
-                seen = gpu_kernels.attend_one(new[:, 0], keys, values, positions).unsqueeze(2)  # (n, H, 1, D)
+                seen = gpu_kernels.attend_one(new[:, 0], keys, values, positions)  # (n, H, D)
             else:
                 q, k, v = new.permute(2, 0, 3, 1, 4)  # (n, H, T, D)
                 keys.index_copy_(2, positions, k)
                 values.index_copy_(2, positions, v)
-                if mask is None:
-                    seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+                if mask is None and self.use_kernel:
+                    seen, _ = gpu_kernels.attend(*joined.chunk(3, -1), self.heads, True, 0.0, self.position, 0)
                 else:
-                    seen = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.expand(n, self.heads, 1, -1))
-            x = x + F.linear(seen.transpose(1, 2).reshape(n, length, -1), *out)
+                    options = {"is_causal": True} if mask is None else {"attn_mask": mask.expand(n, self.heads, 1, -1)}
+                    k, v = (k, v) if mask is None else (keys, values)
+                    seen = F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+            x = x + F.linear(seen.reshape(n, length, -1), *out)
             x = x + F.linear(layer.activation_fn(F.linear(layer.final_layer_norm(x), *fc1)), *fc2)
         return self.decoder.final_layer_norm(x)
 

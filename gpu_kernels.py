@@ -15,12 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 RANKS = (16, 32, 64)  # of LoRA, that the kernels here take
-BLOCK = 64  # positions of the cache that are read at once
 # of what a program works on, and by how many warps; measured on an H100
 PROJECT = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}
 ADD = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4}
 BACKWARD = {"ROWS": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 1}
 ATTEND = {"MOST": 64, "num_warps": 4}  # most queries and keys
+ATTEND_ONE = {"POSITIONS": 32, "num_warps": 1}  # of the cache
 LARGE_SHARED_MEMORY = 160 * 2**10  # bytes of a program; A100 and H100 have more, other GPUs 99 KiB
 PROGRAMS = 400  # that a launch has at least where the work can be divided at will: three for each processor of an H100
 LEVELS = 2**16  # dropout probabilities are multiples of 1 / LEVELS
@@ -29,12 +29,20 @@ ROUNDS = tl.constexpr(7)  # of Philox, enough to pass Crush (Salmon et al. 2011,
 
 
 @triton.jit
-def _is_kept(seed, site, place, level):
-    """Whether values are kept: eight for each `place` (..., w), (..., w, 2, 2, 2), to be given the shape (..., 8w)."""
+def _draw(seed, site, place, level):
+    """Which of the eight values of each `place` are kept, as bits of an int32."""
     a, b, c, d = tl.randint4x(tl.load(seed) + site, place, n_rounds=ROUNDS)
-    low = tl.join(tl.join(a & 0xFFFF, b & 0xFFFF), tl.join(c & 0xFFFF, d & 0xFFFF))
-    high = tl.join(tl.join((a >> 16) & 0xFFFF, (b >> 16) & 0xFFFF), tl.join((c >> 16) & 0xFFFF, (d >> 16) & 0xFFFF))
-    return tl.join(low, high).to(tl.int32) >= level
+    bits = ((a & 0xFFFF) >= level).to(tl.int32) | ((((a >> 16) & 0xFFFF) >= level).to(tl.int32) << 1)
+    bits |= (((b & 0xFFFF) >= level).to(tl.int32) << 2) | ((((b >> 16) & 0xFFFF) >= level).to(tl.int32) << 3)
+    bits |= (((c & 0xFFFF) >= level).to(tl.int32) << 4) | ((((c >> 16) & 0xFFFF) >= level).to(tl.int32) << 5)
+    return bits | (((d & 0xFFFF) >= level).to(tl.int32) << 6) | ((((d >> 16) & 0xFFFF) >= level).to(tl.int32) << 7)
+
+
+@triton.jit
+def _spread(bits):
+    """Bits (rows, w) as booleans (rows, 8w)."""
+    spread = (bits[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(spread, (bits.shape[0], 8 * bits.shape[1])) != 0
 
 
 def pick_stages(device: torch.device) -> int:
@@ -98,10 +106,9 @@ def _project_low(
         if DROPS:
             eighth = start // 8 + tl.arange(0, COLUMNS // 8)
             place = (group * rows + row)[:, None] * eighths + eighth[None, :]
-            is_kept = tl.reshape(_is_kept(seed, site, place, level), (ROWS, COLUMNS // 8, 8))
-            bits = tl.sum(is_kept.to(tl.int32) << tl.arange(0, 8)[None, None, :], 2)
+            bits = _draw(seed, site, place, level)
             tl.store(kept + place, bits.to(tl.uint8), (row < rows)[:, None] & (eighth < eighths)[None, :])
-            part = tl.where(tl.reshape(is_kept, (ROWS, COLUMNS)), part, 0.0)
+            part = tl.where(_spread(bits), part, 0.0)
         weight = tl.load(a + (group * R + r)[:, None] * width + column[None, :], (column < width)[None, :], 0.0)
         total += tl.dot(part, tl.trans(weight), input_precision="ieee")
     if DROPS:
@@ -201,8 +208,7 @@ def _lora_backward(
             if DROPS:
                 place = kept + (group * rows + row)[:, None] * eighths + eighth[None, :]
                 bits = tl.load(place, (row < rows)[:, None] & (eighth < eighths)[None, :], 0)
-                is_kept = (bits.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
-                is_kept = tl.reshape(is_kept, (ROWS, COLUMNS)) != 0
+                is_kept = _spread(bits.to(tl.int32))
                 seen = tl.where(is_kept, values, 0.0)
             share = tl.dot(tl.trans(low), seen, input_precision="ieee")  # (R, COLUMNS)
             if group == 0:
@@ -268,7 +274,7 @@ def _residual_norm(
     added = tl.load(h + place, is_there, 0.0).to(tl.float32)
     if DROPS:
         drawn = row * tl.cdiv(width, 8) + tl.arange(0, W // 8)
-        added = tl.where(tl.reshape(_is_kept(seed, site, drawn, level), (W,)), added * scale, 0.0)
+        added = tl.where(tl.reshape(_spread(_draw(seed, site, drawn, level)[None, :]), (W,)), added * scale, 0.0)
     s = (tl.load(x + place, is_there, 0.0).to(tl.float32) + added).to(total.dtype.element_ty)
     tl.store(total + place, s, is_there)
     s = s.to(tl.float32)
@@ -330,7 +336,7 @@ def _residual_norm_backward(
     tl.store(grad_x + place, grad.to(grad_x.dtype.element_ty), is_there)
     if DROPS:
         drawn = row * tl.cdiv(width, 8) + tl.arange(0, W // 8)
-        dropped = tl.where(tl.reshape(_is_kept(seed, site, drawn, level), (W,)), grad * scale, 0.0)
+        dropped = tl.where(tl.reshape(_spread(_draw(seed, site, drawn, level)[None, :]), (W,)), grad * scale, 0.0)
         tl.store(grad_h + place, dropped.to(grad_h.dtype.element_ty), is_there)
 
 
@@ -386,16 +392,20 @@ def attend_backward(
 
 
 def _size_blocks(length: int, keys: int, width: int) -> dict[str, int]:
-    """Queries and keys that are worked on at once, and the powers of 2 that a head's width is made up of.
+    """Queries and keys that are worked on at once."""
+    most = ATTEND["MOST"]
+    queries, keys = (min(most, max(16, triton.next_power_of_2(size))) for size in (length, keys))
+    return {"QUERIES": queries, "KEYS": keys, **_size_head(width), "num_warps": ATTEND["num_warps"]}
+
+
+def _size_head(width: int) -> dict[str, int]:
+    """The powers of 2 that a head's width is made up of.
 
     Those are one, or two where that leaves less to fill up: 64 and 16 for the 80 of OPT-2.7B.
     """
-    most = ATTEND["MOST"]
-    queries, keys = (min(most, max(16, triton.next_power_of_2(size))) for size in (length, keys))
     whole = max(16, triton.next_power_of_2(width))
     rest = max(16, triton.next_power_of_2(width - whole // 2))
-    sizes = {"D": whole, "E": 0} if whole == 16 or rest == whole // 2 else {"D": whole // 2, "E": rest}
-    return {"QUERIES": queries, "KEYS": keys, **sizes, "num_warps": ATTEND["num_warps"]}
+    return {"D": whole, "E": 0} if whole == 16 or rest == whole // 2 else {"D": whole // 2, "E": rest}
 
 
 @triton.jit
@@ -490,7 +500,7 @@ def _attend(
         if DROPS:
             drawn = (head * length + queries)[:, None] * tl.cdiv(key_length, 8)
             drawn += start // 8 + tl.arange(0, KEYS // 8)[None, :]
-            p = tl.where(tl.reshape(_is_kept(seed, site, drawn, level), (QUERIES, KEYS)), p * kept_scale, 0.0)
+            p = tl.where(_spread(_draw(seed, site, drawn, level)), p * kept_scale, 0.0)
         v_block = _load_head(v + first, row * key_length + keys, keys < key_length, k_stride, width, D, E)
         shrunk = (mean * shrink[:, None], mean_rest * shrink[:, None])
         mean, mean_rest = _add_products(shrunk, p.to(v.dtype.element_ty), v_block, E)
@@ -513,7 +523,7 @@ def _score_gradients(
     if DROPS:
         drawn = (head * length + queries)[:, None] * tl.cdiv(key_length, 8)
         drawn += tl.min(keys, 0) // 8 + tl.arange(0, KEYS // 8)[None, :]
-        is_kept = tl.reshape(_is_kept(seed, site, drawn, level), (QUERIES, KEYS))
+        is_kept = _spread(_draw(seed, site, drawn, level))
         weighed = tl.where(is_kept, p * kept_scale, 0.0)
         grad_p = tl.where(is_kept, grad_p * kept_scale, 0.0)
     along = tl.sum(grad[0].to(tl.float32) * out[0].to(tl.float32), 1)
@@ -649,44 +659,69 @@ def attend_one(qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> T
     out = torch.empty(n, heads, width, dtype=qkv.dtype, device=qkv.device)
     _attend_one[n, heads](
         *(qkv, keys, values, position, out, *keys.stride()[:2], width**-0.5),
-        H=heads,
-        D=width,
-        D_POWER=triton.next_power_of_2(width),
-        L_BLOCK=BLOCK,
+        HEADS=heads,
+        WIDTH=width,
+        **_size_head(width),
+        **ATTEND_ONE,
     )
     return out
 
 
 @triton.jit
+def _load_vector(start, WIDTH: tl.constexpr, D: tl.constexpr, E: tl.constexpr):
+    """A vector (WIDTH,) as (D,) and (E,)."""
+    d = tl.arange(0, D)
+    part = tl.load(start + d, d < WIDTH, 0.0)
+    rest = part
+    if E > 0:
+        e = D + tl.arange(0, E)
+        rest = tl.load(start + e, e < WIDTH, 0.0)
+    return part, rest
+
+
+@triton.jit
+def _store_vector(start, part, rest, WIDTH: tl.constexpr, D: tl.constexpr, E: tl.constexpr):
+    d = tl.arange(0, D)
+    tl.store(start + d, part.to(start.dtype.element_ty), d < WIDTH)
+    if E > 0:
+        e = D + tl.arange(0, E)
+        tl.store(start + e, rest.to(start.dtype.element_ty), e < WIDTH)
+
+
+@triton.jit
 def _attend_one(
     qkv, keys, values, position, out, row_stride, head_stride, scale,
-    H: tl.constexpr, D: tl.constexpr, D_POWER: tl.constexpr, L_BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, E: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     end = tl.load(position)  # positions 0 to end - 1 are in the cache
-    d = tl.arange(0, D_POWER)
-    is_d = d < D
-    new = qkv + row * 3 * H * D + head * D + d
-    q = tl.load(new, is_d, 0.0).to(tl.float32) * scale
-    k = tl.load(new + H * D, is_d, 0.0)
-    v = tl.load(new + 2 * H * D, is_d, 0.0)
+    new = qkv + row * 3 * HEADS * WIDTH + head * WIDTH
+    q, q_rest = _load_vector(new, WIDTH, D, E)
+    k, k_rest = _load_vector(new + HEADS * WIDTH, WIDTH, D, E)
+    v, v_rest = _load_vector(new + 2 * HEADS * WIDTH, WIDTH, D, E)
     cache = row * row_stride + head * head_stride
-    tl.store(keys + cache + end * D + d, k, is_d)
-    tl.store(values + cache + end * D + d, v, is_d)
+    _store_vector(keys + cache + end * WIDTH, k, k_rest, WIDTH, D, E)
+    _store_vector(values + cache + end * WIDTH, v, v_rest, WIDTH, D, E)
 
+    q, q_rest = q.to(tl.float32) * scale, q_rest.to(tl.float32) * scale
     top = tl.sum(q * k.to(tl.float32), 0)  # largest score so far
+    if E > 0:
+        top += tl.sum(q_rest * k_rest.to(tl.float32), 0)
     total = top * 0 + 1.0  # sum of exp(score - top)
-    mean = v.to(tl.float32)  # sum of exp(score - top) times value
-    for start in range(0, end, L_BLOCK):
-        at = start + tl.arange(0, L_BLOCK)
-        place = cache + at[:, None] * D + d[None, :]
-        is_there = (at < end)[:, None] & is_d[None, :]
-        old_k = tl.load(keys + place, is_there, 0.0).to(tl.float32)  # (L_BLOCK, D)
-        old_v = tl.load(values + place, is_there, 0.0).to(tl.float32)
-        score = tl.where(at < end, tl.sum(q[None, :] * old_k, 1), float("-inf"))
+    mean, mean_rest = v.to(tl.float32), v_rest.to(tl.float32)  # sum of exp(score - top) times value
+    for start in range(0, end, POSITIONS):
+        at = start + tl.arange(0, POSITIONS)
+        old_k, old_k_rest = _load_head(keys + cache, at, at < end, WIDTH, WIDTH, D, E)
+        old_v, old_v_rest = _load_head(values + cache, at, at < end, WIDTH, WIDTH, D, E)
+        score = tl.sum(q[None, :] * old_k.to(tl.float32), 1)
+        if E > 0:
+            score += tl.sum(q_rest[None, :] * old_k_rest.to(tl.float32), 1)
+        score = tl.where(at < end, score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, 0))
         shrink, p = tl.exp(top - higher), tl.exp(score - higher)
         total = total * shrink + tl.sum(p, 0)
-        mean = mean * shrink + tl.sum(p[:, None] * old_v, 0)
+        mean = mean * shrink + tl.sum(p[:, None] * old_v.to(tl.float32), 0)
+        if E > 0:
+            mean_rest = mean_rest * shrink + tl.sum(p[:, None] * old_v_rest.to(tl.float32), 0)
         top = higher
-    tl.store(out + (row * H + head) * D + d, (mean / total).to(out.dtype.element_ty), is_d)
+    _store_vector(out + (row * HEADS + head) * WIDTH, mean / total, mean_rest / total, WIDTH, D, E)

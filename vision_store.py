@@ -375,7 +375,7 @@ class VisionStore:
     def load(self, sha256: str) -> Tensor | None:
         """The output (P, D) for the picture of that SHA-256; None if it is not there, or not as it was written."""
         path = self._name(sha256)
-        output = torch.empty(self.payload, dtype=torch.uint8, pin_memory=self.stream is not None)
+        output = torch.empty(self.payload, dtype=torch.uint8)  # not pinned: to pin hundreds takes longer than to copy
         try:
             with open(path, "rb") as file:
                 header, count = file.read(HEADER), file.readinto(output.numpy())
