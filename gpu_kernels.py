@@ -3,8 +3,8 @@
 Shapes: N positions of a batch together, G linear layers that read the same input, R LoRA rank, W width of an input, M
 width of a layer's output, V vocabulary; n rows, H heads of width D, L positions of the cache.
 
-Dropout masks: whether a value is kept is drawn from a seed (1,) int64, the number of the `site` where it is dropped,
-and its place. The backward pass draws again, but for LoRA's masks, which are kept as bits: to read them is faster.
+Dropout masks are never in memory: whether a value is kept is drawn from a seed (1,) int64, the number of the `site`
+where it is dropped, and its place, and drawn again in the backward pass.
 """
 
 import functools
@@ -20,7 +20,7 @@ PROJECT = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}
 ADD = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4}
 BACKWARD = {"ROWS": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 1}
 ATTEND = {"MOST": 64, "num_warps": 4}  # most queries and keys
-ATTEND_ONE = {"POSITIONS": 32, "num_warps": 1}  # of the cache
+ATTEND_ONE = {"POSITIONS": 16, "num_warps": 1}  # of the cache
 LARGE_SHARED_MEMORY = 160 * 2**10  # bytes of a program; A100 and H100 have more, other GPUs 99 KiB
 PROGRAMS = 400  # that a launch has at least where the work can be divided at will: three for each processor of an H100
 LEVELS = 2**16  # dropout probabilities are multiples of 1 / LEVELS
@@ -29,20 +29,12 @@ ROUNDS = tl.constexpr(7)  # of Philox, enough to pass Crush (Salmon et al. 2011,
 
 
 @triton.jit
-def _draw(seed, site, place, level):
-    """Which of the eight values of each `place` are kept, as bits of an int32."""
+def _is_kept(seed, site, place, level):
+    """Whether values are kept: eight for each `place` (..., w), (..., w, 2, 2, 2), to be given the shape (..., 8w)."""
     a, b, c, d = tl.randint4x(tl.load(seed) + site, place, n_rounds=ROUNDS)
-    bits = ((a & 0xFFFF) >= level).to(tl.int32) | ((((a >> 16) & 0xFFFF) >= level).to(tl.int32) << 1)
-    bits |= (((b & 0xFFFF) >= level).to(tl.int32) << 2) | ((((b >> 16) & 0xFFFF) >= level).to(tl.int32) << 3)
-    bits |= (((c & 0xFFFF) >= level).to(tl.int32) << 4) | ((((c >> 16) & 0xFFFF) >= level).to(tl.int32) << 5)
-    return bits | (((d & 0xFFFF) >= level).to(tl.int32) << 6) | ((((d >> 16) & 0xFFFF) >= level).to(tl.int32) << 7)
-
-
-@triton.jit
-def _spread(bits):
-    """Bits (rows, w) as booleans (rows, 8w)."""
-    spread = (bits[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
-    return tl.reshape(spread, (bits.shape[0], 8 * bits.shape[1])) != 0
+    low = tl.join(tl.join(a & 0xFFFF, b & 0xFFFF), tl.join(c & 0xFFFF, d & 0xFFFF))
+    high = tl.join(tl.join((a >> 16) & 0xFFFF, (b >> 16) & 0xFFFF), tl.join((c >> 16) & 0xFFFF, (d >> 16) & 0xFFFF))
+    return tl.join(low, high).to(tl.int32) >= level
 
 
 def pick_stages(device: torch.device) -> int:
@@ -69,29 +61,27 @@ def _to_scale(dropout: float) -> float:
 # LoRA
 
 
-def project_low(x: Tensor, a: Tensor, dropout: float, seed: Tensor, site: int, low: Tensor) -> Tensor | None:
+def project_low(x: Tensor, a: Tensor, dropout: float, seed: Tensor, site: int, low: Tensor) -> None:
     """low (G, N, R) = dropout(x) @ A.T for each A of a (G x R, W), whose masks differ.
 
-    a is contiguous; rows of x (N, W) and of low may lie apart. Returns which values were kept, bit i of byte j saying
-    it of value 8 j + i: (G, N, W / 8) uint8, W / 8 rounded up; None without dropout.
+    a is contiguous; rows of x (N, W) and of low may lie apart.
     """
     (groups, rows, rank), width = low.shape, x.shape[1]
     assert x.stride(1) == low.stride(2) == 1 and a.is_contiguous() and groups * rows * width < 2**34
-    kept = x.new_empty(groups, rows, triton.cdiv(width, 8), dtype=torch.uint8) if dropout else None
     _project_low[groups, triton.cdiv(rows, PROJECT["ROWS"])](
-        *(x, a, low, x if kept is None else kept, seed, site, rows, width, x.stride(0), *low.stride()[:2]),
+        *(x, a, low, seed, site, rows, width, x.stride(0), *low.stride()[:2]),
         *(_to_level(dropout), _to_scale(dropout)),
         DROPS=dropout > 0,
         R=rank,
         **PROJECT,
         num_stages=pick_stages(x.device),
     )
-    return kept
+    return low
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _project_low(
-    x, a, low, kept, seed, site, rows, width, x_stride, low_group, low_stride, level, scale,
+    x, a, low, seed, site, rows, width, x_stride, low_group, low_stride, level, scale,
     DROPS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0)
@@ -104,11 +94,8 @@ def _project_low(
         is_there = (row < rows)[:, None] & (column < width)[None, :]
         part = tl.load(x + row.to(tl.int64)[:, None] * x_stride + column[None, :], is_there, 0.0)
         if DROPS:
-            eighth = start // 8 + tl.arange(0, COLUMNS // 8)
-            place = (group * rows + row)[:, None] * eighths + eighth[None, :]
-            bits = _draw(seed, site, place, level)
-            tl.store(kept + place, bits.to(tl.uint8), (row < rows)[:, None] & (eighth < eighths)[None, :])
-            part = tl.where(_spread(bits), part, 0.0)
+            place = (group * rows + row)[:, None] * eighths + start // 8 + tl.arange(0, COLUMNS // 8)[None, :]
+            part = tl.where(tl.reshape(_is_kept(seed, site, place, level), (ROWS, COLUMNS)), part, 0.0)
         weight = tl.load(a + (group * R + r)[:, None] * width + column[None, :], (column < width)[None, :], 0.0)
         total += tl.dot(part, tl.trans(weight), input_precision="ieee")
     if DROPS:
@@ -157,13 +144,13 @@ def lora_backward(
     grad_low: Tensor,
     a: Tensor,
     dropout: float,
-    kept: Tensor | None,
+    seed: Tensor,
+    site: int,
     relu: bool = False,
 ) -> Tensor:
-    """The gradient of `a` (G x R, W) from that of project_low's result, grad_low (G, N, R), and `kept` of it.
+    """The gradient of `a` (G x R, W) from that of project_low's result, grad_low (G, N, R) contiguous.
 
-    Both are contiguous. Adds what goes to x to grad_x (N, W) in place, which is then set to 0 where x <= 0 if `relu`;
-    None: not wanted.
+    Adds what goes to x to grad_x (N, W) in place, which is then set to 0 where x <= 0 if `relu`; None: not wanted.
     """
     (groups, rows, rank), width = grad_low.shape, x.shape[1]
     assert x.stride(1) == 1 and grad_low.is_contiguous() and (grad_x is None or grad_x.is_contiguous())
@@ -171,10 +158,10 @@ def lora_backward(
     height *= triton.cdiv(triton.cdiv(rows, height), triton.cdiv(PROGRAMS, blocks))  # rows of a program
     parts = triton.cdiv(rows, height)
     sums = torch.empty(parts, *a.shape, dtype=torch.float32, device=a.device)
-    options = {"DROPS": kept is not None, "ADDS": grad_x is not None, "RELU": relu, "G": groups, "R": rank}
+    options = {"DROPS": dropout > 0, "ADDS": grad_x is not None, "RELU": relu, "G": groups, "R": rank}
     _lora_backward[blocks, parts](
-        *(x if grad_x is None else grad_x, x, grad_low, a, sums, x if kept is None else kept),
-        *(rows, width, height, x.stride(0), _to_scale(dropout)),
+        *(x if grad_x is None else grad_x, x, grad_low, a, sums, seed, site, rows, width, height, x.stride(0)),
+        *(_to_level(dropout), _to_scale(dropout)),
         **options,
         **BACKWARD,
     )
@@ -183,7 +170,7 @@ def lora_backward(
 
 @triton.jit(do_not_specialize=VARYING)
 def _lora_backward(
-    grad_x, x, grad_low, a, sums, kept, rows, width, height, x_stride, scale,
+    grad_x, x, grad_low, a, sums, seed, site, rows, width, height, x_stride, level, scale,
     DROPS: tl.constexpr, ADDS: tl.constexpr, RELU: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -204,13 +191,12 @@ def _lora_backward(
         for group in tl.static_range(G):
             place = (group * rows + row).to(tl.int64)[:, None] * R + r[None, :]
             low = tl.load(grad_low + place, (row < rows)[:, None], 0.0)
-            seen = values
+            kept = values
             if DROPS:
-                place = kept + (group * rows + row)[:, None] * eighths + eighth[None, :]
-                bits = tl.load(place, (row < rows)[:, None] & (eighth < eighths)[None, :], 0)
-                is_kept = _spread(bits.to(tl.int32))
-                seen = tl.where(is_kept, values, 0.0)
-            share = tl.dot(tl.trans(low), seen, input_precision="ieee")  # (R, COLUMNS)
+                place = (group * rows + row)[:, None] * eighths + eighth[None, :]
+                is_kept = tl.reshape(_is_kept(seed, site, place, level), (ROWS, COLUMNS))
+                kept = tl.where(is_kept, values, 0.0)
+            share = tl.dot(tl.trans(low), kept, input_precision="ieee")  # (R, COLUMNS)
             if group == 0:
                 sum0 += share
             elif group == 1:
@@ -274,7 +260,7 @@ def _residual_norm(
     added = tl.load(h + place, is_there, 0.0).to(tl.float32)
     if DROPS:
         drawn = row * tl.cdiv(width, 8) + tl.arange(0, W // 8)
-        added = tl.where(tl.reshape(_spread(_draw(seed, site, drawn, level)[None, :]), (W,)), added * scale, 0.0)
+        added = tl.where(tl.reshape(_is_kept(seed, site, drawn, level), (W,)), added * scale, 0.0)
     s = (tl.load(x + place, is_there, 0.0).to(tl.float32) + added).to(total.dtype.element_ty)
     tl.store(total + place, s, is_there)
     s = s.to(tl.float32)
@@ -336,7 +322,7 @@ def _residual_norm_backward(
     tl.store(grad_x + place, grad.to(grad_x.dtype.element_ty), is_there)
     if DROPS:
         drawn = row * tl.cdiv(width, 8) + tl.arange(0, W // 8)
-        dropped = tl.where(tl.reshape(_spread(_draw(seed, site, drawn, level)[None, :]), (W,)), grad * scale, 0.0)
+        dropped = tl.where(tl.reshape(_is_kept(seed, site, drawn, level), (W,)), grad * scale, 0.0)
         tl.store(grad_h + place, dropped.to(grad_h.dtype.element_ty), is_there)
 
 
@@ -500,7 +486,7 @@ def _attend(
         if DROPS:
             drawn = (head * length + queries)[:, None] * tl.cdiv(key_length, 8)
             drawn += start // 8 + tl.arange(0, KEYS // 8)[None, :]
-            p = tl.where(_spread(_draw(seed, site, drawn, level)), p * kept_scale, 0.0)
+            p = tl.where(tl.reshape(_is_kept(seed, site, drawn, level), (QUERIES, KEYS)), p * kept_scale, 0.0)
         v_block = _load_head(v + first, row * key_length + keys, keys < key_length, k_stride, width, D, E)
         shrunk = (mean * shrink[:, None], mean_rest * shrink[:, None])
         mean, mean_rest = _add_products(shrunk, p.to(v.dtype.element_ty), v_block, E)
@@ -523,7 +509,7 @@ def _score_gradients(
     if DROPS:
         drawn = (head * length + queries)[:, None] * tl.cdiv(key_length, 8)
         drawn += tl.min(keys, 0) // 8 + tl.arange(0, KEYS // 8)[None, :]
-        is_kept = _spread(_draw(seed, site, drawn, level))
+        is_kept = tl.reshape(_is_kept(seed, site, drawn, level), (QUERIES, KEYS))
         weighed = tl.where(is_kept, p * kept_scale, 0.0)
         grad_p = tl.where(is_kept, grad_p * kept_scale, 0.0)
     along = tl.sum(grad[0].to(tl.float32) * out[0].to(tl.float32), 1)

@@ -277,7 +277,7 @@ class LoraLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layers, drop, relu, after_relu, a=None, b=None):
         weight, bias = join_linears(layers)
-        ctx.layers, ctx.dropout, ctx.after_relu = layers, drop[0], after_relu
+        ctx.layers, ctx.drop, ctx.after_relu = layers, drop, after_relu
         if a is None:
             ctx.save_for_backward(x if after_relu else None)
             return run_linear(x, weight, bias, relu)
@@ -285,9 +285,9 @@ class LoraLinears(torch.autograd.Function):
         if has_kernel_rank(a, rank) and spare_columns(x) >= len(a) and spare_columns(weight) >= len(a):
             # one product: [x, low] times the transposed of [weight, B]
             low = widen(x, len(a))[:, x.shape[1] :].unflatten(1, (-1, rank)).transpose(0, 1)  # (G, N, R)
-            masks = gpu_kernels.project_low(x, a, *drop, low)
+            gpu_kernels.project_low(x, a, *drop, low)
             place_low_rank(weight, b, len(layers))
-            y = run_linear(widen(x, len(a)), widen(weight, len(a)), bias, relu)
+            y, masks = run_linear(widen(x, len(a)), widen(weight, len(a)), bias, relu), None
         else:
             y = F.linear(x, weight, bias)
             low, masks = project_low(x, a, rank, *drop)
@@ -309,7 +309,7 @@ class LoraLinears(torch.autograd.Function):
         parts = grad_y.view(len(x), groups, -1).transpose(0, 1)  # (G, N, out)
         grad_low = torch.bmm(parts, b.view(groups, -1, rank))  # (G, N, R)
         grad_b = torch.bmm(parts.mT, low).view(b.shape)
-        grad_a = lora_backward(grad_x, x, grad_low, a, masks, ctx.dropout, ctx.after_relu)
+        grad_a = lora_backward(grad_x, x, grad_low, a, masks, *ctx.drop, ctx.after_relu)
         return grad_x, None, None, None, None, grad_a, grad_b
 
 
@@ -342,11 +342,12 @@ def has_kernel_rank(x: Tensor, rank: int) -> bool:
 def project_low(
     x: Tensor, a: Tensor, rank: int, dropout: float, seed: Tensor, site: int
 ) -> tuple[Tensor, Tensor | None]:
-    """dropout(x) @ A.T of each layer (G, N, R); and the masks (G, N, in), as bits where kernels are used."""
+    """dropout(x) @ A.T of each layer (G, N, R); and the masks (G, N, in), None where they need not be kept."""
     groups = len(a) // rank
     if has_kernel_rank(x, rank):
         low = x.new_empty(groups, len(x), rank)
-        return low, gpu_kernels.project_low(x, a, dropout, seed, site, low)
+        gpu_kernels.project_low(x, a, dropout, seed, site, low)
+        return low, None
     if not dropout:
         return torch.stack([x @ part.T for part in a.chunk(groups)]), None
     drawn = [torch.native_dropout(x, dropout, True) for _ in range(groups)]
@@ -372,12 +373,14 @@ def lora_backward(
     a: Tensor,
     masks: Tensor | None,
     dropout: float,
+    seed: Tensor,
+    site: int,
     after_relu: bool,
 ) -> Tensor:
     """A's gradient from that of project_low's result; adds to grad_x (N, in) in place, unless it is None."""
     groups = len(grad_low)
     if has_kernel_rank(x, grad_low.shape[2]):
-        return gpu_kernels.lora_backward(grad_x, x, grad_low, a, dropout, masks, after_relu)
+        return gpu_kernels.lora_backward(grad_x, x, grad_low, a, dropout, seed, site, after_relu)
     scale, gradients = 1 / (1 - dropout), []
     for i, part in enumerate(a.chunk(groups)):
         kept = x if masks is None else torch.ops.aten.native_dropout_backward(x, masks[i], scale)
