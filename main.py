@@ -85,7 +85,7 @@ from model import (
 )
 from pictures import LOADER_ERRORS, check_pictures, explain_dead_worker
 from publish import merge_adapter, push_to_hub, write_model_card
-from speed import FastStep, has_room_to_unpack, join_weights, unpack_nf4
+from speed import FastStep, compiling_ahead, has_room_to_unpack, join_weights, unpack_nf4
 from training import (
     CaptionTrainer,
     Pace,
@@ -555,17 +555,32 @@ def train(config: TrainConfig) -> None:
 
     processor = load_processor(config.model)
     model = load_model(config.model, config.load_in_4bit, device, checked=True)
-    outputs, store = None, None
+    vision, outputs, store = None, None, None
     if stored:
         store = open_store(config, model, processor, write=arguments.process_index == 0)
+        vision = take_vision_out(model)
         if config.cuda_graphs and config.unpack_nf4 != "off":
-            record_vision(model)
+            vision = record_vision(vision, model.config.vision_config)
+    model = add_lora(model, config.lora_target, config.lora_rank, config.lora_alpha, config.lora_dropout)
+    fast = use_fast_step(config, model, device)
+    if fast:
+        if config.unpack_nf4 == "on" or (
+            config.unpack_nf4 == "auto" and not config.gradient_checkpointing and has_room_to_unpack(model, device)
+        ):
+            print(f"NF4 values of {unpack_nf4(model)} layers are unpacked: more memory, fewer computations")
+        join_weights(model)
+    if stored:
         images = list_images(splits, TRAINED_ON)
         not_kept = list_images(splits, ["test"]) if for_eval and arguments.process_index == 0 else []
-        outputs, found = compute_outputs(model, processor, [*images, *not_kept], store, len(images))
+        with compiling_ahead(model) as compile_ahead:
+            when_forked = compile_ahead if fast and device.type == "cuda" else None
+            settings = model.config.vision_config
+            outputs, found = compute_outputs(
+                vision, settings, processor, [*images, *not_kept], store, len(images), when_forked
+            )
         if store is not None:
             print(store.describe())
-        take_vision_out(model)
+        del vision
         gc.collect()  # now, not when memory is short
         for reasons in gather(found, arguments.world_size):
             unreadable |= reasons
@@ -580,15 +595,7 @@ def train(config: TrainConfig) -> None:
     if outputs is not None:
         arguments.dataloader_num_workers = 0  # nothing left to decode
         arguments.dataloader_pin_memory &= not outputs.is_cuda  # or there already
-    model = add_lora(model, config.lora_target, config.lora_rank, config.lora_alpha, config.lora_dropout)
     model.print_trainable_parameters()
-    fast = use_fast_step(config, model, device)
-    if fast:
-        if config.unpack_nf4 == "on" or (
-            config.unpack_nf4 == "auto" and not config.gradient_checkpointing and has_room_to_unpack(model, device)
-        ):
-            print(f"NF4 values of {unpack_nf4(model)} layers are unpacked: more memory, fewer computations")
-        join_weights(model)
 
     state["run_dir"] = str(run_dir)
     state["model_commit"] = getattr(model.config, "_commit_hash", None)  # that the hub's name stood for

@@ -19,7 +19,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import datetime
@@ -67,31 +67,29 @@ def take_vision_out(model) -> torch.nn.Module:
 class RecordedVision(torch.nn.Module):
     """A ViT on a GPU whose passes of BATCH pictures are a CUDA graph: it waits for their launches else.
 
-    It is recorded at the first pass. NF4 values are unpacked then, which changes no digit (see speed.unpack_nf4).
+    NF4 values are unpacked, which changes no digit (see speed.unpack_nf4).
     """
 
-    def __init__(self, vision: torch.nn.Module):
+    def __init__(self, vision: torch.nn.Module, vision_config):
         super().__init__()
-        self.vision, self.post_layernorm = vision, vision.post_layernorm
-        self.recording: tuple | None = None  # graph, where it reads pixels, where it writes outputs
+        self.post_layernorm = vision.post_layernorm
+        weight, side = vision.post_layernorm.weight, vision_config.image_size
+        self.pixels = torch.zeros(BATCH, 3, side, side, dtype=weight.dtype, device=weight.device)
+        unpack_nf4(vision)
+        self.vision = vision  # its weights are read by the graph
+        with torch.inference_mode():
+            self.graph, self.outputs = record_graph(lambda: vision(self.pixels).last_hidden_state)
 
     def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        if self.recording is None:
-            unpack_nf4(self.vision)
-            pixels = pixel_values.clone()  # (BATCH, 3, S, S)
-            graph, outputs = record_graph(lambda: self.vision(pixels).last_hidden_state)
-            self.recording = graph, pixels, outputs
-        graph, pixels, outputs = self.recording
-        pixels.copy_(pixel_values)
-        graph.replay()
-        return BaseModelOutputWithPooling(last_hidden_state=outputs.clone())
+        self.pixels.copy_(pixel_values)  # (BATCH, 3, S, S)
+        self.graph.replay()
+        return BaseModelOutputWithPooling(last_hidden_state=self.outputs.clone())
 
 
-def record_vision(model) -> None:
-    """Put a RecordedVision in place of the ViT if the GPU has memory to spare."""
-    blip2 = get_blip2(model)
-    if has_room_to_unpack(blip2.vision_model, model.device):
-        blip2.vision_model = RecordedVision(blip2.vision_model)
+def record_vision(vision: torch.nn.Module, vision_config) -> torch.nn.Module:
+    """The ViT as a RecordedVision if it is on a GPU with memory to spare, else as it is."""
+    has_room = has_room_to_unpack(vision, vision.post_layernorm.weight.device)
+    return RecordedVision(vision, vision_config) if has_room else vision
 
 
 def run_vision(vision, pixels: Tensor) -> Tensor:
@@ -136,15 +134,24 @@ def pick_place(size: int, device: torch.device) -> torch.device:
     return device if free - size > total / 2 else torch.device("cpu")
 
 
-def compute_outputs(model, processor, images: Sequence[Path], store: "VisionStore | None", kept: int | None = None):
-    """(outputs (N, P, D) of the pictures that can be read, in order; {path: why} of the others).
+def compute_outputs(
+    vision,
+    vision_config,
+    processor,
+    images: Sequence[Path],
+    store: "VisionStore | None",
+    kept: int | None = None,
+    when_forked: Callable[[], None] | None = None,
+) -> tuple[Tensor, dict[Path, str]]:
+    """(the ViT's outputs (N, P, D) of the pictures that can be read, in order; {path: why} of the others).
 
     What `store` has is read from there, the rest is computed, and written there by threads, which may take longer.
-    `kept`: outputs of the first so many pictures; those of the others only go into the store.
+    `kept`: outputs of the first so many pictures; those of the others only go into the store. `when_forked` is called
+    once the processes that decode have been forked: no thread should be at work then.
     """
     kept = len(images) if kept is None else kept
-    shape, dtype = shape_outputs(model.config.vision_config), model.vision_model.post_layernorm.weight.dtype
-    place = pick_place(kept * math.prod(shape) * dtype.itemsize, model.device)
+    shape, weight = shape_outputs(vision_config), vision.post_layernorm.weight
+    dtype, place = weight.dtype, pick_place(kept * math.prod(shape) * weight.dtype.itemsize, weight.device)
     outputs = torch.empty(kept, *shape, dtype=dtype, device=place)
     sums: list[str | None] = [None] * len(images)
     missing, unreadable, not_kept = list(range(len(images))), {}, 0
@@ -158,12 +165,13 @@ def compute_outputs(model, processor, images: Sequence[Path], store: "VisionStor
                     if row < kept:
                         outputs[row].copy_(found, non_blocking=True)
                     progress.update()
-        for rows, pixels, reasons in _read_missing(
-            missing, images, processor, dtype, model.config.vision_config.image_size
-        ):
+        batches = _read_missing(missing, images, processor, dtype, vision_config.image_size)
+        for number, (rows, pixels, reasons) in enumerate(batches):
+            if number == 0 and when_forked is not None:
+                when_forked()
             unreadable |= reasons
             if rows:
-                places = list(run_vision(model.vision_model, pixels).to(place))
+                places = list(run_vision(vision, pixels).to(place))
                 count = bisect.bisect_left(rows, kept)
                 if count:
                     torch._foreach_copy_([outputs[row] for row in rows[:count]], places[:count])

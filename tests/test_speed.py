@@ -9,6 +9,7 @@ import torch
 from test_training import stop_at, train
 
 import main
+import speed
 import training
 from caption_loss import caption_nll, supports
 from checkpoints import hash_file
@@ -17,6 +18,7 @@ from data import Example
 from layers import spare_columns
 from model import CaptionCollator, CaptionDataset, add_lora, load_model, load_processor
 from speed import FastStep, LengthSampler, join_weights, unpack_nf4
+from vision_store import take_vision_out
 
 CPU = torch.device("cpu")
 
@@ -162,6 +164,26 @@ def test_unpacked_weights_have_the_same_values(tiny_checkpoint, batch):
     check_agreement(packed, unpacked, relative=1e-5)
     unquantised = load(tiny_checkpoint, False)
     assert abs(caption_nll(unquantised, **batch).sum() - packed[0]) > 1e-3  # NF4 it still is
+
+
+def test_compiling_ahead_leaves_no_trace(tiny_checkpoint, monkeypatch):
+    model = load(tiny_checkpoint, dropout=0.3).train()
+    take_vision_out(model)
+    modes, before, state = [], {n: w.clone() for n, w in model.named_parameters()}, torch.get_rng_state()
+    real = speed.caption_nll
+    monkeypatch.setattr(
+        speed, "caption_nll", lambda *args, **batch: modes.append(model.training) or real(*args, **batch)
+    )
+    with speed.compiling_ahead(model) as start:
+        start()
+    assert modes == [True, False]
+    assert torch.equal(torch.get_rng_state(), state) and all(module.training for module in model.modules())
+    assert all(torch.equal(w, before[name]) and w.grad is None for name, w in model.named_parameters())
+    with speed.compiling_ahead(model):
+        pass  # nothing was to be decoded
+    monkeypatch.setattr(speed, "run_small_passes", lambda model: 1 / 0)
+    with speed.compiling_ahead(model) as start:
+        start()
 
 
 def test_passes_add_up_to_a_step(tiny_checkpoint, batch):

@@ -50,10 +50,14 @@ def open_here(model, processor, gib=1.0, **about):
     return VisionStore(Path("store"), described, shape, torch.float32, CPU, gib)
 
 
+def compute(model, processor, images, store, **options):
+    return compute_outputs(model.vision_model, model.config.vision_config, processor, images, store, **options)
+
+
 def fill(model, processor, images, **options):
     """(outputs, the store, closed) of the images."""
     store = open_here(model, processor, **options)
-    outputs, unreadable = compute_outputs(model, processor, images, store)
+    outputs, unreadable = compute(model, processor, images, store)
     assert not unreadable
     store.close()
     return outputs, store
@@ -88,27 +92,25 @@ def test_a_recorded_vit_gives_the_same(tiny_checkpoint, processor, images, monke
 
     monkeypatch.setattr(vision_store, "record_graph", record_graph)
     model = load_model(tiny_checkpoint, True, CPU)
-    expected, _ = compute_outputs(model, processor, images, None)
-    plain = model.vision_model
-    vision_store.record_vision(model)
-    assert model.vision_model is plain  # a CPU waits for no launches
+    vision, settings = model.vision_model, model.config.vision_config
+    expected, _ = compute(model, processor, images, None)
+    assert vision_store.record_vision(vision, settings) is vision  # a CPU waits for no launches
     monkeypatch.setattr(vision_store, "has_room_to_unpack", lambda *_: True)
-    vision_store.record_vision(model)
     monkeypatch.setattr(vision_store, "BATCH", 4)
     monkeypatch.setattr(pictures, "BATCH", 4)  # five passes of one recording
-    assert torch.equal(compute_outputs(model, processor, images, None)[0], expected)
-    assert model.vision_model.recording is not None
+    recorded = vision_store.record_vision(vision, settings)
+    assert torch.equal(compute_outputs(recorded, settings, processor, images, None)[0], expected)
 
 
 def test_outputs_beyond_those_kept_are_only_stored(folder, model, processor, images, monkeypatch):
     store = open_here(model, processor)
     monkeypatch.setattr(vision_store, "PART", 3)
-    outputs, _ = compute_outputs(model, processor, images, store, kept=7)
+    outputs, _ = compute(model, processor, images, store, kept=7)
     store.close()
     assert len(outputs) == 7 and len(list_files()) == 20
     again, store = fill(model, processor, images)
     assert store.found == 20 and torch.equal(again[:7], outputs)
-    assert torch.equal(again, compute_outputs(model, processor, images, None)[0])
+    assert torch.equal(again, compute(model, processor, images, None)[0])
 
 
 def test_outputs_are_those_of_the_vit_and_read_back_the_same(folder, model, processor, images, monkeypatch):
@@ -116,7 +118,7 @@ def test_outputs_are_those_of_the_vit_and_read_back_the_same(folder, model, proc
     with torch.inference_mode():
         expected = model.vision_model(pixels).last_hidden_state
     counts = count_computed(monkeypatch)
-    assert torch.equal(compute_outputs(model, processor, images, None)[0], expected)
+    assert torch.equal(compute(model, processor, images, None)[0], expected)
     first, _ = fill(model, processor, images[:7])
     again, store = fill(model, processor, images)  # seven are there, the rest is computed
     assert torch.equal(first, expected[:7]) and torch.equal(again, expected)
@@ -318,13 +320,13 @@ def test_unreadable_pictures_are_left_out_of_the_outputs(folder, model, processo
     paths[4].unlink()
     store, slow = open_here(model, processor), VisionStore._write
     monkeypatch.setattr(VisionStore, "_write", lambda *args: time.sleep(0.05) or slow(*args))
-    outputs, unreadable = compute_outputs(model, processor, paths, store)
+    outputs, unreadable = compute(model, processor, paths, store)
     assert list(unreadable) == [paths[2], paths[4]]
     assert all(f"{path}: not readable as a picture" in reason for path, reason in unreadable.items())
-    expected = compute_outputs(model, processor, [images[row] for row in (0, 1, 3, 5)], None)[0]
+    expected = compute(model, processor, [images[row] for row in (0, 1, 3, 5)], None)[0]
     assert torch.equal(outputs, expected)
     store.close()
-    assert torch.equal(compute_outputs(model, processor, paths, store)[0], expected)  # what was written is right too
+    assert torch.equal(compute(model, processor, paths, store)[0], expected)  # what was written is right too
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -336,7 +338,7 @@ def test_no_more_is_written_than_the_bound(folder, model, processor, images, cap
     outputs, _ = fill(model, processor, images, gib=(3.5 * size + 2000) / 2**30)
     assert len(list_files()) == 3
     assert capsys.readouterr().out.count("no room is left") == 1
-    assert torch.equal(outputs, compute_outputs(model, processor, images, None)[0])
+    assert torch.equal(outputs, compute(model, processor, images, None)[0])
     fill(model, processor, images[5:9], gib=3 * size / 2**30, weights="another's")  # the bound is for all models
     assert len(list_files()) == 3
     fill(model, processor, images, gib=0)
@@ -346,7 +348,7 @@ def test_no_more_is_written_than_the_bound(folder, model, processor, images, cap
 def test_a_folder_that_cant_be_made_is_no_obstacle(folder, model, processor, images, capsys):
     Path("store").write_text("a file")
     outputs, _ = fill(model, processor, images[:2])
-    assert torch.equal(outputs, compute_outputs(model, processor, images[:2], None)[0])
+    assert torch.equal(outputs, compute(model, processor, images[:2], None)[0])
     said = capsys.readouterr().out
     assert said.count("are kept there no more") == 1 and "store" in said
 
@@ -354,9 +356,9 @@ def test_a_folder_that_cant_be_made_is_no_obstacle(folder, model, processor, ima
 def test_a_folder_that_becomes_unwritable_is_no_obstacle(folder, model, processor, images, capsys, monkeypatch):
     store = open_here(model, processor)
     shutil.rmtree(store.folder)
-    outputs, _ = compute_outputs(model, processor, images[:2], store)
+    outputs, _ = compute(model, processor, images[:2], store)
     store.close()
-    assert torch.equal(outputs, compute_outputs(model, processor, images[:2], None)[0])
+    assert torch.equal(outputs, compute(model, processor, images[:2], None)[0])
     assert capsys.readouterr().out.count("are kept there no more") == 1
 
 
