@@ -258,7 +258,7 @@ class Captioner:
 
         store, settings = self.store, self.model.config.vision_config
         how = (self.processor, self.vision.post_layernorm.weight.dtype, settings.image_size, self.config.blank)
-        sums = [None] * len(images) if store is None else list(read_ahead(hash_picture, images))
+        sums = [None] * len(images) if store is None else list(read_ahead(hash_picture, images, at_once=32))
         is_stored = [store is not None and store.has(sha256) for sha256 in sums]
         stored = read_ahead(store.load, itertools.compress(sums, is_stored), 2 * self.batch_size) if store else iter(())
         decoded = read_each([image for image, there in zip(images, is_stored, strict=True) if not there], *how)

@@ -74,20 +74,21 @@ def check_pictures(paths: Sequence[Path]) -> dict[Path, str]:
     return unreadable
 
 
-def read_ahead(read: Callable[[T], R], items: Iterable[T], ahead: int = AHEAD) -> Iterator[R]:
+def read_ahead(read: Callable[[T], R], items: Iterable[T], ahead: int = AHEAD, at_once: int = 1) -> Iterator[R]:
     """read(item) of each item, in order, by a thread on each core, which are at most `ahead` items ahead.
 
-    Threads cost nothing to start, but get in the way of a thread that has much to launch on a GPU.
+    Threads cost nothing to start, but get in the way of a thread that has much to launch on a GPU. `at_once` items are
+    one task: for what takes less time than to hand over a task.
     """
-    waiting = deque()
+    items, waiting = iter(items), deque()
     with ThreadPoolExecutor(count_cores()) as pool:
         try:
-            for item in items:
-                waiting.append(pool.submit(read, item))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
+            while part := list(itertools.islice(items, at_once)):
+                waiting.append(pool.submit(lambda part: [read(item) for item in part], part))
+                if len(waiting) * at_once > ahead:
+                    yield from waiting.popleft().result()
             while waiting:
-                yield waiting.popleft().result()
+                yield from waiting.popleft().result()
         finally:  # also when nobody asks for the rest
             for future in waiting:
                 future.cancel()

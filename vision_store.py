@@ -158,7 +158,7 @@ def compute_outputs(
     with tqdm(total=len(images), desc="encoding pictures", unit="picture") as progress:
         if store is not None:
             missing = []
-            for row, (sums[row], found) in enumerate(read_ahead(store.look_up, images)):
+            for row, (sums[row], found) in enumerate(read_ahead(store.look_up, images, at_once=8)):
                 if found is None:
                     missing.append(row)
                 else:
