@@ -9,10 +9,12 @@ LoRA is trained on the NF4 model with the Hugging Face Trainer; the adapter with
 with its processor, generation settings, configuration and split, for eval.py or plain peft.
 """
 
+import compile_kernels
 from config import TrainConfig, import_bitsandbytes, parse_args, run_script
 
 if __name__ == "__main__":
     config = parse_args(TrainConfig)  # before the heavy imports, so that --help answers at once
+    compiling = compile_kernels.start(config)
 import_bitsandbytes()  # before transformers and peft do
 
 import csv
@@ -85,7 +87,7 @@ from model import (
 )
 from pictures import LOADER_ERRORS, check_pictures, explain_dead_worker
 from publish import merge_adapter, push_to_hub, write_model_card
-from speed import FastStep, compiling_ahead, has_room_to_unpack, join_weights, unpack_nf4
+from speed import FastStep, has_room_to_unpack, join_weights, unpack_nf4
 from training import (
     CaptionTrainer,
     Pace,
@@ -516,12 +518,12 @@ def publish(config: TrainConfig) -> None:
         print(f"uploaded to {push_to_hub(config.output, config.push_to_hub)}")
 
 
-def main(config: TrainConfig) -> None:
+def main(config: TrainConfig, compiling: subprocess.Popen | None = None) -> None:
     with lock_folder(config.output, "--output"):
-        train(config)
+        train(config, compiling)
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
     start = time.perf_counter()
     transformers_logging.set_verbosity_error()
     if config.resume and is_finished(config):
@@ -572,12 +574,9 @@ def train(config: TrainConfig) -> None:
     if stored:
         images = list_images(splits, TRAINED_ON)
         not_kept = list_images(splits, ["test"]) if for_eval and arguments.process_index == 0 else []
-        with compiling_ahead(model) as compile_ahead:
-            when_forked = compile_ahead if fast and device.type == "cuda" else None
-            settings = model.config.vision_config
-            outputs, found = compute_outputs(
-                vision, settings, processor, [*images, *not_kept], store, len(images), when_forked
-            )
+        outputs, found = compute_outputs(
+            vision, model.config.vision_config, processor, [*images, *not_kept], store, kept=len(images)
+        )
         if store is not None:
             print(store.describe())
         del vision
@@ -596,6 +595,7 @@ def train(config: TrainConfig) -> None:
         arguments.dataloader_num_workers = 0  # nothing left to decode
         arguments.dataloader_pin_memory &= not outputs.is_cuda  # or there already
     model.print_trainable_parameters()
+    compile_kernels.finish(compiling)
 
     state["run_dir"] = str(run_dir)
     state["model_commit"] = getattr(model.config, "_commit_hash", None)  # that the hub's name stood for
@@ -645,4 +645,4 @@ def train(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, config)
+    run_script(functools.partial(main, compiling=compiling), config)

@@ -74,16 +74,19 @@ def load_processor(source: str | Path) -> Blip2Processor:
     return _load(Blip2Processor, source, backend="pil")
 
 
-def check_model(source: str | Path, load_in_4bit: bool, device: torch.device) -> Blip2Config:
-    """The model's configuration. Fetches config.json only.
-
-    Raises UserError unless `source` is a BLIP-2 with an OPT that fits the device.
-    """
+def load_config(source: str | Path) -> Blip2Config:
+    """The model's configuration. Fetches config.json only. Raises UserError unless it is a BLIP-2 with an OPT."""
     config = _load(AutoConfig, source)
     if config.model_type != "blip-2" or not config.use_decoder_only_language_model:
         raise UserError(f"{source}: a {config.model_type} model; --model takes a BLIP-2 checkpoint with an OPT")
     if config.image_token_index is None:
         raise UserError(f"{source}: its config.json has no image_token_index; fetch the checkpoint's latest revision")
+    return config
+
+
+def check_model(source: str | Path, load_in_4bit: bool, device: torch.device) -> Blip2Config:
+    """The same, of a model that fits the device; else raises UserError."""
+    config = load_config(source)
     check_fits(source, config, load_in_4bit, device)
     return config
 

@@ -5,8 +5,6 @@ layers that read the same input side by side (join_weights); the launches of one
 and replayed (FastStep); frames of a length beside each other (LengthSampler).
 """
 
-import contextlib
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -113,46 +111,6 @@ def record_graph(work: Callable[[], T], pool=None, warm_up: bool = True) -> tupl
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may pin memory
         result = work()
     return graph, result
-
-
-@contextlib.contextmanager
-def compiling_ahead(model) -> Iterator[Callable[[], None]]:
-    """Gives what starts a thread in which Triton compiles what passes of this model take, unless an earlier run has.
-
-    The model's ViT has been taken out (see vision_store.py). Whatever goes wrong will go wrong again in training, which
-    then says so.
-    """
-
-    def work() -> None:
-        with contextlib.suppress(Exception):
-            run_small_passes(model)
-
-    thread = threading.Thread(target=work)
-    try:
-        yield thread.start
-    finally:
-        if thread.ident is not None:  # it was started
-            thread.join()
-
-
-def run_small_passes(model) -> None:
-    """A pass with gradients, which are not kept, and one without; the random numbers that follow are the same."""
-    blip2 = get_blip2(model)
-    queries, device, vision = blip2.config.num_query_tokens, model.device, blip2.config.vision_config
-    ids = torch.full(
-        (1, 2 * queries), blip2.config.text_config.eos_token_id, device=device
-    )  # queries, and as much text
-    positions = (vision.image_size // vision.patch_size) ** 2 + 1
-    outputs = torch.zeros(1, positions, vision.hidden_size, dtype=blip2.query_tokens.dtype, device=device)
-    batch, was_training = {"pixel_values": outputs, "input_ids": ids, "labels": ids}, model.training
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        model.train()
-        weights = [weight for weight in model.parameters() if weight.requires_grad]
-        torch.autograd.grad(caption_nll(model, **batch).sum(), weights)
-        model.eval()
-        with torch.no_grad():
-            caption_nll(model, **batch)
-    model.train(was_training)
 
 
 class FastStep:

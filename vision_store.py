@@ -19,7 +19,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import datetime
@@ -141,13 +141,11 @@ def compute_outputs(
     images: Sequence[Path],
     store: "VisionStore | None",
     kept: int | None = None,
-    when_forked: Callable[[], None] | None = None,
 ) -> tuple[Tensor, dict[Path, str]]:
     """(the ViT's outputs (N, P, D) of the pictures that can be read, in order; {path: why} of the others).
 
     What `store` has is read from there, the rest is computed, and written there by threads, which may take longer.
-    `kept`: outputs of the first so many pictures; those of the others only go into the store. `when_forked` is called
-    once the processes that decode have been forked: no thread should be at work then.
+    `kept`: outputs of the first so many pictures; those of the others only go into the store.
     """
     kept = len(images) if kept is None else kept
     shape, weight = shape_outputs(vision_config), vision.post_layernorm.weight
@@ -165,10 +163,7 @@ def compute_outputs(
                     if row < kept:
                         outputs[row].copy_(found, non_blocking=True)
                     progress.update()
-        batches = _read_missing(missing, images, processor, dtype, vision_config.image_size)
-        for number, (rows, pixels, reasons) in enumerate(batches):
-            if number == 0 and when_forked is not None:
-                when_forked()
+        for rows, pixels, reasons in _read_missing(missing, images, processor, dtype, vision_config.image_size):
             unreadable |= reasons
             if rows:
                 places = list(run_vision(vision, pixels).to(place))

@@ -1,24 +1,27 @@
 """Each lever of speed.py: with it and without it loss, gradients and adapter agree."""
 
+import contextlib
+import dataclasses
 import json
+import subprocess
 from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
 import torch
+import torch.nn.functional as F
 from test_training import stop_at, train
 
+import compile_kernels
 import main
-import speed
 import training
 from caption_loss import caption_nll, supports
 from checkpoints import hash_file
 from config import TrainConfig
 from data import Example
 from layers import spare_columns
-from model import CaptionCollator, CaptionDataset, add_lora, load_model, load_processor
+from model import IGNORED, CaptionCollator, CaptionDataset, add_lora, load_config, load_model, load_processor
 from speed import FastStep, LengthSampler, join_weights, unpack_nf4
-from vision_store import take_vision_out
 
 CPU = torch.device("cpu")
 
@@ -166,24 +169,72 @@ def test_unpacked_weights_have_the_same_values(tiny_checkpoint, batch):
     assert abs(caption_nll(unquantised, **batch).sum() - packed[0]) > 1e-3  # NF4 it still is
 
 
-def test_compiling_ahead_leaves_no_trace(tiny_checkpoint, monkeypatch):
-    model = load(tiny_checkpoint, dropout=0.3).train()
-    take_vision_out(model)
-    modes, before, state = [], {n: w.clone() for n, w in model.named_parameters()}, torch.get_rng_state()
-    real = speed.caption_nll
-    monkeypatch.setattr(
-        speed, "caption_nll", lambda *args, **batch: modes.append(model.training) or real(*args, **batch)
-    )
-    with speed.compiling_ahead(model) as start:
-        start()
-    assert modes == [True, False]
-    assert torch.equal(torch.get_rng_state(), state) and all(module.training for module in model.modules())
-    assert all(torch.equal(w, before[name]) and w.grad is None for name, w in model.named_parameters())
-    with speed.compiling_ahead(model):
-        pass  # nothing was to be decoded
-    monkeypatch.setattr(speed, "run_small_passes", lambda model: 1 / 0)
-    with speed.compiling_ahead(model) as start:
-        start()
+def test_kernels_of_a_small_model_are_those_of_training(tiny_checkpoint, batch, kernels, monkeypatch):
+    """Of each kernel, with what it is compiled for: what training launches has been launched ahead."""
+    launched = set()
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                launched.add((self.kernel.fn.__name__, *(a.dtype for a in args if hasattr(a, "dtype")), str(options)))
+                return self.kernel[grid](*args, **options)
+
+            return launch
+
+        def __call__(self, *args, **options):  # by another kernel
+            return self.kernel(*args, **options)
+
+    gpu_kernels = pytest.importorskip("gpu_kernels")
+    for name, kernel in vars(gpu_kernels).items():
+        if name.startswith("_") and hasattr(kernel, "fn"):
+            monkeypatch.setattr(gpu_kernels, name, Recorder(kernel))
+    lora = ("both", 16, 32, 0.3)
+    compile_kernels.run_small_model(load_config(tiny_checkpoint), lora, CPU, torch.float32)
+    ahead = set(launched)
+    launched.clear()
+    model = load(tiny_checkpoint, dropout=0.3, rank=16)
+    join_weights(model)
+    pad = {
+        "input_ids": model.config.text_config.pad_token_id,
+        "labels": IGNORED,
+    }  # as OPT-2.7B's
+    batch |= {name: F.pad(batch[name], (0, 40 - batch[name].shape[1]), value=value) for name, value in pad.items()}
+    for mode in (True, False):
+        model.train(mode)
+        with contextlib.nullcontext() if mode else torch.no_grad():
+            loss = caption_nll(model, **batch).sum()
+        if mode:
+            loss.backward()
+    assert launched and launched <= ahead
+
+
+def test_compiling_starts_once_and_where_there_is_a_gpu(folder, settings, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "cache")
+    monkeypatch.setenv("PATH", "")
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: started.append(command))
+    config = TrainConfig(**settings)
+    compile_kernels.start(config)
+    assert not started
+    Path("nvidia-smi").touch(mode=0o755)
+    monkeypatch.setenv("PATH", ".")
+    compile_kernels.start(dataclasses.replace(config, fast_step="off"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    compile_kernels.start(config)
+    assert not started
+    monkeypatch.delenv("LOCAL_RANK")
+    compile_kernels.start(config)
+    [[_, script, stamp, *lora]] = started
+    assert Path(script).name == "compile_kernels.py" and lora[1:] == ["both", "16", "32", "0.05"]
+    Path(stamp).parent.mkdir()
+    Path(stamp).touch()
+    compile_kernels.start(config)
+    assert len(started) == 1
+    compile_kernels.start(dataclasses.replace(config, lora_rank=32))
+    assert len(started) == 2
 
 
 def test_passes_add_up_to_a_step(tiny_checkpoint, batch):
