@@ -169,7 +169,8 @@ class Captioner:
 
         logging.set_verbosity_error()
         self.config = config
-        gather(self._load)
+        fitting = min(gather(self._load))  # of one size in all processes, which share out the batches
+        gather(self._make_generator, fitting)
         self.options = {"do_sample": not config.greedy}
         if not config.greedy:
             self.options |= {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
@@ -179,7 +180,11 @@ class Captioner:
         if place == 0 and processes > 1:
             print(f"captioning in {processes} processes")
 
-    def _load(self) -> None:
+    def _load(self) -> int:
+        """Load the model; returns for how many pictures at once the fast way to generate has room, 0 if it can't be."""
+        import torch
+
+        from generation import max_batch, supports
         from model import load_finetuned, pick_device
         from vision_store import open_store, take_vision_out
 
@@ -188,36 +193,31 @@ class Captioner:
         self.store = None if config.blank else open_store(config, self.model, self.processor)  # of real pictures
         self.vision = take_vision_out(self.model)
         self.longest = config.max_new_tokens or self.generation.max_new_tokens
-        self.batch_size = config.batch_size or SLOW_BATCH
-        self.generator = self._make_generator()
-
-    def _make_generator(self):
-        """The fast way to generate (generation.py), which sets the batch size; None if not wanted or not possible."""
-        import torch
-
-        from generation import FastGenerator, max_batch, supports
-
-        wanted, cuda = self.config.fast_generation, self.model.device.type == "cuda"
-        if wanted == "off" or (wanted == "auto" and not cuda):
-            return None
         if not supports(self.model):
-            if wanted == "on":
-                raise UserError("--fast-generation on: not made for this language model; use --fast-generation auto")
-            return None
-        fit = FAST_BATCH
-        if cuda:
-            torch.cuda.empty_cache()
-            fit = max_batch(self.model, self.longest, torch.cuda.mem_get_info()[0])
-        size = self.config.batch_size or min(FAST_BATCH, 1 << max(fit, 1).bit_length() - 1)  # a power of 2
-        if size > fit or fit < min(size, SLOW_BATCH):
-            if wanted == "on":
-                raise UserError(
-                    f"--fast-generation on: the GPU has room for {fit} pictures at once in this way; take a "
-                    "--batch-size of no more, or --fast-generation auto"
-                )
-            return None
-        self.batch_size = size
-        return FastGenerator(self.model, size)
+            return 0
+        if self.model.device.type != "cuda":
+            return FAST_BATCH
+        torch.cuda.empty_cache()
+        return max_batch(self.model, self.longest, torch.cuda.mem_get_info()[0])
+
+    def _make_generator(self, fitting: int) -> None:
+        """Choose the batch size, and the fast way to generate (generation.py) where that is wanted and possible."""
+        from generation import FastGenerator, supports
+
+        self.batch_size, self.generator = self.config.batch_size or SLOW_BATCH, None
+        wanted = self.config.fast_generation
+        if wanted == "off" or (wanted == "auto" and self.model.device.type != "cuda"):
+            return
+        size = self.config.batch_size or min(FAST_BATCH, 1 << max(fitting, 1).bit_length() - 1)  # a power of 2
+        if size <= fitting:
+            self.batch_size, self.generator = size, FastGenerator(self.model, size)
+        elif wanted == "on" and not supports(self.model):
+            raise UserError("--fast-generation on: not made for this language model; use --fast-generation auto")
+        elif wanted == "on":
+            raise UserError(
+                f"--fast-generation on: the GPU has room for {fitting} pictures at once in this way; take a "
+                "--batch-size of no more, or --fast-generation auto"
+            )
 
     def map_batches(
         self,
@@ -366,15 +366,20 @@ def caption_examples(config: EvalConfig, examples: list[Example]) -> tuple[list[
         untuned = captioner.caption_untuned(index, outputs)
         return [(caption, {UNTUNED: text}) for caption, text in zip(captions, untuned, strict=True)]
 
-    predictions, start = [], time.perf_counter()
+    predictions, start, ends = [], time.perf_counter(), []
     for rows in captioner.map_batches([(e.name, e.image) for e in examples], work, unreadable):
+        ends.append((time.perf_counter(), len(predictions) + len(rows)))
         for name, (caption, floors) in rows:
             floors |= {NEAREST: nearest[name]} if nearest else {}
             predictions.append(Prediction(name, caption, references[name], floors))
     seconds = time.perf_counter() - start
+    _, processes = find_place()
     captioner.finish()
     go_on_alone()
     pace = f"{len(predictions):,} captions in {seconds:.1f} s, {len(predictions) / seconds:.1f} a second"
+    if len(ends) > processes:  # in the first batch of each process the GPU's launches are recorded
+        (first, before), (last, total) = ends[processes - 1], ends[-1]
+        pace += f" ({(total - before) / (last - first):.1f} after the first batch)"
     print(pace + captioner.describe_memory())
     if not predictions:
         raise UserError(f"none of the {len(examples)} pictures can be read: {next(iter(unreadable.values()))}")

@@ -18,10 +18,8 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +32,6 @@ TITLE = "Several GPUs"
 SECONDS = 200  # of one start of main.py or eval.py, after which it counts as hung
 LOSSES = 20  # steps whose losses are compared
 CAPTIONING, LATER = "captioning, sampled", "captioning, after the first batches"
-STEADY = "captions a second after the first batches:"  # what time_captions prints
 NF4, BF16, FSDP = "training, NF4", "training, bf16", "training, bf16, FSDP"
 ADAPTER = "several-nf4-1"  # of the part nf4; it is captioned with
 NO_DROPOUT = {
@@ -57,19 +54,14 @@ class Row(NamedTuple):
 # what is run
 
 
-def launch(processes: int, config: str | None = None, timed: bool = False) -> tuple[str, ...]:
-    """The words before the script: several processes by accelerate launch, ended when they take too long.
-
-    `timed`: the script is eval.py, run by time_captions.
-    """
+def launch(processes: int, config: str | None = None) -> tuple[str, ...]:
+    """The words before the script: several processes by accelerate launch, ended when they take too long."""
     words = ("timeout", "--kill-after", "45", str(SECONDS), sys.executable)
-    this = ("benchmarks.several_gpus", "--timed")
     if processes == 1:
-        return (*words, "-m", *this) if timed else words
+        return words
     how = ("--config_file", config) if config else ("--multi_gpu",)
     words += ("-m", "accelerate.commands.launch", *how, "--num_processes", str(processes))
-    words += ("--num_machines", "1", "--main_process_port", "0")
-    return (*words, "--module", *this) if timed else words
+    return (*words, "--num_machines", "1", "--main_process_port", "0")
 
 
 def list_flags(args, *more) -> list:
@@ -112,34 +104,9 @@ def measure_captions(args) -> Iterator[Row]:
     write_test_split(args)
     for processes in (1, args.processes):
         flags = ("--num-samples", "all", "--vision-store", "off")  # else the second would find what the first computed
-        _, pace, peak = caption(args, ADAPTER, *flags, launcher=launch(processes, timed=True))
-        yield Row(CAPTIONING, processes, pace, "captions/s", peak, CAPTIONING)
-        steady = re.search(rf"{STEADY} ([\d.]+)", (args.folder / f"{ADAPTER}-eval.log").read_text())
-        if steady:
-            yield Row(LATER, processes, float(steady[1]), "captions/s", math.nan, LATER)
-
-
-def time_captions(script: list[str]) -> None:
-    """Run eval.py in this process, and print how many captions a second there were after the first batches."""
-    import eval as captioning
-    from config import EvalConfig, parse_args, run_script
-
-    sys.argv = script
-    config = parse_args(EvalConfig)
-    map_batches, marks = captioning.Captioner.map_batches, []  # (seconds, captions) of a batch
-
-    def timed(self, *args):
-        for rows in map_batches(self, *args):
-            marks.append((time.perf_counter(), len(rows)))
-            yield rows
-        place, processes = captioning.find_place()
-        later = marks[processes:]  # as many batches come at once as there are processes
-        if place == 0 and later:
-            pace = sum(count for _, count in later) / (later[-1][0] - marks[processes - 1][0])
-            print(f"{STEADY} {pace:.2f}")
-
-    captioning.Captioner.map_batches = timed
-    run_script(captioning.main, config)
+        done = caption(args, ADAPTER, *flags, launcher=launch(processes))
+        yield Row(CAPTIONING, processes, done.captions_per_second, "captions/s", done.peak_gib, CAPTIONING)
+        yield Row(LATER, processes, done.later, "captions/s", math.nan, LATER)
 
 
 def write_test_split(args) -> None:
@@ -187,9 +154,6 @@ def copy_without_dropout(model: Path, folder: Path) -> Path:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--timed"]:
-        time_captions(sys.argv[2:])
-        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="for model, pictures and results")
     parser.add_argument("--model", type=Path, help="another BLIP-2; none: one of full size is made in FOLDER")

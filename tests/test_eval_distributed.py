@@ -121,6 +121,34 @@ def test_own_pictures_are_captioned_the_same(trained, drawn, tmp_path, capsys):
     assert (two / "captions.jsonl").read_bytes() == captions
 
 
+UNEQUAL = """
+import config, eval
+
+load = eval.Captioner._load
+
+def load_with_room(self):
+    load(self)
+    return (4, 2)[eval.find_place()[0]]
+
+eval.Captioner._load = load_with_room
+config.run_script(eval.main, config.parse_args(config.EvalConfig))
+"""
+
+
+def test_gpus_with_unequal_room_share_the_smaller_batches(trained):
+    """Room as the processes see it is made up: there is a CPU alone."""
+    import eval
+
+    (trained / "unequal.py").write_text(UNEQUAL)
+    flags = ["--num-samples", "all", "--split", "train", "--fast-generation", "on", *SHORT]
+    with launch("unequal.py", *flags, "--run-name", "unequal", cwd=trained) as unequal:
+        run_here(eval.main, EvalConfig, *flags, "--batch-size", 2, "--run-name", "equal", cwd=trained)
+    assert unequal.returncode == 0, unequal.err
+    predictions = (trained / "logs" / "equal" / "predictions.jsonl").read_bytes()
+    assert len(predictions.splitlines()) > 4
+    assert (trained / "logs" / "unequal" / "predictions.jsonl").read_bytes() == predictions
+
+
 FAILING = """
 import sys
 import config, eval
