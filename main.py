@@ -561,8 +561,6 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
     if stored:
         store = open_store(config, model, processor, write=arguments.process_index == 0)
         vision = take_vision_out(model)
-        if config.cuda_graphs and config.unpack_nf4 != "off":
-            vision = record_vision(vision, model.config.vision_config)
     model = add_lora(model, config.lora_target, config.lora_rank, config.lora_alpha, config.lora_dropout)
     fast = use_fast_step(config, model, device)
     if fast:
@@ -572,6 +570,8 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
             print(f"NF4 values of {unpack_nf4(model)} layers are unpacked: more memory, fewer computations")
         join_weights(model)
     if stored:
+        if fast and config.cuda_graphs and config.unpack_nf4 != "off":
+            vision = record_vision(vision)
         images = list_images(splits, TRAINED_ON)
         not_kept = list_images(splits, ["test"]) if for_eval and arguments.process_index == 0 else []
         outputs, found = compute_outputs(
@@ -595,7 +595,8 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
         arguments.dataloader_num_workers = 0  # nothing left to decode
         arguments.dataloader_pin_memory &= not outputs.is_cuda  # or there already
     model.print_trainable_parameters()
-    compile_kernels.finish(compiling)
+    if fast:
+        compile_kernels.finish(compiling)
 
     state["run_dir"] = str(run_dir)
     state["model_commit"] = getattr(model.config, "_commit_hash", None)  # that the hub's name stood for

@@ -228,7 +228,7 @@ def load_finetuned(folder: Path, device: torch.device, base: bool = False):
     model, processor = load_model(source, run["config"]["load_in_4bit"], device), load_processor(folder)
     check_adapter_fits(folder, model, processor)
     if not base:
-        model = PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True)  # no weights drawn only to be replaced
+        model = PeftModel.from_pretrained(model, folder)
     return model.eval(), processor, GenerationConfig.from_pretrained(folder)
 
 

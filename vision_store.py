@@ -46,6 +46,7 @@ HEADER = len(MAGIC) + 3 * 32  # bytes: MAGIC, and the SHA-256 of model and setti
 VISION_SETTINGS = ("image_size", "patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")
 WRITERS = 4  # threads that write
 PART = 2048  # pictures whose outputs may be in memory beside those that are kept, until they are written: 1.5 GB
+RECORDING_ROOM = 6 * 2**30  # bytes of GPU memory that must be free to record the ViT
 SPARE_DISK = 0.1  # share of what is free on the disk that is left free
 STALE = 3600  # seconds after which a file that was not written to its end is taken for one of a killed run
 
@@ -67,29 +68,31 @@ def take_vision_out(model) -> torch.nn.Module:
 class RecordedVision(torch.nn.Module):
     """A ViT on a GPU whose passes of BATCH pictures are a CUDA graph: it waits for their launches else.
 
-    NF4 values are unpacked, which changes no digit (see speed.unpack_nf4).
+    It is recorded at the first pass. NF4 values are unpacked then, which changes no digit (see speed.unpack_nf4).
     """
 
-    def __init__(self, vision: torch.nn.Module, vision_config):
+    def __init__(self, vision: torch.nn.Module):
         super().__init__()
-        self.post_layernorm = vision.post_layernorm
-        weight, side = vision.post_layernorm.weight, vision_config.image_size
-        self.pixels = torch.zeros(BATCH, 3, side, side, dtype=weight.dtype, device=weight.device)
-        unpack_nf4(vision)
-        self.vision = vision  # its weights are read by the graph
-        with torch.inference_mode():
-            self.graph, self.outputs = record_graph(lambda: vision(self.pixels).last_hidden_state)
+        self.vision, self.post_layernorm = vision, vision.post_layernorm
+        self.recording: tuple | None = None  # graph, where it reads pixels, where it writes outputs
 
     def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        self.pixels.copy_(pixel_values)  # (BATCH, 3, S, S)
-        self.graph.replay()
-        return BaseModelOutputWithPooling(last_hidden_state=self.outputs.clone())
+        if self.recording is None:
+            unpack_nf4(self.vision)
+            pixels = pixel_values.clone()  # (BATCH, 3, S, S)
+            graph, outputs = record_graph(lambda: self.vision(pixels).last_hidden_state)
+            self.recording = graph, pixels, outputs
+        graph, pixels, outputs = self.recording
+        pixels.copy_(pixel_values)
+        graph.replay()
+        return BaseModelOutputWithPooling(last_hidden_state=outputs.clone())  # the next pass writes over them
 
 
-def record_vision(vision: torch.nn.Module, vision_config) -> torch.nn.Module:
+def record_vision(vision: torch.nn.Module) -> torch.nn.Module:
     """The ViT as a RecordedVision if it is on a GPU with memory to spare, else as it is."""
-    has_room = has_room_to_unpack(vision, vision.post_layernorm.weight.device)
-    return RecordedVision(vision, vision_config) if has_room else vision
+    device = vision.post_layernorm.weight.device
+    has_room = has_room_to_unpack(vision, device) and torch.cuda.mem_get_info(device)[0] > RECORDING_ROOM
+    return RecordedVision(vision) if has_room else vision
 
 
 def run_vision(vision, pixels: Tensor) -> Tensor:
@@ -166,13 +169,12 @@ def compute_outputs(
         for rows, pixels, reasons in _read_missing(missing, images, processor, dtype, vision_config.image_size):
             unreadable |= reasons
             if rows:
-                places = list(run_vision(vision, pixels).to(place))
-                count = bisect.bisect_left(rows, kept)
+                computed, count = run_vision(vision, pixels), bisect.bisect_left(rows, kept)
+                places = [outputs[row] for row in rows[:count]]
                 if count:
-                    torch._foreach_copy_([outputs[row] for row in rows[:count]], places[:count])
+                    torch._foreach_copy_(places, list(computed[:count].to(place)))
                 if store is not None:
-                    places[:count] = [outputs[row] for row in rows[:count]]
-                    store.save([sums[row] for row in rows], places)
+                    store.save([sums[row] for row in rows], [*places, *computed[count:].cpu()])
                     not_kept += len(rows) - count
                     if not_kept >= PART:
                         store.wait()

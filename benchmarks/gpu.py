@@ -183,13 +183,16 @@ def caption(args, name: str, *flags, **options) -> Captioning:
 
 
 def measure_job(args) -> Iterator[tuple]:
-    job = train(args, "job", "--num-train-epochs", args.epochs)
+    store = args.folder / "job-vision-store"
+    shutil.rmtree(store, ignore_errors=True)  # nothing that an earlier run has left
+    job = train(args, "job", "--num-train-epochs", args.epochs, "--vision-store", store)
     yield TRAINING, job.samples_per_second, "samples/s", job.peak_gib
-    drawn = caption(args, "job", "--num-samples", "all")
-    greedy = caption(args, "job", "--num-samples", "all", "--greedy")
+    drawn = caption(args, "job", "--num-samples", "all", "--vision-store", store)
+    greedy = caption(args, "job", "--num-samples", "all", "--greedy", "--vision-store", store)
     for what, done in ((CAPTIONING, drawn), ("captioning, greedy", greedy)):
         yield what, done.captions_per_second, "captions/s", done.peak_gib
-        yield f"{what}, after the first batch", done.later, "captions/s", math.nan
+        if not math.isnan(done.later):
+            yield f"{what}, after the first batch", done.later, "captions/s", math.nan
     yield f"main.py: {args.frames:,} frames, {args.epochs} epochs", job.seconds, "s", math.nan
     yield "eval.py: captions of the test split and all scores", drawn.seconds, "s", math.nan
     yield "whole job", job.seconds + drawn.seconds, "s", math.nan

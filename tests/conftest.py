@@ -5,7 +5,7 @@ from pathlib import Path
 
 # before torch is imported; two processes test at once, and with two threads each they would wait for each other
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", OMP_NUM_THREADS="1")
-if "TEST_ON_GPU" not in os.environ:  # set for test_gpu_kernels.py and test_gpu.py alone
+if "TEST_ON_GPU" not in os.environ:  # set for test_gpu_kernels.py alone
     os.environ.update(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1")
 
 import pytest

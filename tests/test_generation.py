@@ -184,6 +184,19 @@ def test_nucleus_is_drawn_from_the_most_likely_tokens():
         assert pick_tokens(logits, temperature, top_p, noise[:, :width]).unique().tolist() == tokens
 
 
+def test_kernels_give_the_same_captions(tiny_checkpoint, monkeypatch):
+    """In Triton's interpreter; the prefix's attention and that of one token are both taken."""
+    kernels = pytest.importorskip("gpu_kernels", reason="Triton is not installed")
+    model, pixels = load(tiny_checkpoint), make_pixels(3)
+    expected = FastGenerator(model, 3).generate(pixels, 12)
+    calls, attend, attend_one = [], kernels.attend, kernels.attend_one
+    monkeypatch.setattr(generation, "use_kernels", lambda x: True)
+    monkeypatch.setattr(kernels, "attend", lambda *args: calls.append("prefix") or attend(*args))
+    monkeypatch.setattr(kernels, "attend_one", lambda *args: calls.append("token") or attend_one(*args))
+    assert torch.equal(FastGenerator(model, 3).generate(pixels, 12), expected)
+    assert set(calls) == {"prefix", "token"} and len(expected.unique(dim=0)) > 1
+
+
 def test_graphs_are_captured_once_and_replayed(tiny_checkpoint, monkeypatch):
     """With stand-ins for CUDA's: capturing notes a step and runs nothing, replaying runs what was noted."""
     model, pixels = load(tiny_checkpoint), make_pixels(8)

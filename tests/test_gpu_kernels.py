@@ -149,6 +149,22 @@ def test_attention_is_torchs(length, keys, heads, width, is_causal, dropout, dty
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [16, 40, 80])
+@pytest.mark.parametrize("position", [0, 5, 16, 37])
+def test_attention_of_one_token_is_torchs(position, width, dtype):
+    """Key and value go into the cache; what is behind them is not read."""
+    torch.manual_seed(0)
+    rows, heads = 3, 2
+    new, cache = make(rows, 3, heads, width, dtype=dtype), make(2, rows, heads, 40, width, dtype=dtype)
+    cache[:, :, :, position:] = torch.nan
+    seen = torch.cat([cache[..., :position, :], new[:, 1:].transpose(0, 1).unsqueeze(3)], 3)  # (2, n, H, L, D)
+    out = gpu_kernels.attend_one(new, *cache, torch.tensor([position], device=DEVICE))
+    q, k, v = new[:, 0].double().unsqueeze(2), *seen.double()
+    check(out, F.scaled_dot_product_attention(q, k, v).squeeze(2), dtype)
+    assert torch.equal(cache[..., : position + 1, :], seen) and cache[..., position + 1 :, :].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [52, 5000])
 def test_softmax_nll_is_torchs(vocabulary, dtype):
     torch.manual_seed(0)

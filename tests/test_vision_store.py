@@ -83,7 +83,7 @@ def list_files():
 # the same results
 
 
-def test_a_recorded_vit_gives_the_same(tiny_checkpoint, processor, images, monkeypatch):
+def test_a_recorded_vit_gives_the_same(folder, tiny_checkpoint, processor, images, monkeypatch):
     """With a stand-in for CUDA's graph, which does the work again and writes over what it gave before."""
 
     def record_graph(work):
@@ -94,12 +94,20 @@ def test_a_recorded_vit_gives_the_same(tiny_checkpoint, processor, images, monke
     model = load_model(tiny_checkpoint, True, CPU)
     vision, settings = model.vision_model, model.config.vision_config
     expected, _ = compute(model, processor, images, None)
-    assert vision_store.record_vision(vision, settings) is vision  # a CPU waits for no launches
+    assert vision_store.record_vision(vision) is vision  # a CPU waits for no launches
     monkeypatch.setattr(vision_store, "has_room_to_unpack", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**40, 2**40))
     monkeypatch.setattr(vision_store, "BATCH", 4)
     monkeypatch.setattr(pictures, "BATCH", 4)  # five passes of one recording
-    recorded = vision_store.record_vision(vision, settings)
-    assert torch.equal(compute_outputs(recorded, settings, processor, images, None)[0], expected)
+    store, write = open_here(model, processor), VisionStore._write
+    monkeypatch.setattr(VisionStore, "_write", lambda *args: time.sleep(0.02) or write(*args))
+    recorded = vision_store.record_vision(vision)
+    assert isinstance(recorded, vision_store.RecordedVision) and recorded.recording is None
+    outputs, _ = compute_outputs(recorded, settings, processor, images, store, kept=6)
+    store.close()
+    assert torch.equal(outputs, expected[:6])
+    found = [store.look_up(image)[1] for image in images]
+    assert torch.equal(torch.stack(found), expected)  # what was written while later passes ran
 
 
 def test_outputs_beyond_those_kept_are_only_stored(folder, model, processor, images, monkeypatch):
