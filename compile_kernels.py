@@ -14,6 +14,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from config import import_bitsandbytes, is_sharded
+
 ROOM = 32 * 2**30  # bytes of GPU memory that must be free: a small model beside main.py's is no matter then
 WAITING = 120  # seconds that main.py waits at most
 FILES = ("gpu_kernels.py", "layers.py", "caption_loss.py", "compile_kernels.py")  # that decide what is compiled
@@ -24,8 +26,7 @@ GPUS = Path("/proc/driver/nvidia/gpus")  # where Linux tells their models
 def start(config) -> subprocess.Popen | None:
     """Start compiling for a TrainConfig; None where it is of no use, or an earlier run has done it."""
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if config.fast_step == "off" or is_sharded or not is_first or shutil.which("nvidia-smi") is None:
+    if config.fast_step == "off" or is_sharded() or not is_first or shutil.which("nvidia-smi") is None:
         return None
     lora = (config.lora_target, config.lora_rank, config.lora_alpha, config.lora_dropout)
     with suppress(OSError, RuntimeError, importlib.metadata.PackageNotFoundError):  # main.py can do without
@@ -93,8 +94,6 @@ def is_shared() -> bool:
 def main(stamp: str, source: str, target: str, rank: str, alpha: str, dropout: str) -> None:
     if not is_shared():
         return
-    from config import import_bitsandbytes
-
     import_bitsandbytes()  # before transformers and peft do
     import torch
 

@@ -56,6 +56,12 @@ def split_revision(model: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
+def is_sharded() -> bool:
+    """Whether accelerate launch was told to spread the weights over the GPUs (see fsdp.yaml)."""
+    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return wanted and int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
 class UserError(Exception):
     """Something that the user can mend. The message names the thing, its value and the remedy."""
 

@@ -282,12 +282,13 @@ class FastGenerator:
                 q, k, v = new.permute(2, 0, 3, 1, 4)  # (n, H, T, D)
                 keys.index_copy_(2, positions, k)
                 values.index_copy_(2, positions, v)
-                if mask is None and self.use_kernel:
+                if self.use_kernel:
                     seen, _ = gpu_kernels.attend(*joined.chunk(3, -1), self.heads, True, 0.0, self.position, 0)
+                elif mask is None:
+                    seen = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
                 else:
-                    options = {"is_causal": True} if mask is None else {"attn_mask": mask.expand(n, self.heads, 1, -1)}
-                    k, v = (k, v) if mask is None else (keys, values)
-                    seen = F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+                    mask_of_all = mask.expand(n, self.heads, 1, -1)
+                    seen = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask_of_all).transpose(1, 2)
             x = x + F.linear(seen.reshape(n, length, -1), *out)
             x = x + F.linear(layer.activation_fn(F.linear(layer.final_layer_norm(x), *fc1)), *fc2)
         return self.decoder.final_layer_norm(x)

@@ -376,8 +376,9 @@ class _Kinds(dict):
 
     def __missing__(self, look: tuple) -> ObjectKind | None:
         category, occluded, truncated = look
-        if category == TRAFFIC_LIGHT:
+        if category == TRAFFIC_LIGHT:  # in most frames
             self[look] = None
+            return None
         name = None if category is None else _class_of(category, self.names)
         if name is None or (name in _AREAS and not self.lanes):
             return None

@@ -56,7 +56,7 @@ from checkpoints import (
     refuse_changes,
     write_state,
 )
-from config import UserError, config_to_json, name_run
+from config import UserError, config_to_json, is_sharded, name_run
 from dashboard import RunLog, ValidationCaptions, start_wandb
 from data import (
     DEMO_IMAGES,
@@ -250,12 +250,6 @@ def split_batch(config: TrainConfig, world_size: int) -> int:
             + (f" times --per-device-train-batch-size {micro}" if micro else "")
         )
     return share
-
-
-def is_sharded() -> bool:
-    """Whether accelerate launch was told to spread the weights over the GPUs (see fsdp.yaml)."""
-    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return wanted and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def check_sharding(config: TrainConfig) -> None:
@@ -557,7 +551,7 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
 
     processor = load_processor(config.model)
     model = load_model(config.model, config.load_in_4bit, device, checked=True)
-    vision, outputs, store = None, None, None
+    outputs, store = None, None
     if stored:
         store = open_store(config, model, processor, write=arguments.process_index == 0)
         vision = take_vision_out(model)

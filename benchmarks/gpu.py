@@ -386,6 +386,7 @@ def measure_floor(args) -> Iterator[tuple]:
 
     from data import read_captions
     from model import load_processor, tokenize_caption
+    from speed import record_graph
 
     texts = itertools.islice(read_captions(args.folder / "captions.csv").values(), 1000)
     processor = load_processor(args.model)
@@ -404,11 +405,7 @@ def measure_floor(args) -> Iterator[tuple]:
                 if backward:
                     gradient @ weight
 
-        for _ in range(3):
-            work()
-        graph = torch.cuda.CUDAGraph()  # else small ones would wait for their launch
-        with torch.cuda.graph(graph):
-            work()
+        graph, _ = record_graph(work)  # else small ones would wait for their launch
         return time_on_gpu(graph.replay, repeats=20) / len(weights)
 
     for batch in (16, 64, LARGE_BATCH):

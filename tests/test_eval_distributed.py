@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,7 @@ def test_sampled_captions_are_the_same(trained):
     assert len(predictions.splitlines()) >= 4
     assert (two / "predictions.jsonl").read_bytes() == predictions
     assert output.count("predictions in ") == 1
+    assert re.search(r"captions in .* s, [\d.]+ a second \([\d.]+ after the first batch\)", output)
     assert json.loads((two / "scores.json").read_text())["n"] == len(predictions.splitlines())
 
 

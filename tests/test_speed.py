@@ -1,6 +1,5 @@
 """Each lever of speed.py: with it and without it loss, gradients and adapter agree."""
 
-import contextlib
 import dataclasses
 import json
 import subprocess
@@ -115,10 +114,8 @@ def test_kernels_give_the_models_loss(tiny_checkpoint, batch, kernels, joined):
 
 def test_gradients_of_kernels_are_those_of_their_dropout(tiny_checkpoint, batch, kernels):
     """With the masks of one seed, the loss changes along a direction as the gradient says."""
-    model, batch = (
-        load(tiny_checkpoint, dropout=0.3, rank=16).train(),
-        {name: rows[1:3] for name, rows in batch.items()},
-    )
+    model = load(tiny_checkpoint, dropout=0.3, rank=16).train()
+    batch = {name: rows[1:3] for name, rows in batch.items()}
     join_weights(model)
     model.get_base_model().qformer.dropout.eval()  # drawn by torch
 
@@ -197,14 +194,11 @@ def test_kernels_of_a_small_model_are_those_of_training(tiny_checkpoint, batch, 
     launched.clear()
     model = load(tiny_checkpoint, dropout=0.3, rank=16)
     join_weights(model)
-    pad = {
-        "input_ids": model.config.text_config.pad_token_id,
-        "labels": IGNORED,
-    }  # as OPT-2.7B's
+    pad = {"input_ids": model.config.text_config.pad_token_id, "labels": IGNORED}  # to more than 32, as OPT-2.7B has
     batch |= {name: F.pad(batch[name], (0, 40 - batch[name].shape[1]), value=value) for name, value in pad.items()}
     for mode in (True, False):
         model.train(mode)
-        with contextlib.nullcontext() if mode else torch.no_grad():
+        with torch.set_grad_enabled(mode):
             loss = caption_nll(model, **batch).sum()
         if mode:
             loss.backward()
