@@ -7,6 +7,7 @@ pictures after each epoch, dashboard.png the curves of it all.
 import json
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -55,6 +56,7 @@ class RunLog(TrainerCallback):
         with atomic_write(self.path) as file:
             file.writelines(json.dumps(record) + "\n" for record in self.records)
         self.last = (time.perf_counter(), done)  # when the speed was last logged, and the step then
+        self.drawer, self.drawing = ThreadPoolExecutor(1), None  # half a second a time, beside training
 
     def add(self, record: dict) -> None:
         self.records.append(record)
@@ -84,11 +86,18 @@ class RunLog(TrainerCallback):
     def on_evaluate(self, args, state, control, **kwargs):
         self.last = (time.perf_counter(), state.global_step)  # the speed is that of training
         if state.is_world_process_zero:
-            plot_dashboard(self.records, self.run_dir / "dashboard.png")
+            self.draw()
+
+    def draw(self) -> None:
+        """Have a thread draw the curves so far; raises what went wrong the last time."""
+        if self.drawing is not None:
+            self.drawing.result()
+        self.drawing = self.drawer.submit(plot_dashboard, list(self.records), self.run_dir / "dashboard.png")
 
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            plot_dashboard(self.records, self.run_dir / "dashboard.png")
+            self.draw()
+            self.drawing.result()
             if self.wandb_run is not None:
                 self.wandb_run.finish()
 
@@ -188,12 +197,10 @@ class ValidationCaptions(TrainerCallback):
 
 def plot_dashboard(records: list[dict], path: Path) -> None:
     """Curves over the optimiser steps, as PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure  # which, unlike pyplot, may be used by any thread
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 3, figsize=(15, 7))
+    figure = Figure(figsize=(15, 7))
+    axes = figure.subplots(2, 3)
     figure.subplots_adjust(0.05, 0.08, 0.98, 0.94, wspace=0.2, hspace=0.35)  # a layout found anew takes as long again
     for axis, (title, curves) in zip(axes.flat, PANELS.items(), strict=True):
         for key, label in curves.items():
@@ -210,4 +217,3 @@ def plot_dashboard(records: list[dict], path: Path) -> None:
     with explain_writing(path, REMEDY):
         figure.savefig(path.with_suffix(".tmp.png"), dpi=110)
         path.with_suffix(".tmp.png").replace(path)
-    plt.close(figure)
