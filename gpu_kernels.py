@@ -19,6 +19,7 @@ RANKS = (16, 32, 64)  # of LoRA, that the kernels here take
 PROJECT = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}
 ADD = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4}
 BACKWARD = {"ROWS": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 1}
+SUM = {"PARTS": 16, "VALUES": 256, "num_warps": 4}
 ATTEND = {"MOST": 64, "num_warps": 4}  # most queries and keys
 ATTEND_ONE = {"POSITIONS": 16, "num_warps": 1}  # of the cache
 LARGE_SHARED_MEMORY = 160 * 2**10  # bytes of a program; A100 and H100 have more, other GPUs 99 KiB
@@ -165,7 +166,7 @@ def lora_backward(
         **options,
         **BACKWARD,
     )
-    return sums[0].to(a.dtype) if parts == 1 else sums.sum(0).to(a.dtype)
+    return add_parts(sums, a.dtype)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -221,6 +222,24 @@ def _lora_backward(
         tl.store(place + R * width, sum1 * scale, is_column)
     if G > 2:
         tl.store(place + 2 * R * width, sum2 * scale, is_column)
+
+
+def add_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """parts.sum(0).to(dtype) of a contiguous tensor in fp32."""
+    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+    _add_parts[triton.cdiv(out.numel(), SUM["VALUES"]),](parts, out, len(parts), out.numel(), **SUM)
+    return out
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _add_parts(parts, out, rows, size, PARTS: tl.constexpr, VALUES: tl.constexpr):
+    place = tl.program_id(0) * VALUES + tl.arange(0, VALUES)
+    total = tl.zeros((VALUES,), tl.float32)
+    for start in range(0, rows, PARTS):
+        part = start + tl.arange(0, PARTS)
+        is_there = (part < rows)[:, None] & (place < size)[None, :]
+        total += tl.sum(tl.load(parts + part.to(tl.int64)[:, None] * size + place[None, :], is_there, 0.0), 0)
+    tl.store(out + place, total.to(out.dtype.element_ty), place < size)
 
 
 # --------------------------------------------------------------------------------------------------------------

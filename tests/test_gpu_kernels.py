@@ -66,6 +66,15 @@ def test_lora_is_torchs(groups, relu, dtype):
     assert torch.equal(gpu_kernels.lora_backward(None, x.detach(), grad_low, a.detach(), 0.25, SEED, 3), grad_a)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 40])
+def test_parts_are_added_up(count, dtype):
+    parts = make(count, 7, 100)
+    total = gpu_kernels.add_parts(parts, dtype)
+    assert total.dtype == dtype
+    check(total, parts.sum(0), dtype)
+
+
 def test_masks_differ_and_have_the_wanted_share():
     masks = masks_of(3, 64, 256, 0.05)
     assert masks.unique().tolist() == pytest.approx([0, 1 / 0.95], rel=1e-4)
