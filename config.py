@@ -79,9 +79,7 @@ class DataConfig:
     lanes: bool = True  # count lanes and drivable areas like objects
     merge_duplicates: bool = False  # count boxes of one class that overlap by IoU > 0.85 once
     min_box_size: float = 0.0  # pixels of its shorter side below which a box is not counted
-    without_scene: Literal["skip", "caption"] = (
-        "skip"  # frames with no scene attributes: no first sentence if captioned
-    )
+    without_scene: Literal["skip", "caption"] = "skip"  # frames with no scene attributes; caption: no first sentence
     strict: bool = False  # stop at labels with any frame that can't be used, instead of leaving it out
 
 
@@ -117,16 +115,14 @@ class TrainConfig(DataConfig):
     max_steps: int = -1  # optimiser steps, overrides the epochs; -1: by epochs
     train_batch_size: int = 16  # frames an optimiser step, over all devices
     per_device_train_batch_size: int | None = None  # frames a forward pass on each device; none: the most that fit
-    per_device_eval_batch_size: int = 16  # frames a validation pass on each device
+    per_device_eval_batch_size: int | None = None  # frames a validation pass; none: 64 in the fast step, else 16
     learning_rate: float = 5e-5  # peak of the linear schedule
     weight_decay: float = 0.01  # AdamW's
     warmup_ratio: float = 0.1  # share of the steps in which the learning rate rises
     max_caption_tokens: int = 256  # a longer caption is cut to this many tokens before its end token
     gradient_checkpointing: bool = False  # recompute activations: less memory, slower
-    vision_store_gib: float | None = None  # GiB in which the frozen ViT's outputs may be kept, on the GPU if it has
-    # room; 0: compute them anew; none: a quarter of the free memory with a GPU, 0 without
-    vision_store: Literal["auto", "off"] | Path = "auto"  # folder that keeps those outputs from run to run; auto:
-    # vision-store/ on a GPU, none without
+    vision_store_gib: float | None = None  # GiB of ViT outputs kept in memory; none: a quarter of it with a GPU, else 0
+    vision_store: Literal["auto", "off"] | Path = "auto"  # folder to keep them in; auto: vision-store/ with a GPU
     vision_store_disk_gib: float = 20.0  # GiB up to which that folder is filled
     fast_step: Literal["auto", "on", "off"] = "auto"  # logits of text alone, LoRA in 16 bits; auto: on a GPU with bf16
     cuda_graphs: bool = True  # with the fast step on a GPU: record the launches of a pass once and replay them
@@ -151,7 +147,9 @@ class TrainConfig(DataConfig):
 
     def __post_init__(self):
         _check(self, "more than 0", lambda value: value > 0, "lora_rank", "lora_alpha", "learning_rate")
-        _check(self, "more than 0", lambda value: value > 0, "train_batch_size", "per_device_eval_batch_size")
+        _check(self, "more than 0", lambda value: value > 0, "train_batch_size")
+        if self.per_device_eval_batch_size is not None:
+            _check(self, "more than 0", lambda value: value > 0, "per_device_eval_batch_size")
         _check(self, "more than 0", lambda value: value > 0, "logging_steps")
         _check(self, "0 or more", lambda value: value >= 0, "save_minutes", "val_captions")
         _check(self, "more than 0", lambda value: value > 0, "max_caption_tokens", "num_train_epochs")
@@ -201,10 +199,8 @@ class EvalConfig:
     top_p: float = 0.9  # share of the probability that sampling draws from
     max_new_tokens: int | None = None  # longest caption in tokens; none: as saved in training
     batch_size: int | None = None  # pictures captioned at once; none: up to 512 in the fast way, 16 otherwise
-    fast_generation: Literal["auto", "on", "off"] = "auto"  # OPT written out, a token by one CUDA graph, unquantised
-    # copy of its weights; auto: on a GPU with room
-    vision_store: Literal["auto", "off"] | Path = "auto"  # folder that keeps the frozen ViT's outputs from run to run,
-    # main.py's too; auto: vision-store/ on a GPU, none without
+    fast_generation: Literal["auto", "on", "off"] = "auto"  # OPT in 16 bits, by CUDA graphs; auto: on a GPU with room
+    vision_store: Literal["auto", "off"] | Path = "auto"  # kept ViT outputs, as in main.py
     vision_store_disk_gib: float = 20.0  # GiB up to which that folder is filled
     show: int = 3  # captions printed beside their references
     seed: int = 42  # of the sample and of sampling

@@ -107,6 +107,7 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")  # wh
 WAITING = 6 * 3600  # seconds that processes wait for the first, which may have a data set to fetch
 MAX_UNREADABLE = 0.05  # share of the pictures that may be unreadable
 LISTED = 10  # of them that are listed
+EVAL_BATCH, LEAN_EVAL_BATCH = 64, 16  # frames a validation pass, unless the user says how many
 FINISHED = ".checkpoints-of-a-finished-run"
 
 T = TypeVar("T")
@@ -192,13 +193,12 @@ def leave_out_unreadable(splits: dict[str, list[Example]], unreadable: dict[Path
 
 
 def make_arguments(config: TrainConfig, device: torch.device) -> TrainingArguments:
-    """The Trainer's settings, but for the micro-batch (see set_micro_batch)."""
+    """The Trainer's settings, but for the frames a pass (see set_micro_batch and EVAL_BATCH)."""
     dtype = pick_dtype(device)
     arguments = TrainingArguments(
         output_dir=str(checkpoint_folder(config.output)),
         num_train_epochs=config.num_train_epochs,
         max_steps=config.max_steps,
-        per_device_eval_batch_size=config.per_device_eval_batch_size,
         gradient_checkpointing=config.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
         learning_rate=config.learning_rate,
@@ -592,6 +592,9 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
     if fast:
         compile_kernels.finish(compiling)
 
+    lean = not fast or config.gradient_checkpointing
+    eval_batch = config.per_device_eval_batch_size or (LEAN_EVAL_BATCH if lean else EVAL_BATCH)
+    arguments.per_device_eval_batch_size = eval_batch
     state["run_dir"] = str(run_dir)
     state["model_commit"] = getattr(model.config, "_commit_hash", None)  # that the hub's name stood for
     state["micro_batch"] = (unfinished or {}).get("micro_batch") or config.per_device_train_batch_size

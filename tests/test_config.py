@@ -1,9 +1,12 @@
 """The command line of the three scripts: defaults, wrong flags, and how fast --help answers."""
 
 import ast
+import inspect
+import itertools
 import re
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -29,6 +32,24 @@ def test_help_answers_at_once(script):
         assert help_run.returncode == 0
         assert "--demo" in help_run.stdout
     assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("config", [PipelineConfig, TrainConfig, EvalConfig])
+def test_help_has_all_of_each_fields_comment(config, monkeypatch, capsys):
+    source, documented = textwrap.dedent(inspect.getsource(config)), {}
+    for statement in ast.parse(source).body[0].body:
+        if isinstance(statement, ast.AnnAssign):
+            lines = source.splitlines()[statement.lineno - 1 :]
+            following = itertools.takewhile(lambda line: line.strip().startswith("#"), lines[1:])
+            comments = [lines[0].partition("  # ")[2], *(line.strip("# ") for line in following)]
+            documented[statement.target.id] = " ".join(comments)
+    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setattr(sys, "argv", ["x", "--help"])
+    with pytest.raises(SystemExit):
+        parse_args(config)
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, comment in documented.items():
+        assert comment and comment in shown, name
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
