@@ -215,7 +215,8 @@ def _load(auto_class, source: str | Path, **options):
 def add_lora(model, target: str, rank: int, alpha: int, dropout: float) -> PeftModel:
     """Put trainable LoRA matrices on the frozen model's linear layers that `target`, a key of LORA_TARGETS, names."""
     lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS[target], bias="none")
-    return get_peft_model(model, lora)
+    with torch.device(model.device):  # where first weights are drawn: a CPU takes a second for them
+        return get_peft_model(model, lora)
 
 
 def load_finetuned(folder: Path, device: torch.device, base: bool = False):
@@ -228,7 +229,8 @@ def load_finetuned(folder: Path, device: torch.device, base: bool = False):
     model, processor = load_model(source, run["config"]["load_in_4bit"], device), load_processor(folder)
     check_adapter_fits(folder, model, processor)
     if not base:
-        model = PeftModel.from_pretrained(model, folder)
+        with torch.device(model.device):  # as in add_lora
+            model = PeftModel.from_pretrained(model, folder)
     return model.eval(), processor, GenerationConfig.from_pretrained(folder)
 
 

@@ -150,6 +150,12 @@ class FastStep:
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.flat)
 
+    def clip(self, max_norm: float) -> Tensor:
+        """The norm of all gradients, which are scaled down to it if it is larger: clip_grad_norm_."""
+        norm = torch.linalg.vector_norm(self.flat)
+        self.flat.mul_((max_norm / (norm + 1e-6)).clamp(max=1))
+        return norm
+
     @torch.no_grad()
     def evaluate(self, batch: dict[str, Tensor]) -> Tensor:
         """(B,) sums of each row's losses, without gradients; the model is in eval mode."""

@@ -121,9 +121,9 @@ class CaptionTrainer(Trainer):
         if self.fast_step is None:
             norm = super()._clip_grad_norm(model)
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP's, of parts
-        else:  # the same, without a walk over the thousands of frozen weights
+        else:
             self.fast_step.add_up()
-            norm = torch.nn.utils.clip_grad_norm_(self.fast_step.weights, self.args.max_grad_norm)
+            norm = self.fast_step.clip(self.args.max_grad_norm)
         losses = torch.stack(self._losses)  # (accumulation steps,)
         total = losses.sum() / self.args.world_size
         if self.args.world_size > 1:  # all processes stop, or none
@@ -191,14 +191,14 @@ class CaptionTrainer(Trainer):
         self.check_finite()
         model = self.model
         model.eval()
-        total = torch.zeros(2, dtype=torch.float64)  # sum of losses, tokens
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # sum of losses, tokens
         self.callback_handler.eval_dataloader = dataloader
         for inputs in dataloader:
             inputs = self._prepare_inputs({name: value for name, value in inputs.items() if name != "index"})
             with torch.no_grad():
                 losses = self._sum_losses(model, inputs)  # (B,)
             rows = torch.stack([losses.double(), (inputs["labels"] != IGNORED).sum(1).double()], dim=1)  # (B, 2)
-            total += self.accelerator.gather_for_metrics(rows).sum(0).cpu()
+            total += self.accelerator.gather_for_metrics(rows).sum(0)  # on the GPU, which need not wait for each
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         loss = (total[0] / total[1]).item()
         if not math.isfinite(loss):
