@@ -88,6 +88,9 @@ class RunLog(TrainerCallback):
         if state.is_world_process_zero:
             self.draw()
 
+    def on_save(self, args, state, control, **kwargs):
+        self.last = (time.perf_counter(), state.global_step)  # as above
+
     def draw(self) -> None:
         """Have a thread draw the curves so far; raises what went wrong the last time."""
         if self.drawing is not None:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -266,6 +267,25 @@ def test_captions_of_each_epoch_leave_no_trace_in_the_adapter(folder, settings, 
     assert Path("logs/run/captions.md").read_text().count("- reference:") == 4
     assert Path("logs/run/dashboard.png").read_bytes().startswith(b"\x89PNG")
     assert all(record["samples_per_second"] > 0 for record in records if "loss" in record)
+
+
+def test_logged_speed_is_that_of_training_alone(folder, settings, monkeypatch):
+    pause = 2.0  # seconds that a validation and a checkpoint take longer
+
+    def slow(method):
+        def wait(self, *args, **kwargs):
+            time.sleep(pause)
+            return method(self, *args, **kwargs)
+
+        return wait
+
+    for name in ("evaluate", "_save_checkpoint"):
+        monkeypatch.setattr(main.CaptionTrainer, name, slow(getattr(main.CaptionTrainer, name)))
+    train(settings, val_captions=0, logging_steps=1)
+    records = [json.loads(line) for line in Path("logs/run/metrics.jsonl").read_text().splitlines()]
+    speeds = [record["samples_per_second"] for record in records if "loss" in record]
+    assert len(speeds) > 2
+    assert min(speeds) > settings["train_batch_size"] / pause
 
 
 def test_training_goes_on_when_wandb_fails(folder, settings, undisturbed, monkeypatch, capsys):
