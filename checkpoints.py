@@ -35,7 +35,7 @@ def checkpoint_folder(output: Path) -> Path:
 def seal_checkpoint(checkpoint: Path) -> None:
     """Write the sums of all its files: from now on it is intact, or known not to be."""
     files = sorted(file for file in checkpoint.iterdir() if file.is_file())
-    with ThreadPoolExecutor() as pool:  # weights and optimiser at once: a second each without SHA instructions
+    with ThreadPoolExecutor() as pool:  # a second for 300 MB where processors lack SHA instructions
         sums = dict(zip([file.name for file in files], pool.map(hash_file, files), strict=True))
     with atomic_write(checkpoint / MANIFEST) as file:
         json.dump(sums, file, indent=1)
