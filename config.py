@@ -147,17 +147,13 @@ class TrainConfig(DataConfig):
 
     def __post_init__(self):
         _check(self, "more than 0", lambda value: value > 0, "lora_rank", "lora_alpha", "learning_rate")
-        _check(self, "more than 0", lambda value: value > 0, "train_batch_size")
-        if self.per_device_eval_batch_size is not None:
-            _check(self, "more than 0", lambda value: value > 0, "per_device_eval_batch_size")
+        _check(self, "more than 0", lambda value: value > 0, "train_batch_size", "per_device_eval_batch_size")
         _check(self, "more than 0", lambda value: value > 0, "logging_steps")
         _check(self, "0 or more", lambda value: value >= 0, "save_minutes", "val_captions")
         _check(self, "more than 0", lambda value: value > 0, "max_caption_tokens", "num_train_epochs")
         _check(self, "0 to 4294967295", lambda value: 0 <= value < 2**32, "seed")
         _check(self, "0 or more", lambda value: value >= 0, "weight_decay", "dataloader_workers", "length_window")
-        if self.vision_store_gib is not None:
-            _check(self, "0 or more", lambda value: value >= 0, "vision_store_gib")
-        _check(self, "0 or more", lambda value: value >= 0, "vision_store_disk_gib")
+        _check(self, "0 or more", lambda value: value >= 0, "vision_store_gib", "vision_store_disk_gib")
         _check(self, "0 or more", lambda value: value >= 0, "min_box_size")
         _check(self, "0 or more, and less than 1", lambda value: 0 <= value < 1, "warmup_ratio", "lora_dropout")
         micro = self.per_device_train_batch_size
@@ -208,8 +204,7 @@ class EvalConfig:
 
     def __post_init__(self):
         _check(self, "more than 0", lambda value: value > 0, "temperature")
-        if self.batch_size is not None:
-            _check(self, "more than 0", lambda value: value > 0, "batch_size")
+        _check(self, "more than 0", lambda value: value > 0, "batch_size")
         _check(self, "0 to 4294967295", lambda value: 0 <= value < 2**32, "seed")
         _check(self, "more than 0, and at most 1", lambda value: 0 < value <= 1, "top_p")
         _check(self, "0 or more", lambda value: value >= 0, "vision_store_disk_gib")
@@ -310,9 +305,11 @@ def _plain(value):
 
 
 def _check(config, must_be: str, holds: Callable[[float], bool], *names: str) -> None:
+    """Raise UserError unless the settings of those `names` hold; None is none to check."""
     for name in names:
-        if not holds(getattr(config, name)):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be {must_be}")
+        value = getattr(config, name)
+        if value is not None and not holds(value):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be {must_be}")
 
 
 def _report(error: UserError) -> int:

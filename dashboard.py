@@ -89,7 +89,7 @@ class RunLog(TrainerCallback):
             self.draw()
 
     def on_save(self, args, state, control, **kwargs):
-        self.last = (time.perf_counter(), state.global_step)  # as above
+        self.last = (time.perf_counter(), state.global_step)  # without the checkpoint
 
     def draw(self) -> None:
         """Have a thread draw the curves so far; raises what went wrong the last time."""
