@@ -2,15 +2,26 @@
 
 The language model's head sees text alone, and its logits are never all in memory.
 
-Shapes: B rows, Q image tokens, T text tokens with bos and newline, H width of the language model, V vocabulary,
-N positions of a batch together.
+Shapes: B rows, Q image tokens, H width of the language model, V vocabulary, N positions of a batch together, of which C
+have a token to predict.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from layers import ATTENTION, copy_lora, embed_images, get_blip2, gpu_kernels, is_written_out, run_decoder, use_kernels
+from layers import (
+    ATTENTION,
+    Rows,
+    copy_lora,
+    embed_images,
+    get_blip2,
+    gpu_kernels,
+    is_written_out,
+    run_decoder,
+    use_kernels,
+)
 from model import IGNORED
 
 CHUNK = 512  # text positions whose logits are in memory at once
@@ -22,11 +33,13 @@ def supports(model) -> bool:
 
 
 @sdpa_kernel(ATTENTION)
-def caption_nll(model, pixel_values: Tensor, input_ids: Tensor, labels: Tensor, **_) -> Tensor:
-    """(B,) sums of -log p over each row's caption tokens, of a batch as CaptionCollator makes it.
+def caption_nll(
+    model, pixel_values: Tensor, input_ids: Tensor, labels: Tensor, starts: Tensor, longest: int, **_
+) -> Tensor:
+    """(B,) sums of -log p over each row's caption tokens, of a batch as PackedCollator makes it.
 
     The sum over rows divided by the tokens is Blip2ForConditionalGeneration's loss. The frozen ViT runs without
-    gradients, and rows need no attention mask since padding stands on the right of a causal model.
+    gradients. What stands behind the last row counts as a row of its own, whose tokens are not predicted.
     """
     blip = get_blip2(model)
     decoder, lora = blip.language_model.model.decoder, copy_lora(blip)
@@ -34,13 +47,21 @@ def caption_nll(model, pixel_values: Tensor, input_ids: Tensor, labels: Tensor, 
         vision = blip.vision_model(pixel_values=pixel_values).last_hidden_state  # (B, P, D)
 
     image = embed_images(blip, vision, lora)  # (B, Q, H)
-    text = decoder.embed_tokens(input_ids[:, image.shape[1] :])  # (B, T, H): bos, caption, newline, padding
-    x, first = torch.cat([image.to(text.dtype), text], dim=1), decoder.embed_positions.offset
-    x = x + decoder.embed_positions.weight[first : first + x.shape[1]]
-    hidden = run_decoder(decoder, x, lora)[:, image.shape[1] : -1]  # (B, T-1, H)
-    targets = labels[:, image.shape[1] + 1 :]  # (B, T-1)
-    nll = FrozenHeadNLL.apply(hidden.flatten(0, 1), blip.language_model.lm_head.weight, targets.flatten())
-    return nll.view(targets.shape).sum(1)
+    rows, queries = image.shape[:2]
+    places = torch.arange(len(input_ids), device=input_ids.device)  # (N,)
+    row = torch.bucketize(places, starts[1:], right=True)  # (N,) that a place is in
+    image_places = starts[:rows, None] + places[:queries]  # (B, Q)
+    x = decoder.embed_tokens(input_ids)  # (N, H)
+    x = x.index_copy(0, image_places.flatten(), image.flatten(0, 1).to(x.dtype))
+    x = x + F.embedding(places - starts[row] + decoder.embed_positions.offset, decoder.embed_positions.weight)
+    hidden = run_decoder(decoder, x, Rows(starts, longest), lora)  # (N, H)
+
+    # all places with a label, filled up with the second, which has none
+    size = len(labels) - rows * (queries + 1)
+    predicted = torch.nonzero_static(labels != IGNORED, size=size, fill_value=1)[:, 0]  # (C,)
+    before = hidden.index_select(0, predicted - 1)  # (C, H)
+    nll = FrozenHeadNLL.apply(before, blip.language_model.lm_head.weight, labels[predicted])  # (C,)
+    return torch.where(row[predicted] == places[:rows, None], nll, 0).sum(1)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -50,7 +71,7 @@ def caption_nll(model, pixel_values: Tensor, input_ids: Tensor, labels: Tensor, 
 class FrozenHeadNLL(torch.autograd.Function):
     """-log p of each target under softmax(hidden @ weight.T), with the gradient computed in the forward pass.
 
-    hidden (N, H), weight (V, H) without gradient, targets (N,) with IGNORED where nothing is to be learnt -> (N,) fp32.
+    hidden (C, H), weight (V, H) without gradient, targets (C,) with IGNORED where nothing is to be learnt -> (C,) fp32.
     Logits of CHUNK positions exist at a time, and none are kept.
     """
 

@@ -58,10 +58,11 @@ def find_stamp(*settings) -> Path:
 def run_small_model(model_config, lora: tuple[str, int, int, float], device, dtype) -> None:
     """A pass with gradients and one without through a small model of the widths of `model_config`."""
     import torch
+    from accelerate.utils import send_to_device
     from transformers import Blip2ForConditionalGeneration
 
     from caption_loss import caption_nll
-    from model import add_lora
+    from model import PackedCollator, add_lora
     from speed import join_weights
     from vision_store import shape_outputs, take_vision_out
 
@@ -74,10 +75,10 @@ def run_small_model(model_config, lora: tuple[str, int, int, float], device, dty
     take_vision_out(model)
     model = add_lora(model, *lora)
     join_weights(model)
-    text, queries = model_config.text_config, model_config.num_query_tokens
-    ids = torch.full((1, queries + 64), text.eos_token_id, device=device)  # enough for attention's largest blocks
-    outputs = torch.zeros(1, *shape_outputs(model_config.vision_config), dtype=dtype, device=device)
-    batch = {"pixel_values": outputs, "input_ids": ids, "labels": ids}
+    text = model_config.text_config
+    outputs = torch.zeros(*shape_outputs(model_config.vision_config), dtype=dtype, device=device)
+    batch = PackedCollator(model_config)([{"pixel_values": outputs, "caption_ids": [text.eos_token_id] * 64}])
+    batch = send_to_device(batch, device)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     torch.autograd.grad(caption_nll(model.train(), **batch).sum(), weights)
     with torch.no_grad():

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from layers import (
+    Rows,
     copy_lora,
     embed_images,
     get_base,
@@ -273,6 +274,8 @@ class FastGenerator:
         n, length, _ = x.shape
         table = self.decoder.embed_positions
         x = x + F.embedding(positions + table.offset, table.weight)
+        if mask is None:
+            rows = Rows(torch.arange(0, (n + 1) * length, length, device=self.device), length)
         for layer, (qkv, out, fc1, fc2), (keys, values) in zip(self.decoder.layers, self.weights, cache, strict=True):
             joined = F.linear(layer.self_attn_layer_norm(x), *qkv)  # (n, T, 3E)
             new = joined.view(n, length, 3, self.heads, -1)
@@ -283,7 +286,8 @@ class FastGenerator:
                 keys.index_copy_(2, positions, k)
                 values.index_copy_(2, positions, v)
                 if self.use_kernel:
-                    seen, _ = gpu_kernels.attend(*joined.chunk(3, -1), self.heads, True, 0.0, self.position, 0)
+                    packed = joined.flatten(0, 1).chunk(3, -1)  # as in training, whose kernels are compiled
+                    seen, _ = gpu_kernels.attend(*packed, self.heads, True, 0.0, self.position, 0, rows)
                 elif mask is None:
                     seen = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
                 else:

@@ -25,7 +25,7 @@ ATTEND_ONE = {"POSITIONS": 16, "num_warps": 1}  # of the cache
 LARGE_SHARED_MEMORY = 160 * 2**10  # bytes of a program; A100 and H100 have more, other GPUs 99 KiB
 PROGRAMS = 400  # that a launch has at least where the work can be divided at will: three for each processor of an H100
 LEVELS = 2**16  # dropout probabilities are multiples of 1 / LEVELS
-VARYING = ("site", "rows", "height", "length", "key_length")  # arguments that no kernel is compiled anew for
+VARYING = ("site", "rows", "height", "length", "key_length", "positions")  # that no kernel is compiled anew for
 ROUNDS = tl.constexpr(7)  # of Philox, enough to pass Crush (Salmon et al. 2011, Parallel Random Numbers)
 
 
@@ -350,22 +350,34 @@ def _residual_norm_backward(
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, heads: int, is_causal: bool, dropout: float, seed: Tensor, site: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    is_causal: bool,
+    dropout: float,
+    seed: Tensor,
+    site: int,
+    rows: tuple[Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """F.scaled_dot_product_attention of q (B, L, W) over k and v (B, S, W), heads being side by side.
 
-    Each may be a part of the result of linear layers side by side; k and v have the same strides. Returns (B, L, W),
-    and (B, heads, L) fp32 logarithms to base 2 of the sums that probabilities were divided by.
+    With `rows` q, k and v are (N, W), rows of different lengths behind each other: a tensor (B+1,) int64 of where each
+    begins and the last ends, and a length that none exceeds. Each may be a part of the result of linear layers side by
+    side; k and v have the same strides. Returns what has q's shape, and (heads, positions) fp32 logarithms to base 2 of
+    the sums that probabilities were divided by.
     """
-    (batch, length, width), keys = q.shape, k.shape[1]
-    out = q.new_empty(batch, length, width)
-    sums = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
-    sizes = _size_blocks(length, keys, width // heads) | {"num_stages": pick_stages(q.device)}
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    sums = torch.empty(heads, out[..., 0].numel(), dtype=torch.float32, device=q.device)
+    batch, length, key_length, starts = _size_rows(q, k, rows)
+    width = q.shape[-1] // heads
+    sizes = _size_blocks(length, key_length, width) | {"num_stages": pick_stages(q.device)}
     _attend[triton.cdiv(length, sizes["QUERIES"]), batch * heads](
-        *(q, k, v, out, sums, seed, site, length, keys, heads, width // heads, q.stride(1), k.stride(1), width),
-        *((width // heads) ** -0.5, _to_level(dropout), _to_scale(dropout)),
+        *(q, k, v, out, sums, starts, seed, site, length, key_length, sums.shape[1], heads, width),
+        *(q.stride(-2), k.stride(-2), out.shape[-1], width**-0.5, _to_level(dropout), _to_scale(dropout)),
         CAUSAL=is_causal,
         DROPS=dropout > 0,
+        PACKED=rows is not None,
         **sizes,
     )
     return out, sums
@@ -381,19 +393,28 @@ def attend_backward(
     dropout: float,
     seed: Tensor,
     site: int,
+    rows: tuple[Tensor, int] | None = None,
 ) -> None:
     """Write the `gradients` of attend's q, k and v, which have their strides. They are the same each time."""
-    (q, k, v), (heads, length) = inputs, sums.shape[1:]
-    batch, keys, width = k.shape
+    (q, k, v), (heads, positions) = inputs, sums.shape
     assert grad_out.is_contiguous() and out.is_contiguous()
-    sizes = _size_blocks(length, keys, width // heads) | {"num_stages": pick_stages(q.device)}
+    batch, length, key_length, starts = _size_rows(q, k, rows)
+    width = q.shape[-1] // heads
+    sizes = _size_blocks(length, key_length, width) | {"num_stages": pick_stages(q.device)}
     arguments = (
-        *(q, k, v, out, grad_out, sums, *gradients, seed, site, length, keys, heads, width // heads),
-        *(q.stride(1), k.stride(1), width, (width // heads) ** -0.5, _to_level(dropout), _to_scale(dropout)),
+        *(q, k, v, out, grad_out, sums, *gradients, starts, seed, site, length, key_length, positions, heads, width),
+        *(q.stride(-2), k.stride(-2), out.shape[-1], width**-0.5, _to_level(dropout), _to_scale(dropout)),
     )
-    options = {"CAUSAL": is_causal, "DROPS": dropout > 0, **sizes}
-    _attend_backward_keys[triton.cdiv(keys, sizes["KEYS"]), batch * heads](*arguments, **options)
+    options = {"CAUSAL": is_causal, "DROPS": dropout > 0, "PACKED": rows is not None, **sizes}
+    _attend_backward_keys[triton.cdiv(key_length, sizes["KEYS"]), batch * heads](*arguments, **options)
     _attend_backward_queries[triton.cdiv(length, sizes["QUERIES"]), batch * heads](*arguments, **options)
+
+
+def _size_rows(q: Tensor, k: Tensor, rows: tuple[Tensor, int] | None) -> tuple[int, int, int, Tensor]:
+    """Number of rows, queries and keys of one at most, and where they begin (any tensor if they are of one length)."""
+    if rows is None:
+        return len(q), q.shape[1], k.shape[1], q
+    return len(rows[0]) - 1, rows[1], rows[1], rows[0]
 
 
 def _size_blocks(length: int, keys: int, width: int) -> dict[str, int]:
@@ -411,6 +432,18 @@ def _size_head(width: int) -> dict[str, int]:
     whole = max(16, triton.next_power_of_2(width))
     rest = max(16, triton.next_power_of_2(width - whole // 2))
     return {"D": whole, "E": 0} if whole == 16 or rest == whole // 2 else {"D": whole // 2, "E": rest}
+
+
+@triton.jit
+def _find_row(starts, row, length, key_length, PACKED: tl.constexpr):
+    """First query and number of queries of a row, and its first key and number of keys."""
+    begin, key_begin = row.to(tl.int64) * length, row.to(tl.int64) * key_length
+    if PACKED:
+        begin = tl.load(starts + row)
+        key_begin = begin
+        length = (tl.load(starts + row + 1) - begin).to(tl.int32)
+        key_length = length
+    return begin, length, key_begin, key_length
 
 
 @triton.jit
@@ -477,25 +510,26 @@ def _scores(
 
 @triton.jit(do_not_specialize=VARYING)
 def _attend(
-    q, k, v, out, sums, seed, site, length, key_length, heads, width, q_stride, k_stride, out_stride,
+    q, k, v, out, sums, starts, seed, site, length, key_length, positions, heads, width, q_stride, k_stride, out_stride,
     scale, level, kept_scale,
-    CAUSAL: tl.constexpr, DROPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    CAUSAL: tl.constexpr, DROPS: tl.constexpr, PACKED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1)
-    row = (head // heads).to(tl.int64)
-    first = (head % heads) * width
+    row, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    drawn_row, drawn_stride = tl.program_id(1) * length, tl.cdiv(key_length, 8)
+    begin, length, key_begin, key_length = _find_row(starts, row, length, key_length, PACKED)
+    first = head * width
     queries = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    q_block = _load_head(q + first, row * length + queries, queries < length, q_stride, width, D, E)
+    q_block = _load_head(q + first, begin + queries, queries < length, q_stride, width, D, E)
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     mean, mean_rest = _zero_head(QUERIES, D, E)
-    end = key_length
+    end = tl.where(tl.program_id(0) * QUERIES < length, key_length, 0)
     if CAUSAL:
-        end = tl.minimum(key_length, (tl.program_id(0) + 1) * QUERIES)
+        end = tl.minimum(end, (tl.program_id(0) + 1) * QUERIES)
     for start in range(0, end, KEYS):
         keys = start + tl.arange(0, KEYS)
-        k_block = _load_head(k + first, row * key_length + keys, keys < key_length, k_stride, width, D, E)
+        k_block = _load_head(k + first, key_begin + keys, keys < key_length, k_stride, width, D, E)
         scores = _scores(q_block, k_block, queries, keys, length, key_length, scale, CAUSAL, E)
         higher = tl.maximum(top, tl.max(scores, 1))
         safe = tl.where(higher == float("-inf"), 0.0, higher)  # of queries behind the last
@@ -503,30 +537,31 @@ def _attend(
         shrink = tl.exp2(top - safe)
         total = total * shrink + tl.sum(p, 1)
         if DROPS:
-            drawn = (head * length + queries)[:, None] * tl.cdiv(key_length, 8)
+            drawn = (drawn_row + queries)[:, None] * drawn_stride
             drawn += start // 8 + tl.arange(0, KEYS // 8)[None, :]
             p = tl.where(tl.reshape(_is_kept(seed, site, drawn, level), (QUERIES, KEYS)), p * kept_scale, 0.0)
-        v_block = _load_head(v + first, row * key_length + keys, keys < key_length, k_stride, width, D, E)
+        v_block = _load_head(v + first, key_begin + keys, keys < key_length, k_stride, width, D, E)
         shrunk = (mean * shrink[:, None], mean_rest * shrink[:, None])
         mean, mean_rest = _add_products(shrunk, p.to(v.dtype.element_ty), v_block, E)
         top = higher
     mean, mean_rest = mean / total[:, None], mean_rest / total[:, None]
-    _store_head(out + first, row * length + queries, queries < length, out_stride, width, mean, mean_rest, D, E)
-    tl.store(sums + head.to(tl.int64) * length + queries, top + tl.log2(total), queries < length)
+    _store_head(out + first, begin + queries, queries < length, out_stride, width, mean, mean_rest, D, E)
+    tl.store(sums + head.to(tl.int64) * positions + begin + queries, top + tl.log2(total), queries < length)
 
 
 @triton.jit
 def _score_gradients(
-    q, k, v, out, grad, sums, seed, site, head, queries, keys, length, key_length, scale, level, kept_scale,
+    q, k, v, out, grad, sums, seed, site, drawn_row, drawn_stride, queries, keys, length, key_length,
+    scale, level, kept_scale,
     CAUSAL: tl.constexpr, DROPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """Of blocks: the probabilities as they weigh v, and the gradients of the scores (QUERIES, KEYS), both fp32."""
-    log_total = tl.load(sums + head.to(tl.int64) * length + queries, queries < length, 0.0)
+    log_total = tl.load(sums + queries, queries < length, 0.0)
     p = tl.exp2(_scores(q, k, queries, keys, length, key_length, scale, CAUSAL, E) - log_total[:, None])
     grad_p = _products(grad, v, E)
     weighed = p
     if DROPS:
-        drawn = (head * length + queries)[:, None] * tl.cdiv(key_length, 8)
+        drawn = (drawn_row + queries)[:, None] * drawn_stride
         drawn += tl.min(keys, 0) // 8 + tl.arange(0, KEYS // 8)[None, :]
         is_kept = tl.reshape(_is_kept(seed, site, drawn, level), (QUERIES, KEYS))
         weighed = tl.where(is_kept, p * kept_scale, 0.0)
@@ -539,32 +574,34 @@ def _score_gradients(
 
 @triton.jit(do_not_specialize=VARYING)
 def _attend_backward_keys(
-    q, k, v, out, grad_out, sums, grad_q, grad_k, grad_v, seed, site, length, key_length, heads, width,
-    q_stride, k_stride, out_stride, scale, level, kept_scale,
-    CAUSAL: tl.constexpr, DROPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    q, k, v, out, grad_out, sums, grad_q, grad_k, grad_v, starts, seed, site, length, key_length, positions, heads,
+    width, q_stride, k_stride, out_stride, scale, level, kept_scale,
+    CAUSAL: tl.constexpr, DROPS: tl.constexpr, PACKED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1)
-    row = (head // heads).to(tl.int64)
-    first = (head % heads) * width
+    row, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    drawn_row, drawn_stride = tl.program_id(1) * length, tl.cdiv(key_length, 8)
+    begin, length, key_begin, key_length = _find_row(starts, row, length, key_length, PACKED)
+    first = head * width
+    sums += head.to(tl.int64) * positions + begin
     keys = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
-    is_key, key_row = keys < key_length, row * key_length + keys
+    is_key, key_row = keys < key_length, key_begin + keys
     k_block = _load_head(k + first, key_row, is_key, k_stride, width, D, E)
     v_block = _load_head(v + first, key_row, is_key, k_stride, width, D, E)
     sum_k, sum_k_rest = _zero_head(KEYS, D, E)
     sum_v, sum_v_rest = _zero_head(KEYS, D, E)
-    begin = 0
+    from_query = 0
     if CAUSAL:
-        begin = (tl.program_id(0) * KEYS) // QUERIES * QUERIES
-    for start in range(begin, length, QUERIES):
+        from_query = (tl.program_id(0) * KEYS) // QUERIES * QUERIES
+    for start in range(from_query, length, QUERIES):
         queries = start + tl.arange(0, QUERIES)
-        is_query, query_row = queries < length, row * length + queries
+        is_query, query_row = queries < length, begin + queries
         q_block = _load_head(q + first, query_row, is_query, q_stride, width, D, E)
         out_block = _load_head(out + first, query_row, is_query, out_stride, width, D, E)
         grad = _load_head(grad_out + first, query_row, is_query, out_stride, width, D, E)
         weighed, grad_scores = _score_gradients(
-            q_block, k_block, v_block, out_block, grad, sums, seed, site, head, queries, keys, length, key_length,
-            scale, level, kept_scale, CAUSAL, DROPS, QUERIES, KEYS, E,
+            q_block, k_block, v_block, out_block, grad, sums, seed, site, drawn_row, drawn_stride, queries,
+            keys, length, key_length, scale, level, kept_scale, CAUSAL, DROPS, QUERIES, KEYS, E,
         )  # fmt: skip
         weighed, grad_scores = weighed.to(v.dtype.element_ty), grad_scores.to(q.dtype.element_ty)
         sum_v, sum_v_rest = _add_products((sum_v, sum_v_rest), tl.trans(weighed), grad, E)
@@ -575,31 +612,33 @@ def _attend_backward_keys(
 
 @triton.jit(do_not_specialize=VARYING)
 def _attend_backward_queries(
-    q, k, v, out, grad_out, sums, grad_q, grad_k, grad_v, seed, site, length, key_length, heads, width,
-    q_stride, k_stride, out_stride, scale, level, kept_scale,
-    CAUSAL: tl.constexpr, DROPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    q, k, v, out, grad_out, sums, grad_q, grad_k, grad_v, starts, seed, site, length, key_length, positions, heads,
+    width, q_stride, k_stride, out_stride, scale, level, kept_scale,
+    CAUSAL: tl.constexpr, DROPS: tl.constexpr, PACKED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1)
-    row = (head // heads).to(tl.int64)
-    first = (head % heads) * width
+    row, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    drawn_row, drawn_stride = tl.program_id(1) * length, tl.cdiv(key_length, 8)
+    begin, length, key_begin, key_length = _find_row(starts, row, length, key_length, PACKED)
+    first = head * width
+    sums += head.to(tl.int64) * positions + begin
     queries = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    is_query, query_row = queries < length, row * length + queries
+    is_query, query_row = queries < length, begin + queries
     q_block = _load_head(q + first, query_row, is_query, q_stride, width, D, E)
     out_block = _load_head(out + first, query_row, is_query, out_stride, width, D, E)
     grad = _load_head(grad_out + first, query_row, is_query, out_stride, width, D, E)
     total, total_rest = _zero_head(QUERIES, D, E)
-    end = key_length
+    end = tl.where(tl.program_id(0) * QUERIES < length, key_length, 0)
     if CAUSAL:
-        end = tl.minimum(key_length, (tl.program_id(0) + 1) * QUERIES)
+        end = tl.minimum(end, (tl.program_id(0) + 1) * QUERIES)
     for start in range(0, end, KEYS):
         keys = start + tl.arange(0, KEYS)
-        is_key, key_row = keys < key_length, row * key_length + keys
+        is_key, key_row = keys < key_length, key_begin + keys
         k_block = _load_head(k + first, key_row, is_key, k_stride, width, D, E)
         v_block = _load_head(v + first, key_row, is_key, k_stride, width, D, E)
         _, grad_scores = _score_gradients(
-            q_block, k_block, v_block, out_block, grad, sums, seed, site, head, queries, keys, length, key_length,
-            scale, level, kept_scale, CAUSAL, DROPS, QUERIES, KEYS, E,
+            q_block, k_block, v_block, out_block, grad, sums, seed, site, drawn_row, drawn_stride, queries,
+            keys, length, key_length, scale, level, kept_scale, CAUSAL, DROPS, QUERIES, KEYS, E,
         )  # fmt: skip
         total, total_rest = _add_products((total, total_rest), grad_scores.to(k.dtype.element_ty), k_block, E)
     _store_head(grad_q + first, query_row, is_query, q_stride, width, total * scale, total_rest * scale, D, E)

@@ -2,8 +2,8 @@
 and peft: linear layers that read the same input are one, and LoRA computes in the precision of the weights that it
 adapts and adds to their result in place. What caption_loss.py, generation.py and speed.py share.
 
-Shapes: B rows, Q image tokens, T text tokens, H width of the language model, P positions of the ViT and D its width,
-N positions of a batch together, G linear layers that read the same input, R LoRA rank.
+Shapes: B rows, Q image tokens, H width of the language model, P positions of the ViT and D its width, N positions of a
+batch together, L queries and S keys of a row, G linear layers that read the same input, R LoRA rank.
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,13 @@ except ImportError:  # torch for CPUs comes without Triton
     gpu_kernels = None
 
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]  # whose gradients are the same each time, unlike the others'
+
+
+class Rows(NamedTuple):
+    """Where rows of different lengths lie, one behind the other without padding between them."""
+
+    starts: Tensor  # (rows + 1,) int64, the end of the last one too
+    longest: int  # a length that none exceeds
 
 
 class Adapters(NamedTuple):
@@ -92,13 +99,13 @@ def embed_images(blip: Blip2ForConditionalGeneration, vision: Tensor, lora: Adap
     return blip.language_projection(x.to(blip.language_model.lm_head.weight.dtype))
 
 
-def run_decoder(decoder, x: Tensor, lora: Adapters) -> Tensor:
-    """OPT's last hidden states, normed, for embeddings x (B, Q+T, H) with positions."""
+def run_decoder(decoder, x: Tensor, rows: Rows, lora: Adapters) -> Tensor:
+    """OPT's last hidden states, normed, for embeddings x (N, H) with positions."""
     ends = [(layer.self_attn_layer_norm, group_linears(layer)[0]) for layer in decoder.layers]
     ends.append((decoder.final_layer_norm, []))
     normed = decoder.layers[0].self_attn_layer_norm(x)
     for layer, (norm, readers) in zip(decoder.layers, ends[1:], strict=True):
-        x, normed = run_layer(opt_layer, layer, x, normed, norm, readers, lora)
+        x, normed = run_layer(opt_layer, layer, x, normed, norm, readers, rows, lora)
     return normed
 
 
@@ -115,14 +122,21 @@ def _attention_contexts() -> tuple:
 
 
 def opt_layer(
-    layer, x: Tensor, normed: Tensor, next_norm: nn.LayerNorm, next_readers: Sequence[nn.Module], lora: Adapters
+    layer,
+    x: Tensor,
+    normed: Tensor,
+    next_norm: nn.LayerNorm,
+    next_readers: Sequence[nn.Module],
+    rows: Rows,
+    lora: Adapters,
 ) -> tuple[Tensor, Tensor]:
-    """An OPTDecoderLayer on x (B, Q+T, H), each position seeing itself and those before: the new x, and next_norm(x).
+    """An OPTDecoderLayer on x (N, H), each position seeing itself and its row's before: the new x, and next_norm(x).
 
     `normed` is x as the layer's first norm makes it; what next_norm makes is for `next_readers` to read.
     """
     attention, (qkv, out, fc1, fc2) = layer.self_attn, group_linears(layer)
-    h = attend([apply_linears(qkv, normed, lora)], attention, attention.num_heads, attention.dropout, True, lora)
+    joined = [apply_linears(qkv, normed, lora)]
+    h = attend(joined, attention, attention.num_heads, attention.dropout, lora, rows)
     h = apply_linears(out, h, lora)
     x, normed = add_and_norm(x, h, layer.dropout * layer.training, layer.final_layer_norm, lora, fc1)
     relu = isinstance(layer.activation_fn, nn.ReLU)
@@ -148,7 +162,7 @@ def qformer_attention(block, x: Tensor, source: Tensor, lora: Adapters) -> Tenso
     else:
         joined = [apply_linears([attention.query], x, lora)]
         joined.append(apply_linears([attention.key, attention.value], source, lora))
-    h = attend(joined, attention, attention.num_attention_heads, attention.attention_dropout, False, lora)
+    h = attend(joined, attention, attention.num_attention_heads, attention.attention_dropout, lora)
     return qformer_add_and_norm(block.output, x, apply_linears([block.output.dense], h, lora), lora)
 
 
@@ -161,16 +175,26 @@ def qformer_add_and_norm(block, x: Tensor, h: Tensor, lora: Adapters) -> Tensor:
 
 
 def attend(
-    joined: Sequence[Tensor], module: nn.Module, heads: int, dropout: float, is_causal: bool, lora: Adapters
+    joined: Sequence[Tensor], module: nn.Module, heads: int, dropout: float, lora: Adapters, rows: Rows | None = None
 ) -> Tensor:
     """Attention (B, L, width) of queries (B, L, width) over keys and values (B, S, width).
 
     These are what `joined` holds, side by side: [queries, keys, values as one], or [queries, keys and values as one].
+    With `rows` they and the result are (N, width), and each position sees itself and those before in its row.
     """
     dropout *= module.training
     if use_kernels(joined[0]):
-        return Attention.apply(heads, dropout, is_causal, lora.seed, lora.sites[module], *joined)
-    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in split_joined(joined))  # (B, heads, L, D)
+        return Attention.apply(heads, dropout, rows, lora.seed, lora.sites[module], *joined)
+    parts = split_joined(joined)
+    if rows is None:
+        return attend_by_torch(parts, heads, dropout, False)
+    sizes = rows.starts.diff().tolist()
+    each = zip(*(part.split(sizes) for part in parts), strict=True)
+    return torch.cat([attend_by_torch([part[None] for part in row], heads, dropout, True)[0] for row in each])
+
+
+def attend_by_torch(parts: Sequence[Tensor], heads: int, dropout: float, is_causal: bool) -> Tensor:
+    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in parts)  # (B, heads, L or S, D)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal).transpose(1, 2).flatten(2)
 
 
@@ -184,10 +208,10 @@ class Attention(torch.autograd.Function):
     """attend by Triton kernels, which take and give what is side by side without copies."""
 
     @staticmethod
-    def forward(ctx, heads, dropout, is_causal, seed, site, *joined):
-        out, sums = gpu_kernels.attend(*split_joined(joined), heads, is_causal, dropout, seed, site)
+    def forward(ctx, heads, dropout, rows, seed, site, *joined):
+        ctx.options = (rows is not None, dropout, seed, site, rows)
+        out, sums = gpu_kernels.attend(*split_joined(joined), heads, *ctx.options)
         ctx.save_for_backward(out, sums, *joined)
-        ctx.options = (is_causal, dropout, seed, site)
         return out
 
     @staticmethod

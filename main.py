@@ -75,6 +75,7 @@ from data import (
 from model import (
     CaptionCollator,
     CaptionDataset,
+    PackedCollator,
     add_lora,
     check_model,
     end_token,
@@ -334,7 +335,6 @@ def train_lora(
     """
     folder = checkpoint_folder(config.output)
     features = datasets["train"].features
-    collator = RowCollator(CaptionCollator(model.config), pin=features is not None and features.is_cuda)
     start = {name: weight.detach().cpu().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     while True:
         share(arguments, functools.partial(write_state, folder, state))
@@ -343,13 +343,15 @@ def train_lora(
             check_pickles(checkpoint)
         done, steps = read_step(checkpoint) if checkpoint else (0, None)
         set_micro_batch(arguments, state["micro_batch"], config.train_batch_size)
+        fast_step = make_fast_step()
+        collator = (CaptionCollator if fast_step is None else PackedCollator)(model.config)
         trainer = CaptionTrainer(
             model=model,
             args=arguments,
             train_dataset=datasets["train"],
             eval_dataset=datasets["val"],
-            data_collator=collator,
-            fast_step=make_fast_step(),
+            data_collator=RowCollator(collator, pin=features is not None and features.is_cuda),
+            fast_step=fast_step,
             length_window=config.length_window,
         )
         for callback in make_callbacks(done):
@@ -599,8 +601,7 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
     state["model_commit"] = getattr(model.config, "_commit_hash", None)  # that the hub's name stood for
     state["micro_batch"] = (unfinished or {}).get("micro_batch") or config.per_device_train_batch_size
     if state["micro_batch"] is None:
-        collator, dtype = CaptionCollator(model.config), pick_dtype(device)
-        fitting = find_micro_batch(model, datasets["train"], collator, micro_batch_limit, device, dtype, fast)
+        fitting = find_micro_batch(model, datasets["train"], micro_batch_limit, device, pick_dtype(device), fast)
         state["micro_batch"] = min(gather(fitting, arguments.world_size))
     steps = micro_batch_limit // state["micro_batch"]
     print(f"{config.train_batch_size} frames an optimiser step: {state['micro_batch']} a forward pass, {steps} passes")

@@ -1,7 +1,7 @@
 """BLIP-2: loading, NF4, LoRA, batches with masked labels, generation. What main.py and eval.py share.
 
 Shapes: B rows, Q image tokens a row (32 in BLIP-2), T text tokens, S image side in pixels (224), P positions of the
-ViT (257), D its width (1408).
+ViT (257), D its width (1408), N positions of a batch together.
 A row of a training batch is [Q x <image>][bos][caption][newline][padding]; only caption and newline carry loss.
 The newline is OPT's end token in BLIP-2: a model that was not trained to write it never stops.
 """
@@ -37,6 +37,7 @@ from pictures import open_picture
 from trust import ADAPTER_WEIGHTS, check_adapter_folder, check_model_folder
 
 IGNORED = -100  # label of a position that carries no loss
+PACKED_TO, LONGEST_TO = 32, 64  # what positions of a packed batch, and of its longest row, are rounded up to
 
 # fc1 and fc2 name layers of the frozen ViT too, so LoRA's targets are expressions over whole module names.
 LORA_TARGETS = {
@@ -358,6 +359,33 @@ class CaptionCollator:
             "input_ids": torch.tensor(input_ids),  # (B, Q+1+T)
             "attention_mask": torch.tensor(mask),  # (B, Q+1+T)
             "labels": torch.tensor(labels),  # (B, Q+1+T)
+        }
+
+
+class PackedCollator:
+    """Rows of CaptionDataset -> a batch for caption_nll: rows behind each other, without padding between them.
+
+    What is filled up to a multiple of PACKED_TO positions, so that there are few sizes, stands behind the last row.
+    """
+
+    def __init__(self, model_config):
+        self.prefix = prefix_ids(model_config)
+        self.pad = model_config.text_config.pad_token_id
+
+    def __call__(self, rows: list[dict]) -> dict[str, Tensor | int]:
+        input_ids, labels, starts = [], [], [0]
+        for row in rows:
+            input_ids += self.prefix + row["caption_ids"]
+            labels += [IGNORED] * len(self.prefix) + row["caption_ids"]
+            starts.append(len(labels))
+        longest = max(map(int.__sub__, starts[1:], starts))
+        padding = -len(labels) % PACKED_TO
+        return {
+            "pixel_values": torch.stack([row["pixel_values"] for row in rows]),  # (B, 3, S, S)
+            "input_ids": torch.tensor(input_ids + [self.pad] * padding),  # (N,)
+            "labels": torch.tensor(labels + [IGNORED] * padding),  # (N,)
+            "starts": torch.tensor([*starts, len(labels) + padding]),  # (B+2,) of the rows and of what is behind them
+            "longest": -(-longest // LONGEST_TO) * LONGEST_TO,
         }
 
 

@@ -2,7 +2,7 @@
 
 Levers, each with a switch in config.py: NF4 weights unpacked once instead of at each use (unpack_nf4); weights of
 layers that read the same input side by side (join_weights); the launches of one forward and backward pass recorded once
-and replayed (FastStep); frames of a length beside each other (LengthSampler).
+and replayed (FastStep); passes without padding (model.PackedCollator) of about one size (LengthSampler).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +24,9 @@ from layers import (
     list_groups,
     read_weight,
 )
-from model import IGNORED
 
 T = TypeVar("T")
-INPUTS = ("pixel_values", "input_ids", "labels")  # of a pass
-PADDED_TO = 8  # text lengths are rounded up to a multiple of it: a recording for each
+INPUTS = ("pixel_values", "input_ids", "labels", "starts", "longest")  # of a pass
 UNPACKING_ROOM = 3  # the GPU must have so many times the memory free that unpacked weights take
 
 
@@ -117,8 +115,8 @@ class FastStep:
     """Loss and gradients of one micro-batch: step(batch, tokens) -> loss, gradients are added to .grad; and validation.
 
     All gradients are parts of one tensor, which several processes add up at once (see add_up). On a GPU with
-    `cuda_graphs` the pass is recorded as a CUDA graph for each shape of batch, texts being padded to a multiple of
-    PADDED_TO; the random numbers are those of a pass that is not.
+    `cuda_graphs` the pass is recorded as a CUDA graph for each size of batch; the random numbers are those of a pass
+    that is not.
     """
 
     def __init__(self, model, cuda_graphs: bool):
@@ -132,7 +130,7 @@ class FastStep:
         self.pool = torch.cuda.graph_pool_handle() if cuda_graphs else None
 
     def __call__(self, batch: dict[str, Tensor], tokens: Tensor | int) -> Tensor:
-        """batch as of CaptionCollator on the model's device; tokens of the whole optimiser step, for the mean."""
+        """batch as of PackedCollator on the model's device; tokens of the whole optimiser step, for the mean."""
         if self.weights[0].grad is None:  # the first pass of an optimiser step
             self.flat.zero_()
         batch = {name: batch[name] for name in INPUTS}
@@ -172,22 +170,20 @@ class FastStep:
 
     def _replay(self, work: Callable, inputs: dict[str, Tensor]) -> Tensor:
         """work(batch) or work(batch, tokens), from a recording."""
-        padding = -inputs["labels"].shape[1] % PADDED_TO
-        pad = self.model.config.text_config.pad_token_id
-        inputs["input_ids"] = F.pad(inputs["input_ids"], (0, padding), value=pad)
-        inputs["labels"] = F.pad(inputs["labels"], (0, padding), value=IGNORED)
-        key = (work.__name__, *inputs["labels"].shape)
+        longest = inputs.pop("longest")
+        key = (work.__name__, len(inputs["labels"]), len(inputs["starts"]), longest)
         if key not in self.recordings:
-            self.recordings[key] = self._record(work, inputs)
+            self.recordings[key] = self._record(work, inputs, longest)
         graph, places, result = self.recordings[key]
         for name, value in inputs.items():
             places[name].copy_(value)
         graph.replay()
         return result.clone()
 
-    def _record(self, work: Callable, inputs: dict[str, Tensor]) -> tuple:
+    def _record(self, work: Callable, inputs: dict[str, Tensor], longest: int) -> tuple:
         places = {name: value.clone() for name, value in inputs.items()}
-        arguments = ({name: places[name] for name in INPUTS}, *(places[name] for name in places if name not in INPUTS))
+        batch = {name: places[name] for name in INPUTS if name in places} | {"longest": longest}
+        arguments = (batch, *(places[name] for name in places if name not in INPUTS))
         before, random = self.flat.clone(), torch.cuda.get_rng_state()
         is_first = not any(kind == work.__name__ for kind, *_ in self.recordings)
         graph, result = record_graph(lambda: work(*arguments), self.pool, warm_up=is_first)
@@ -201,15 +197,17 @@ class FastStep:
 
 
 class LengthSampler(torch.utils.data.Sampler):
-    """Random order in which the `batch_size` frames of a step have captions of about one length.
+    """Random order that suits the length of captions, for steps of `batch_size` frames.
 
-    Of `window` batches that follow each other in a random order, frames are sorted by length and dealt out to batches,
-    and the batches shuffled. The order depends on seed and epoch alone, so that a run can go on within an epoch.
+    Of `window` steps that follow each other in a random order, frames are sorted by length and dealt out. A step has
+    frames of about one length, against padding; or, where rows are `packed`, one of each range of lengths, so that all
+    steps, and their halves and quarters too, have about the same number of positions. Then steps are shuffled. The
+    order depends on seed and epoch alone, so that a run can go on within an epoch.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, window: int, seed: int):
+    def __init__(self, lengths: Sequence[int], batch_size: int, window: int, seed: int, packed: bool = False):
         self.lengths, self.batch_size, self.window, self.seed = lengths, batch_size, window, seed
-        self.epoch = 0
+        self.packed, self.epoch = packed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -219,12 +217,36 @@ class LengthSampler(torch.utils.data.Sampler):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        order = shuffle(range(len(self.lengths)), generator)
         size = self.window * self.batch_size
         for start in range(0, len(order), size):
-            part = sorted(order[start : start + size], key=lambda row: self.lengths[row])
-            batches = [part[first : first + self.batch_size] for first in range(0, len(part), self.batch_size)]
-            short = batches.pop() if len(batches[-1]) < self.batch_size else []  # stays last
-            for batch in torch.randperm(len(batches), generator=generator).tolist():
-                yield from batches[batch]
+            part = order[start : start + size]
+            whole = len(part) - len(part) % self.batch_size
+            short = part[whole:]  # stays last
+            part = sorted(part[:whole], key=lambda row: self.lengths[row])
+            count = whole // self.batch_size
+            if self.packed:
+                ranges = [shuffle(part[first : first + count], generator) for first in range(0, whole, count or 1)]
+                batches = [spread(batch) for batch in zip(*ranges, strict=True)]
+            else:
+                batches = [part[first : first + self.batch_size] for first in range(0, whole, self.batch_size)]
+            for batch in shuffle(batches, generator):
+                yield from batch
             yield from short
+
+
+def spread(items: Sequence[T]) -> list[T]:
+    """Sorted items in an order in which each half, quarter and so on has about the same sum.
+
+    They are dealt out by the Thue-Morse sequence, in which neither half is always served first.
+    """
+    if len(items) < 2:
+        return list(items)
+    halves: tuple[list, list] = ([], [])
+    for place, item in enumerate(items):
+        halves[place.bit_count() % 2].append(item)
+    return spread(halves[0]) + spread(halves[1])
+
+
+def shuffle(items: Sequence[T], generator: torch.Generator) -> list[T]:
+    return [items[place] for place in torch.randperm(len(items), generator=generator).tolist()]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
@@ -26,7 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from caption_loss import caption_nll
 from checkpoints import check_disk, seal_checkpoint
 from config import UserError
-from model import IGNORED, CaptionCollator, CaptionDataset
+from model import IGNORED, CaptionCollator, CaptionDataset, PackedCollator
 from pictures import explain_dead_worker
 from speed import FastStep, LengthSampler
 
@@ -47,7 +48,7 @@ class RowCollator:
     from elsewhere would wait for all that the GPU has to do.
     """
 
-    def __init__(self, collator: CaptionCollator, pin: bool = False):
+    def __init__(self, collator: CaptionCollator | PackedCollator, pin: bool = False):
         self.collator, self.pin = collator, pin
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -55,7 +56,10 @@ class RowCollator:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, _outlive_main)
         batch = self.collator(rows) | {"index": torch.tensor([row["index"] for row in rows])}
-        return {k: v.pin_memory() if v.device.type == "cpu" else v for k, v in batch.items()} if self.pin else batch
+        if self.pin:
+            pinned = {k: v.pin_memory() for k, v in batch.items() if torch.is_tensor(v) and v.device.type == "cpu"}
+            batch |= pinned
+        return batch
 
 
 def _outlive_main(number, frame) -> None:
@@ -178,12 +182,14 @@ class CaptionTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         lengths = [len(ids) for ids in self.train_dataset.caption_ids]
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthSampler(lengths, step, self.length_window, self.args.seed)
+        return LengthSampler(lengths, step, self.length_window, self.args.seed, packed=self.fast_step is not None)
 
     def _get_eval_sampler(self, eval_dataset):
         """By length, against padding: the sum over the set is the same in any order."""
-        rows = range(len(eval_dataset))
-        return sorted(rows, key=lambda row: -len(eval_dataset.caption_ids[row]))
+        lengths = [len(ids) for ids in eval_dataset.caption_ids]
+        if self.fast_step is not None:
+            return LengthSampler(lengths, self.args.eval_batch_size, len(lengths), self.args.seed, packed=True)
+        return sorted(range(len(lengths)), key=lambda row: -lengths[row])
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -196,8 +202,8 @@ class CaptionTrainer(Trainer):
         for inputs in dataloader:
             inputs = self._prepare_inputs({name: value for name, value in inputs.items() if name != "index"})
             with torch.no_grad():
-                losses = self._sum_losses(model, inputs)  # (B,)
-            rows = torch.stack([losses.double(), (inputs["labels"] != IGNORED).sum(1).double()], dim=1)  # (B, 2)
+                losses, tokens = self._sum_losses(model, inputs)  # (B,)
+            rows = torch.stack([losses.double(), tokens.double()], dim=1)  # (B, 2)
             total += self.accelerator.gather_for_metrics(rows).sum(0)  # on the GPU, which need not wait for each
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         loss = (total[0] / total[1]).item()
@@ -210,17 +216,18 @@ class CaptionTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_loss": loss}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
 
-    def _sum_losses(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """(B,) sums of the losses of each row's tokens."""
+    def _sum_losses(self, model, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B,) sums of the losses of each row's tokens, and (B,) how many these are."""
         if self.fast_step is not None:
-            return self.fast_step.evaluate(inputs)
+            tokens = inputs["starts"].diff()[:-1] - model.config.num_query_tokens - 1  # without image and bos
+            return self.fast_step.evaluate(inputs), tokens
         with self.compute_loss_context_manager():
             logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits  # (B, L, V)
         losses = [
             F.cross_entropy(row[:-1].float(), label[1:], ignore_index=IGNORED, reduction="sum")
             for row, label in zip(logits, inputs["labels"], strict=True)
         ]
-        return torch.stack(losses)
+        return torch.stack(losses), (inputs["labels"] != IGNORED).sum(1)
 
     def _save_checkpoint(self, model, trial):
         self.check_finite()
@@ -376,9 +383,7 @@ def list_micro_batches(batch_size: int) -> list[int]:
     return [size for size in range(batch_size, 0, -1) if batch_size % size == 0]
 
 
-def find_micro_batch(
-    model, dataset: CaptionDataset, collator: CaptionCollator, batch_size: int, device, dtype, fast: bool
-) -> int:
+def find_micro_batch(model, dataset: CaptionDataset, batch_size: int, device, dtype, fast: bool) -> int:
     """The most frames, of those that divide `batch_size`, whose forward and backward pass fit the device.
 
     Tried with the longest captions of the dataset; on a CPU the most up to CPU_MICRO_BATCH. Gradients are cleared.
@@ -386,6 +391,7 @@ def find_micro_batch(
     sizes = list_micro_batches(batch_size)
     if device.type == "cpu":
         return next(size for size in sizes if size <= CPU_MICRO_BATCH)
+    collator = (PackedCollator if fast else CaptionCollator)(model.config)
     longest = sorted(range(len(dataset)), key=lambda row: -len(dataset.caption_ids[row]))
     moments = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)  # bytes of AdamW's state
     total = torch.cuda.get_device_properties(device).total_memory
@@ -393,7 +399,7 @@ def find_micro_batch(
     for size in sizes:
         rows = [dataset[longest[place % len(longest)]] for place in range(size)]
         torch.cuda.reset_peak_memory_stats(device)
-        if _fits(model.train(), {k: v.to(device) for k, v in collator(rows).items()}, dtype, fast):
+        if _fits(model.train(), send_to_device(collator(rows), device), dtype, fast):
             peak = torch.cuda.max_memory_allocated(device)
             if peak + moments + outside <= (1 - SPARE_MEMORY) * total:
                 break

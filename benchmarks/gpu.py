@@ -331,10 +331,11 @@ def run_as_reference(args, steps: int = 12, warmup: int = 3, captions: int = 4) 
 def measure_step(args) -> Iterator[tuple]:
     """A pass of speed.FastStep, recorded, in bf16 over rows of STEP_POSITIONS positions, ViT left out."""
     import torch
+    from accelerate.utils import send_to_device
     from transformers import Blip2ForConditionalGeneration
 
     from benchmarks.full_size import build_full_size_config
-    from model import IGNORED, add_lora
+    from model import PackedCollator, add_lora
     from speed import FastStep, join_weights
     from vision_store import take_vision_out
 
@@ -345,13 +346,12 @@ def measure_step(args) -> Iterator[tuple]:
     take_vision_out(model)
     model = add_lora(model, "both", 16, 32, 0.05).train()
     join_weights(model)
-    queries = config.num_query_tokens + 1
+    collate, tokens = PackedCollator(config), STEP_POSITIONS - config.num_query_tokens - 1
     for rows in (16, 64, LARGE_BATCH):
-        ids = torch.randint(10, 50_000, (rows, STEP_POSITIONS), device="cuda")
-        labels = ids.clone()
-        labels[:, :queries] = IGNORED
         vision = torch.randn(rows, 257, config.vision_config.hidden_size, dtype=torch.bfloat16, device="cuda")
-        batch, step = {"pixel_values": vision, "input_ids": ids, "labels": labels}, FastStep(model, cuda_graphs=True)
+        ids = torch.randint(10, 50_000, (rows, tokens)).tolist()
+        batch = collate([{"pixel_values": v, "caption_ids": i} for v, i in zip(vision, ids, strict=True)])
+        batch, step = send_to_device(batch, "cuda"), FastStep(model, cuda_graphs=True)
         torch.cuda.reset_peak_memory_stats()
         seconds = time_on_gpu(lambda batch=batch, step=step: step(batch, batch["labels"].numel()), repeats=10)
         yield (

@@ -16,8 +16,8 @@ from triton.compiler import ASTSource
 import gpu_kernels
 
 FLOATS = ("scale", "kept_scale")
-POINTERS = {"seed": "*i64", "sums": "*fp32"}
-INTEGERS = ("site", "level", "rows", "length", "key_length", "heads", "width", "height", "part")
+POINTERS = {"seed": "*i64", "starts": "*i64", "sums": "*fp32"}
+INTEGERS = ("site", "level", "rows", "length", "key_length", "positions", "heads", "width", "height", "part")
 STAGES = 2  # that gpu_kernels.pick_stages gives there
 
 
@@ -43,7 +43,8 @@ def measure(kernel, constants: dict, **options) -> float:
 
 def main() -> None:
     taken, rank = {}, max(gpu_kernels.RANKS)
-    opt, qformer = {"CAUSAL": True, "DROPS": False, "D": 64, "E": 16}, {"CAUSAL": False, "DROPS": True, "D": 64, "E": 0}
+    opt = {"CAUSAL": True, "DROPS": False, "PACKED": True, "D": 64, "E": 16}
+    qformer = {"CAUSAL": False, "DROPS": True, "PACKED": False, "D": 64, "E": 0}
     for heads in (opt, qformer):
         most = gpu_kernels.ATTEND["MOST"]
         for name in ("_attend", "_attend_backward_keys", "_attend_backward_queries"):

@@ -110,7 +110,7 @@ def read_figures(folder: str, *keys: str) -> list[float]:
 
 
 def train_one(settings, **changes) -> None:
-    """Train in folder "one" in this process as `launch` does, without the fast step."""
+    """Train in folder "one" in this process as `launch` does, but for `changes` and without the fast step."""
     Path("one").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir("one")
@@ -131,7 +131,7 @@ def check_same_run(relative: float = 1e-4) -> None:
 )
 def test_two_processes_match_one(folder, settings, launch, fast_step, micro_batch):
     """The losses of one process, and its weights to 1e-5; only the main process writes."""
-    train_one(settings)
+    train_one(settings, fast_step=fast_step)
     flags = (
         "--fast-step",
         fast_step,

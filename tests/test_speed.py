@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
+import statistics
 import subprocess
 from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
 import torch
-import torch.nn.functional as F
 from test_training import stop_at, train
 
 import compile_kernels
@@ -19,22 +19,42 @@ from checkpoints import hash_file
 from config import TrainConfig
 from data import Example
 from layers import spare_columns
-from model import IGNORED, CaptionCollator, CaptionDataset, add_lora, load_config, load_model, load_processor
+from model import (
+    CaptionCollator,
+    CaptionDataset,
+    PackedCollator,
+    add_lora,
+    load_config,
+    load_model,
+    load_processor,
+)
 from speed import FastStep, LengthSampler, join_weights, unpack_nf4
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def batch(drawn, tiny_checkpoint):
-    """Four rows with captions of different lengths."""
+def rows(drawn, tiny_checkpoint):
+    """Four rows with captions of different lengths, and the model's configuration."""
     images = sorted((drawn / "images").iterdir())[:4]
     texts = ["There is one car.", "There are 3 cars. There is one truck.", "There is one bus.", "x"]
     examples = [Example(image.name, image, text) for image, text in zip(images, texts, strict=True)]
     processor = load_processor(tiny_checkpoint)
     model = load_model(tiny_checkpoint, False, CPU)
     dataset = CaptionDataset(examples, processor, 50, model.config.text_config.eos_token_id)
-    return CaptionCollator(model.config)([dataset[row] for row in range(4)])
+    return [dataset[row] for row in range(4)], model.config
+
+
+@pytest.fixture(scope="module")
+def batch(rows):
+    """The rows as the model takes them."""
+    return CaptionCollator(rows[1])(rows[0])
+
+
+@pytest.fixture(scope="module")
+def packed(rows):
+    """The same for caption_nll."""
+    return PackedCollator(rows[1])(rows[0])
 
 
 def load(checkpoint, load_in_4bit=False, dropout=0.0, rank=4):
@@ -63,18 +83,21 @@ def check_agreement(one, other, relative=1e-4):
 
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 @pytest.mark.parametrize("chunk", [512, 7])
-def test_loss_of_text_alone_is_the_models(tiny_checkpoint, batch, monkeypatch, load_in_4bit, chunk):
+def test_loss_of_text_alone_is_the_models(tiny_checkpoint, batch, packed, monkeypatch, load_in_4bit, chunk):
     monkeypatch.setattr("caption_loss.CHUNK", chunk)
     model = load(tiny_checkpoint, load_in_4bit)
     assert supports(model)
     tokens = (batch["labels"] != -100).sum()
     plain = loss_and_gradients(model, lambda: model(**batch).loss)
-    fast = loss_and_gradients(model, lambda: caption_nll(model, **batch).sum() / tokens)
+    fast = loss_and_gradients(model, lambda: caption_nll(model, **packed).sum() / tokens)
     check_agreement(plain, fast)
 
 
-def test_dropout_is_that_of_lora(tiny_checkpoint, batch):
+def test_dropout_is_that_of_lora(tiny_checkpoint, rows, monkeypatch):
     """The same masks are drawn, one for each layer; without LoRA the loss is another."""
+    monkeypatch.setattr("model.PACKED_TO", 1)
+    alike = [row | {"caption_ids": rows[0][0]["caption_ids"]} for row in rows[0]]  # where nothing is padded
+    batch, packed = CaptionCollator(rows[1])(alike), PackedCollator(rows[1])(alike)
     model = load(tiny_checkpoint, True, dropout=0.5)
     for layer in model.modules():
         if isinstance(layer, torch.nn.Dropout) and layer.p == 0.5:
@@ -83,10 +106,10 @@ def test_dropout_is_that_of_lora(tiny_checkpoint, batch):
     torch.manual_seed(1)
     plain = loss_and_gradients(model, lambda: model(**batch).loss)
     torch.manual_seed(1)
-    fast = loss_and_gradients(model, lambda: caption_nll(model, **batch).sum() / tokens)
+    fast = loss_and_gradients(model, lambda: caption_nll(model, **packed).sum() / tokens)
     check_agreement(plain, fast)
     with model.disable_adapter():
-        base = caption_nll(model, **batch).sum() / tokens
+        base = caption_nll(model, **packed).sum() / tokens
         assert base.item() == pytest.approx(model(**batch).loss.item(), rel=1e-6)
     assert abs(base - fast[0]) > 1e-3
 
@@ -100,7 +123,7 @@ def kernels(monkeypatch):
 
 
 @pytest.mark.parametrize("joined", [False, True])
-def test_kernels_give_the_models_loss(tiny_checkpoint, batch, kernels, joined):
+def test_kernels_give_the_models_loss(tiny_checkpoint, batch, packed, kernels, joined):
     model = load(tiny_checkpoint, rank=16)
     tokens = (batch["labels"] != -100).sum()
     plain = loss_and_gradients(model, lambda: model(**batch).loss)
@@ -109,23 +132,23 @@ def test_kernels_give_the_models_loss(tiny_checkpoint, batch, kernels, joined):
         layer = model.get_base_model().language_model.model.decoder.layers[0]
         assert spare_columns(layer.fc1.base_layer.weight) == 16
         assert spare_columns(layer.self_attn.v_proj.base_layer.weight) == 48
-    check_agreement(plain, loss_and_gradients(model, lambda: caption_nll(model, **batch).sum() / tokens))
+    check_agreement(plain, loss_and_gradients(model, lambda: caption_nll(model, **packed).sum() / tokens))
 
 
-def test_gradients_of_kernels_are_those_of_their_dropout(tiny_checkpoint, batch, kernels):
+def test_gradients_of_kernels_are_those_of_their_dropout(tiny_checkpoint, rows, kernels):
     """With the masks of one seed, the loss changes along a direction as the gradient says."""
     model = load(tiny_checkpoint, dropout=0.3, rank=16).train()
-    batch = {name: rows[1:3] for name, rows in batch.items()}
+    packed = PackedCollator(rows[1])(rows[0][1:3])
     join_weights(model)
     model.get_base_model().qformer.dropout.eval()  # drawn by torch
 
     def compute():
         torch.manual_seed(1)
-        return caption_nll(model, **batch).sum()
+        return caption_nll(model, **packed).sum()
 
     loss, gradients = loss_and_gradients(model, compute)
     assert compute() == loss
-    others = [caption_nll(model, **batch).sum() - loss for _ in range(4)]  # of other seeds
+    others = [caption_nll(model, **packed).sum() - loss for _ in range(4)]  # of other seeds
     assert len(set(others)) == 4 and max(map(abs, others)) > 1e-3, others
     for part in ("qformer", "language_model"):
         weights = {name: weight for name, weight in model.named_parameters() if name in gradients and part in name}
@@ -141,32 +164,32 @@ def test_gradients_of_kernels_are_those_of_their_dropout(tiny_checkpoint, batch,
         assert ((losses[1] - losses[0]) / 2e-3).item() == pytest.approx(slope.item(), rel=0.02)
 
 
-def test_gradient_checkpointing_changes_nothing(tiny_checkpoint, batch):
+def test_gradient_checkpointing_changes_nothing(tiny_checkpoint, packed):
     model = load(tiny_checkpoint)
-    kept = loss_and_gradients(model, lambda: caption_nll(model, **batch).sum())
+    kept = loss_and_gradients(model, lambda: caption_nll(model, **packed).sum())
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in model.modules():  # training mode, but for the dropouts
         layer.training = not isinstance(layer, torch.nn.Dropout)
         layer.dropout = 0.0 if isinstance(getattr(layer, "dropout", None), float) else getattr(layer, "dropout", None)
-    check_agreement(kept, loss_and_gradients(model, lambda: caption_nll(model, **batch).sum()), relative=1e-6)
+    check_agreement(kept, loss_and_gradients(model, lambda: caption_nll(model, **packed).sum()), relative=1e-6)
 
 
-def test_unpacked_weights_have_the_same_values(tiny_checkpoint, batch):
+def test_unpacked_weights_have_the_same_values(tiny_checkpoint, packed):
     model = load(tiny_checkpoint, True)
-    packed = loss_and_gradients(model, lambda: caption_nll(model, **batch).sum())
+    nf4 = loss_and_gradients(model, lambda: caption_nll(model, **packed).sum())
     assert unpack_nf4(model) > 10
     assert not any(isinstance(layer, bnb.nn.Linear4bit) for layer in model.modules())
     join_weights(model)
     layer = model.get_base_model().language_model.model.decoder.layers[0].self_attn
     query, key = layer.q_proj.base_layer, layer.k_proj.base_layer
     assert key.weight.data_ptr() == query.weight.data_ptr() + query.weight.nbytes
-    unpacked = loss_and_gradients(model, lambda: caption_nll(model, **batch).sum())
-    check_agreement(packed, unpacked, relative=1e-5)
+    unpacked = loss_and_gradients(model, lambda: caption_nll(model, **packed).sum())
+    check_agreement(nf4, unpacked, relative=1e-5)
     unquantised = load(tiny_checkpoint, False)
-    assert abs(caption_nll(unquantised, **batch).sum() - packed[0]) > 1e-3  # NF4 it still is
+    assert abs(caption_nll(unquantised, **packed).sum() - nf4[0]) > 1e-3  # NF4 it still is
 
 
-def test_kernels_of_a_small_model_are_those_of_training(tiny_checkpoint, batch, kernels, monkeypatch):
+def test_kernels_of_a_small_model_are_those_of_training(tiny_checkpoint, packed, kernels, monkeypatch):
     """Of each kernel, with what it is compiled for: what training launches has been launched ahead."""
     launched = set()
 
@@ -194,12 +217,10 @@ def test_kernels_of_a_small_model_are_those_of_training(tiny_checkpoint, batch, 
     launched.clear()
     model = load(tiny_checkpoint, dropout=0.3, rank=16)
     join_weights(model)
-    pad = {"input_ids": model.config.text_config.pad_token_id, "labels": IGNORED}  # to more than 32, as OPT-2.7B has
-    batch |= {name: F.pad(batch[name], (0, 40 - batch[name].shape[1]), value=value) for name, value in pad.items()}
     for mode in (True, False):
         model.train(mode)
         with torch.set_grad_enabled(mode):
-            loss = caption_nll(model, **batch).sum()
+            loss = caption_nll(model, **packed).sum()
         if mode:
             loss.backward()
     assert launched and launched <= ahead
@@ -231,15 +252,15 @@ def test_compiling_starts_once_and_where_there_is_a_gpu(folder, settings, monkey
     assert len(started) == 2
 
 
-def test_passes_add_up_to_a_step(tiny_checkpoint, batch):
-    model = load(tiny_checkpoint)
-    tokens = (batch["labels"] != -100).sum()
-    _, whole = loss_and_gradients(model, lambda: caption_nll(model, **batch).sum() / tokens)
+def test_passes_add_up_to_a_step(tiny_checkpoint, rows, packed):
+    model, collate = load(tiny_checkpoint), PackedCollator(rows[1])
+    tokens = (packed["labels"] != -100).sum()
+    _, whole = loss_and_gradients(model, lambda: caption_nll(model, **packed).sum() / tokens)
     step = FastStep(model, cuda_graphs=False)
     for _ in range(2):  # a second step begins anew
         model.zero_grad()
-        loss = sum(step({name: rows[i : i + 2] for name, rows in batch.items()}, tokens) for i in (0, 2))
-    assert loss.item() == pytest.approx((caption_nll(model, **batch).sum() / tokens).item(), rel=1e-6)
+        loss = sum(step(collate(rows[0][i : i + 2]), tokens) for i in (0, 2))
+    assert loss.item() == pytest.approx((caption_nll(model, **packed).sum() / tokens).item(), rel=1e-6)
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             assert (weight.grad - whole[name]).norm() < 1e-4 * whole[name].norm()
@@ -256,6 +277,23 @@ def test_batches_of_one_length():
     assert sorted(spreads)[len(spreads) // 2] < 20  # of 100
     sampler.set_epoch(1)
     assert list(sampler) != order and sorted(sampler) == list(range(1000))
+
+
+def test_packed_batches_of_one_size():
+    """And their halves and quarters, which are passes and the shares of several GPUs."""
+    lengths = [40 + (7 * n % 101) ** 2 // 100 for n in range(1000)]
+    sampler = LengthSampler(lengths, batch_size=16, window=100, seed=3, packed=True)
+    order = list(sampler)
+    assert sorted(order) == list(range(1000)) and list(sampler) == order
+    for size in (16, 8, 4):
+        dealt, drawn = (
+            statistics.stdev(sum(lengths[row] for row in rows[first : first + size]) for first in range(0, 992, size))
+            for rows in (order, torch.randperm(1000).tolist())
+        )
+        assert dealt < 0.4 * drawn, size
+    sampler.set_epoch(1)
+    assert list(sampler) != order and sorted(sampler) == list(range(1000))
+    assert list(LengthSampler([3, 1, 2], batch_size=16, window=10, seed=3, packed=True)) != [0, 1, 2]
 
 
 @pytest.mark.parametrize("fast_step", ["off", "on"])
@@ -277,7 +315,8 @@ def test_fast_run_is_the_plain_run(folder, settings):
     """Through main.py: the same losses to rounding, and the same adapter bit for bit when it is stopped and goes on."""
     losses = {}
     for name, changes in {"plain": {}, "fast": {"fast_step": "on", "unpack_nf4": "on"}}.items():
-        main.main(TrainConfig(**settings | changes | {"run_name": name, "output": Path(name), "lora_dropout": 0.0}))
+        changes |= {"run_name": name, "output": Path(name), "lora_dropout": 0.0, "length_window": 0}  # of one order
+        main.main(TrainConfig(**settings | changes))
         records = [json.loads(line) for line in Path(f"logs/{name}/metrics.jsonl").read_text().splitlines()]
         losses[name] = [r[key] for r in records for key in ("loss", "eval_loss", "grad_norm") if key in r]
     assert losses["fast"] == pytest.approx(losses["plain"], rel=1e-3)
