@@ -149,20 +149,22 @@ def lora_backward(
     site: int,
     relu: bool = False,
 ) -> Tensor:
-    """The gradient of `a` (G x R, W) from that of project_low's result, grad_low (G, N, R) contiguous.
+    """The gradient of `a` (G x R, W) from that of project_low's result, grad_low (G, N, R).
 
-    Adds what goes to x to grad_x (N, W) in place, which is then set to 0 where x <= 0 if `relu`; None: not wanted.
+    Adds what goes to x to grad_x (N, W) in place, which is then set to 0 where x <= 0 if `relu`; None: not wanted. Rows
+    of x, grad_x and grad_low may lie apart.
     """
     (groups, rows, rank), width = grad_low.shape, x.shape[1]
-    assert x.stride(1) == 1 and grad_low.is_contiguous() and (grad_x is None or grad_x.is_contiguous())
+    target = x if grad_x is None else grad_x
+    assert x.stride(1) == target.stride(1) == grad_low.stride(2) == 1
     blocks, height = triton.cdiv(width, BACKWARD["COLUMNS"]), BACKWARD["ROWS"]
     height *= triton.cdiv(triton.cdiv(rows, height), triton.cdiv(PROGRAMS, blocks))  # rows of a program
     parts = triton.cdiv(rows, height)
     sums = torch.empty(parts, *a.shape, dtype=torch.float32, device=a.device)
     options = {"DROPS": dropout > 0, "ADDS": grad_x is not None, "RELU": relu, "G": groups, "R": rank}
     _lora_backward[blocks, parts](
-        *(x if grad_x is None else grad_x, x, grad_low, a, sums, seed, site, rows, width, height, x.stride(0)),
-        *(_to_level(dropout), _to_scale(dropout)),
+        *(target, x, grad_low, a, sums, seed, site, rows, width, height, target.stride(0), x.stride(0)),
+        *(*grad_low.stride()[:2], _to_level(dropout), _to_scale(dropout)),
         **options,
         **BACKWARD,
     )
@@ -171,7 +173,8 @@ def lora_backward(
 
 @triton.jit(do_not_specialize=VARYING)
 def _lora_backward(
-    grad_x, x, grad_low, a, sums, seed, site, rows, width, height, x_stride, level, scale,
+    grad_x, x, grad_low, a, sums, seed, site, rows, width, height, grad_stride, x_stride, low_group, low_stride,
+    level, scale,
     DROPS: tl.constexpr, ADDS: tl.constexpr, RELU: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -190,7 +193,7 @@ def _lora_backward(
         values = tl.load(x + row.to(tl.int64)[:, None] * x_stride + column[None, :], is_there, 0.0)
         added = tl.zeros((ROWS, COLUMNS), tl.float32)
         for group in tl.static_range(G):
-            place = (group * rows + row).to(tl.int64)[:, None] * R + r[None, :]
+            place = group * low_group + row.to(tl.int64)[:, None] * low_stride + r[None, :]
             low = tl.load(grad_low + place, (row < rows)[:, None], 0.0)
             kept = values
             if DROPS:
@@ -211,7 +214,7 @@ def _lora_backward(
                     back = tl.where(is_kept, back, 0.0)
                 added += back
         if ADDS:
-            place = grad_x + row.to(tl.int64)[:, None] * width + column[None, :]
+            place = grad_x + row.to(tl.int64)[:, None] * grad_stride + column[None, :]
             total = tl.load(place, is_there, 0.0).to(tl.float32) + added * scale
             if RELU:
                 total = tl.where(values > 0, total, 0.0)
@@ -304,14 +307,17 @@ def residual_norm_backward(
     site: int,
     weight: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of residual_norm's x and h from those of its sum (None: nothing else has used it) and normed sum."""
+    """Gradients of residual_norm's x and h from those of its sum (None: nothing else has used it) and normed sum.
+
+    Rows of the latter may lie apart.
+    """
     rows, width = total.shape
-    assert grad_normed.is_contiguous() and (grad_total is None or grad_total.is_contiguous())
+    assert grad_normed.stride(1) == 1 and (grad_total is None or grad_total.is_contiguous())
     grad_x = torch.empty_like(total)
     grad_h = torch.empty_like(total) if dropout else grad_x
     _residual_norm_backward[(rows,)](
         *(grad_normed if grad_total is None else grad_total, grad_normed, total, moments, weight, grad_x, grad_h),
-        *(seed, site, rows, width, _to_level(dropout), _to_scale(dropout)),
+        *(seed, site, rows, width, grad_normed.stride(0), _to_level(dropout), _to_scale(dropout)),
         ADDS=grad_total is not None,
         DROPS=dropout > 0,
         W=triton.next_power_of_2(width),
@@ -322,7 +328,8 @@ def residual_norm_backward(
 
 @triton.jit(do_not_specialize=VARYING)
 def _residual_norm_backward(
-    grad_total, grad_normed, total, moments, weight, grad_x, grad_h, seed, site, rows, width, level, scale,
+    grad_total, grad_normed, total, moments, weight, grad_x, grad_h, seed, site, rows, width, normed_stride,
+    level, scale,
     ADDS: tl.constexpr, DROPS: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -333,7 +340,7 @@ def _residual_norm_backward(
     normal = (tl.load(total + place, is_there, 0.0).to(tl.float32) - mean) * factor
     normal = tl.where(is_there, normal, 0.0)
     gain = tl.load(weight + column, is_there, 0.0).to(tl.float32)
-    grad = tl.load(grad_normed + place, is_there, 0.0).to(tl.float32) * gain
+    grad = tl.load(grad_normed + row.to(tl.int64) * normed_stride + column, is_there, 0.0).to(tl.float32) * gain
     along, level_part = tl.sum(grad * normal, 0) / width, tl.sum(grad, 0) / width
     grad = (grad - normal * along - level_part) * factor
     if ADDS:
@@ -395,15 +402,19 @@ def attend_backward(
     site: int,
     rows: tuple[Tensor, int] | None = None,
 ) -> None:
-    """Write the `gradients` of attend's q, k and v, which have their strides. They are the same each time."""
+    """Write the `gradients` of attend's q, k and v, which have their strides. They are the same each time.
+
+    Positions of grad_out may lie apart.
+    """
     (q, k, v), (heads, positions) = inputs, sums.shape
-    assert grad_out.is_contiguous() and out.is_contiguous()
+    assert grad_out.stride(-1) == 1 and out.is_contiguous()
     batch, length, key_length, starts = _size_rows(q, k, rows)
     width = q.shape[-1] // heads
     sizes = _size_blocks(length, key_length, width) | {"num_stages": pick_stages(q.device)}
     arguments = (
         *(q, k, v, out, grad_out, sums, *gradients, starts, seed, site, length, key_length, positions, heads, width),
-        *(q.stride(-2), k.stride(-2), out.shape[-1], width**-0.5, _to_level(dropout), _to_scale(dropout)),
+        *(q.stride(-2), k.stride(-2), out.shape[-1], grad_out.stride(-2)),
+        *(width**-0.5, _to_level(dropout), _to_scale(dropout)),
     )
     options = {"CAUSAL": is_causal, "DROPS": dropout > 0, "PACKED": rows is not None, **sizes}
     _attend_backward_keys[triton.cdiv(key_length, sizes["KEYS"]), batch * heads](*arguments, **options)
@@ -575,7 +586,7 @@ def _score_gradients(
 @triton.jit(do_not_specialize=VARYING)
 def _attend_backward_keys(
     q, k, v, out, grad_out, sums, grad_q, grad_k, grad_v, starts, seed, site, length, key_length, positions, heads,
-    width, q_stride, k_stride, out_stride, scale, level, kept_scale,
+    width, q_stride, k_stride, out_stride, grad_stride, scale, level, kept_scale,
     CAUSAL: tl.constexpr, DROPS: tl.constexpr, PACKED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
@@ -598,7 +609,7 @@ def _attend_backward_keys(
         is_query, query_row = queries < length, begin + queries
         q_block = _load_head(q + first, query_row, is_query, q_stride, width, D, E)
         out_block = _load_head(out + first, query_row, is_query, out_stride, width, D, E)
-        grad = _load_head(grad_out + first, query_row, is_query, out_stride, width, D, E)
+        grad = _load_head(grad_out + first, query_row, is_query, grad_stride, width, D, E)
         weighed, grad_scores = _score_gradients(
             q_block, k_block, v_block, out_block, grad, sums, seed, site, drawn_row, drawn_stride, queries,
             keys, length, key_length, scale, level, kept_scale, CAUSAL, DROPS, QUERIES, KEYS, E,
@@ -613,7 +624,7 @@ def _attend_backward_keys(
 @triton.jit(do_not_specialize=VARYING)
 def _attend_backward_queries(
     q, k, v, out, grad_out, sums, grad_q, grad_k, grad_v, starts, seed, site, length, key_length, positions, heads,
-    width, q_stride, k_stride, out_stride, scale, level, kept_scale,
+    width, q_stride, k_stride, out_stride, grad_stride, scale, level, kept_scale,
     CAUSAL: tl.constexpr, DROPS: tl.constexpr, PACKED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
@@ -626,7 +637,7 @@ def _attend_backward_queries(
     is_query, query_row = queries < length, begin + queries
     q_block = _load_head(q + first, query_row, is_query, q_stride, width, D, E)
     out_block = _load_head(out + first, query_row, is_query, out_stride, width, D, E)
-    grad = _load_head(grad_out + first, query_row, is_query, out_stride, width, D, E)
+    grad = _load_head(grad_out + first, query_row, is_query, grad_stride, width, D, E)
     total, total_rest = _zero_head(QUERIES, D, E)
     end = tl.where(tl.program_id(0) * QUERIES < length, key_length, 0)
     if CAUSAL:

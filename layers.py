@@ -219,7 +219,7 @@ class Attention(torch.autograd.Function):
         out, sums, *joined = ctx.saved_tensors
         gradients = [torch.empty_like(part) for part in joined]
         parts, grad_parts = split_joined(joined), split_joined(gradients)
-        gpu_kernels.attend_backward(grad_out.contiguous(), parts, out, sums, grad_parts, *ctx.options)
+        gpu_kernels.attend_backward(grad_out, parts, out, sums, grad_parts, *ctx.options)
         return None, None, None, None, None, *gradients
 
 
@@ -261,7 +261,7 @@ class AddAndNorm(torch.autograd.Function):
         total, moments, seed = ctx.saved_tensors
         grad_total = None if grad_total is None else grad_total.contiguous().view(total.shape)
         grad_x, grad_h = gpu_kernels.residual_norm_backward(
-            *(grad_total, grad_normed.contiguous().view(total.shape), total, moments),
+            *(grad_total, grad_normed.flatten(0, -2), total, moments),
             *(ctx.dropout, seed, ctx.site, ctx.weight),
         )
         return grad_x.view(grad_normed.shape), grad_h.view(grad_normed.shape), None, None, None, None, None
@@ -306,11 +306,13 @@ class LoraLinears(torch.autograd.Function):
             ctx.save_for_backward(x if after_relu else None)
             return run_linear(x, weight, bias, relu)
         rank = b.shape[1]
-        if has_kernel_rank(a, rank) and spare_columns(x) >= len(a) and spare_columns(weight) >= len(a):
+        ctx.has_room = has_kernel_rank(a, rank) and spare_columns(weight) >= len(a)
+        if ctx.has_room:
+            place_low_rank(weight, b, len(layers))
+        if ctx.has_room and spare_columns(x) >= len(a):
             # one product: [x, low] times the transposed of [weight, B]
             low = widen(x, len(a))[:, x.shape[1] :].unflatten(1, (-1, rank)).transpose(0, 1)  # (G, N, R)
             gpu_kernels.project_low(x, a, *drop, low)
-            place_low_rank(weight, b, len(layers))
             y, masks = run_linear(widen(x, len(a)), widen(weight, len(a)), bias, relu), None
         else:
             y = F.linear(x, weight, bias)
@@ -322,16 +324,23 @@ class LoraLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         x, *saved = ctx.saved_tensors
-        grad_y = grad_y.contiguous()
-        grad_x = grad_y @ join_linears(ctx.layers)[0] if ctx.needs_input_grad[0] else None
+        weight = join_linears(ctx.layers)[0]
         if not saved:
+            grad_x = grad_y @ weight if ctx.needs_input_grad[0] else None
             if ctx.after_relu and grad_x is not None:
                 grad_x.masked_fill_(x <= 0, 0)
             return grad_x, None, None, None, None
         a, b, low, masks = saved
         groups, rank = len(ctx.layers), b.shape[1]
-        parts = grad_y.view(len(x), groups, -1).transpose(0, 1)  # (G, N, out)
-        grad_low = torch.bmm(parts, b.view(groups, -1, rank))  # (G, N, R)
+        parts = grad_y.unflatten(1, (groups, -1)).transpose(0, 1)  # (G, N, out)
+        if ctx.has_room and ctx.needs_input_grad[0]:
+            # one product: [gradients of x without LoRA, of low]
+            both = grad_y @ widen(weight, len(a))  # (N, in + G x R)
+            grad_x, grad_low = both.split([x.shape[1], len(a)], 1)
+            grad_low = grad_low.unflatten(1, (groups, rank)).transpose(0, 1)  # (G, N, R)
+        else:
+            grad_x = grad_y @ weight if ctx.needs_input_grad[0] else None
+            grad_low = torch.bmm(parts, b.view(groups, -1, rank))
         grad_b = torch.bmm(parts.mT, low).view(b.shape)
         grad_a = lora_backward(grad_x, x, grad_low, a, masks, *ctx.drop, ctx.after_relu)
         return grad_x, None, None, None, None, grad_a, grad_b

@@ -16,8 +16,6 @@ from torch import Tensor
 from caption_loss import caption_nll
 from layers import (
     get_base,
-    get_blip2,
-    group_linears,
     has_active_lora,
     has_kernel_rank,
     join_linears,
@@ -56,14 +54,12 @@ def unpack_nf4(model) -> int:
 def join_weights(model) -> None:
     """Put weights of layers that read the same input beside each other in memory, to be used as one.
 
-    Where Triton kernels are used, those that read what a norm of OPT made get room for their LoRA beside them, and so
-    need no product of their own for it. The layers keep their weights, as parts of it. NF4 weights stay as they are.
+    Where Triton kernels are used, there is room for LoRA beside them, which so needs fewer products of its own. The
+    layers keep their weights, as parts of it. NF4 weights stay as they are.
     """
-    decoder = get_blip2(model).language_model.model.decoder
-    after_norm = {group[0] for layer in decoder.layers for group in (group_linears(layer)[0], group_linears(layer)[2])}
     for group in list_groups(model):
         bases = [get_base(layer) for layer in group]
-        room = sum(count_rank(layer) for layer in group) if group[0] in after_norm else 0
+        room = sum(count_rank(layer) for layer in group)
         if (len(bases) == 1 and not room) or any(isinstance(base, bnb.nn.Linear4bit) for base in bases):
             continue
         weight, bias = (part.detach() for part in join_linears(group))

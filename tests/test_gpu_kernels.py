@@ -57,7 +57,9 @@ def test_lora_is_torchs(groups, relu, dtype):
     gpu_kernels.add_low_rank(out, low.contiguous(), b, relu)
     check(out, added.relu() if relu else added, dtype)
 
-    grad_low, grad_x = make(groups, rows, rank, dtype=dtype), make(rows, width, dtype=dtype)
+    both = make(rows, width + groups * rank, dtype=dtype)  # beside each other
+    grad_x, grad_low = both.split([width, groups * rank], 1)
+    grad_low = grad_low.unflatten(1, (groups, rank)).transpose(0, 1)
     gradients = torch.autograd.grad(expected, (x, a), grad_low.double())
     wanted = grad_x.double() + gradients[0].double()
     grad_a = gpu_kernels.lora_backward(grad_x, x.detach(), grad_low, a.detach(), 0.25, SEED, 3, relu)
@@ -103,7 +105,7 @@ def test_residual_norm_is_torchs(dropout, with_sum, dtype):
     expected = F.layer_norm(expected_sum, (width,), norm.weight.double(), norm.bias.double(), norm.eps)
     check(total, expected_sum, dtype)
     check(normed, expected, dtype)
-    grad_sum, grad = make(rows, width, dtype=dtype), make(rows, width, dtype=dtype)
+    grad_sum, grad = make(rows, width, dtype=dtype), make(rows, width + 3, dtype=dtype)[:, :width]
     loss = (expected * grad.double()).sum() + (expected_sum * grad_sum.double()).sum() * with_sum
     gradients = torch.autograd.grad(loss, (x, h))
     results = gpu_kernels.residual_norm_backward(
@@ -150,11 +152,43 @@ def test_attention_is_torchs(length, keys, heads, width, is_causal, dropout, dty
     p = scores.softmax(-1) * attention_masks(length, keys, heads, is_causal, dropout, 7)
     expected = (p @ split[2]).transpose(1, 2).flatten(2)
     check(out, expected, dtype)
-    grad = make(2, length, heads * width, dtype=dtype)
+    grad = make(2, length, heads * width + 3, dtype=dtype)[..., : heads * width]
     results = [piece for part in gradients for piece in part.split(heads * width, -1)]
     gpu_kernels.attend_backward(grad, (q, k, v), out, sums, results, *arguments)
     for result, gradient in zip(results, torch.autograd.grad(expected, leaves, grad.double()), strict=True):
         check(result, gradient, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_attention_of_packed_rows_is_that_of_each(dropout, dtype):
+    """Rows of different lengths, one of them empty, as that of a single length, which test_attention_is_torchs checks."""
+    torch.manual_seed(0)
+    heads, width, longest = 2, 16, 70
+    starts = torch.tensor([0, 70, 75, 75, 108], device=DEVICE)
+    joined, grad = make(108, 3 * heads * width, dtype=dtype), make(108, heads * width, dtype=dtype)
+    gradient = torch.full_like(joined, torch.nan)
+    arguments = (True, dropout, SEED, 7)
+    packed = *joined.chunk(3, 1), heads, *arguments, (starts, longest)
+    out, sums = gpu_kernels.attend(*packed)
+    gpu_kernels.attend_backward(grad, packed[:3], out, sums, gradient.chunk(3, 1), *arguments, (starts, longest))
+
+    padded = torch.zeros(4, longest, 3 * heads * width, device=DEVICE, dtype=dtype)
+    grad_padded, place = (
+        torch.zeros_like(padded[..., : heads * width]),
+        [slice(*pair) for pair in zip(starts, starts[1:])],
+    )
+    for row, part in enumerate(place):
+        length = part.stop - part.start
+        padded[row, :length], grad_padded[row, :length] = joined[part], grad[part]
+    expected, sums = gpu_kernels.attend(*padded.chunk(3, -1), heads, *arguments)
+    gradients = torch.zeros_like(padded)
+    each = padded.chunk(3, -1), expected, sums, gradients.chunk(3, -1)
+    gpu_kernels.attend_backward(grad_padded, *each, *arguments)
+    for row, part in enumerate(place):
+        length = part.stop - part.start
+        check(out[part], expected[row, :length], dtype)
+        check(gradient[part], gradients[row, :length], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
