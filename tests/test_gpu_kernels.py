@@ -1,5 +1,6 @@
 """The Triton kernels against torch: on the CPU in Triton's interpreter, on a GPU as they run there."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -162,7 +163,7 @@ def test_attention_is_torchs(length, keys, heads, width, is_causal, dropout, dty
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_attention_of_packed_rows_is_that_of_each(dropout, dtype):
-    """Rows of different lengths, one of them empty, as that of a single length, which test_attention_is_torchs checks."""
+    """Rows of different lengths, one of them empty, give what rows of one length do, see test_attention_is_torchs."""
     torch.manual_seed(0)
     heads, width, longest = 2, 16, 70
     starts = torch.tensor([0, 70, 75, 75, 108], device=DEVICE)
@@ -174,10 +175,8 @@ def test_attention_of_packed_rows_is_that_of_each(dropout, dtype):
     gpu_kernels.attend_backward(grad, packed[:3], out, sums, gradient.chunk(3, 1), *arguments, (starts, longest))
 
     padded = torch.zeros(4, longest, 3 * heads * width, device=DEVICE, dtype=dtype)
-    grad_padded, place = (
-        torch.zeros_like(padded[..., : heads * width]),
-        [slice(*pair) for pair in zip(starts, starts[1:])],
-    )
+    grad_padded = torch.zeros_like(padded[..., : heads * width])
+    place = [slice(*pair) for pair in itertools.pairwise(starts.tolist())]
     for row, part in enumerate(place):
         length = part.stop - part.start
         padded[row, :length], grad_padded[row, :length] = joined[part], grad[part]
