@@ -17,25 +17,47 @@ from torch import Tensor
 RANKS = (16, 32, 64)  # of LoRA, that the kernels here take
 # of what a program works on, and by how many warps; measured on an H100
 PROJECT = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}
+PLACED = 256  # rows of a matrix that is copied beside
 ADD = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4}
 BACKWARD = {"ROWS": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 1}
 SUM = {"PARTS": 16, "VALUES": 256, "num_warps": 4}
 ATTEND = {"MOST": 64, "num_warps": 4}  # most queries and keys
+CAUSAL_KEYS = 32  # most keys of a causal forward pass
 ATTEND_ONE = {"POSITIONS": 16, "num_warps": 1}  # of the cache
 LARGE_SHARED_MEMORY = 160 * 2**10  # bytes of a program; A100 and H100 have more, other GPUs 99 KiB
 PROGRAMS = 400  # that a launch has at least where the work can be divided at will: three for each processor of an H100
 LEVELS = 2**16  # dropout probabilities are multiples of 1 / LEVELS
-VARYING = ("site", "rows", "height", "length", "key_length", "positions")  # that no kernel is compiled anew for
-ROUNDS = tl.constexpr(7)  # of Philox, enough to pass Crush (Salmon et al. 2011, Parallel Random Numbers)
+# arguments that no kernel is compiled anew for
+VARYING = ("site", "rows", "height", "blocks", "length", "key_length", "positions")
 
 
 @triton.jit
-def _is_kept(seed, site, place, level):
-    """Whether values are kept: eight for each `place` (..., w), (..., w, 2, 2, 2), to be given the shape (..., 8w)."""
-    a, b, c, d = tl.randint4x(tl.load(seed) + site, place, n_rounds=ROUNDS)
-    low = tl.join(tl.join(a & 0xFFFF, b & 0xFFFF), tl.join(c & 0xFFFF, d & 0xFFFF))
-    high = tl.join(tl.join((a >> 16) & 0xFFFF, (b >> 16) & 0xFFFF), tl.join((c >> 16) & 0xFFFF, (d >> 16) & 0xFFFF))
-    return tl.join(low, high).to(tl.int32) >= level
+def _hash(x, key):
+    """32 bits of little bias for x (uint32), which `key` changes too (Wellons 2018, Prospecting for Hash Functions)."""
+    x ^= x >> 16
+    x = (x * 0x21F0AAAD) ^ key
+    x ^= x >> 15
+    x *= 0x735A2D97
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def _draw_keys(seed, site):
+    """Two numbers that _is_kept needs, of a seed and the number of a site."""
+    number = tl.load(seed) + site
+    first = _hash(number.to(tl.uint32), (number >> 32).to(tl.uint32))
+    return first, _hash(~first, first)
+
+
+@triton.jit
+def _is_kept(keys, row, column, width, level):
+    """Whether the values of a matrix of `width` columns are kept, whose rows and columns `row` and `column` tell.
+
+    Each value's number is drawn where it is needed, in whatever order the threads hold them; two that are beside each
+    other are halves of one hash.
+    """
+    number = _hash((row * tl.cdiv(width, 2) + (column >> 1)).to(tl.uint32) ^ keys[0], keys[1])
+    return ((number >> ((column & 1) * 16).to(tl.uint32)) & 0xFFFF).to(tl.int32) >= level
 
 
 def pick_stages(device: torch.device) -> int:
@@ -62,47 +84,70 @@ def _to_scale(dropout: float) -> float:
 # LoRA
 
 
-def project_low(x: Tensor, a: Tensor, dropout: float, seed: Tensor, site: int, low: Tensor) -> None:
+def project_low(
+    x: Tensor,
+    a: Tensor,
+    dropout: float,
+    seed: Tensor,
+    site: int,
+    low: Tensor,
+    b: Tensor | None = None,
+    room: Tensor | None = None,
+) -> None:
     """low (G, N, R) = dropout(x) @ A.T for each A of a (G x R, W), whose masks differ.
 
-    a is contiguous; rows of x (N, W) and of low may lie apart.
+    a is contiguous; rows of x (N, W) and of low may lie apart. With b (G x M, R), contiguous, its part of each group is
+    written into columns of its own in `room` (G x M, G x R), whose rows may lie apart, in the same launch.
     """
     (groups, rows, rank), width = low.shape, x.shape[1]
-    assert x.stride(1) == low.stride(2) == 1 and a.is_contiguous() and groups * rows * width < 2**34
-    _project_low[groups, triton.cdiv(rows, PROJECT["ROWS"])](
-        *(x, a, low, seed, site, rows, width, x.stride(0), *low.stride()[:2]),
+    assert x.stride(1) == low.stride(2) == 1 and a.is_contiguous() and groups * rows * width < 2**32
+    blocks, height = triton.cdiv(rows, PROJECT["ROWS"]), 0 if b is None else len(b) // groups
+    _project_low[groups, blocks + triton.cdiv(height, PLACED)](
+        *(x, a, low, seed, site, a if b is None else b, a if room is None else room),
+        *(rows, width, height, blocks, x.stride(0), *low.stride()[:2], width if room is None else room.stride(0)),
         *(_to_level(dropout), _to_scale(dropout)),
         DROPS=dropout > 0,
+        PLACES=b is not None,
+        PLACED=PLACED,
         R=rank,
         **PROJECT,
         num_stages=pick_stages(x.device),
     )
-    return low
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _project_low(
-    x, a, low, seed, site, rows, width, x_stride, low_group, low_stride, level, scale,
-    DROPS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, a, low, seed, site, b, room, rows, width, height, blocks, x_stride, low_group, low_stride, room_stride,
+    level, scale,
+    DROPS: tl.constexpr, PLACES: tl.constexpr, PLACED: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     r = tl.arange(0, R)
-    eighths = tl.cdiv(width, 8)
-    total = tl.zeros((ROWS, R), tl.float32)
-    for start in range(0, width, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        is_there = (row < rows)[:, None] & (column < width)[None, :]
-        part = tl.load(x + row.to(tl.int64)[:, None] * x_stride + column[None, :], is_there, 0.0)
+    if tl.program_id(1) < blocks:
+        row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        keys = _draw_keys(seed, site)
+        total = tl.zeros((ROWS, R), tl.float32)
+        for block in range(tl.cdiv(width, COLUMNS)):
+            column = block * COLUMNS + tl.arange(0, COLUMNS)
+            is_there = (row < rows)[:, None] & (column < width)[None, :]
+            part = tl.load(x + row.to(tl.int64)[:, None] * x_stride + column[None, :], is_there, 0.0)
+            if DROPS:
+                same = block * COLUMNS | tl.arange(0, COLUMNS)  # not carried from the load: halves of a hash are found
+                is_kept = _is_kept(keys, (group * rows + row)[:, None], same[None, :], width, level)
+                part = tl.where(is_kept, part, 0.0)
+            weight = tl.load(a + (group * R + r)[:, None] * width + column[None, :], (column < width)[None, :], 0.0)
+            total += tl.dot(part, tl.trans(weight), input_precision="ieee")
         if DROPS:
-            place = (group * rows + row)[:, None] * eighths + start // 8 + tl.arange(0, COLUMNS // 8)[None, :]
-            part = tl.where(tl.reshape(_is_kept(seed, site, place, level), (ROWS, COLUMNS)), part, 0.0)
-        weight = tl.load(a + (group * R + r)[:, None] * width + column[None, :], (column < width)[None, :], 0.0)
-        total += tl.dot(part, tl.trans(weight), input_precision="ieee")
-    if DROPS:
-        total = total * scale
-    place = low + group * low_group + row.to(tl.int64)[:, None] * low_stride + r[None, :]
-    tl.store(place, total.to(low.dtype.element_ty), (row < rows)[:, None])
+            total = total * scale
+        place = low + group * low_group + row.to(tl.int64)[:, None] * low_stride + r[None, :]
+        tl.store(place, total.to(low.dtype.element_ty), (row < rows)[:, None])
+    elif PLACES:
+        output = (tl.program_id(1) - blocks) * PLACED + tl.arange(0, PLACED)
+        is_output = (output < height)[:, None]
+        output += group * height
+        values = tl.load(b + output[:, None] * R + r[None, :], is_output)
+        tl.store(room + output.to(tl.int64)[:, None] * room_stride + group * R + r[None, :], values, is_output)
 
 
 def add_low_rank(out: Tensor, low: Tensor, b: Tensor, relu: bool = False) -> None:
@@ -179,26 +224,35 @@ def _lora_backward(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    eighth = tl.program_id(0) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
-    eighths = tl.cdiv(width, 8)
+    keys = _draw_keys(seed, site)
     is_column = (column < width)[None, :]
     r = tl.arange(0, R)
     sum0 = tl.zeros((R, COLUMNS), tl.float32)
     sum1 = tl.zeros((R, COLUMNS), tl.float32)
     sum2 = tl.zeros((R, COLUMNS), tl.float32)
+    weight0 = tl.load(a + r[:, None] * width + column[None, :], is_column, 0.0)
+    weight1 = weight0
+    weight2 = weight0
+    if G > 1:
+        weight1 = tl.load(a + (R + r)[:, None] * width + column[None, :], is_column, 0.0)
+    if G > 2:
+        weight2 = tl.load(a + (2 * R + r)[:, None] * width + column[None, :], is_column, 0.0)
     first = tl.program_id(1) * height
     for start in range(first, tl.minimum(first + height, rows), ROWS):
         row = start + tl.arange(0, ROWS)
         is_there = (row < rows)[:, None] & is_column
         values = tl.load(x + row.to(tl.int64)[:, None] * x_stride + column[None, :], is_there, 0.0)
+        place = grad_x + row.to(tl.int64)[:, None] * grad_stride + column[None, :]
+        before = values
+        if ADDS:
+            before = tl.load(place, is_there, 0.0)
         added = tl.zeros((ROWS, COLUMNS), tl.float32)
         for group in tl.static_range(G):
-            place = group * low_group + row.to(tl.int64)[:, None] * low_stride + r[None, :]
-            low = tl.load(grad_low + place, (row < rows)[:, None], 0.0)
+            low_place = group * low_group + row.to(tl.int64)[:, None] * low_stride + r[None, :]
+            low = tl.load(grad_low + low_place, (row < rows)[:, None], 0.0)
             kept = values
             if DROPS:
-                place = (group * rows + row)[:, None] * eighths + eighth[None, :]
-                is_kept = tl.reshape(_is_kept(seed, site, place, level), (ROWS, COLUMNS))
+                is_kept = _is_kept(keys, (group * rows + row)[:, None], column[None, :], width, level)
                 kept = tl.where(is_kept, values, 0.0)
             share = tl.dot(tl.trans(low), kept, input_precision="ieee")  # (R, COLUMNS)
             if group == 0:
@@ -208,14 +262,17 @@ def _lora_backward(
             else:
                 sum2 += share
             if ADDS:
-                weight = tl.load(a + (group * R + r)[:, None] * width + column[None, :], is_column, 0.0)
-                back = tl.dot(low, weight, input_precision="ieee")
+                if group == 0:
+                    back = tl.dot(low, weight0, input_precision="ieee")
+                elif group == 1:
+                    back = tl.dot(low, weight1, input_precision="ieee")
+                else:
+                    back = tl.dot(low, weight2, input_precision="ieee")
                 if DROPS:
                     back = tl.where(is_kept, back, 0.0)
                 added += back
         if ADDS:
-            place = grad_x + row.to(tl.int64)[:, None] * grad_stride + column[None, :]
-            total = tl.load(place, is_there, 0.0).to(tl.float32) + added * scale
+            total = before.to(tl.float32) + added * scale
             if RELU:
                 total = tl.where(values > 0, total, 0.0)
             tl.store(place, total.to(grad_x.dtype.element_ty), is_there)
@@ -281,8 +338,8 @@ def _residual_norm(
     place = row.to(tl.int64) * width + column
     added = tl.load(h + place, is_there, 0.0).to(tl.float32)
     if DROPS:
-        drawn = row * tl.cdiv(width, 8) + tl.arange(0, W // 8)
-        added = tl.where(tl.reshape(_is_kept(seed, site, drawn, level), (W,)), added * scale, 0.0)
+        is_kept = _is_kept(_draw_keys(seed, site), row, column, width, level)
+        added = tl.where(is_kept, added * scale, 0.0)
     s = (tl.load(x + place, is_there, 0.0).to(tl.float32) + added).to(total.dtype.element_ty)
     tl.store(total + place, s, is_there)
     s = s.to(tl.float32)
@@ -347,8 +404,8 @@ def _residual_norm_backward(
         grad += tl.load(grad_total + place, is_there, 0.0).to(tl.float32)
     tl.store(grad_x + place, grad.to(grad_x.dtype.element_ty), is_there)
     if DROPS:
-        drawn = row * tl.cdiv(width, 8) + tl.arange(0, W // 8)
-        dropped = tl.where(tl.reshape(_is_kept(seed, site, drawn, level), (W,)), grad * scale, 0.0)
+        is_kept = _is_kept(_draw_keys(seed, site), row, column, width, level)
+        dropped = tl.where(is_kept, grad * scale, 0.0)
         tl.store(grad_h + place, dropped.to(grad_h.dtype.element_ty), is_there)
 
 
@@ -379,6 +436,8 @@ def attend(
     batch, length, key_length, starts = _size_rows(q, k, rows)
     width = q.shape[-1] // heads
     sizes = _size_blocks(length, key_length, width) | {"num_stages": pick_stages(q.device)}
+    if is_causal:
+        sizes["KEYS"] = min(sizes["KEYS"], CAUSAL_KEYS)
     _attend[triton.cdiv(length, sizes["QUERIES"]), batch * heads](
         *(q, k, v, out, sums, starts, seed, site, length, key_length, sums.shape[1], heads, width),
         *(q.stride(-2), k.stride(-2), out.shape[-1], width**-0.5, _to_level(dropout), _to_scale(dropout)),
@@ -410,15 +469,20 @@ def attend_backward(
     assert grad_out.stride(-1) == 1 and out.is_contiguous()
     batch, length, key_length, starts = _size_rows(q, k, rows)
     width = q.shape[-1] // heads
-    sizes = _size_blocks(length, key_length, width) | {"num_stages": pick_stages(q.device)}
+    sizes = _size_blocks(length, key_length, width)
+    along = torch.empty_like(sums)
     arguments = (
-        *(q, k, v, out, grad_out, sums, *gradients, starts, seed, site, length, key_length, positions, heads, width),
-        *(q.stride(-2), k.stride(-2), out.shape[-1], grad_out.stride(-2)),
+        *(q, k, v, out, grad_out, sums, along, *gradients, starts, seed, site),
+        *(length, key_length, positions, heads, width, q.stride(-2), k.stride(-2), out.shape[-1], grad_out.stride(-2)),
         *(width**-0.5, _to_level(dropout), _to_scale(dropout)),
     )
     options = {"CAUSAL": is_causal, "DROPS": dropout > 0, "PACKED": rows is not None, **sizes}
-    _attend_backward_keys[triton.cdiv(key_length, sizes["KEYS"]), batch * heads](*arguments, **options)
-    _attend_backward_queries[triton.cdiv(length, sizes["QUERIES"]), batch * heads](*arguments, **options)
+    # whose result `along` the other reads; measured on an H100
+    stages = 1 if is_causal else pick_stages(q.device)
+    _attend_backward_queries[triton.cdiv(length, sizes["QUERIES"]), batch * heads](
+        *arguments, **options, num_stages=stages
+    )
+    _attend_backward_keys[triton.cdiv(key_length, sizes["KEYS"]), batch * heads](*arguments, **options, num_stages=1)
 
 
 def _size_rows(q: Tensor, k: Tensor, rows: tuple[Tensor, int] | None) -> tuple[int, int, int, Tensor]:
@@ -527,7 +591,8 @@ def _attend(
     D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     row, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    drawn_row, drawn_stride = tl.program_id(1) * length, tl.cdiv(key_length, 8)
+    drawn, drawn_width = _draw_keys(seed, site), key_length
+    drawn_row = tl.program_id(1) * length
     begin, length, key_begin, key_length = _find_row(starts, row, length, key_length, PACKED)
     first = head * width
     queries = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
@@ -548,9 +613,8 @@ def _attend(
         shrink = tl.exp2(top - safe)
         total = total * shrink + tl.sum(p, 1)
         if DROPS:
-            drawn = (drawn_row + queries)[:, None] * drawn_stride
-            drawn += start // 8 + tl.arange(0, KEYS // 8)[None, :]
-            p = tl.where(tl.reshape(_is_kept(seed, site, drawn, level), (QUERIES, KEYS)), p * kept_scale, 0.0)
+            is_kept = _is_kept(drawn, (drawn_row + queries)[:, None], keys[None, :], drawn_width, level)
+            p = tl.where(is_kept, p * kept_scale, 0.0)
         v_block = _load_head(v + first, key_begin + keys, keys < key_length, k_stride, width, D, E)
         shrunk = (mean * shrink[:, None], mean_rest * shrink[:, None])
         mean, mean_rest = _add_products(shrunk, p.to(v.dtype.element_ty), v_block, E)
@@ -562,39 +626,34 @@ def _attend(
 
 @triton.jit
 def _score_gradients(
-    q, k, v, out, grad, sums, seed, site, drawn_row, drawn_stride, queries, keys, length, key_length,
-    scale, level, kept_scale,
-    CAUSAL: tl.constexpr, DROPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, E: tl.constexpr,
+    q, k, v, grad, log_total, along, drawn, drawn_row, drawn_width, queries, keys, length, key_length,
+    scale, level, kept_scale, CAUSAL: tl.constexpr, DROPS: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """Of blocks: the probabilities as they weigh v, and the gradients of the scores (QUERIES, KEYS), both fp32."""
-    log_total = tl.load(sums + queries, queries < length, 0.0)
     p = tl.exp2(_scores(q, k, queries, keys, length, key_length, scale, CAUSAL, E) - log_total[:, None])
     grad_p = _products(grad, v, E)
     weighed = p
     if DROPS:
-        drawn = (drawn_row + queries)[:, None] * drawn_stride
-        drawn += tl.min(keys, 0) // 8 + tl.arange(0, KEYS // 8)[None, :]
-        is_kept = tl.reshape(_is_kept(seed, site, drawn, level), (QUERIES, KEYS))
+        is_kept = _is_kept(drawn, (drawn_row + queries)[:, None], keys[None, :], drawn_width, level)
         weighed = tl.where(is_kept, p * kept_scale, 0.0)
         grad_p = tl.where(is_kept, grad_p * kept_scale, 0.0)
-    along = tl.sum(grad[0].to(tl.float32) * out[0].to(tl.float32), 1)
-    if E > 0:
-        along += tl.sum(grad[1].to(tl.float32) * out[1].to(tl.float32), 1)
     return weighed, p * (grad_p - along[:, None])
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _attend_backward_keys(
-    q, k, v, out, grad_out, sums, grad_q, grad_k, grad_v, starts, seed, site, length, key_length, positions, heads,
-    width, q_stride, k_stride, out_stride, grad_stride, scale, level, kept_scale,
+    q, k, v, out, grad_out, sums, along, grad_q, grad_k, grad_v, starts, seed, site, length, key_length, positions,
+    heads, width, q_stride, k_stride, out_stride, grad_stride, scale, level, kept_scale,
     CAUSAL: tl.constexpr, DROPS: tl.constexpr, PACKED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     row, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    drawn_row, drawn_stride = tl.program_id(1) * length, tl.cdiv(key_length, 8)
+    drawn, drawn_width = _draw_keys(seed, site), key_length
+    drawn_row = tl.program_id(1) * length
     begin, length, key_begin, key_length = _find_row(starts, row, length, key_length, PACKED)
     first = head * width
     sums += head.to(tl.int64) * positions + begin
+    along += head.to(tl.int64) * positions + begin
     keys = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     is_key, key_row = keys < key_length, key_begin + keys
     k_block = _load_head(k + first, key_row, is_key, k_stride, width, D, E)
@@ -608,11 +667,12 @@ def _attend_backward_keys(
         queries = start + tl.arange(0, QUERIES)
         is_query, query_row = queries < length, begin + queries
         q_block = _load_head(q + first, query_row, is_query, q_stride, width, D, E)
-        out_block = _load_head(out + first, query_row, is_query, out_stride, width, D, E)
         grad = _load_head(grad_out + first, query_row, is_query, grad_stride, width, D, E)
+        log_total = tl.load(sums + queries, is_query, 0.0)
+        along_block = tl.load(along + queries, is_query, 0.0)
         weighed, grad_scores = _score_gradients(
-            q_block, k_block, v_block, out_block, grad, sums, seed, site, drawn_row, drawn_stride, queries,
-            keys, length, key_length, scale, level, kept_scale, CAUSAL, DROPS, QUERIES, KEYS, E,
+            q_block, k_block, v_block, grad, log_total, along_block, drawn, drawn_row, drawn_width, queries,
+            keys, length, key_length, scale, level, kept_scale, CAUSAL, DROPS, E,
         )  # fmt: skip
         weighed, grad_scores = weighed.to(v.dtype.element_ty), grad_scores.to(q.dtype.element_ty)
         sum_v, sum_v_rest = _add_products((sum_v, sum_v_rest), tl.trans(weighed), grad, E)
@@ -623,21 +683,28 @@ def _attend_backward_keys(
 
 @triton.jit(do_not_specialize=VARYING)
 def _attend_backward_queries(
-    q, k, v, out, grad_out, sums, grad_q, grad_k, grad_v, starts, seed, site, length, key_length, positions, heads,
-    width, q_stride, k_stride, out_stride, grad_stride, scale, level, kept_scale,
+    q, k, v, out, grad_out, sums, along, grad_q, grad_k, grad_v, starts, seed, site, length, key_length, positions,
+    heads, width, q_stride, k_stride, out_stride, grad_stride, scale, level, kept_scale,
     CAUSAL: tl.constexpr, DROPS: tl.constexpr, PACKED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     row, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    drawn_row, drawn_stride = tl.program_id(1) * length, tl.cdiv(key_length, 8)
+    drawn, drawn_width = _draw_keys(seed, site), key_length
+    drawn_row = tl.program_id(1) * length
     begin, length, key_begin, key_length = _find_row(starts, row, length, key_length, PACKED)
     first = head * width
     sums += head.to(tl.int64) * positions + begin
+    along += head.to(tl.int64) * positions + begin
     queries = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     is_query, query_row = queries < length, begin + queries
     q_block = _load_head(q + first, query_row, is_query, q_stride, width, D, E)
     out_block = _load_head(out + first, query_row, is_query, out_stride, width, D, E)
     grad = _load_head(grad_out + first, query_row, is_query, grad_stride, width, D, E)
+    log_total = tl.load(sums + queries, is_query, 0.0)
+    along_block = tl.sum(grad[0].to(tl.float32) * out_block[0].to(tl.float32), 1)
+    if E > 0:
+        along_block += tl.sum(grad[1].to(tl.float32) * out_block[1].to(tl.float32), 1)
+    tl.store(along + queries, along_block, is_query)
     total, total_rest = _zero_head(QUERIES, D, E)
     end = tl.where(tl.program_id(0) * QUERIES < length, key_length, 0)
     if CAUSAL:
@@ -648,8 +715,8 @@ def _attend_backward_queries(
         k_block = _load_head(k + first, key_row, is_key, k_stride, width, D, E)
         v_block = _load_head(v + first, key_row, is_key, k_stride, width, D, E)
         _, grad_scores = _score_gradients(
-            q_block, k_block, v_block, out_block, grad, sums, seed, site, drawn_row, drawn_stride, queries,
-            keys, length, key_length, scale, level, kept_scale, CAUSAL, DROPS, QUERIES, KEYS, E,
+            q_block, k_block, v_block, grad, log_total, along_block, drawn, drawn_row, drawn_width, queries,
+            keys, length, key_length, scale, level, kept_scale, CAUSAL, DROPS, E,
         )  # fmt: skip
         total, total_rest = _add_products((total, total_rest), grad_scores.to(k.dtype.element_ty), k_block, E)
     _store_head(grad_q + first, query_row, is_query, q_stride, width, total * scale, total_rest * scale, D, E)

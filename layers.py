@@ -307,16 +307,15 @@ class LoraLinears(torch.autograd.Function):
             return run_linear(x, weight, bias, relu)
         rank = b.shape[1]
         ctx.has_room = has_kernel_rank(a, rank) and spare_columns(weight) >= len(a)
-        if ctx.has_room:
-            place_low_rank(weight, b, len(layers))
+        room = widen(weight, len(a))[:, weight.shape[1] :] if ctx.has_room else None  # that B takes
         if ctx.has_room and spare_columns(x) >= len(a):
             # one product: [x, low] times the transposed of [weight, B]
             low = widen(x, len(a))[:, x.shape[1] :].unflatten(1, (-1, rank)).transpose(0, 1)  # (G, N, R)
-            gpu_kernels.project_low(x, a, *drop, low)
+            gpu_kernels.project_low(x, a, *drop, low, b, room)
             y, masks = run_linear(widen(x, len(a)), widen(weight, len(a)), bias, relu), None
         else:
             y = F.linear(x, weight, bias)
-            low, masks = project_low(x, a, rank, *drop)
+            low, masks = project_low(x, a, b, room, *drop)
             add_low_rank(y, low, b, relu)
         ctx.save_for_backward(x, a, b, low, masks)
         return y
@@ -360,26 +359,23 @@ def widen(matrix: Tensor, columns: int) -> Tensor:
     return matrix.as_strided((len(matrix), matrix.shape[1] + columns), matrix.stride())
 
 
-def place_low_rank(weight: Tensor, b: Tensor, groups: int) -> None:
-    """Write each layer's B (out, R), below each other in b, into spare columns of its own in `weight`."""
-    part, rank = len(b) // groups, b.shape[1]
-    sizes, strides = (groups, part, rank), (part * weight.stride(0) + rank, weight.stride(0), 1)
-    weight.as_strided(sizes, strides, weight.storage_offset() + weight.shape[1]).copy_(b.view(sizes))
-
-
 def has_kernel_rank(x: Tensor, rank: int) -> bool:
     """Whether Triton kernels are used, and take matrices of this rank."""
     return use_kernels(x) and rank in gpu_kernels.RANKS
 
 
 def project_low(
-    x: Tensor, a: Tensor, rank: int, dropout: float, seed: Tensor, site: int
+    x: Tensor, a: Tensor, b: Tensor, room: Tensor | None, dropout: float, seed: Tensor, site: int
 ) -> tuple[Tensor, Tensor | None]:
-    """dropout(x) @ A.T of each layer (G, N, R); and the masks (G, N, in), None where they need not be kept."""
+    """dropout(x) @ A.T of each layer (G, N, R); and the masks (G, N, in), None where they need not be kept.
+
+    b goes into the room beside the weights, if there is one.
+    """
+    rank = b.shape[1]
     groups = len(a) // rank
     if has_kernel_rank(x, rank):
         low = x.new_empty(groups, len(x), rank)
-        gpu_kernels.project_low(x, a, dropout, seed, site, low)
+        gpu_kernels.project_low(x, a, dropout, seed, site, low, *((b, room) if room is not None else ()))
         return low, None
     if not dropout:
         return torch.stack([x @ part.T for part in a.chunk(groups)]), None

@@ -16,8 +16,8 @@ from triton.compiler import ASTSource
 import gpu_kernels
 
 FLOATS = ("scale", "kept_scale")
-POINTERS = {"seed": "*i64", "starts": "*i64", "sums": "*fp32"}
-INTEGERS = ("site", "level", "rows", "length", "key_length", "positions", "heads", "width", "height", "part")
+POINTERS = {"seed": "*i64", "starts": "*i64", "sums": "*fp32", "along": "*fp32"}
+INTEGERS = ("site", "level", "rows", "length", "key_length", "positions", "heads", "width", "height", "blocks", "part")
 STAGES = 2  # that gpu_kernels.pick_stages gives there
 
 
@@ -52,7 +52,11 @@ def main() -> None:
             options = {"num_warps": warps, "num_stages": STAGES}
             taken[f"{name} {heads['D']} {heads['E']}"] = measure(getattr(gpu_kernels, name), constants, **options)
     for name, sizes, constants in (
-        ("_project_low", gpu_kernels.PROJECT | {"num_stages": STAGES}, {"DROPS": True}),
+        (
+            "_project_low",
+            gpu_kernels.PROJECT | {"num_stages": STAGES},
+            {"DROPS": True, "PLACES": True, "PLACED": 256},
+        ),
         ("_add_low_rank", gpu_kernels.ADD, {"RELU": True}),
         ("_lora_backward", gpu_kernels.BACKWARD, {"DROPS": True, "ADDS": True, "RELU": True, "G": 3}),
     ):

@@ -54,6 +54,12 @@ def test_lora_is_torchs(groups, relu, dtype):
     check(low, expected, dtype)
 
     b, out = make(groups * part, rank, dtype=dtype), make(rows, groups * part, dtype=dtype)
+    beside = torch.zeros(groups * part, width + groups * rank, device=DEVICE, dtype=dtype)[:, width:]
+    again = torch.empty_like(low)
+    gpu_kernels.project_low(x.detach(), a.detach(), 0.25, SEED, 3, again, b, beside)
+    assert torch.equal(again, low)
+    assert torch.equal(beside, torch.block_diag(*b.chunk(groups)))
+
     added = out.double() + torch.cat(list(torch.bmm(low.double(), b.double().view(groups, part, rank).mT)), 1)
     gpu_kernels.add_low_rank(out, low.contiguous(), b, relu)
     check(out, added.relu() if relu else added, dtype)
