@@ -19,13 +19,13 @@ RANKS = (16, 32, 64)  # of LoRA, that the kernels here take
 PROJECT = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}
 PLACED = 256  # rows of a matrix that is copied beside
 ADD = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4}
-BACKWARD = {"ROWS": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 1}
+BACKWARD = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 1}
 SUM = {"PARTS": 16, "VALUES": 256, "num_warps": 4}
 ATTEND = {"MOST": 64, "num_warps": 4}  # most queries and keys
 CAUSAL_KEYS = 32  # most keys of a causal forward pass
 ATTEND_ONE = {"POSITIONS": 16, "num_warps": 1}  # of the cache
 LARGE_SHARED_MEMORY = 160 * 2**10  # bytes of a program; A100 and H100 have more, other GPUs 99 KiB
-PROGRAMS = 400  # that a launch has at least where the work can be divided at will: three for each processor of an H100
+PROGRAMS = 800  # that a launch has at least where the work can be divided at will: six for each processor of an H100
 LEVELS = 2**16  # dropout probabilities are multiples of 1 / LEVELS
 # arguments that no kernel is compiled anew for
 VARYING = ("site", "rows", "height", "blocks", "length", "key_length", "positions")
@@ -133,7 +133,7 @@ def _project_low(
             is_there = (row < rows)[:, None] & (column < width)[None, :]
             part = tl.load(x + row.to(tl.int64)[:, None] * x_stride + column[None, :], is_there, 0.0)
             if DROPS:
-                same = block * COLUMNS | tl.arange(0, COLUMNS)  # not carried from the load: halves of a hash are found
+                same = block * COLUMNS | tl.arange(0, COLUMNS)  # computed anew, so that the compiler sees what is even
                 is_kept = _is_kept(keys, (group * rows + row)[:, None], same[None, :], width, level)
                 part = tl.where(is_kept, part, 0.0)
             weight = tl.load(a + (group * R + r)[:, None] * width + column[None, :], (column < width)[None, :], 0.0)
