@@ -100,7 +100,15 @@ from training import (
     gather_trainable,
     list_micro_batches,
 )
-from vision_store import compute_outputs, fits_memory, open_store, record_vision, take_vision_out, wants_store
+from vision_store import (
+    PicturesAhead,
+    compute_outputs,
+    fits_memory,
+    open_store,
+    record_vision,
+    take_vision_out,
+    wants_store,
+)
 
 TRAINED_ON = ("train", "val")  # splits whose pictures training sees
 SPARE_TOKENS = 16  # that generation may write beyond the longest training caption
@@ -552,6 +560,11 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
         splits = leave_out_unreadable(splits, unreadable)  # before the model is fetched
 
     processor = load_processor(config.model)
+    if stored:
+        images = list_images(splits, TRAINED_ON)
+        not_kept = list_images(splits, ["test"]) if for_eval and arguments.process_index == 0 else []
+        side = model_config.vision_config.image_size
+        ahead = PicturesAhead([*images, *not_kept], processor, pick_dtype(device), side, wants_store(config, device))
     model = load_model(config.model, config.load_in_4bit, device, checked=True)
     outputs, store = None, None
     if stored:
@@ -568,14 +581,11 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
     if stored:
         if fast and config.cuda_graphs and config.unpack_nf4 != "off":
             vision = record_vision(vision)
-        images = list_images(splits, TRAINED_ON)
-        not_kept = list_images(splits, ["test"]) if for_eval and arguments.process_index == 0 else []
-        outputs, found = compute_outputs(
-            vision, model.config.vision_config, processor, [*images, *not_kept], store, kept=len(images)
-        )
+        settings = model.config.vision_config
+        outputs, found = compute_outputs(vision, settings, processor, ahead.images, store, len(images), ahead)
         if store is not None:
             print(store.describe())
-        del vision
+        del vision, ahead
         gc.collect()  # now, not when memory is short
         for reasons in gather(found, arguments.world_size):
             unreadable |= reasons

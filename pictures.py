@@ -110,7 +110,7 @@ class _Reading:
 def read_batches(
     read: Callable[[T], R], items: Sequence[T], collate: Callable[[list[R]], B], item_bytes: int = 0
 ) -> Iterator[B]:
-    """collate([read(item), ...]) of BATCH items each, in order, by a process on each core.
+    """collate([read(item), ...]) of BATCH items each, in order, by a process on each core, which starts at the call.
 
     An answer with tensors waits in shared memory, `item_bytes` for each item: where that has no room for all
     processes, as in a container, fewer work. Raises UserError when one of them was killed.
@@ -130,8 +130,12 @@ def read_batches(
         worker_init_fn=_ignore_interrupt,
         generator=torch.Generator(),  # else it would draw from the one that draws LoRA's first weights
     )
+    return _explain_deaths(iter(loader))
+
+
+def _explain_deaths(batches: Iterator[B]) -> Iterator[B]:
     try:
-        yield from loader
+        yield from batches
     except LOADER_ERRORS as error:
         raise (explain_dead_worker(error) or error) from None
 

@@ -12,6 +12,7 @@ import pickle
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -83,6 +84,7 @@ class CaptionTrainer(Trainer):
         self.pace: Pace | None = None
         self._rows: list[torch.Tensor] = []  # of this optimiser step
         self._losses: list[torch.Tensor] = []
+        self._sealer, self._sealing = ThreadPoolExecutor(1), None
         self._unchecked: tuple | None = None  # what check_finite needs to know of the last step
 
     def floating_point_ops(self, inputs) -> int:
@@ -229,8 +231,21 @@ class CaptionTrainer(Trainer):
         ]
         return torch.stack(losses), (inputs["labels"] != IGNORED).sum(1)
 
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.finish_sealing()
+
+    def finish_sealing(self) -> None:
+        """Until the newest checkpoint is sealed, which a thread does while training goes on."""
+        sealing, self._sealing = self._sealing, None
+        if sealing is not None:
+            sealing.result()
+
     def _save_checkpoint(self, model, trial):
         self.check_finite()
+        self.finish_sealing()
         folder = Path(self.args.output_dir)
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         copies = 4 if self.is_fsdp_enabled else 3  # weights and two moments in fp32; FSDP writes weights twice
@@ -245,7 +260,7 @@ class CaptionTrainer(Trainer):
             ) from None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            seal_checkpoint(folder / f"checkpoint-{self.state.global_step}")
+            self._sealing = self._sealer.submit(seal_checkpoint, folder / f"checkpoint-{self.state.global_step}")
         if self.pace is not None:
             self.pace.after_save()
 

@@ -14,6 +14,7 @@ Shapes: N pictures, B of them at once, S image side in pixels (224), P positions
 import bisect
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -137,6 +138,24 @@ def pick_place(size: int, device: torch.device) -> torch.device:
     return device if free - size > total / 2 else torch.device("cpu")
 
 
+class PicturesAhead:
+    """Pictures that threads hash, if wanted, and processes decode from now on, while a model is loaded."""
+
+    def __init__(self, images: Sequence[Path], processor, dtype: torch.dtype, side: int, hashes: bool):
+        self.images = images
+        self.pixels = _read_pixels(images, processor, dtype, side, blank=False)  # before there are more threads
+        self.hashing: list[Future] = []
+        if hashes:
+            pool = ThreadPoolExecutor(count_cores())
+            parts = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
+            self.hashing = [pool.submit(lambda part: list(map(hash_picture, part)), part) for part in parts]
+            pool.shutdown(wait=False)
+
+    def get_sums(self) -> list[str | None]:
+        """The SHA-256 of each picture's bytes, None if it can't be read."""
+        return list(itertools.chain.from_iterable(part.result() for part in self.hashing))
+
+
 def compute_outputs(
     vision,
     vision_config,
@@ -144,29 +163,33 @@ def compute_outputs(
     images: Sequence[Path],
     store: "VisionStore | None",
     kept: int | None = None,
+    ahead: PicturesAhead | None = None,
 ) -> tuple[Tensor, dict[Path, str]]:
     """(the ViT's outputs (N, P, D) of the pictures that can be read, in order; {path: why} of the others).
 
     What `store` has is read from there, the rest is computed, and written there by threads, which may take longer.
-    `kept`: outputs of the first so many pictures; those of the others only go into the store.
+    `kept`: outputs of the first so many pictures; those of the others only go into the store. `ahead`: of the same
+    pictures, where they were started before.
     """
     kept = len(images) if kept is None else kept
-    shape, weight = shape_outputs(vision_config), vision.post_layernorm.weight
+    shape, weight, side = shape_outputs(vision_config), vision.post_layernorm.weight, vision_config.image_size
+    ahead = ahead or PicturesAhead(images, processor, weight.dtype, side, hashes=store is not None)
     dtype, place = weight.dtype, pick_place(kept * math.prod(shape) * weight.dtype.itemsize, weight.device)
     outputs = torch.empty(kept, *shape, dtype=dtype, device=place)
-    sums: list[str | None] = [None] * len(images)
     missing, unreadable, not_kept = list(range(len(images))), {}, 0
     with tqdm(total=len(images), desc="encoding pictures", unit="picture") as progress:
         if store is not None:
-            missing = []
-            for row, (sums[row], found) in enumerate(read_ahead(store.look_up, images, at_once=8)):
+            missing, sums = [], ahead.get_sums()
+            for row, found in enumerate(read_ahead(store.load, sums, at_once=8)):
                 if found is None:
                     missing.append(row)
                 else:
                     if row < kept:
                         outputs[row].copy_(found, non_blocking=True)
                     progress.update()
-        for rows, pixels, reasons in _read_missing(missing, images, processor, dtype, vision_config.image_size):
+        if len(missing) < len(images):
+            ahead = PicturesAhead([images[row] for row in missing], processor, dtype, side, hashes=False)
+        for rows, pixels, reasons in _sort_out(missing, ahead):
             unreadable |= reasons
             if rows:
                 computed, count = run_vision(vision, pixels), bisect.bisect_left(rows, kept)
@@ -189,16 +212,14 @@ def compute_outputs(
     return outputs, unreadable
 
 
-def _read_missing(
-    missing: list[int], images: Sequence[Path], processor, dtype: torch.dtype, side: int
-) -> Iterator[tuple[list[int], Tensor, dict[Path, str]]]:
-    """(rows of the pictures that can be read, their pixels (B, 3, S, S), {path: why} of the others), by processes."""
+def _sort_out(places: Sequence[int], ahead: PicturesAhead) -> Iterator[tuple[list[int], Tensor, dict[Path, str]]]:
+    """(places of the pictures that can be read, their pixels (B, 3, S, S), {path: why} of the others)."""
     start = 0
-    for pixels, reasons in _read_pixels([images[row] for row in missing], processor, dtype, side, blank=False):
-        batch = list(zip(missing[start : start + len(reasons)], reasons, strict=True))
-        start += len(batch)
-        unreadable = {images[row]: reason for row, reason in batch if reason is not None}
-        yield [row for row, reason in batch if reason is None], pixels, unreadable
+    for pixels, reasons in ahead.pixels:
+        batch = list(zip(places[start:], ahead.images[start:], reasons, strict=False))
+        start += len(reasons)
+        unreadable = {image: reason for _, image, reason in batch if reason is not None}
+        yield [place for place, _, reason in batch if reason is None], pixels, unreadable
 
 
 def read_each(images: Sequence[Path], processor, dtype: torch.dtype, side: int, blank: bool) -> Iterator[Tensor | str]:
@@ -312,7 +333,7 @@ def open_store(config, model, processor, write: bool = True) -> "VisionStore | N
 
 
 class VisionStore:
-    """Outputs (P, D) of one ViT on disk. `look_up` may be called by many threads at once.
+    """Outputs (P, D) of one ViT on disk. `load` may be called by many threads at once.
 
     Writes until the whole folder, with other ViTs' outputs, has `limit_gib` GiB or little is left free on the disk, and
     then says so once; nothing that goes wrong in writing stops a run. 0: only reads.
@@ -368,21 +389,18 @@ class VisionStore:
         self.room, self.trouble = -math.inf, None
         print(f"{self.root}: outputs of the frozen ViT are kept there no more ({why}); training and captions go on")
 
-    def look_up(self, image: Path) -> tuple[str | None, Tensor | None]:
-        """(SHA-256 of the picture's bytes, its output (P, D) on the CPU), None for what is not there."""
-        sha256 = hash_picture(image)
-        return sha256, None if sha256 is None else self.load(sha256)
-
     def has(self, sha256: str | None) -> bool:
         """Whether there is a file for the picture of that SHA-256, intact or not."""
         return sha256 is not None and self._name(sha256).is_file()
 
-    def load(self, sha256: str) -> Tensor | None:
+    def load(self, sha256: str | None) -> Tensor | None:
         """The output (P, D) for the picture of that SHA-256; None if it is not there, or not as it was written."""
+        if sha256 is None:
+            return None
         path = self._name(sha256)
-        output = torch.empty(self.payload, dtype=torch.uint8)  # not pinned: to pin hundreds takes longer than to copy
         try:
             with open(path, "rb") as file:
+                output = torch.empty(self.payload, dtype=torch.uint8)  # not pinned: that takes longer than to copy
                 header, count = file.read(HEADER), file.readinto(output.numpy())
                 intact = count == self.payload and not file.read(1)
         except OSError:
