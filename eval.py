@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import csv
 import itertools
 import json
+import math
 import os
 import random
 import sys
@@ -45,7 +46,7 @@ from predictions import (
     read_references,
     write_predictions,
 )
-from report import ReportRow, write_report
+from report import ReportRow, start_thumbnails, write_report
 from scores import HEADLINES, compare_predictions, score_predictions, slice_names
 from trust import is_inside
 
@@ -163,14 +164,15 @@ def choose_examples(config: EvalConfig) -> list[Example]:
 class Captioner:
     """The fine-tuned model with its processor and settings, in each process."""
 
-    def __init__(self, config: EvalConfig):
+    def __init__(self, config: EvalConfig, pictures: int):
+        """`pictures` are to be captioned."""
         import_bitsandbytes()  # before transformers and peft do
         from transformers.utils import logging
 
         logging.set_verbosity_error()
         self.config = config
         fitting = min(gather(self._load))  # of one size in all processes, which share out the batches
-        gather(self._make_generator, fitting)
+        gather(self._make_generator, fitting, pictures)
         self.options = {"do_sample": not config.greedy}
         if not config.greedy:
             self.options |= {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
@@ -200,15 +202,18 @@ class Captioner:
         torch.cuda.empty_cache()
         return max_batch(self.model, self.longest, torch.cuda.mem_get_info()[0])
 
-    def _make_generator(self, fitting: int) -> None:
+    def _make_generator(self, fitting: int, pictures: int) -> None:
         """Choose the batch size, and the fast way to generate (generation.py) where that is wanted and possible."""
-        from generation import FastGenerator, supports
+        from generation import FastGenerator, round_up, supports
 
         self.batch_size, self.generator = self.config.batch_size or SLOW_BATCH, None
         wanted = self.config.fast_generation
         if wanted == "off" or (wanted == "auto" and self.model.device.type != "cuda"):
             return
-        size = self.config.batch_size or min(FAST_BATCH, 1 << max(fitting, 1).bit_length() - 1)  # a power of 2
+        size = self.config.batch_size
+        if size is None:
+            size = min(FAST_BATCH, 1 << max(fitting, 1).bit_length() - 1)  # a power of 2
+            size = min(size, round_up(math.ceil(pictures / math.ceil(pictures / size)), 8))  # the last one too
         if size <= fitting:
             self.batch_size, self.generator = size, FastGenerator(self.model, size)
         elif wanted == "on" and not supports(self.model):
@@ -355,7 +360,7 @@ class Captioner:
 
 def caption_examples(config: EvalConfig, examples: list[Example]) -> tuple[list[Prediction], dict[str, str]]:
     """Predictions for the examples, and the pictures that can't be read with the reason. Other processes end here."""
-    captioner, unreadable = Captioner(config), {}
+    captioner, unreadable = Captioner(config, len(examples)), {}
     nearest = find_nearest(captioner, examples) if config.model_floors else {}
     references = {example.name: [example.caption] for example in examples}
 
@@ -472,7 +477,7 @@ def caption_pictures(config: EvalConfig, run_dir: Path) -> None:
     pictures, finished = ask_main(start_pictures, config, run_dir)
     unreadable: dict[str, str] = {}
     if any(name not in finished for name, _ in pictures):
-        captioner, before = Captioner(config), frozenset(finished)
+        captioner, before = Captioner(config, len(pictures)), frozenset(finished)
         path = run_dir / "captions.jsonl" if find_place()[0] == 0 else Path(os.devnull)
         remedy = "the captions before are kept: see to the disk, then give the same command and --run-name again"
         with explain_writing(path, remedy), open(path, "a", encoding="utf-8") as file:
@@ -614,11 +619,13 @@ def read_facts(config: EvalConfig, predictions: Sequence[Prediction]) -> tuple[l
 
 def evaluate(config: EvalConfig, run_dir: Path) -> None:
     """Caption the test split unless predictions are given, and score: scores.json and report.html."""
-    unreadable, images, references = {}, {}, None
+    unreadable, images, references, thumbnails = {}, {}, None, None
     if config.predictions is None:
         examples = ask_main(choose_examples, config)
         images = {example.name: example.image for example in examples}
         predictions_file = run_dir / "predictions.jsonl"
+        if find_place()[0] == 0:
+            thumbnails = start_thumbnails(list(images.values()))
         predictions, unreadable = caption_examples(config, examples)
         write_predictions(predictions_file, predictions)
         signature = {"split": config.split, "decoding": describe_decoding(config)}
@@ -646,7 +653,7 @@ def evaluate(config: EvalConfig, run_dir: Path) -> None:
         json.dump(scores, file, indent=1, allow_nan=False)
     origin = ", ".join(signature.values()) if config.predictions is None else config.predictions.name
     title = f"{len(predictions):,} pictures, {origin}"
-    write_report(run_dir / "report.html", title, make_rows(predictions, facts), images, scores)
+    write_report(run_dir / "report.html", title, make_rows(predictions, facts), images, scores, thumbnails)
     print_captions(predictions, config.show)
     print_left_out(unreadable)
     print_scores(scores)

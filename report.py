@@ -15,7 +15,7 @@ import os
 import random
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ MAX_BYTES = 50_000_000  # of the whole file; the thumbnails take what the text l
 SIDES = (480, 400, 320, 288, 256, 232, 208, 192, 176, 160, 144, 128, 112, 80)
 QUALITIES = (80, 76, 72, 70, 68, 66, 64, 62, 60, 57, 54, 51, 48, 40)
 THUMBNAILS = tuple(zip(SIDES, QUALITIES, strict=True))
+ROW_BYTES = 4000  # of a picture's text, for which start_thumbnails leaves room: the demo's takes 1,100
 SAMPLE = 48  # pictures by whose size it is judged whether all will fit
 
 Pieces = list[tuple[str, str]]  # (text, verdict), one of VERDICTS; the texts together are the caption
@@ -58,11 +59,17 @@ class Thumbnails(NamedTuple):
 
 
 def write_report(
-    path: Path, title: str, rows: Sequence[ReportRow], images: Mapping[str, Path], scores: dict | None
+    path: Path,
+    title: str,
+    rows: Sequence[ReportRow],
+    images: Mapping[str, Path],
+    scores: dict | None,
+    ahead: Future | None = None,
 ) -> int:
     """Write the page to `path` and return its size in bytes, which is MAX_BYTES at most unless the text alone is more.
 
-    `images` is {row name: picture file}; a row without one, or with one that can't be read, gets no picture.
+    `images` is {row name: picture file}; a row without one, or with one that can't be read, gets no picture. `ahead` is
+    what start_thumbnails gave for the files of `images`: taken if there is room for it.
     `scores` is what eval.py writes to scores.json; None: a gallery of captions alone. Raises UserError when `path`
     can't be written, ValueError for a verdict that is not in VERDICTS and for NaN, which JSON has no word for.
     """
@@ -71,7 +78,8 @@ def write_report(
     template = TEMPLATE.read_text(encoding="utf-8")
     values = {"POLICY": write_policy(template), "REPORT": to_script_json(report)}
     room = MAX_BYTES - len(template.encode()) - len(values["REPORT"]) - 6 * len(rows) - 2000  # 6: null, comma, space
-    thumbnails = make_thumbnails(paths, room)
+    thumbnails = None if ahead is None else take_thumbnails(ahead.result(), list(images.values()), paths, room)
+    thumbnails = thumbnails or make_thumbnails(paths, room)
     values["PICTURES"] = json.dumps(thumbnails.pictures)
     values["FILE"] = to_script_json(count_pictures(paths, thumbnails))
     size = len(fill_template(template, {**values, "BYTES": " " * 12}).encode())
@@ -128,7 +136,27 @@ def to_script_json(value) -> str:
 # pictures
 
 
-def make_thumbnails(paths: Sequence[Path | None], room: int) -> Thumbnails:
+def start_thumbnails(paths: Sequence[Path]) -> Future | None:
+    """Make thumbnails beside what else is done, while the text of the page is yet to come; None: that may be much."""
+    if not paths or len(paths) * ROW_BYTES > MAX_BYTES / 5:
+        return None
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(make_thumbnails, paths, MAX_BYTES - ROW_BYTES * len(paths), quiet=True)
+    pool.shutdown(wait=False)
+    return future
+
+
+def take_thumbnails(
+    made: Thumbnails, files: Sequence[Path], paths: Sequence[Path | None], room: int
+) -> Thumbnails | None:
+    """Of the thumbnails of `files` those of `paths`; None if these take more than `room` bytes, or some had no room."""
+    by_file = dict(zip(files, made.pictures, strict=True))
+    pictures = [by_file.get(path) for path in paths]
+    fits = not made.no_room and sum(len(picture or "") for picture in pictures) <= room
+    return made._replace(pictures=pictures) if fits else None
+
+
+def make_thumbnails(paths: Sequence[Path | None], room: int, quiet: bool = False) -> Thumbnails:
     """Thumbnails of the pictures, as large as go into `room` bytes together. A picture that can't be read is None."""
     found = [path for path in paths if path is not None]
     sample = random.Random(0).sample(found, min(SAMPLE, len(found)))
@@ -137,19 +165,20 @@ def make_thumbnails(paths: Sequence[Path | None], room: int) -> Thumbnails:
         expected = sum(sizes) / max(len(sizes), 1) * len(found)
         if expected > 0.97 * room and (side, quality) != THUMBNAILS[-1]:
             continue
-        made = make_all_thumbnails(paths, side, quality)
+        made = make_all_thumbnails(paths, side, quality, quiet)
         if sum(len(picture or "") for picture in made) <= room:
             break
     pictures = keep_first(made, room)
     return Thumbnails(pictures, side, quality, no_room=pictures.count(None) - made.count(None))
 
 
-def make_all_thumbnails(paths: Sequence[Path | None], side: int, quality: int) -> list[str | None]:
+def make_all_thumbnails(paths: Sequence[Path | None], side: int, quality: int, quiet: bool) -> list[str | None]:
     def make(path: Path | None) -> str | None:
         return None if path is None else make_thumbnail(path, side, quality)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads do: Pillow lets go of the lock while it works
-        return list(tqdm(pool.map(make, paths), desc="thumbnails", total=len(paths), unit="picture"))
+        made = pool.map(make, paths)
+        return list(tqdm(made, desc="thumbnails", total=len(paths), unit="picture", disable=quiet))
 
 
 def make_thumbnail(path: Path, side: int, quality: int) -> str | None:

@@ -135,6 +135,23 @@ def test_thumbnails_shrink_until_they_fit(drawn):
     assert sum(len(picture or "") for picture in some.pictures) <= 5000
 
 
+def test_thumbnails_made_ahead_are_taken_where_there_is_room(drawn, tmp_path, monkeypatch):
+    files = sorted((drawn / "images").iterdir())
+    images = {f"{n:05d}.jpg": path for n, path in enumerate([*files, tmp_path / "nowhere.jpg"])}
+    rows = [make_row(n) for n in range(1, len(images) + 1)]  # one is not captioned, one has no picture
+    write_report(tmp_path / "now.html", "", rows, images, None)
+    ahead = report.start_thumbnails(list(images.values()))
+    ahead.result()
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "make_thumbnails", None)
+        write_report(tmp_path / "ahead.html", "", rows, images, None, ahead)
+    assert (tmp_path / "ahead.html").read_bytes() == (tmp_path / "now.html").read_bytes()
+    monkeypatch.setattr(report, "MAX_BYTES", 60_000)
+    write_report(tmp_path / "small.html", "", rows, images, None, ahead)
+    assert (tmp_path / "small.html").stat().st_size <= 60_000
+    assert report.start_thumbnails(files) is None  # text may take all
+
+
 def test_the_whole_file_keeps_to_its_budget(drawn, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "MAX_BYTES", 400_000)
     paths = sorted((drawn / "images").iterdir())
