@@ -101,13 +101,14 @@ from training import (
     list_micro_batches,
 )
 from vision_store import (
-    PicturesAhead,
     compute_outputs,
+    find_folder,
     fits_memory,
+    has_outputs,
     open_store,
     record_vision,
+    start_reading,
     take_vision_out,
-    wants_store,
 )
 
 TRAINED_ON = ("train", "val")  # splits whose pictures training sees
@@ -552,7 +553,7 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
     )
     share(arguments, functools.partial(prepare_output, config.output))
     stored = keep_outputs(config, arguments, model_config, splits, device)
-    for_eval = stored and wants_store(config, device)  # eval.py finds the test split's outputs on disk
+    for_eval = stored and find_folder(config, device) is not None  # eval.py finds the test split's outputs on disk
     decoded_later = (*TRAINED_ON, *["test"] * for_eval) if stored else ()  # for the ViT
     unchecked = list_images(splits, [split for split in splits if split not in decoded_later])
     unreadable = share(arguments, functools.partial(check_pictures, unchecked))
@@ -563,8 +564,10 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
     if stored:
         images = list_images(splits, TRAINED_ON)
         not_kept = list_images(splits, ["test"]) if for_eval and arguments.process_index == 0 else []
-        side = model_config.vision_config.image_size
-        ahead = PicturesAhead([*images, *not_kept], processor, pick_dtype(device), side, wants_store(config, device))
+        wanted, ahead, folder = [*images, *not_kept], None, find_folder(config, device)
+        if folder is None or not has_outputs(folder):  # they are decoded while the model is loaded
+            side, hashes = model_config.vision_config.image_size, folder is not None
+            ahead = start_reading(wanted, processor, pick_dtype(device), side, hashes)
     model = load_model(config.model, config.load_in_4bit, device, checked=True)
     outputs, store = None, None
     if stored:
@@ -582,7 +585,7 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
         if fast and config.cuda_graphs and config.unpack_nf4 != "off":
             vision = record_vision(vision)
         settings = model.config.vision_config
-        outputs, found = compute_outputs(vision, settings, processor, ahead.images, store, len(images), ahead)
+        outputs, found = compute_outputs(vision, settings, processor, wanted, store, len(images), ahead)
         if store is not None:
             print(store.describe())
         del vision, ahead

@@ -136,6 +136,11 @@ class FastStep:
             weight.grad = gradient
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Begin an optimiser step anew."""
+        for weight in self.weights:
+            weight.grad = None
+
     def add_up(self) -> None:
         """Make the gradients the sums over all processes; called in each, after the last pass of an optimiser step.
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_pt_utils import safe_globals
+from transformers.trainer_pt_utils import nested_gather, safe_globals
 from transformers.trainer_utils import EvalLoopOutput
 
 from caption_loss import caption_nll
@@ -84,8 +84,43 @@ class CaptionTrainer(Trainer):
         self.pace: Pace | None = None
         self._rows: list[torch.Tensor] = []  # of this optimiser step
         self._losses: list[torch.Tensor] = []
+        self._record: tuple | None = None  # of a logged step, that is yet to be written
         self._sealer, self._sealing = ThreadPoolExecutor(1), None
         self._unchecked: tuple | None = None  # what check_finite needs to know of the last step
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, learning_rate=None, **kwargs):
+        """With the fast step a record is written when the step after it has been launched: the GPU need not wait."""
+        self._write_record()
+        control, state = self.control, self.state
+        is_due = control.should_log and state.global_step > self._globalstep_last_logged
+        if is_due and self.fast_step is not None and not (control.should_evaluate or control.should_save):
+            loss = nested_gather(tr_loss, self.args.parallel_mode).mean()
+            values = torch.stack([loss, torch.as_tensor(grad_norm, device=loss.device)]).to("cpu", non_blocking=True)
+            arrived = torch.cuda.Event() if loss.is_cuda else None
+            if arrived:
+                arrived.record()
+            tr_loss -= tr_loss
+            steps = state.global_step - self._globalstep_last_logged
+            self._record = (arrived, values, steps, learning_rate, state.global_step, state.epoch)
+            self._globalstep_last_logged, control.should_log = state.global_step, False
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, learning_rate=learning_rate, **kwargs)
+
+    def _write_record(self) -> None:
+        """Log what is due of an earlier step, as of then."""
+        if self._record is None:
+            return
+        (arrived, values, steps, learning_rate, *then), self._record = self._record, None
+        if arrived:
+            arrived.synchronize()
+        loss, norm = values.tolist()
+        self._total_loss_scalar += loss
+        state, is_due = self.state, self.control.should_log
+        now, (state.global_step, state.epoch) = (state.global_step, state.epoch), then
+        try:
+            self.log({"loss": loss / steps, "grad_norm": norm, "learning_rate": learning_rate})
+        finally:
+            state.global_step, state.epoch = now
+            self.control.should_log = is_due
 
     def floating_point_ops(self, inputs) -> int:
         """Not counted: Trainer would walk over all weights at each step, for longer than a GPU takes for some."""
@@ -109,6 +144,7 @@ class CaptionTrainer(Trainer):
         if self.args.world_size > 1:  # only DDP would send the first process's weights to the others
             check_same_weights(self.model, self.args.world_size)
         if self.fast_step is not None:
+            self.model.zero_grad = self.fast_step.zero_grad  # Trainer's walks over thousands of modules
             prepare = self.accelerator.prepare_model
             self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)  # what else it does stays
         return super()._prepare_for_training(*args)
@@ -235,6 +271,7 @@ class CaptionTrainer(Trainer):
         try:
             return super().train(*args, **kwargs)
         finally:
+            self._write_record()
             self.finish_sealing()
 
     def finish_sealing(self) -> None:

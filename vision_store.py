@@ -14,7 +14,6 @@ Shapes: N pictures, B of them at once, S image side in pixels (224), P positions
 import bisect
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -138,24 +137,6 @@ def pick_place(size: int, device: torch.device) -> torch.device:
     return device if free - size > total / 2 else torch.device("cpu")
 
 
-class PicturesAhead:
-    """Pictures that threads hash, if wanted, and processes decode from now on, while a model is loaded."""
-
-    def __init__(self, images: Sequence[Path], processor, dtype: torch.dtype, side: int, hashes: bool):
-        self.images = images
-        self.pixels = _read_pixels(images, processor, dtype, side, blank=False)  # before there are more threads
-        self.hashing: list[Future] = []
-        if hashes:
-            pool = ThreadPoolExecutor(count_cores())
-            parts = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
-            self.hashing = [pool.submit(lambda part: list(map(hash_picture, part)), part) for part in parts]
-            pool.shutdown(wait=False)
-
-    def get_sums(self) -> list[str | None]:
-        """The SHA-256 of each picture's bytes, None if it can't be read."""
-        return list(itertools.chain.from_iterable(part.result() for part in self.hashing))
-
-
 def compute_outputs(
     vision,
     vision_config,
@@ -163,41 +144,44 @@ def compute_outputs(
     images: Sequence[Path],
     store: "VisionStore | None",
     kept: int | None = None,
-    ahead: PicturesAhead | None = None,
+    ahead: Iterator | None = None,
 ) -> tuple[Tensor, dict[Path, str]]:
     """(the ViT's outputs (N, P, D) of the pictures that can be read, in order; {path: why} of the others).
 
     What `store` has is read from there, the rest is computed, and written there by threads, which may take longer.
-    `kept`: outputs of the first so many pictures; those of the others only go into the store. `ahead`: of the same
-    pictures, where they were started before.
+    `kept`: outputs of the first so many pictures; those of the others only go into the store. `ahead`: what
+    start_reading() gave for the same pictures, when nothing was stored.
     """
     kept = len(images) if kept is None else kept
     shape, weight, side = shape_outputs(vision_config), vision.post_layernorm.weight, vision_config.image_size
-    ahead = ahead or PicturesAhead(images, processor, weight.dtype, side, hashes=store is not None)
+    sums: list[str | None] = [None] * len(images)
     dtype, place = weight.dtype, pick_place(kept * math.prod(shape) * weight.dtype.itemsize, weight.device)
     outputs = torch.empty(kept, *shape, dtype=dtype, device=place)
     missing, unreadable, not_kept = list(range(len(images))), {}, 0
     with tqdm(total=len(images), desc="encoding pictures", unit="picture") as progress:
-        if store is not None:
-            missing, sums = [], ahead.get_sums()
-            for row, found in enumerate(read_ahead(store.load, sums, at_once=8)):
+        if store is not None and ahead is None:
+            missing = []
+            for row, (sums[row], found) in enumerate(read_ahead(store.look_up, images, at_once=8)):
                 if found is None:
                     missing.append(row)
                 else:
                     if row < kept:
                         outputs[row].copy_(found, non_blocking=True)
                     progress.update()
-        if len(missing) < len(images):
-            ahead = PicturesAhead([images[row] for row in missing], processor, dtype, side, hashes=False)
-        for rows, pixels, reasons in _sort_out(missing, ahead):
+        if ahead is None:
+            ahead = start_reading([images[row] for row in missing], processor, dtype, side)
+        for rows, pixels, reasons, hashes in _sort_out(missing, images, ahead):
             unreadable |= reasons
+            for row, sha256 in hashes.items():
+                sums[row] = sha256
             if rows:
                 computed, count = run_vision(vision, pixels), bisect.bisect_left(rows, kept)
                 places = [outputs[row] for row in rows[:count]]
                 if count:
                     torch._foreach_copy_(places, list(computed[:count].to(place)))
                 if store is not None:
-                    store.save([sums[row] for row in rows], [*places, *computed[count:].cpu()])
+                    rest = computed[count:] if place.type == "cuda" else computed[count:].cpu()  # some 1.5 GB at most
+                    store.save([sums[row] for row in rows], [*places, *rest])
                     not_kept += len(rows) - count
                     if not_kept >= PART:
                         store.wait()
@@ -212,26 +196,47 @@ def compute_outputs(
     return outputs, unreadable
 
 
-def _sort_out(places: Sequence[int], ahead: PicturesAhead) -> Iterator[tuple[list[int], Tensor, dict[Path, str]]]:
-    """(places of the pictures that can be read, their pixels (B, 3, S, S), {path: why} of the others)."""
+def start_reading(images: Sequence[Path], processor, dtype: torch.dtype, side: int, hashes: bool = False) -> Iterator:
+    """What processes make of pictures from the call on, BATCH at a time.
+
+    (pixels (B, 3, S, S) of those that can be read, why not for each of all, SHA-256 of the bytes of each of all or None
+    unless `hashes`).
+    """
+    return _read_pixels(images, processor, dtype, side, blank=False, hashes=hashes)
+
+
+def has_outputs(folder: Path) -> bool:
+    """Whether a store's folder has any file of outputs."""
+    return next(folder.glob("*/*.bin"), None) is not None
+
+
+def _sort_out(
+    places: Sequence[int], images: Sequence[Path], reading: Iterator
+) -> Iterator[tuple[list[int], Tensor, dict[Path, str], dict[int, str]]]:
+    """Of pictures at `places` in `images`, some at a time, as start_reading() gives them:
+
+    (places of those that can be read, their pixels (B, 3, S, S), {path: why} of the others, {place: SHA-256}).
+    """
     start = 0
-    for pixels, reasons in ahead.pixels:
-        batch = list(zip(places[start:], ahead.images[start:], reasons, strict=False))
-        start += len(reasons)
-        unreadable = {image: reason for _, image, reason in batch if reason is not None}
-        yield [place for place, _, reason in batch if reason is None], pixels, unreadable
+    for pixels, reasons, hashes in reading:
+        batch = places[start : start + len(reasons)]
+        start += len(batch)
+        readable = [place for place, reason in zip(batch, reasons, strict=True) if reason is None]
+        unreadable = {images[place]: why for place, why in zip(batch, reasons, strict=True) if why is not None}
+        known = {place: sha256 for place, sha256 in zip(batch, hashes, strict=True) if sha256 is not None}
+        yield readable, pixels, unreadable, known
 
 
 def read_each(images: Sequence[Path], processor, dtype: torch.dtype, side: int, blank: bool) -> Iterator[Tensor | str]:
     """Pixels (3, S, S) of each picture in order, or why it can't be read, by processes; see load_pixels for `blank`."""
-    for pixels, reasons in _read_pixels(images, processor, dtype, side, blank):
+    for pixels, reasons, _ in _read_pixels(images, processor, dtype, side, blank):
         readable = iter(pixels)
         yield from (next(readable) if reason is None else reason for reason in reasons)
 
 
-def _read_pixels(images: Sequence[Path], processor, dtype: torch.dtype, side: int, blank: bool):
-    """(pixels (B, 3, S, S) of the pictures that can be read, why not for each of all) of some at a time."""
-    read = functools.partial(_read, processor=processor, blank=blank)
+def _read_pixels(images: Sequence[Path], processor, dtype: torch.dtype, side: int, blank: bool, hashes: bool = False):
+    """As start_reading(); see load_pixels for `blank`."""
+    read = functools.partial(_read, processor=processor, blank=blank, hashes=hashes)
     return read_batches(read, images, functools.partial(_stack, dtype=dtype), 3 * side**2 * dtype.itemsize)
 
 
@@ -243,19 +248,22 @@ def _leave_out(outputs: Tensor, kept: list[int]) -> Tensor:
     return outputs[: len(kept)]
 
 
-def _read(image: Path, processor, blank: bool) -> Tensor | str:
-    """(3, S, S) pixel values, or why there are none."""
+def _read(image: Path, processor, blank: bool, hashes: bool) -> tuple[Tensor | str, str | None]:
+    """(3, S, S) pixel values, or why there are none; and the SHA-256 of the file, if wanted."""
+    sha256 = hash_picture(image) if hashes else None
     try:
-        return load_pixels(image, processor, blank)
+        return load_pixels(image, processor, blank), sha256
     except UserError as error:
-        return str(error)
+        return str(error), sha256
 
 
-def _stack(read: list[Tensor | str], dtype: torch.dtype) -> tuple[Tensor, list[str | None]]:
-    """(pixels of those that could be read, why not for each of all)."""
-    pixels = [item.to(dtype) for item in read if not isinstance(item, str)]
-    reasons = [item if isinstance(item, str) else None for item in read]
-    return torch.stack(pixels) if pixels else torch.empty(0), reasons
+def _stack(
+    read: list[tuple[Tensor | str, str | None]], dtype: torch.dtype
+) -> tuple[Tensor, list[str | None], list[str | None]]:
+    """(pixels of those that could be read, why not for each of all, SHA-256 of each of all)."""
+    pixels = [item.to(dtype) for item, _ in read if not isinstance(item, str)]
+    reasons = [item if isinstance(item, str) else None for item, _ in read]
+    return torch.stack(pixels) if pixels else torch.empty(0), reasons, [sha256 for _, sha256 in read]
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -309,16 +317,18 @@ def describe_machine(device: torch.device) -> dict:
     return {"torch": torch.__version__, "Pillow": PIL.__version__, "device": name, "made": made}
 
 
-def wants_store(config, device: torch.device) -> bool:
-    """Whether --vision-store of main.py's or eval.py's `config` names a store."""
-    return config.vision_store != "off" and (config.vision_store != "auto" or device.type == "cuda")
+def find_folder(config, device: torch.device) -> Path | None:
+    """The folder of the store that --vision-store of main.py's or eval.py's `config` names; None if none is wanted."""
+    if config.vision_store == "off" or (config.vision_store == "auto" and device.type != "cuda"):
+        return None
+    return Path("vision-store" if config.vision_store == "auto" else config.vision_store)
 
 
 def open_store(config, model, processor, write: bool = True) -> "VisionStore | None":
     """The store that --vision-store of main.py's or eval.py's `config` names; None if none is wanted."""
-    if not wants_store(config, model.device):
+    folder = find_folder(config, model.device)
+    if folder is None:
         return None
-    folder = Path("vision-store") if config.vision_store == "auto" else config.vision_store
     blip2 = get_blip2(model)
     vision, settings = blip2.vision_model, blip2.config.vision_config
     about = describe_outputs(vision, settings, processor.image_processor)
@@ -333,7 +343,7 @@ def open_store(config, model, processor, write: bool = True) -> "VisionStore | N
 
 
 class VisionStore:
-    """Outputs (P, D) of one ViT on disk. `load` may be called by many threads at once.
+    """Outputs (P, D) of one ViT on disk. `look_up` may be called by many threads at once.
 
     Writes until the whole folder, with other ViTs' outputs, has `limit_gib` GiB or little is left free on the disk, and
     then says so once; nothing that goes wrong in writing stops a run. 0: only reads.
@@ -393,10 +403,13 @@ class VisionStore:
         """Whether there is a file for the picture of that SHA-256, intact or not."""
         return sha256 is not None and self._name(sha256).is_file()
 
-    def load(self, sha256: str | None) -> Tensor | None:
+    def look_up(self, image: Path) -> tuple[str | None, Tensor | None]:
+        """(SHA-256 of the picture's bytes, its output (P, D) on the CPU), None for what is not there."""
+        sha256 = hash_picture(image)
+        return sha256, None if sha256 is None else self.load(sha256)
+
+    def load(self, sha256: str) -> Tensor | None:
         """The output (P, D) for the picture of that SHA-256; None if it is not there, or not as it was written."""
-        if sha256 is None:
-            return None
         path = self._name(sha256)
         try:
             with open(path, "rb") as file:

@@ -22,7 +22,7 @@ import pictures
 import vision_store
 from config import EvalConfig, TrainConfig, UserError
 from model import load_model, load_pixels, load_processor
-from vision_store import HEADER, VisionStore, compute_outputs, describe_outputs, hash_picture, open_store, run_vision
+from vision_store import HEADER, VisionStore, compute_outputs, describe_outputs, open_store, run_vision
 
 CPU = torch.device("cpu")
 STORED = {"vision_store_gib": 1.0, "vision_store": Path("store"), "num_train_epochs": 1}
@@ -106,7 +106,7 @@ def test_a_recorded_vit_gives_the_same(folder, tiny_checkpoint, processor, image
     outputs, _ = compute_outputs(recorded, settings, processor, images, store, kept=6)
     store.close()
     assert torch.equal(outputs, expected[:6])
-    found = [store.load(hash_picture(image)) for image in images]
+    found = [store.look_up(image)[1] for image in images]
     assert torch.equal(torch.stack(found), expected)  # what was written while later passes ran
 
 
@@ -283,7 +283,7 @@ def test_a_file_of_another_model_is_not_read(folder, model, processor, images):
     assert other.folder != store.folder
     for path in list_files():
         shutil.copy(path, other.folder)
-    assert [other.load(hash_picture(image)) for image in images[:2]] == [None, None]
+    assert [other.look_up(image)[1] for image in images[:2]] == [None, None]
     assert not list(other.folder.glob("*.bin"))  # deleted
     assert torch.equal(fill(model, processor, images[:2])[0], expected)
 
