@@ -127,7 +127,7 @@ class TrainConfig(DataConfig):
     fast_step: Literal["auto", "on", "off"] = "auto"  # logits of text alone, LoRA in 16 bits; auto: on a GPU with bf16
     cuda_graphs: bool = True  # with the fast step on a GPU: record the launches of a pass once and replay them
     unpack_nf4: Literal["auto", "on", "off"] = "auto"  # with the fast step: NF4 values in 16 bits; auto: if room for 3x
-    length_window: int = 50  # batches among which frames are sorted by caption length, against padding; 0: random order
+    length_window: int = 50  # steps among which frames are dealt out by length, against padding; 0: random order
     dataloader_workers: int = 4  # processes that decode pictures; 0: the main process
 
     train_share: float = 0.6  # share of the frames for training; whole rides only

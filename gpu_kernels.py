@@ -96,18 +96,18 @@ def project_low(
 ) -> None:
     """low (G, N, R) = dropout(x) @ A.T for each A of a (G x R, W), whose masks differ.
 
-    a is contiguous; rows of x (N, W) and of low may lie apart. With b (G x M, R), contiguous, its part of each group is
-    written into columns of its own in `room` (G x M, G x R), whose rows may lie apart, in the same launch.
+    a is contiguous; rows of x (N, W) and of low may lie apart. If there is `room` (G x M, G x R), whose rows may lie
+    apart, each group's part of b (G x M, R), contiguous, is written into columns of its own there, in the same launch.
     """
     (groups, rows, rank), width = low.shape, x.shape[1]
     assert x.stride(1) == low.stride(2) == 1 and a.is_contiguous() and groups * rows * width < 2**32
-    blocks, height = triton.cdiv(rows, PROJECT["ROWS"]), 0 if b is None else len(b) // groups
+    blocks, height = triton.cdiv(rows, PROJECT["ROWS"]), 0 if room is None else len(b) // groups
     _project_low[groups, blocks + triton.cdiv(height, PLACED)](
-        *(x, a, low, seed, site, a if b is None else b, a if room is None else room),
+        *(x, a, low, seed, site, *((a, a) if room is None else (b, room))),
         *(rows, width, height, blocks, x.stride(0), *low.stride()[:2], width if room is None else room.stride(0)),
         *(_to_level(dropout), _to_scale(dropout)),
         DROPS=dropout > 0,
-        PLACES=b is not None,
+        PLACES=room is not None,
         PLACED=PLACED,
         R=rank,
         **PROJECT,
@@ -477,8 +477,8 @@ def attend_backward(
         *(width**-0.5, _to_level(dropout), _to_scale(dropout)),
     )
     options = {"CAUSAL": is_causal, "DROPS": dropout > 0, "PACKED": rows is not None, **sizes}
-    # whose result `along` the other reads; measured on an H100
-    stages = 1 if is_causal else pick_stages(q.device)
+    stages = 1 if is_causal else pick_stages(q.device)  # the fastest on an H100
+    # the first writes `along`, which the second reads
     _attend_backward_queries[triton.cdiv(length, sizes["QUERIES"]), batch * heads](
         *arguments, **options, num_stages=stages
     )
@@ -510,15 +510,17 @@ def _size_head(width: int) -> dict[str, int]:
 
 
 @triton.jit
-def _find_row(starts, row, length, key_length, PACKED: tl.constexpr):
-    """First query and number of queries of a row, and its first key and number of keys."""
+def _find_row(starts, length, key_length, positions, heads, width, PACKED: tl.constexpr):
+    """Where a program's row and head are: the head's first column, where its sums begin, and of the row the first query
+    and number of queries, and the first key and number of keys."""
+    row, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     begin, key_begin = row.to(tl.int64) * length, row.to(tl.int64) * key_length
     if PACKED:
         begin = tl.load(starts + row)
         key_begin = begin
         length = (tl.load(starts + row + 1) - begin).to(tl.int32)
         key_length = length
-    return begin, length, key_begin, key_length
+    return head * width, head.to(tl.int64) * positions + begin, begin, length, key_begin, key_length
 
 
 @triton.jit
@@ -590,11 +592,10 @@ def _attend(
     CAUSAL: tl.constexpr, DROPS: tl.constexpr, PACKED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    row, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    drawn, drawn_width = _draw_keys(seed, site), key_length
-    drawn_row = tl.program_id(1) * length
-    begin, length, key_begin, key_length = _find_row(starts, row, length, key_length, PACKED)
-    first = head * width
+    drawn, drawn_row, drawn_width = _draw_keys(seed, site), tl.program_id(1) * length, key_length
+    first, at, begin, length, key_begin, key_length = _find_row(
+        starts, length, key_length, positions, heads, width, PACKED
+    )
     queries = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     q_block = _load_head(q + first, begin + queries, queries < length, q_stride, width, D, E)
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
@@ -621,7 +622,7 @@ def _attend(
         top = higher
     mean, mean_rest = mean / total[:, None], mean_rest / total[:, None]
     _store_head(out + first, begin + queries, queries < length, out_stride, width, mean, mean_rest, D, E)
-    tl.store(sums + head.to(tl.int64) * positions + begin + queries, top + tl.log2(total), queries < length)
+    tl.store(sums + at + queries, top + tl.log2(total), queries < length)
 
 
 @triton.jit
@@ -647,13 +648,11 @@ def _attend_backward_keys(
     CAUSAL: tl.constexpr, DROPS: tl.constexpr, PACKED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    row, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    drawn, drawn_width = _draw_keys(seed, site), key_length
-    drawn_row = tl.program_id(1) * length
-    begin, length, key_begin, key_length = _find_row(starts, row, length, key_length, PACKED)
-    first = head * width
-    sums += head.to(tl.int64) * positions + begin
-    along += head.to(tl.int64) * positions + begin
+    drawn, drawn_row, drawn_width = _draw_keys(seed, site), tl.program_id(1) * length, key_length
+    first, at, begin, length, key_begin, key_length = _find_row(
+        starts, length, key_length, positions, heads, width, PACKED
+    )
+    sums, along = sums + at, along + at
     keys = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     is_key, key_row = keys < key_length, key_begin + keys
     k_block = _load_head(k + first, key_row, is_key, k_stride, width, D, E)
@@ -688,13 +687,11 @@ def _attend_backward_queries(
     CAUSAL: tl.constexpr, DROPS: tl.constexpr, PACKED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    row, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    drawn, drawn_width = _draw_keys(seed, site), key_length
-    drawn_row = tl.program_id(1) * length
-    begin, length, key_begin, key_length = _find_row(starts, row, length, key_length, PACKED)
-    first = head * width
-    sums += head.to(tl.int64) * positions + begin
-    along += head.to(tl.int64) * positions + begin
+    drawn, drawn_row, drawn_width = _draw_keys(seed, site), tl.program_id(1) * length, key_length
+    first, at, begin, length, key_begin, key_length = _find_row(
+        starts, length, key_length, positions, heads, width, PACKED
+    )
+    sums, along = sums + at, along + at
     queries = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     is_query, query_row = queries < length, begin + queries
     q_block = _load_head(q + first, query_row, is_query, q_stride, width, D, E)

@@ -375,7 +375,7 @@ def project_low(
     groups = len(a) // rank
     if has_kernel_rank(x, rank):
         low = x.new_empty(groups, len(x), rank)
-        gpu_kernels.project_low(x, a, dropout, seed, site, low, *((b, room) if room is not None else ()))
+        gpu_kernels.project_low(x, a, dropout, seed, site, low, b, room)
         return low, None
     if not dropout:
         return torch.stack([x @ part.T for part in a.chunk(groups)]), None

@@ -566,8 +566,8 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
         not_kept = list_images(splits, ["test"]) if for_eval and arguments.process_index == 0 else []
         wanted, ahead, folder = [*images, *not_kept], None, find_folder(config, device)
         if folder is None or not has_outputs(folder):  # they are decoded while the model is loaded
-            side, hashes = model_config.vision_config.image_size, folder is not None
-            ahead = start_reading(wanted, processor, pick_dtype(device), side, hashes)
+            side = model_config.vision_config.image_size
+            ahead = start_reading(wanted, processor, pick_dtype(device), side, hashes=folder is not None)
     model = load_model(config.model, config.load_in_4bit, device, checked=True)
     outputs, store = None, None
     if stored:

@@ -362,15 +362,11 @@ class CaptionCollator:
         }
 
 
-class PackedCollator:
+class PackedCollator(CaptionCollator):
     """Rows of CaptionDataset -> a batch for caption_nll: rows behind each other, without padding between them.
 
     What is filled up to a multiple of PACKED_TO positions, so that there are few sizes, stands behind the last row.
     """
-
-    def __init__(self, model_config):
-        self.prefix = prefix_ids(model_config)
-        self.pad = model_config.text_config.pad_token_id
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor | int]:
         input_ids, labels, starts = [], [], [0]
@@ -378,7 +374,7 @@ class PackedCollator:
             input_ids += self.prefix + row["caption_ids"]
             labels += [IGNORED] * len(self.prefix) + row["caption_ids"]
             starts.append(len(labels))
-        longest = max(map(int.__sub__, starts[1:], starts))
+        longest = len(self.prefix) + max(len(row["caption_ids"]) for row in rows)
         padding = -len(labels) % PACKED_TO
         return {
             "pixel_values": torch.stack([row["pixel_values"] for row in rows]),  # (B, 3, S, S)

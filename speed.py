@@ -136,7 +136,7 @@ class FastStep:
             weight.grad = gradient
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self) -> None:
         """Begin an optimiser step anew."""
         for weight in self.weights:
             weight.grad = None
@@ -171,20 +171,19 @@ class FastStep:
 
     def _replay(self, work: Callable, inputs: dict[str, Tensor]) -> Tensor:
         """work(batch) or work(batch, tokens), from a recording."""
-        longest = inputs.pop("longest")
-        key = (work.__name__, len(inputs["labels"]), len(inputs["starts"]), longest)
+        key = (work.__name__, len(inputs["labels"]), len(inputs["starts"]), inputs["longest"])
         if key not in self.recordings:
-            self.recordings[key] = self._record(work, inputs, longest)
+            self.recordings[key] = self._record(work, inputs)
         graph, places, result = self.recordings[key]
         for name, value in inputs.items():
-            places[name].copy_(value)
+            if torch.is_tensor(value):
+                places[name].copy_(value)
         graph.replay()
         return result.clone()
 
-    def _record(self, work: Callable, inputs: dict[str, Tensor], longest: int) -> tuple:
-        places = {name: value.clone() for name, value in inputs.items()}
-        batch = {name: places[name] for name in INPUTS if name in places} | {"longest": longest}
-        arguments = (batch, *(places[name] for name in places if name not in INPUTS))
+    def _record(self, work: Callable, inputs: dict[str, Tensor]) -> tuple:
+        places = {name: value.clone() if torch.is_tensor(value) else value for name, value in inputs.items()}
+        arguments = ({name: places[name] for name in INPUTS}, *(places[name] for name in places if name not in INPUTS))
         before, random = self.flat.clone(), torch.cuda.get_rng_state()
         is_first = not any(kind == work.__name__ for kind, *_ in self.recordings)
         graph, result = record_graph(lambda: work(*arguments), self.pool, warm_up=is_first)

@@ -12,6 +12,7 @@ import pickle
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -49,7 +50,7 @@ class RowCollator:
     from elsewhere would wait for all that the GPU has to do.
     """
 
-    def __init__(self, collator: CaptionCollator | PackedCollator, pin: bool = False):
+    def __init__(self, collator: CaptionCollator, pin: bool = False):
         self.collator, self.pin = collator, pin
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -95,13 +96,10 @@ class CaptionTrainer(Trainer):
         is_due = control.should_log and state.global_step > self._globalstep_last_logged
         if is_due and self.fast_step is not None and not (control.should_evaluate or control.should_save):
             loss = nested_gather(tr_loss, self.args.parallel_mode).mean()
-            values = torch.stack([loss, torch.as_tensor(grad_norm, device=loss.device)]).to("cpu", non_blocking=True)
-            arrived = torch.cuda.Event() if loss.is_cuda else None
-            if arrived:
-                arrived.record()
+            values = send_to_cpu(torch.stack([loss, torch.as_tensor(grad_norm, device=loss.device)]))
             tr_loss -= tr_loss
             steps = state.global_step - self._globalstep_last_logged
-            self._record = (arrived, values, steps, learning_rate, state.global_step, state.epoch)
+            self._record = (values, steps, learning_rate, state.global_step, state.epoch)
             self._globalstep_last_logged, control.should_log = state.global_step, False
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, learning_rate=learning_rate, **kwargs)
 
@@ -109,10 +107,8 @@ class CaptionTrainer(Trainer):
         """Log what is due of an earlier step, as of then."""
         if self._record is None:
             return
-        (arrived, values, steps, learning_rate, *then), self._record = self._record, None
-        if arrived:
-            arrived.synchronize()
-        loss, norm = values.tolist()
+        (values, steps, learning_rate, *then), self._record = self._record, None
+        loss, norm = values().tolist()
         self._total_loss_scalar += loss
         state, is_due = self.state, self.control.should_log
         now, (state.global_step, state.epoch) = (state.global_step, state.epoch), then
@@ -174,11 +170,7 @@ class CaptionTrainer(Trainer):
         if not self.args.fp16:  # with fp16 an infinite gradient is no accident: the scaler skips that step
             finite = finite & torch.as_tensor(norm).isfinite()
         self.check_finite()
-        is_finite = finite.to("cpu", non_blocking=True)  # on its way while the GPU goes on
-        arrived = torch.cuda.Event() if finite.is_cuda else None
-        if arrived:
-            arrived.record()
-        self._unchecked = (arrived, is_finite, self.state.global_step + 1, total, norm, losses, self._rows)
+        self._unchecked = (send_to_cpu(finite), self.state.global_step + 1, total, norm, losses, self._rows)
         self._rows, self._losses = [], []
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
         if self.fast_step is not None and optimizer.defaults.get("fused"):
@@ -195,10 +187,8 @@ class CaptionTrainer(Trainer):
         """
         if self._unchecked is None:
             return
-        (arrived, is_finite, step, total, norm, losses, batches), self._unchecked = self._unchecked, None
-        if arrived:
-            arrived.synchronize()  # with that step alone: what was launched after it runs on
-        if not is_finite:
+        (is_finite, step, total, norm, losses, batches), self._unchecked = self._unchecked, None
+        if not is_finite():
             passes = list(zip(losses.isfinite().tolist(), (rows.tolist() for rows in batches), strict=True))
             passes = list(itertools.chain.from_iterable(gather(passes, self.args.world_size)))
             bad = [row for is_good, rows in passes for row in rows if not is_good]
@@ -319,7 +309,7 @@ class Pace(TrainerCallback):
         self.seconds, self.steps_per_epoch, self.world_size = 60 * minutes, steps_per_epoch, world_size
         self.signal: int | None = None
         self.saved = time.monotonic()
-        self.asked: tuple | None = None  # on a GPU: what the processes were asked last, and when it is answered
+        self.asked: Callable | None = None  # on a GPU: what gives the answer to what the processes were asked last
 
     def __enter__(self):
         self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -353,18 +343,28 @@ class Pace(TrainerCallback):
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         if not flag.is_cuda:
             return bool(flag)
-        answer, arrived = flag.to("cpu", non_blocking=True), torch.cuda.Event()
-        arrived.record()
-        before, self.asked = self.asked, (arrived, answer)
-        if before is None:
-            return False
-        before[0].synchronize()
-        return bool(before[1])
+        before, self.asked = self.asked, send_to_cpu(flag)
+        return before is not None and bool(before())
 
     def after_save(self) -> None:
         self.saved, self.asked = time.monotonic(), None
         if any(gather(self.signal is not None, self.world_size)):
             raise Stopped
+
+
+def send_to_cpu(values: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Start to copy values to the CPU while the GPU goes on; what is returned gives them, without waiting for more."""
+    copy = values.to("cpu", non_blocking=True)
+    arrived = torch.cuda.Event() if values.is_cuda else None
+    if arrived:
+        arrived.record()
+
+    def get() -> torch.Tensor:
+        if arrived:
+            arrived.synchronize()
+        return copy
+
+    return get
 
 
 def gather(value, world_size: int) -> list:

@@ -154,9 +154,9 @@ def compute_outputs(
     """
     kept = len(images) if kept is None else kept
     shape, weight, side = shape_outputs(vision_config), vision.post_layernorm.weight, vision_config.image_size
-    sums: list[str | None] = [None] * len(images)
     dtype, place = weight.dtype, pick_place(kept * math.prod(shape) * weight.dtype.itemsize, weight.device)
     outputs = torch.empty(kept, *shape, dtype=dtype, device=place)
+    sums: list[str | None] = [None] * len(images)
     missing, unreadable, not_kept = list(range(len(images))), {}, 0
     with tqdm(total=len(images), desc="encoding pictures", unit="picture") as progress:
         if store is not None and ahead is None:
@@ -196,13 +196,16 @@ def compute_outputs(
     return outputs, unreadable
 
 
-def start_reading(images: Sequence[Path], processor, dtype: torch.dtype, side: int, hashes: bool = False) -> Iterator:
-    """What processes make of pictures from the call on, BATCH at a time.
+def start_reading(
+    images: Sequence[Path], processor, dtype: torch.dtype, side: int, blank: bool = False, hashes: bool = False
+) -> Iterator[tuple[Tensor, list[str | None], list[str | None]]]:
+    """What processes make of pictures from the call on, BATCH at a time; see load_pixels for `blank`.
 
     (pixels (B, 3, S, S) of those that can be read, why not for each of all, SHA-256 of the bytes of each of all or None
     unless `hashes`).
     """
-    return _read_pixels(images, processor, dtype, side, blank=False, hashes=hashes)
+    read = functools.partial(_read, processor=processor, blank=blank, hashes=hashes)
+    return read_batches(read, images, functools.partial(_stack, dtype=dtype), 3 * side**2 * dtype.itemsize)
 
 
 def has_outputs(folder: Path) -> bool:
@@ -229,15 +232,9 @@ def _sort_out(
 
 def read_each(images: Sequence[Path], processor, dtype: torch.dtype, side: int, blank: bool) -> Iterator[Tensor | str]:
     """Pixels (3, S, S) of each picture in order, or why it can't be read, by processes; see load_pixels for `blank`."""
-    for pixels, reasons, _ in _read_pixels(images, processor, dtype, side, blank):
+    for pixels, reasons, _ in start_reading(images, processor, dtype, side, blank):
         readable = iter(pixels)
         yield from (next(readable) if reason is None else reason for reason in reasons)
-
-
-def _read_pixels(images: Sequence[Path], processor, dtype: torch.dtype, side: int, blank: bool, hashes: bool = False):
-    """As start_reading(); see load_pixels for `blank`."""
-    read = functools.partial(_read, processor=processor, blank=blank, hashes=hashes)
-    return read_batches(read, images, functools.partial(_stack, dtype=dtype), 3 * side**2 * dtype.itemsize)
 
 
 def _leave_out(outputs: Tensor, kept: list[int]) -> Tensor:
@@ -399,14 +396,14 @@ class VisionStore:
         self.room, self.trouble = -math.inf, None
         print(f"{self.root}: outputs of the frozen ViT are kept there no more ({why}); training and captions go on")
 
-    def has(self, sha256: str | None) -> bool:
-        """Whether there is a file for the picture of that SHA-256, intact or not."""
-        return sha256 is not None and self._name(sha256).is_file()
-
     def look_up(self, image: Path) -> tuple[str | None, Tensor | None]:
         """(SHA-256 of the picture's bytes, its output (P, D) on the CPU), None for what is not there."""
         sha256 = hash_picture(image)
         return sha256, None if sha256 is None else self.load(sha256)
+
+    def has(self, sha256: str | None) -> bool:
+        """Whether there is a file for the picture of that SHA-256, intact or not."""
+        return sha256 is not None and self._name(sha256).is_file()
 
     def load(self, sha256: str) -> Tensor | None:
         """The output (P, D) for the picture of that SHA-256; None if it is not there, or not as it was written."""

@@ -55,7 +55,7 @@ def main() -> None:
         (
             "_project_low",
             gpu_kernels.PROJECT | {"num_stages": STAGES},
-            {"DROPS": True, "PLACES": True, "PLACED": 256},
+            {"DROPS": True, "PLACES": True, "PLACED": gpu_kernels.PLACED},
         ),
         ("_add_low_rank", gpu_kernels.ADD, {"RELU": True}),
         ("_lora_backward", gpu_kernels.BACKWARD, {"DROPS": True, "ADDS": True, "RELU": True, "G": 3}),
