@@ -305,9 +305,10 @@ def end_token(model_config) -> int:
     return model_config.text_config.eos_token_id
 
 
-def tokenize_caption(caption: str, processor: Blip2Processor, max_tokens: int, end: int) -> list[int]:
-    """Caption tokens and the end token, which comes after any cut so that it is never lost."""
-    return [*processor.tokenizer(caption, add_special_tokens=False)["input_ids"][:max_tokens], end]
+def tokenize_captions(captions: Sequence[str], processor: Blip2Processor, max_tokens: int, end: int) -> list[list[int]]:
+    """Tokens of each caption and the end token, which comes after any cut so that it is never lost."""
+    tokens = processor.tokenizer(list(captions), add_special_tokens=False)["input_ids"]
+    return [[*ids[:max_tokens], end] for ids in tokens]
 
 
 class CaptionDataset(Dataset):
@@ -318,7 +319,7 @@ class CaptionDataset(Dataset):
 
     def __init__(self, examples: Sequence[Example], processor: Blip2Processor, max_tokens: int, end: int):
         self.examples, self.processor = examples, processor
-        self.caption_ids = [tokenize_caption(e.caption, processor, max_tokens, end) for e in examples]
+        self.caption_ids = tokenize_captions([e.caption for e in examples], processor, max_tokens, end)
         self.features: Tensor | None = None  # (N, P, D)
 
     def __len__(self) -> int:

@@ -30,7 +30,9 @@ MAX_PIXELS = 50_000_000  # of a picture; a BDD100K frame has 0.9 million
 DRAFT = (256, 256)  # pixels to which a JPEG is decoded at least when it is only checked
 AHEAD = 256  # pictures that are read before they are asked for
 BATCH = 32  # pictures that a process reads for one answer
-ANSWERS = 2  # of a process that may wait to be asked for
+ANSWERS, MORE_ANSWERS = 2, 8  # of a process that may wait to be asked for: at least, and where there is room
+ALL_ANSWERS = 128  # that may wait, but for at least ANSWERS of each process: 1.2 GB for BLIP-2
+NICE = 5  # of processes that read
 SHARED_MEMORY = Path("/dev/shm")  # where answers of processes wait
 LOADER_ERRORS = (UserError, RuntimeError, EOFError, ConnectionError)  # that explain_dead_worker may know
 
@@ -117,17 +119,18 @@ def read_batches(
     """
     import torch  # here: who only opens pictures does without
 
-    workers = min(count_cores(), len(items) // BATCH)
+    workers, answers = min(count_cores(), len(items) // BATCH), ALL_ANSWERS
     if item_bytes and SHARED_MEMORY.is_dir():
-        workers = min(workers, shutil.disk_usage(SHARED_MEMORY).free // (ANSWERS * BATCH * item_bytes) - 1)
+        room = shutil.disk_usage(SHARED_MEMORY).free // (BATCH * item_bytes)  # answers
+        workers, answers = min(workers, room // ANSWERS - 1), min(answers, room // 2)
     workers = max(workers, 0)
     loader = torch.utils.data.DataLoader(
         _Reading(read, items),
         BATCH,
         num_workers=workers,
-        prefetch_factor=ANSWERS if workers else None,
+        prefetch_factor=min(max(answers // workers, ANSWERS), MORE_ANSWERS) if workers else None,
         collate_fn=collate,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_step_back,
         generator=torch.Generator(),  # else it would draw from the one that draws LoRA's first weights
     )
     return _explain_deaths(iter(loader))
@@ -164,9 +167,10 @@ def _explain_loader(error: Exception) -> UserError | None:
     return None
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C is for the main process to answer."""
+def _step_back(worker: int) -> None:
+    """Ctrl-C is for the main process to answer, and it comes first where cores are few."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(NICE)
 
 
 def count_cores() -> int:

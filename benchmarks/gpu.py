@@ -385,12 +385,12 @@ def measure_floor(args) -> Iterator[tuple]:
     import torch
 
     from data import read_captions
-    from model import load_processor, tokenize_caption
+    from model import load_processor, tokenize_captions
     from speed import record_graph
 
     texts = itertools.islice(read_captions(args.folder / "captions.csv").values(), 1000)
     processor = load_processor(args.model)
-    lengths = [len(tokenize_caption(text, processor, 256, 0)) for text in texts]
+    lengths = list(map(len, tokenize_captions(list(texts), processor, 256, 0)))
     tokens = statistics.mean(lengths)
     print(f"captions have {tokens:.1f} tokens on average, {max(lengths)} at most")
 

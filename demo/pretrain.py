@@ -46,7 +46,7 @@ from config import DEMO_DATA, DEMO_FOLDER, DEMO_SCENES
 from data import atomic_write
 from demo.draw import VERSION, draw_scene
 from labels import LabelReport, read_frame
-from model import CaptionCollator, generate_captions, make_generation_config, tokenize_caption
+from model import CaptionCollator, generate_captions, make_generation_config, tokenize_captions
 
 SIDE = 112  # S
 QUERIES = 16  # Q
@@ -216,8 +216,8 @@ class SceneBatches:
         self.normalise = PixelNormaliser(processor, device)
         end = model.config.text_config.eos_token_id
         collate = CaptionCollator(model.config)
-        rows = [{"pixel_values": torch.empty(0), "caption_ids": tokenize_caption(c, processor, MAX_TOKENS, end)}
-                for c in captions]  # fmt: skip
+        tokens = tokenize_captions(captions, processor, MAX_TOKENS, end)
+        rows = [{"pixel_values": torch.empty(0), "caption_ids": ids} for ids in tokens]
         batch = collate(rows)
         self.text = {key: batch[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
 
@@ -247,7 +247,8 @@ class EnglishBatches:
     def __init__(self, processor, model, device, count: int = 20_000):
         rng = random.Random(1)
         end, bos = model.config.text_config.eos_token_id, model.config.text_config.bos_token_id
-        rows = [[bos, *tokenize_caption(write_english(rng), processor, MAX_TOKENS, end)] for _ in range(count)]
+        texts = [write_english(rng) for _ in range(count)]
+        rows = [[bos, *ids] for ids in tokenize_captions(texts, processor, MAX_TOKENS, end)]
         longest, pad = max(map(len, rows)), model.config.text_config.pad_token_id
         self.ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=device)
         self.mask = (self.ids != pad).long()

@@ -76,9 +76,11 @@ def test_only_caption_and_end_carry_loss(dataset, base, processor):
 
 
 def test_a_cut_caption_keeps_its_end_token(processor):
-    ids = blip2.tokenize_caption("There are 3 cars. There is one bus.", processor, max_tokens=4, end=7)
-    assert len(ids) == 5
-    assert ids[-1] == 7
+    caption = "There are 3 cars. There is one bus."
+    [cut, same] = blip2.tokenize_captions([caption] * 2, processor, max_tokens=4, end=7)
+    [whole] = blip2.tokenize_captions([caption], processor, max_tokens=99, end=7)
+    assert cut == same == [*whole[:4], 7]
+    assert processor.tokenizer.decode(whole[:-1]) == caption
 
 
 def test_padding_does_not_change_the_loss(dataset, base):

@@ -1,10 +1,13 @@
 """Pictures that are read ahead."""
 
 import os
+import shutil
 import signal
 import time
+from collections import namedtuple
 
 import pytest
+import torch
 
 import pictures
 from config import UserError
@@ -31,6 +34,20 @@ def test_batches_by_processes_are_in_order():
     batches = list(pictures.read_batches(_tenfold, range(200), list))
     assert [len(batch) for batch in batches] == [32] * 6 + [8]
     assert [item for batch in batches for item in batch] == [10 * item for item in range(200)]
+
+
+@pytest.mark.parametrize(
+    ("cores", "room", "workers", "answers"),  # room in shared memory, in answers
+    [(4, 1000, 4, 8), (16, 1000, 16, 8), (32, 1000, 32, 4), (128, 1000, 128, 2), (16, 40, 16, 2), (16, 10, 4, 2)],
+)
+def test_as_many_answers_wait_as_there_is_room_for(cores, room, workers, answers, monkeypatch):
+    loaders, item_bytes = [], 1000
+    free = room * pictures.BATCH * item_bytes
+    monkeypatch.setattr(pictures, "count_cores", lambda: cores)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(free))
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *_, **options: loaders.append(options) or [])
+    list(pictures.read_batches(_tenfold, range(10_000), list, item_bytes))
+    assert (loaders[0]["num_workers"], loaders[0]["prefetch_factor"]) == (workers, answers)
 
 
 def _tenfold(item):
