@@ -567,7 +567,8 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
         wanted, ahead, folder = [*images, *not_kept], None, find_folder(config, device)
         if folder is None or not has_outputs(folder):  # they are decoded while the model is loaded
             side = model_config.vision_config.image_size
-            ahead = start_reading(wanted, processor, pick_dtype(device), side, hashes=folder is not None)
+            how = {"hashes": folder is not None, "pin": device.type == "cuda"}
+            ahead = start_reading(wanted, processor, pick_dtype(device), side, **how)
     model = load_model(config.model, config.load_in_4bit, device, checked=True)
     outputs, store = None, None
     if stored:

@@ -32,7 +32,7 @@ AHEAD = 256  # pictures that are read before they are asked for
 BATCH = 32  # pictures that a process reads for one answer
 ANSWERS, MORE_ANSWERS = 2, 8  # of a process that may wait to be asked for: at least, and where there is room
 ALL_ANSWERS = 128  # that may wait, but for at least ANSWERS of each process: 1.2 GB for BLIP-2
-NICE = 5  # of processes that read
+NICE = 10  # of processes that read
 SHARED_MEMORY = Path("/dev/shm")  # where answers of processes wait
 LOADER_ERRORS = (UserError, RuntimeError, EOFError, ConnectionError)  # that explain_dead_worker may know
 
@@ -110,12 +110,17 @@ class _Reading:
 
 
 def read_batches(
-    read: Callable[[T], R], items: Sequence[T], collate: Callable[[list[R]], B], item_bytes: int = 0
+    read: Callable[[T], R],
+    items: Sequence[T],
+    collate: Callable[[list[R]], B],
+    item_bytes: int = 0,
+    pin: bool = False,
 ) -> Iterator[B]:
     """collate([read(item), ...]) of BATCH items each, in order, by a process on each core, which starts at the call.
 
     An answer with tensors waits in shared memory, `item_bytes` for each item: where that has no room for all
-    processes, as in a container, fewer work. Raises UserError when one of them was killed.
+    processes, as in a container, fewer work. `pin`: a thread copies tensors to memory that a GPU reads by itself.
+    Raises UserError when one of the processes was killed.
     """
     import torch  # here: who only opens pictures does without
 
@@ -130,7 +135,8 @@ def read_batches(
         num_workers=workers,
         prefetch_factor=min(max(answers // workers, ANSWERS), MORE_ANSWERS) if workers else None,
         collate_fn=collate,
-        worker_init_fn=_step_back,
+        pin_memory=pin,
+        worker_init_fn=step_back,
         generator=torch.Generator(),  # else it would draw from the one that draws LoRA's first weights
     )
     return _explain_deaths(iter(loader))
@@ -167,8 +173,8 @@ def _explain_loader(error: Exception) -> UserError | None:
     return None
 
 
-def _step_back(worker: int) -> None:
-    """Ctrl-C is for the main process to answer, and it comes first where cores are few."""
+def step_back(worker: int = 0) -> None:
+    """In a process that reads: Ctrl-C is for the main process to answer, which comes first where cores are few."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(NICE)
 

@@ -15,7 +15,10 @@ import os
 import random
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from multiprocessing import Pipe, Process
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +26,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from data import atomic_write
-from pictures import FORMATS, MAX_PIXELS
+from pictures import FORMATS, MAX_PIXELS, step_back
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 VERDICTS = ("", "right", "wrong", "invented", "missing", "unread")
@@ -64,7 +67,7 @@ def write_report(
     rows: Sequence[ReportRow],
     images: Mapping[str, Path],
     scores: dict | None,
-    ahead: Future | None = None,
+    ahead: Connection | None = None,
 ) -> int:
     """Write the page to `path` and return its size in bytes, which is MAX_BYTES at most unless the text alone is more.
 
@@ -78,7 +81,10 @@ def write_report(
     template = TEMPLATE.read_text(encoding="utf-8")
     values = {"POLICY": write_policy(template), "REPORT": to_script_json(report)}
     room = MAX_BYTES - len(template.encode()) - len(values["REPORT"]) - 6 * len(rows) - 2000  # 6: null, comma, space
-    thumbnails = None if ahead is None else take_thumbnails(ahead.result(), list(images.values()), paths, room)
+    thumbnails = None
+    if ahead is not None:
+        with suppress(EOFError):  # it was killed
+            thumbnails = take_thumbnails(ahead.recv(), list(images.values()), paths, room)
     thumbnails = thumbnails or make_thumbnails(paths, room)
     values["PICTURES"] = json.dumps(thumbnails.pictures)
     values["FILE"] = to_script_json(count_pictures(paths, thumbnails))
@@ -136,14 +142,25 @@ def to_script_json(value) -> str:
 # pictures
 
 
-def start_thumbnails(paths: Sequence[Path]) -> Future | None:
-    """Make thumbnails beside what else is done, while the text of the page is yet to come; None: that may be much."""
+def start_thumbnails(paths: Sequence[Path]) -> Connection | None:
+    """Have a process make thumbnails, which sends them; None if the text of the page, yet to come, may need the room.
+
+    Threads would hold up the imports and launches of this process.
+    """
     if not paths or len(paths) * ROW_BYTES > MAX_BYTES / 5:
         return None
-    pool = ThreadPoolExecutor(1)
-    future = pool.submit(make_thumbnails, paths, MAX_BYTES - ROW_BYTES * len(paths), quiet=True)
-    pool.shutdown(wait=False)
-    return future
+    receiver, sender = Pipe(duplex=False)
+    Process(target=_send_thumbnails, args=(receiver, sender, paths), daemon=True).start()
+    sender.close()
+    return receiver
+
+
+def _send_thumbnails(receiver: Connection, sender: Connection, paths: Sequence[Path]) -> None:
+    step_back()
+    receiver.close()  # else it would wait for ever if nobody is left to receive
+    made = make_thumbnails(paths, MAX_BYTES - ROW_BYTES * len(paths), quiet=True)
+    with suppress(BrokenPipeError):
+        sender.send(made)
 
 
 def take_thumbnails(

@@ -12,17 +12,19 @@ import pickle
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import send_to_device
+from accelerate.utils import recursively_apply, send_to_device
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_pt_utils import nested_gather, safe_globals
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -86,12 +88,15 @@ class CaptionTrainer(Trainer):
         self._rows: list[torch.Tensor] = []  # of this optimiser step
         self._losses: list[torch.Tensor] = []
         self._record: tuple | None = None  # of a logged step, that is yet to be written
-        self._sealer, self._sealing = ThreadPoolExecutor(1), None
+        self._writer, self._writing = ThreadPoolExecutor(1), None  # of the newest checkpoint
+        self._to_write: list[Callable] = []  # what is left to the writer
         self._unchecked: tuple | None = None  # what check_finite needs to know of the last step
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, learning_rate=None, **kwargs):
         """With the fast step a record is written when the step after it has been launched: the GPU need not wait."""
         self._write_record()
+        if self._writing is not None and self._writing.done():
+            self.finish_writing()  # what went wrong is told now
         control, state = self.control, self.state
         is_due = control.should_log and state.global_step > self._globalstep_last_logged
         if is_due and self.fast_step is not None and not (control.should_evaluate or control.should_save):
@@ -262,41 +267,83 @@ class CaptionTrainer(Trainer):
             return super().train(*args, **kwargs)
         finally:
             self._write_record()
-            self.finish_sealing()
+            self.finish_writing()
 
-    def finish_sealing(self) -> None:
-        """Until the newest checkpoint is sealed, which a thread does while training goes on."""
-        sealing, self._sealing = self._sealing, None
-        if sealing is not None:
-            sealing.result()
+    def finish_writing(self) -> None:
+        """Until the newest checkpoint is written and sealed, which a thread does while training goes on."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def _save_checkpoint(self, model, trial):
         self.check_finite()
-        self.finish_sealing()
-        folder = Path(self.args.output_dir)
+        self.finish_writing()
+        folder, step = Path(self.args.output_dir), self.state.global_step
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         copies = 4 if self.is_fsdp_enabled else 3  # weights and two moments in fp32; FSDP writes weights twice
         check_disk(folder, 4 * copies * trainable + 2**22, "a checkpoint")
-        try:
+        with explain_writing(folder, step):
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            free = shutil.disk_usage(folder).free / 1e6  # which torch's own message does not tell
-            raise explain_dead_worker(error) or UserError(
-                f"{folder}: the checkpoint of step {self.state.global_step} can't be written ({error}; {free:,.0f} MB "
-                "are free); the ones before are kept: see to the disk, then go on with --resume"
-            ) from None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            self._sealing = self._sealer.submit(seal_checkpoint, folder / f"checkpoint-{self.state.global_step}")
+            writes, self._to_write = self._to_write, []
+            self._writing = self._writer.submit(write_checkpoint, folder / f"checkpoint-{step}", writes)
         if self.pace is not None:
             self.pace.after_save()
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """With FSDP, Trainer would gather the frozen weights too."""
+        """Of a checkpoint, the weights as they are now, written by the thread.
+
+        With FSDP, Trainer would gather the frozen weights too.
+        """
         if self.is_fsdp_enabled:
             self._save(output_dir or self.args.output_dir, state_dict=gather_trainable(self.model))
-        else:
-            super().save_model(output_dir, _internal_call)
+        elif not _internal_call:
+            super().save_model(output_dir)
+        elif self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            weights = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+            self._to_write.append(functools.partial(self._save, output_dir, copy_to_cpu(weights)))
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        """As Trainer does, but AdamW's moments, of twice the size of the weights, are written by the thread."""
+        if self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            moments = copy_to_cpu(self.optimizer.state_dict())
+            self._to_write.append(functools.partial(torch.save, moments, Path(output_dir) / OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_best_model(self):
+        self.finish_writing()
+        self.accelerator.wait_for_everyone()
+        super()._load_best_model()
+
+
+def write_checkpoint(checkpoint: Path, writes: Sequence[Callable]) -> None:
+    """Do what is left to write of a checkpoint, and seal it."""
+    with explain_writing(checkpoint.parent, int(checkpoint.name.split("-")[1])):
+        for write in writes:
+            write()
+    seal_checkpoint(checkpoint)
+
+
+@contextmanager
+def explain_writing(folder: Path, step: int) -> Iterator[None]:
+    """Turn what goes wrong when the checkpoint of a step is written into a UserError."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(folder).free / 1e6  # which torch's own message does not tell
+        raise explain_dead_worker(error) or UserError(
+            f"{folder}: the checkpoint of step {step} can't be written ({error}; {free:,.0f} MB are free); the ones "
+            "before are kept: see to the disk, then go on with --resume"
+        ) from None
+
+
+def copy_to_cpu(state):
+    """The state with copies of its tensors, on the CPU, in which later steps change nothing."""
+    return recursively_apply(lambda tensor: tensor.detach().to("cpu", copy=True), state)
 
 
 class Pace(TrainerCallback):

@@ -169,7 +169,7 @@ def compute_outputs(
                         outputs[row].copy_(found, non_blocking=True)
                     progress.update()
         if ahead is None:
-            ahead = start_reading([images[row] for row in missing], processor, dtype, side)
+            ahead = start_reading([images[row] for row in missing], processor, dtype, side, pin=weight.is_cuda)
         for rows, pixels, reasons, hashes in _sort_out(missing, images, ahead):
             unreadable |= reasons
             for row, sha256 in hashes.items():
@@ -197,15 +197,21 @@ def compute_outputs(
 
 
 def start_reading(
-    images: Sequence[Path], processor, dtype: torch.dtype, side: int, blank: bool = False, hashes: bool = False
+    images: Sequence[Path],
+    processor,
+    dtype: torch.dtype,
+    side: int,
+    blank: bool = False,
+    hashes: bool = False,
+    pin: bool = False,
 ) -> Iterator[tuple[Tensor, list[str | None], list[str | None]]]:
     """What processes make of pictures from the call on, BATCH at a time; see load_pixels for `blank`.
 
-    (pixels (B, 3, S, S) of those that can be read, why not for each of all, SHA-256 of the bytes of each of all or None
-    unless `hashes`).
+    (pixels (B, 3, S, S) of those that can be read, in pinned memory if wanted, why not for each of all, SHA-256 of the
+    bytes of each of all or None unless `hashes`).
     """
     read = functools.partial(_read, processor=processor, blank=blank, hashes=hashes)
-    return read_batches(read, images, functools.partial(_stack, dtype=dtype), 3 * side**2 * dtype.itemsize)
+    return read_batches(read, images, functools.partial(_stack, dtype=dtype), 3 * side**2 * dtype.itemsize, pin)
 
 
 def has_outputs(folder: Path) -> bool:

@@ -3,8 +3,10 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
+import signal
 import time
 from collections.abc import Callable
 
@@ -141,15 +143,24 @@ def test_thumbnails_made_ahead_are_taken_where_there_is_room(drawn, tmp_path, mo
     rows = [make_row(n) for n in range(1, len(images) + 1)]  # one is not captioned, one has no picture
     write_report(tmp_path / "now.html", "", rows, images, None)
     ahead = report.start_thumbnails(list(images.values()))
-    ahead.result()
     with monkeypatch.context() as patch:
         patch.setattr(report, "make_thumbnails", None)
         write_report(tmp_path / "ahead.html", "", rows, images, None, ahead)
     assert (tmp_path / "ahead.html").read_bytes() == (tmp_path / "now.html").read_bytes()
+    ahead = report.start_thumbnails(list(images.values()))
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "make_thumbnails", kill_yourself)
+        killed = report.start_thumbnails(list(images.values()))
+    write_report(tmp_path / "killed.html", "", rows, images, None, killed)
+    assert (tmp_path / "killed.html").read_bytes() == (tmp_path / "now.html").read_bytes()
     monkeypatch.setattr(report, "MAX_BYTES", 60_000)
     write_report(tmp_path / "small.html", "", rows, images, None, ahead)
     assert (tmp_path / "small.html").stat().st_size <= 60_000
     assert report.start_thumbnails(files) is None  # text may take all
+
+
+def kill_yourself(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_the_whole_file_keeps_to_its_budget(drawn, tmp_path, monkeypatch):
