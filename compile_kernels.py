@@ -3,8 +3,11 @@
 main.py starts this process before its own imports. Compiling takes a quarter of a minute; Triton keeps the results.
 They depend on widths and types alone: a small pass through a model of the same widths, with a layer or two of random
 weights in 16 bits, compiles them. What is missing, as with weights that stay in NF4, main.py compiles itself.
+A second process does the same without the Q-Former, so that the first finds the language model's kernels there; then it
+compiles what captions take beside.
 """
 
+import copy
 import hashlib
 import importlib.metadata
 import os
@@ -14,12 +17,20 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from config import import_bitsandbytes, is_sharded
+from config import import_bitsandbytes, is_sharded, without_collector
 
 ROOM = 32 * 2**30  # bytes of GPU memory that must be free: a small model beside main.py's is no matter then
 WAITING = 120  # seconds that main.py waits at most
-FILES = ("gpu_kernels.py", "layers.py", "caption_loss.py", "compile_kernels.py")  # that decide what is compiled
+FILES = (
+    "gpu_kernels.py",
+    "layers.py",
+    "caption_loss.py",
+    "speed.py",
+    "generation.py",
+    "compile_kernels.py",
+)  # that decide what is compiled
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+CORES = 8  # from which on a second process helps
 GPUS = Path("/proc/driver/nvidia/gpus")  # where Linux tells their models
 
 
@@ -55,34 +66,57 @@ def find_stamp(*settings) -> Path:
     return cache / f"blip2-{hashlib.sha256(known).hexdigest()[:32]}"
 
 
-def run_small_model(model_config, lora: tuple[str, int, int, float], device, dtype) -> None:
-    """A pass with gradients and one without through a small model of the widths of `model_config`."""
+def make_small_model(model_config, lora: tuple[str, int, int, float], device, dtype, qformer: bool = True):
+    """A model of the widths of `model_config` with LoRA, its ViT taken out, and without a Q-Former unless wanted."""
     import torch
-    from accelerate.utils import send_to_device
     from transformers import Blip2ForConditionalGeneration
 
-    from caption_loss import caption_nll
-    from model import PackedCollator, add_lora
-    from speed import join_weights
-    from vision_store import shape_outputs, take_vision_out
+    from model import add_lora
+    from vision_store import take_vision_out
 
-    model_config.text_config.num_hidden_layers = model_config.vision_config.num_hidden_layers = 1
-    model_config.qformer_config.num_hidden_layers = model_config.qformer_config.cross_attention_frequency  # one looks
+    model_config = copy.deepcopy(model_config)
+    model_config.vision_config.num_hidden_layers = 1
+    model_config.text_config.num_hidden_layers = 2  # the first may need no gradient of what it reads
+    looking = model_config.qformer_config.cross_attention_frequency  # of so many layers one looks at the picture
+    model_config.qformer_config.num_hidden_layers = looking if qformer else 0
     torch.set_default_dtype(dtype)
     with torch.device(device):
         model = Blip2ForConditionalGeneration(model_config).requires_grad_(False)
     torch.set_default_dtype(torch.float32)
     take_vision_out(model)
-    model = add_lora(model, *lora)
+    return add_lora(model, *lora)
+
+
+def train_small_model(model) -> None:
+    """A pass with gradients and one without."""
+    import torch
+    from accelerate.utils import send_to_device
+
+    from caption_loss import caption_nll
+    from model import PackedCollator
+    from speed import join_weights
+    from vision_store import shape_outputs
+
     join_weights(model)
-    text = model_config.text_config
-    outputs = torch.zeros(*shape_outputs(model_config.vision_config), dtype=dtype, device=device)
-    batch = PackedCollator(model_config)([{"pixel_values": outputs, "caption_ids": [text.eos_token_id] * 64}])
-    batch = send_to_device(batch, device)
+    text = model.config.text_config
+    outputs = torch.zeros(*shape_outputs(model.config.vision_config), dtype=model.dtype, device=model.device)
+    batch = PackedCollator(model.config)([{"pixel_values": outputs, "caption_ids": [text.eos_token_id] * 64}])
+    batch = send_to_device(batch, model.device)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     torch.autograd.grad(caption_nll(model.train(), **batch).sum(), weights)
     with torch.no_grad():
         caption_nll(model.eval(), **batch)
+
+
+def caption_small_model(model) -> None:
+    """Two tokens, which eval.py's kernels write."""
+    import torch
+
+    from generation import FastGenerator
+    from vision_store import shape_outputs
+
+    outputs = torch.zeros(1, *shape_outputs(model.config.vision_config), dtype=model.dtype, device=model.device)
+    FastGenerator(model.eval(), 8).generate(outputs, 2)
 
 
 def is_shared() -> bool:
@@ -92,21 +126,33 @@ def is_shared() -> bool:
     return set(modes) == {"Default"}
 
 
-def main(stamp: str, source: str, target: str, rank: str, alpha: str, dropout: str) -> None:
+def main(stamp: str, source: str, target: str, rank: str, alpha: str, dropout: str, helps: str = "") -> None:
+    """`helps`: compile for the language model alone and then for captions, and leave the stamp to another process."""
     if not is_shared():
         return
-    import_bitsandbytes()  # before transformers and peft do
-    import torch
+    from pictures import count_cores
 
-    from layers import use_kernels
-    from model import load_config, pick_device, pick_dtype
+    if not helps and target != "qformer" and count_cores() >= CORES:
+        helper = [sys.executable, __file__, stamp, source, "lm", rank, alpha, dropout, "helps"]
+        subprocess.Popen(helper, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with without_collector():
+        import_bitsandbytes()  # before transformers and peft do
+        import torch
+
+        from layers import use_kernels
+        from model import load_config, pick_device, pick_dtype
 
     device = pick_device()
     if use_kernels(torch.empty(0, device=device)):
         if torch.cuda.mem_get_info(device)[0] < ROOM:
             return
         lora = (target, int(rank), int(alpha), float(dropout))
-        run_small_model(load_config(source), lora, device, pick_dtype(device))
+        model_config, dtype = load_config(source), pick_dtype(device)
+        train_small_model(make_small_model(model_config, lora, device, dtype, qformer=not helps))
+        if helps:
+            caption_small_model(make_small_model(model_config, ("both", *lora[1:]), device, dtype))
+    if helps:
+        return
     Path(stamp).parent.mkdir(parents=True, exist_ok=True)
     Path(stamp).touch()
 

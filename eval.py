@@ -32,7 +32,7 @@ import numpy as np
 from tqdm import tqdm
 
 from captions import Facts, mark_caption, parse_caption
-from config import UserError, config_to_json, import_bitsandbytes, name_run
+from config import UserError, config_to_json, import_bitsandbytes, name_run, without_collector
 from data import IMAGE_SUFFIXES, SPLIT_COLUMNS, Example, atomic_write, explain_writing, index_images, lock_folder
 from fact_metrics import list_statements
 from labels import NAME, LabelReport, read_labels
@@ -166,10 +166,6 @@ class Captioner:
 
     def __init__(self, config: EvalConfig, pictures: int):
         """`pictures` are to be captioned."""
-        import_bitsandbytes()  # before transformers and peft do
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()
         self.config = config
         fitting = min(gather(self._load))  # of one size in all processes, which share out the batches
         gather(self._make_generator, fitting, pictures)
@@ -184,12 +180,16 @@ class Captioner:
 
     def _load(self) -> int:
         """Load the model; returns for how many pictures at once the fast way to generate has room, 0 if it can't be."""
-        import torch
+        with without_collector():
+            import_bitsandbytes()  # before transformers and peft do
+            import torch
+            from transformers.utils import logging
 
-        from generation import max_batch, supports
-        from model import load_finetuned, pick_device
-        from vision_store import open_store, take_vision_out
+            from generation import max_batch, supports
+            from model import load_finetuned, pick_device
+            from vision_store import open_store, take_vision_out
 
+        logging.set_verbosity_error()
         config = self.config
         self.model, self.processor, self.generation = load_finetuned(config.adapter, pick_device(), config.base)
         self.store = None if config.blank else open_store(config, self.model, self.processor)  # of real pictures

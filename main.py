@@ -9,17 +9,19 @@ LoRA is trained on the NF4 model with the Hugging Face Trainer; the adapter with
 with its processor, generation settings, configuration and split, for eval.py or plain peft.
 """
 
+import gc
+
 import compile_kernels
 from config import TrainConfig, import_bitsandbytes, parse_args, run_script
 
 if __name__ == "__main__":
     config = parse_args(TrainConfig)  # before the heavy imports, so that --help answers at once
     compiling = compile_kernels.start(config)
+    gc.disable()  # until run_script
 import_bitsandbytes()  # before transformers and peft do
 
 import csv
 import functools
-import gc
 import importlib.metadata
 import itertools
 import json

@@ -18,6 +18,7 @@ from caption_loss import caption_nll, supports
 from checkpoints import hash_file
 from config import TrainConfig
 from data import Example
+from generation import FastGenerator
 from layers import spare_columns
 from model import (
     CaptionCollator,
@@ -29,6 +30,7 @@ from model import (
     load_processor,
 )
 from speed import FastStep, LengthSampler, join_weights, unpack_nf4
+from vision_store import take_vision_out
 
 CPU = torch.device("cpu")
 
@@ -211,9 +213,17 @@ def test_kernels_of_a_small_model_are_those_of_training(tiny_checkpoint, packed,
     for name, kernel in vars(gpu_kernels).items():
         if name.startswith("_") and hasattr(kernel, "fn"):
             monkeypatch.setattr(gpu_kernels, name, Recorder(kernel))
-    lora = ("both", 16, 32, 0.3)
-    compile_kernels.run_small_model(load_config(tiny_checkpoint), lora, CPU, torch.float32)
+    config, lora = load_config(tiny_checkpoint), ("both", 16, 32, 0.3)
+    compile_kernels.train_small_model(compile_kernels.make_small_model(config, lora, CPU, torch.float32))
     ahead = set(launched)
+    launched.clear()
+    small = compile_kernels.make_small_model(config, ("lm", *lora[1:]), CPU, torch.float32, qformer=False)
+    compile_kernels.train_small_model(small)
+    helped = set(launched)
+    assert {name for name, *_ in helped} == {name for name, *_ in ahead}
+    launched.clear()
+    compile_kernels.caption_small_model(compile_kernels.make_small_model(config, lora, CPU, torch.float32))
+    ahead_of_captions = set(launched)
     launched.clear()
     model = load(tiny_checkpoint, dropout=0.3, rank=16)
     join_weights(model)
@@ -224,6 +234,12 @@ def test_kernels_of_a_small_model_are_those_of_training(tiny_checkpoint, packed,
         if mode:
             loss.backward()
     assert launched and launched <= ahead
+    assert helped < launched  # the rest is the Q-Former's
+    launched.clear()
+    model, side = load(tiny_checkpoint, rank=16), config.vision_config.image_size
+    outputs = take_vision_out(model)(torch.zeros(2, 3, side, side)).last_hidden_state
+    FastGenerator(model, 4).generate(outputs, 3)
+    assert launched and launched <= ahead_of_captions | ahead
 
 
 def test_compiling_starts_once_and_where_there_is_a_gpu(folder, settings, monkeypatch):
