@@ -6,6 +6,7 @@ A script reads its settings before it imports anything heavy, so that --help and
     import torch
 """
 
+import atexit
 import dataclasses
 import gc
 import itertools
@@ -14,7 +15,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -281,12 +282,11 @@ def parse_args(config_class: type[Config], args: list[str] | None = None) -> Con
 
 
 def run_script(main, config) -> None:
-    """Call main(config); an error that the user can mend is one message and exit code 2, no traceback.
-
-    What is imported, and what is left at the end, is nothing that the garbage collector need look at.
-    """
+    """Call main(config); an error that the user can mend is one message and exit code 2, no traceback."""
+    done = []
+    atexit.register(lambda: _leave(bool(done)))
     gc.enable()
-    gc.freeze()
+    gc.freeze()  # what is imported stays, and need not be looked at
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # captions and names may hold what the terminal can't show
     try:
@@ -296,8 +296,20 @@ def run_script(main, config) -> None:
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
-    finally:
-        gc.freeze()
+    done.append(True)
+
+
+def _leave(done: bool) -> None:
+    """The last at exit, when threads have ended and what was registered later is done: end a process that is `done`.
+
+    Python would look for garbage in all that was imported, a second or two for nothing.
+    """
+    gc.unfreeze()
+    if done:
+        with suppress(OSError):  # where nobody reads any more
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
 
 def name_run(config, suffix: str = "") -> Path:

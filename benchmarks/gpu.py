@@ -38,7 +38,7 @@ PICTURES, SIZE, QUALITY = 200, (1280, 720), 90  # that are drawn; frames beyond 
 SCENES_A_FRAME = 4  # at most, whose labels a frame has
 REFERENCE_LENGTH = 114  # positions to which the reference pads
 NEW_TOKENS = 75  # of a caption: a model with random weights writes on to the last
-PARTS = ("floor", "step", "job", "reference", "small", "batch")
+PARTS = ("floor", "step", "job", "greedy", "reference", "small", "batch")
 TITLE = "Training and captioning on a GPU"
 TRAINING, REFERENCE_TRAINING = "training, 16 a step", "reference: training, 4 x 4, Q-Former only, truncated"
 CAPTIONING, REFERENCE_CAPTIONING = "captioning, sampled", "reference: captioning one by one, sampled"
@@ -183,19 +183,30 @@ def caption(args, name: str, *flags, **options) -> Captioning:
 
 
 def measure_job(args) -> Iterator[tuple]:
-    store = args.folder / "job-vision-store"
-    shutil.rmtree(store, ignore_errors=True)  # nothing that an earlier run has left
-    job = train(args, "job", "--num-train-epochs", args.epochs, "--vision-store", store)
+    shutil.rmtree(list_store_flags(args)[1], ignore_errors=True)  # nothing that an earlier run has left
+    job = train(args, "job", "--num-train-epochs", args.epochs, *list_store_flags(args))
     yield TRAINING, job.samples_per_second, "samples/s", job.peak_gib
-    drawn = caption(args, "job", "--num-samples", "all", "--vision-store", store)
-    greedy = caption(args, "job", "--num-samples", "all", "--greedy", "--vision-store", store)
-    for what, done in ((CAPTIONING, drawn), ("captioning, greedy", greedy)):
-        yield what, done.captions_per_second, "captions/s", done.peak_gib
-        if not math.isnan(done.later):
-            yield f"{what}, after the first batch", done.later, "captions/s", math.nan
     yield f"main.py: {args.frames:,} frames, {args.epochs} epochs", job.seconds, "s", math.nan
+    drawn = caption(args, "job", "--num-samples", "all", *list_store_flags(args))
     yield "eval.py: captions of the test split and all scores", drawn.seconds, "s", math.nan
     yield "whole job", job.seconds + drawn.seconds, "s", math.nan
+    yield from list_paces(CAPTIONING, drawn)
+
+
+def measure_greedy(args) -> Iterator[tuple]:
+    """Of what the part job has trained."""
+    done = caption(args, "job", "--num-samples", "all", "--greedy", *list_store_flags(args))
+    yield from list_paces("captioning, greedy", done)
+
+
+def list_store_flags(args) -> tuple:
+    return "--vision-store", args.folder / "job-vision-store"
+
+
+def list_paces(what: str, done: Captioning) -> Iterator[tuple]:
+    yield what, done.captions_per_second, "captions/s", done.peak_gib
+    if not math.isnan(done.later):
+        yield f"{what}, after the first batch", done.later, "captions/s", math.nan
 
 
 def measure_batch(args) -> Iterator[tuple]:
