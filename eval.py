@@ -36,7 +36,7 @@ from config import UserError, config_to_json, import_bitsandbytes, name_run, wit
 from data import IMAGE_SUFFIXES, SPLIT_COLUMNS, Example, atomic_write, explain_writing, index_images, lock_folder
 from fact_metrics import list_statements
 from labels import NAME, LabelReport, read_labels
-from pictures import read_ahead
+from pictures import one_ahead, read_ahead
 from predictions import (
     Prediction,
     format_prediction,
@@ -243,13 +243,13 @@ class Captioner:
         batches = [(index, pictures[size * index : size * (index + 1)]) for index in range(-(-len(pictures) // size))]
         batches = [(index, batch) for index, batch in batches if any(name not in finished for name, _ in batch)]
         total = sum(len(batch) for _, batch in batches)
-        mine = [image for _, batch in batches[place::processes] for _, image in batch]
-        reading = self._read_all(mine)
+        mine = [batch for _, batch in batches[place::processes]]
+        reading = one_ahead(self._read_batches(mine, self._read_all([image for batch in mine for _, image in batch])))
         with tqdm(total=total, desc="captioning", unit="picture", disable=place > 0) as progress:
             for first in range(0, len(batches), processes):
                 now = batches[first : first + processes]
-                index, batch = now[place] if place < len(now) else (-1, [])
-                for rows, reasons in gather(self._do_batch, index, batch, reading, work, finished):
+                index = now[place][0] if place < len(now) else None
+                for rows, reasons in gather(self._do_batch, index, reading, work, finished):
                     unreadable.update(reasons)
                     yield rows
                 progress.update(sum(len(batch) for _, batch in now))
@@ -257,7 +257,8 @@ class Captioner:
     def _read_all(self, images: Sequence[Path]) -> Iterator[tuple | str]:
         """(SHA-256 of the file if there is a store, stored output of the ViT (P, D) or else pixel values (3, S, S)).
 
-        For a picture that can't be read, why. Outputs are read ahead by threads, pictures decoded by processes.
+        For a picture that can't be read, why. Outputs are read ahead by threads, pictures decoded by processes, which
+        start at the call.
         """
         from vision_store import hash_picture, read_each
 
@@ -267,48 +268,69 @@ class Captioner:
         is_stored = [store is not None and store.has(sha256) for sha256 in sums]
         stored = read_ahead(store.load, itertools.compress(sums, is_stored), 2 * self.batch_size) if store else iter(())
         decoded = read_each([image for image, there in zip(images, is_stored, strict=True) if not there], *how)
-        for image, sha256, there in zip(images, sums, is_stored, strict=True):
-            read = next(stored) if there else next(decoded)
-            if read is None:  # damaged in the store
-                read = next(read_each([image], *how))
-            yield read if isinstance(read, str) else (sha256, read)
 
-    def _do_batch(self, index: int, batch: Sequence, reading: Iterator, work: Callable, finished: Collection[str]):
+        def read(image: Path, sha256: str | None, is_there: bool) -> tuple | str:
+            found = next(stored) if is_there else next(decoded)
+            if found is None:  # damaged in the store
+                found = next(read_each([image], *how))
+            return found if isinstance(found, str) else (sha256, found)
+
+        return itertools.starmap(read, zip(images, sums, is_stored, strict=True))
+
+    def _read_batches(self, batches: Sequence[Sequence], reading: Iterator[tuple | str]) -> Iterator[tuple]:
+        """Of each batch, as _read_all gave them: (names, SHA-256 of each, outputs or pixels of each, {name: why not}).
+
+        Where all outputs are stored they are one tensor (B, P, D), in pinned memory if there is a GPU.
+        """
         import torch
 
-        names, reads, unreadable = [], [], {}
-        for (name, _), read in zip(batch, reading, strict=False):
-            if isinstance(read, str):
-                unreadable[name] = read
-            else:
-                reads.append(read)
-                names.append(name)
+        for batch in batches:
+            names, sums, outputs, unreadable = [], [], [], {}
+            for (name, _), read in zip(batch, reading, strict=False):
+                if isinstance(read, str):
+                    unreadable[name] = read
+                else:
+                    names.append(name)
+                    sums.append(read[0])
+                    outputs.append(read[1])
+            if outputs and all(output.dim() == 2 for output in outputs):
+                pin, like = self.model.device.type == "cuda", outputs[0]
+                room = torch.empty(len(outputs), *like.shape, dtype=like.dtype, pin_memory=pin)
+                outputs = torch.stack(outputs, out=room)
+            yield names, sums, outputs, unreadable
+
+    def _do_batch(self, index: int | None, reading: Iterator[tuple], work: Callable, finished: Collection[str]):
+        import torch
+
+        if index is None:
+            return [], {}
+        names, sums, outputs, unreadable = next(reading)
         if all(name in finished for name in names):
             return [], unreadable
         try:
-            return list(zip(names, work(index, self._run_vision(reads)), strict=True)), unreadable
+            return list(zip(names, work(index, self._run_vision(sums, outputs)), strict=True)), unreadable
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
             size = self.batch_size
             raise UserError(f"--batch-size {size}: too large for the GPU ({reason}); take a smaller one") from None
 
-    def _run_vision(self, reads: list[tuple]):
-        """The ViT's outputs (B, P, D) for what _read_all gave: those that it has not are computed, and saved."""
+    def _run_vision(self, sums: Sequence[str | None], outputs):
+        """The ViT's outputs (B, P, D) for what _read_batches gave: those that it has not are computed, and saved."""
         import torch
 
         from vision_store import run_vision
 
-        outputs = [read for _, read in reads]
         missing = [row for row, output in enumerate(outputs) if output.dim() == 3]
         if self.store is not None:
-            self.store.count(len(reads) - len(missing), len(reads))
-        if missing:
-            computed = run_vision(self.vision, torch.stack([outputs[row] for row in missing]))
-            for row, output in zip(missing, computed, strict=True):
-                outputs[row] = output
-            if self.store is not None:
-                kept = computed.to("cpu", non_blocking=True)  # pinned, so that a slow disk holds up no GPU memory
-                self.store.save([reads[row][0] for row in missing], list(kept))
+            self.store.count(len(outputs) - len(missing), len(outputs))
+        if not missing:
+            return outputs.to(self.model.device, non_blocking=True)
+        computed = run_vision(self.vision, torch.stack([outputs[row] for row in missing]))
+        for row, output in zip(missing, computed, strict=True):
+            outputs[row] = output
+        if self.store is not None:
+            kept = computed.to("cpu", non_blocking=True)  # pinned, so that a slow disk holds up no GPU memory
+            self.store.save([sums[row] for row in missing], list(kept))
         return torch.stack([output.to(self.model.device, non_blocking=True) for output in outputs])
 
     def finish(self) -> None:

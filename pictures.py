@@ -96,6 +96,16 @@ def read_ahead(read: Callable[[T], R], items: Iterable[T], ahead: int = AHEAD, a
                 future.cancel()
 
 
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items, each of them made by a thread while the one before is worked on."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item
+
+
 class _Reading:
     """read(item) of each item, as a DataLoader wants it."""
 

@@ -30,6 +30,27 @@ def test_pictures_are_read_ahead_in_order_and_not_further():
         list(pictures.read_ahead(lambda item: 1 / item, [1, 0, 1]))
 
 
+def test_one_item_is_made_ahead():
+    started = []
+
+    def make():
+        for item in range(4):
+            started.append(item)
+            yield item
+        raise UserError("the fifth")
+
+    items = pictures.one_ahead(make())
+    assert next(items) == 0
+    end = time.monotonic() + 10
+    while len(started) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert started == [0, 1]
+    assert [next(items) for _ in range(3)] == [1, 2, 3]
+    with pytest.raises(UserError, match="the fifth"):
+        next(items)
+    assert list(pictures.one_ahead(iter(()))) == []
+
+
 def test_batches_by_processes_are_in_order():
     batches = list(pictures.read_batches(_tenfold, range(200), list))
     assert [len(batch) for batch in batches] == [32] * 6 + [8]
