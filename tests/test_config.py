@@ -129,3 +129,46 @@ def test_torchs_compiler_is_not_imported_but_works():
         "assert add(torch.ones(1)) == 2 and seen"
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+ENDING = """
+import atexit, gc, sys, threading, time
+from config import UserError, run_script
+
+class Loop:
+    def __del__(self):
+        print("looked for garbage")
+
+loop = Loop()
+loop.itself = loop
+
+def main(config):
+    atexit.register(print, "registered later", end="")
+    threading.Thread(target=lambda: (time.sleep(0.2), print("a thread"))).start()
+    print("written", end=" ")
+    print("told", file=sys.stderr)
+    {what}
+
+run_script(main, None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "told"),
+    [
+        ("pass", 0, ""),
+        ("sys.exit(0)", 0, ""),
+        ("sys.exit(7)", 7, ""),
+        ("raise UserError('labels.json: missing')", 2, "labels.json: missing"),
+        ("raise KeyboardInterrupt", 130, "stopped by Ctrl-C"),
+        ("raise ValueError('a fault')", 1, "a fault"),
+    ],
+)
+def test_all_that_is_due_at_exit_is_done(what, code, told):
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING.format(what=what)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code
+    assert done.stderr.startswith("told") and told in done.stderr
+    assert done.stdout.startswith("written a thread\nregistered later")
+    assert ("looked for garbage" in done.stdout) == (what != "pass")  # which takes a second or two after imports
