@@ -186,7 +186,8 @@ def _explain_loader(error: Exception) -> UserError | None:
 def step_back(worker: int = 0) -> None:
     """In a process that reads: Ctrl-C is for the main process to answer, which comes first where cores are few."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.nice(NICE)
+    if hasattr(os, "nice"):  # not on Windows
+        os.nice(NICE)
 
 
 def count_cores() -> int:

@@ -282,7 +282,7 @@ class CaptionTrainer(Trainer):
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         copies = 4 if self.is_fsdp_enabled else 3  # weights and two moments in fp32; FSDP writes weights twice
         check_disk(folder, 4 * copies * trainable + 2**22, "a checkpoint")
-        with explain_writing(folder, step):
+        with explain_checkpoint(folder, step):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -322,14 +322,14 @@ class CaptionTrainer(Trainer):
 
 def write_checkpoint(checkpoint: Path, writes: Sequence[Callable]) -> None:
     """Do what is left to write of a checkpoint, and seal it."""
-    with explain_writing(checkpoint.parent, int(checkpoint.name.split("-")[1])):
+    with explain_checkpoint(checkpoint.parent, int(checkpoint.name.split("-")[1])):
         for write in writes:
             write()
     seal_checkpoint(checkpoint)
 
 
 @contextmanager
-def explain_writing(folder: Path, step: int) -> Iterator[None]:
+def explain_checkpoint(folder: Path, step: int) -> Iterator[None]:
     """Turn what goes wrong when the checkpoint of a step is written into a UserError."""
     try:
         yield
