@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from config import UserError
@@ -34,9 +34,7 @@ def checkpoint_folder(output: Path) -> Path:
 
 def seal_checkpoint(checkpoint: Path) -> None:
     """Write the sums of all its files: from now on it is intact, or known not to be."""
-    files = sorted(file for file in checkpoint.iterdir() if file.is_file())
-    with ThreadPoolExecutor() as pool:  # a second for 300 MB where processors lack SHA instructions
-        sums = dict(zip([file.name for file in files], pool.map(hash_file, files), strict=True))
+    sums = {file.name: hash_file(file) for file in sorted(checkpoint.iterdir()) if file.is_file()}
     with atomic_write(checkpoint / MANIFEST) as file:
         json.dump(sums, file, indent=1)
         file.flush()
@@ -47,6 +45,26 @@ def hash_file(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_old_checkpoints(folder: Path) -> None:
+    """All but the newest, one before it to fall back to, and the best that each of them names."""
+    checkpoints = [checkpoint for _, checkpoint in sorted(list_checkpoints(folder).items(), reverse=True)]
+    kept = set()
+    for checkpoint in [checkpoint for checkpoint in checkpoints if (checkpoint / MANIFEST).exists()][:2]:
+        with suppress(OSError, ValueError, KeyError, TypeError):  # not intact: nothing to fall back to
+            best = json.loads((checkpoint / "trainer_state.json").read_text())["best_model_checkpoint"]
+            kept |= {checkpoint.name, Path(best or checkpoint).name}
+    for checkpoint in checkpoints:
+        if checkpoint.name not in kept:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def list_checkpoints(folder: Path) -> dict[int, Path]:
+    """{step: folder}, intact or not."""
+    return {
+        int(path.name.split("-")[1]): path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)
+    }
 
 
 def find_damage(checkpoint: Path) -> str | None:
@@ -72,10 +90,7 @@ def find_damage(checkpoint: Path) -> str | None:
 
 def find_checkpoint(folder: Path) -> Path | None:
     """The newest intact checkpoint. Damaged newer ones are deleted, which is said; so can be written anew."""
-    steps = {
-        int(path.name.split("-")[1]): path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)
-    }
-    for _, checkpoint in sorted(steps.items(), reverse=True):
+    for _, checkpoint in sorted(list_checkpoints(folder).items(), reverse=True):
         damage = find_damage(checkpoint)
         if damage is None:
             return checkpoint

@@ -7,6 +7,7 @@ A script reads its settings before it imports anything heavy, so that --help and
 """
 
 import atexit
+import ctypes
 import dataclasses
 import gc
 import itertools
@@ -283,8 +284,6 @@ def parse_args(config_class: type[Config], args: list[str] | None = None) -> Con
 
 def run_script(main, config) -> None:
     """Call main(config); an error that the user can mend is one message and exit code 2, no traceback."""
-    done = []
-    atexit.register(lambda: _leave(bool(done)))
     gc.enable()
     gc.freeze()  # what is imported stays, and need not be looked at
     for stream in (sys.stdout, sys.stderr):
@@ -296,16 +295,22 @@ def run_script(main, config) -> None:
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
-    done.append(True)
+    _DONE.append(True)
 
 
-def _leave(done: bool) -> None:
-    """The last at exit, when threads have ended and what was registered later is done: end a process that is `done`.
+_DONE: list[bool] = []  # by run_script
+
+
+@atexit.register
+def _leave() -> None:
+    """At exit, when threads have ended and what was registered since this was imported is done: end a script's process.
 
     Python would look for garbage in all that was imported, a second or two for nothing.
     """
     gc.unfreeze()
-    if done:
+    if _DONE:
+        with suppress(TypeError, AttributeError):  # not on Windows
+            ctypes.CDLL(None).fflush(None)  # what libraries in C have printed
         with suppress(OSError):  # where nobody reads any more
             sys.stdout.flush()
             sys.stderr.flush()

@@ -223,7 +223,7 @@ def make_arguments(config: TrainConfig, device: torch.device) -> TrainingArgumen
         seed=config.seed,
         eval_strategy="epoch",
         save_strategy="epoch",  # and within epochs, see training.Pace
-        save_total_limit=3,  # the best, the newest, and one to fall back to
+        save_total_limit=None,  # see checkpoints.remove_old_checkpoints
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         logging_steps=config.logging_steps,

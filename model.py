@@ -307,7 +307,7 @@ def end_token(model_config) -> int:
 
 def tokenize_captions(captions: Sequence[str], processor: Blip2Processor, max_tokens: int, end: int) -> list[list[int]]:
     """Tokens of each caption and the end token, which comes after any cut so that it is never lost."""
-    tokens = processor.tokenizer(list(captions), add_special_tokens=False)["input_ids"]
+    tokens = processor.tokenizer(list(captions), add_special_tokens=False)["input_ids"] if captions else []
     return [[*ids[:max_tokens], end] for ids in tokens]
 
 

@@ -31,7 +31,7 @@ DRAFT = (256, 256)  # pixels to which a JPEG is decoded at least when it is only
 AHEAD = 256  # pictures that are read before they are asked for
 BATCH = 32  # pictures that a process reads for one answer
 ANSWERS, MORE_ANSWERS = 2, 8  # of a process that may wait to be asked for: at least, and where there is room
-ALL_ANSWERS = 128  # that may wait, but for at least ANSWERS of each process: 1.2 GB for BLIP-2
+ALL_ANSWERS = 128  # that may wait on a machine, but for at least ANSWERS of each process: 1.2 GB for BLIP-2
 NICE = 10  # of processes that read
 SHARED_MEMORY = Path("/dev/shm")  # where answers of processes wait
 LOADER_ERRORS = (UserError, RuntimeError, EOFError, ConnectionError)  # that explain_dead_worker may know
@@ -134,9 +134,9 @@ def read_batches(
     """
     import torch  # here: who only opens pictures does without
 
-    workers, answers = min(count_cores(), len(items) // BATCH), ALL_ANSWERS
+    workers, answers = min(count_cores(), len(items) // BATCH), ALL_ANSWERS // count_processes()
     if item_bytes and SHARED_MEMORY.is_dir():
-        room = shutil.disk_usage(SHARED_MEMORY).free // (BATCH * item_bytes)  # answers
+        room = shutil.disk_usage(SHARED_MEMORY).free // count_processes() // (BATCH * item_bytes)  # answers
         workers, answers = min(workers, room // ANSWERS - 1), min(answers, room // 2)
     workers = max(workers, 0)
     loader = torch.utils.data.DataLoader(
@@ -174,7 +174,8 @@ def _explain_loader(error: Exception) -> UserError | None:
     frames = traceback.extract_tb(error.__traceback__)
     # it may die between a message and the memory that the message speaks of: the answer then ends in its midst
     cut = isinstance(error, (EOFError, ConnectionError)) and any("torch/utils/data" in f.filename for f in frames)
-    if cut or (isinstance(error, RuntimeError) and text.startswith("DataLoader worker")):
+    signs = ("DataLoader worker", "Pin memory thread")
+    if cut or (isinstance(error, RuntimeError) and text.startswith(signs)):
         reason = (text or repr(error)).splitlines()[0]
         return UserError(
             f"a process that reads pictures was killed ({reason}): mostly for want of memory or of shared memory "
@@ -192,7 +193,12 @@ def step_back(worker: int = 0) -> None:
 
 def count_cores() -> int:
     """Cores for this process: its share, where a launcher has started several on this machine."""
-    return max(1, _count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, _count_cores() // count_processes())
+
+
+def count_processes() -> int:
+    """That a launcher has started on this machine, and that read at the same time."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _count_cores() -> int:

@@ -83,7 +83,7 @@ def write_report(
     room = MAX_BYTES - len(template.encode()) - len(values["REPORT"]) - 6 * len(rows) - 2000  # 6: null, comma, space
     thumbnails = None
     if ahead is not None:
-        with suppress(EOFError):  # it was killed
+        with suppress(EOFError, OSError):  # it was killed
             thumbnails = take_thumbnails(ahead.recv(), list(images.values()), paths, room)
     thumbnails = thumbnails or make_thumbnails(paths, room)
     values["PICTURES"] = json.dumps(thumbnails.pictures)

@@ -11,9 +11,10 @@ import math
 import pickle
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from transformers.trainer_pt_utils import nested_gather, safe_globals
 from transformers.trainer_utils import EvalLoopOutput
 
 from caption_loss import caption_nll
-from checkpoints import check_disk, seal_checkpoint
+from checkpoints import check_disk, remove_old_checkpoints, seal_checkpoint
 from config import UserError
 from model import IGNORED, CaptionCollator, CaptionDataset, PackedCollator
 from pictures import explain_dead_worker
@@ -90,6 +91,7 @@ class CaptionTrainer(Trainer):
         self._record: tuple | None = None  # of a logged step, that is yet to be written
         self._writer, self._writing = ThreadPoolExecutor(1), None  # of the newest checkpoint
         self._to_write: list[Callable] = []  # what is left to the writer
+        self._abandoned = threading.Event()
         self._unchecked: tuple | None = None  # what check_finite needs to know of the last step
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, learning_rate=None, **kwargs):
@@ -273,7 +275,12 @@ class CaptionTrainer(Trainer):
         """Until the newest checkpoint is written and sealed, which a thread does while training goes on."""
         writing, self._writing = self._writing, None
         if writing is not None:
-            writing.result()
+            try:
+                writing.result()
+            except KeyboardInterrupt:  # a second signal: what is not sealed does not count
+                self._abandoned.set()
+                wait([writing])
+                raise
 
     def _save_checkpoint(self, model, trial):
         self.check_finite()
@@ -287,7 +294,8 @@ class CaptionTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             writes, self._to_write = self._to_write, []
-            self._writing = self._writer.submit(write_checkpoint, folder / f"checkpoint-{step}", writes)
+            checkpoint = folder / f"checkpoint-{step}"
+            self._writing = self._writer.submit(write_checkpoint, checkpoint, writes, self._abandoned)
         if self.pace is not None:
             self.pace.after_save()
 
@@ -320,12 +328,15 @@ class CaptionTrainer(Trainer):
         super()._load_best_model()
 
 
-def write_checkpoint(checkpoint: Path, writes: Sequence[Callable]) -> None:
-    """Do what is left to write of a checkpoint, and seal it."""
+def write_checkpoint(checkpoint: Path, writes: Sequence[Callable], abandoned: threading.Event) -> None:
+    """Do what is left to write of a checkpoint, seal it, and only then remove older ones; no more once `abandoned`."""
     with explain_checkpoint(checkpoint.parent, int(checkpoint.name.split("-")[1])):
         for write in writes:
+            if abandoned.is_set():
+                return
             write()
     seal_checkpoint(checkpoint)
+    remove_old_checkpoints(checkpoint.parent)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ Shapes: N pictures, B of them at once, S image side in pixels (224), P positions
 import bisect
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -237,10 +238,17 @@ def _sort_out(
 
 
 def read_each(images: Sequence[Path], processor, dtype: torch.dtype, side: int, blank: bool) -> Iterator[Tensor | str]:
-    """Pixels (3, S, S) of each picture in order, or why it can't be read, by processes; see load_pixels for `blank`."""
-    for pixels, reasons, _ in start_reading(images, processor, dtype, side, blank):
-        readable = iter(pixels)
-        yield from (next(readable) if reason is None else reason for reason in reasons)
+    """Pixels (3, S, S) of each picture in order, or why it can't be read; see load_pixels for `blank`.
+
+    By processes, which start at the call.
+    """
+    batches = start_reading(images, processor, dtype, side, blank)
+    return itertools.chain.from_iterable(_list_each(pixels, reasons) for pixels, reasons, _ in batches)
+
+
+def _list_each(pixels: Tensor, reasons: list[str | None]) -> list[Tensor | str]:
+    readable = iter(pixels)
+    return [next(readable) if reason is None else reason for reason in reasons]
 
 
 def _leave_out(outputs: Tensor, kept: list[int]) -> Tensor:

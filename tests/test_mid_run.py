@@ -7,12 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from conftest import ROOT
 from test_eval_distributed import LAUNCH
 from test_machine import wait_for_lock
@@ -109,20 +111,86 @@ def test_disk_fills_up_while_a_checkpoint_is_written(folder, settings, undisturb
 
 def fill_before(patch, file: str, step: int) -> None:
     """Fill the disk just before `file` of the checkpoint of `step` is written."""
-    trainer = training.CaptionTrainer
-    owner, name = {
-        "adapter_model.safetensors": (trainer, "save_model"),
-        "optimizer.pt": (trainer, "_save_optimizer_and_scheduler"),
-        "manifest.json": (training, "seal_checkpoint"),
-    }[file]
-    real, step_of = getattr(owner, name), itertools.count(1)
+    owner, name, place = {
+        "adapter_model.safetensors": (training.CaptionTrainer, "_save", 1),
+        "optimizer.pt": (torch, "save", 1),
+        "manifest.json": (training, "seal_checkpoint", 0),
+    }[file]  # of whose arguments one is the folder, or the file
+    real = getattr(owner, name)
 
     def filled(*args, **kwargs):
-        if next(step_of) == step:
+        if (CHECKPOINTS / f"checkpoint-{step}" / file).is_relative_to(args[place]):
             fill(OUTPUT)
         return real(*args, **kwargs)
 
     patch.setattr(owner, name, filled)
+
+
+def test_a_write_that_fails_leaves_the_checkpoints_before(folder, settings, undisturbed, capsys):
+    """Of step 6, the best from there on: what the ones before need must be there until it is sealed."""
+    real = training.CaptionTrainer._save
+
+    def save(self, output_dir, *args, **kwargs):
+        if Path(output_dir).name == "checkpoint-6":
+            raise OSError("a fault")
+        real(self, output_dir, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"checkpoint of step 6 .*a fault"):
+        patch.setattr(training.CaptionTrainer, "_save", save)
+        train(settings, save_minutes=0.0)
+    assert sorted(path.name for path in CHECKPOINTS.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (3, 4, 5, 6)]
+    assert train(settings, save_minutes=0.0, resume=True) == undisturbed[0]
+    assert "goes on after step 5 of 6" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_of_its_step_however_late_it_is_written(folder, settings, undisturbed, capsys):
+    """The process dies two steps after step 3, which is written only then."""
+    gone_on, real, on_step_end = threading.Event(), training.write_checkpoint, training.Pace.on_step_end
+
+    def write_late(*args):
+        assert gone_on.wait(60)
+        real(*args)
+
+    def die(self, args, state, control, **kwargs):
+        on_step_end(self, args, state, control, **kwargs)
+        if state.global_step == 5:
+            gone_on.set()
+            raise ValueError("dies")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="dies"):
+        patch.setattr(training, "write_checkpoint", write_late)
+        patch.setattr(training.Pace, "on_step_end", die)
+        train(settings)
+    assert train(settings, resume=True) == undisturbed[0]
+    assert "goes on after step 3 of 6" in capsys.readouterr().out
+
+
+def test_a_second_signal_ends_the_writing(folder, settings, undisturbed, capsys):
+    """At the next file, and before the folder is let go."""
+    real = training.CaptionTrainer._save
+    writing = threading.Event()
+
+    def save(self, *args, **kwargs):
+        writing.set()
+        time.sleep(1)
+        real(self, *args, **kwargs)
+
+    def send() -> None:
+        assert writing.wait(60)
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training.CaptionTrainer, "_save", save)
+        stop_at(patch, 2)
+        thread = threading.Thread(target=send)
+        thread.start()
+        train(settings)
+    thread.join()
+    files = {file.name for file in (CHECKPOINTS / "checkpoint-2").iterdir()}
+    assert "adapter_model.safetensors" in files and not files & {"optimizer.pt", "manifest.json"}
+    assert train(settings) == undisturbed[0]
+    assert "checkpoint-2 is damaged" in capsys.readouterr().out
 
 
 def test_disk_fills_up_while_the_adapter_is_saved(folder, settings, undisturbed, mount, capsys):

@@ -81,6 +81,7 @@ def test_a_cut_caption_keeps_its_end_token(processor):
     [whole] = blip2.tokenize_captions([caption], processor, max_tokens=99, end=7)
     assert cut == same == [*whole[:4], 7]
     assert processor.tokenizer.decode(whole[:-1]) == caption
+    assert blip2.tokenize_captions([], processor, max_tokens=4, end=7) == []
 
 
 def test_padding_does_not_change_the_loss(dataset, base):

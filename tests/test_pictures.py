@@ -58,13 +58,17 @@ def test_batches_by_processes_are_in_order():
 
 
 @pytest.mark.parametrize(
-    ("cores", "room", "workers", "answers"),  # room in shared memory, in answers
-    [(4, 1000, 4, 8), (16, 1000, 16, 8), (32, 1000, 32, 4), (128, 1000, 128, 2), (16, 40, 16, 2), (16, 10, 4, 2)],
+    ("cores", "room", "processes", "workers", "answers"),  # cores of a process; room in shared memory, in answers
+    [
+        *((4, 1000, 1, 4, 8), (16, 1000, 1, 16, 8), (32, 1000, 1, 32, 4), (128, 1000, 1, 128, 2)),
+        *((16, 40, 1, 16, 2), (16, 10, 1, 4, 2), (16, 1000, 4, 16, 2), (4, 1000, 4, 4, 8), (4, 72, 4, 4, 2)),
+    ],
 )
-def test_as_many_answers_wait_as_there_is_room_for(cores, room, workers, answers, monkeypatch):
+def test_as_many_answers_wait_as_there_is_room_for(cores, room, processes, workers, answers, monkeypatch):
     loaders, item_bytes = [], 1000
     free = room * pictures.BATCH * item_bytes
     monkeypatch.setattr(pictures, "count_cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(free))
     monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *_, **options: loaders.append(options) or [])
     list(pictures.read_batches(_tenfold, range(10_000), list, item_bytes))

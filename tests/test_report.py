@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 
@@ -148,11 +149,13 @@ def test_thumbnails_made_ahead_are_taken_where_there_is_room(drawn, tmp_path, mo
         write_report(tmp_path / "ahead.html", "", rows, images, None, ahead)
     assert (tmp_path / "ahead.html").read_bytes() == (tmp_path / "now.html").read_bytes()
     ahead = report.start_thumbnails(list(images.values()))
-    with monkeypatch.context() as patch:
-        patch.setattr(report, "make_thumbnails", kill_yourself)
-        killed = report.start_thumbnails(list(images.values()))
-    write_report(tmp_path / "killed.html", "", rows, images, None, killed)
-    assert (tmp_path / "killed.html").read_bytes() == (tmp_path / "now.html").read_bytes()
+    for end in (kill_yourself, die_as_you_send):
+        with monkeypatch.context() as patch:
+            patch.setattr(report, "make_thumbnails", end)
+            killed = report.start_thumbnails(list(images.values()))
+        time.sleep(1)
+        write_report(tmp_path / "killed.html", "", rows, images, None, killed)
+        assert (tmp_path / "killed.html").read_bytes() == (tmp_path / "now.html").read_bytes()
     monkeypatch.setattr(report, "MAX_BYTES", 60_000)
     write_report(tmp_path / "small.html", "", rows, images, None, ahead)
     assert (tmp_path / "small.html").stat().st_size <= 60_000
@@ -161,6 +164,11 @@ def test_thumbnails_made_ahead_are_taken_where_there_is_room(drawn, tmp_path, mo
 
 def kill_yourself(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_as_you_send(*args, **kwargs):
+    threading.Timer(0.3, kill_yourself).start()
+    return "more than a pipe holds" * 10_000
 
 
 def test_the_whole_file_keeps_to_its_budget(drawn, tmp_path, monkeypatch):
