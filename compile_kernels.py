@@ -4,7 +4,7 @@ main.py starts this process before its own imports. Compiling takes a quarter of
 They depend on widths and types alone: a small pass through a model of the same widths, with a layer or two of random
 weights in 16 bits, compiles them. What is missing, as with weights that stay in NF4, main.py compiles itself.
 A second process does the same without the Q-Former, so that the first finds the language model's kernels there; then it
-compiles what captions take beside.
+compiles what captions take beside. Nobody waits for it: what it has not done, eval.py compiles itself.
 """
 
 import copy
