@@ -16,6 +16,7 @@ from config import UserError
 from data import Example, atomic_write
 
 MANIFEST = "manifest.json"
+UNREADABLE = (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError)  # what damaged files lead to
 GROUPS = ("config", "data", "world", "versions")  # of state.json: what two runs are compared by
 FREE_OF_CHOICE = (  # settings that don't change what is learnt, and may differ when a run goes on
     *("resume", "overwrite", "merge", "push_to_hub", "wandb", "run_name", "logging_steps", "save_minutes"),
@@ -49,22 +50,32 @@ def hash_file(path: Path) -> str:
 
 def remove_old_checkpoints(folder: Path) -> None:
     """All but the newest, one before it to fall back to, and the best that each of them names."""
-    checkpoints = [checkpoint for _, checkpoint in sorted(list_checkpoints(folder).items(), reverse=True)]
-    kept = set()
+    checkpoints, kept = list_checkpoints(folder), set()
     for checkpoint in [checkpoint for checkpoint in checkpoints if (checkpoint / MANIFEST).exists()][:2]:
-        with suppress(OSError, ValueError, KeyError, TypeError):  # not intact: nothing to fall back to
-            best = json.loads((checkpoint / "trainer_state.json").read_text())["best_model_checkpoint"]
-            kept |= {checkpoint.name, Path(best or checkpoint).name}
+        with suppress(*UNREADABLE):  # not intact: nothing to fall back to
+            kept |= {checkpoint.name, name_best(checkpoint) or checkpoint.name}
     for checkpoint in checkpoints:
         if checkpoint.name not in kept:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def list_checkpoints(folder: Path) -> dict[int, Path]:
-    """{step: folder}, intact or not."""
-    return {
-        int(path.name.split("-")[1]): path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)
-    }
+def list_checkpoints(folder: Path) -> list[Path]:
+    """From the newest on, intact or not."""
+    found = (path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name))
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimiser step that a checkpoint's name tells."""
+    return int(checkpoint.name.split("-")[1])
+
+
+def name_best(checkpoint: Path) -> str | None:
+    """The name of the checkpoint that was the best so far; None before the first validation. Raises UNREADABLE."""
+    best = json.loads((checkpoint / "trainer_state.json").read_text())["best_model_checkpoint"]
+    if best is not None and not Path(best).name:
+        raise ValueError(f"best_model_checkpoint {best!r}")
+    return best and Path(best).name
 
 
 def find_damage(checkpoint: Path) -> str | None:
@@ -75,22 +86,20 @@ def find_damage(checkpoint: Path) -> str | None:
             if hash_file(checkpoint / name) != expected:
                 return f"{name} has changed"
         read_step(checkpoint)
-        best = json.loads((checkpoint / "trainer_state.json").read_text())["best_model_checkpoint"]
-        if best is not None and not Path(best).name:
-            raise ValueError(f"best_model_checkpoint {best!r}")
+        best = name_best(checkpoint)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing: it was not written to its end"
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+    except UNREADABLE as error:
         return f"not readable ({error})"
-    if best is not None and Path(best).name != checkpoint.name:
-        damage = find_damage(checkpoint.with_name(Path(best).name))
-        return damage and f"it needs {Path(best).name}, and there {damage}"
+    if best is not None and best != checkpoint.name:
+        damage = find_damage(checkpoint.with_name(best))
+        return damage and f"it needs {best}, and there {damage}"
     return None
 
 
 def find_checkpoint(folder: Path) -> Path | None:
     """The newest intact checkpoint. Damaged newer ones are deleted, which is said; so can be written anew."""
-    for _, checkpoint in sorted(list_checkpoints(folder).items(), reverse=True):
+    for checkpoint in list_checkpoints(folder):
         damage = find_damage(checkpoint)
         if damage is None:
             return checkpoint

@@ -21,14 +21,8 @@ from config import import_bitsandbytes, is_sharded, without_collector
 
 ROOM = 32 * 2**30  # bytes of GPU memory that must be free: a small model beside main.py's is no matter then
 WAITING = 120  # seconds that main.py waits at most
-FILES = (
-    "gpu_kernels.py",
-    "layers.py",
-    "caption_loss.py",
-    "speed.py",
-    "generation.py",
-    "compile_kernels.py",
-)  # that decide what is compiled
+# that decide what is compiled
+FILES = ("gpu_kernels.py", "layers.py", "caption_loss.py", "speed.py", "generation.py", "compile_kernels.py")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 CORES = 8  # from which on a second process helps
 GPUS = Path("/proc/driver/nvidia/gpus")  # where Linux tells their models
@@ -87,6 +81,15 @@ def make_small_model(model_config, lora: tuple[str, int, int, float], device, dt
     return add_lora(model, *lora)
 
 
+def make_outputs(model):
+    """(P, D) what the ViT might give for a picture."""
+    import torch
+
+    from vision_store import shape_outputs
+
+    return torch.zeros(*shape_outputs(model.config.vision_config), dtype=model.dtype, device=model.device)
+
+
 def train_small_model(model) -> None:
     """A pass with gradients and one without."""
     import torch
@@ -95,13 +98,10 @@ def train_small_model(model) -> None:
     from caption_loss import caption_nll
     from model import PackedCollator
     from speed import join_weights
-    from vision_store import shape_outputs
 
     join_weights(model)
-    text = model.config.text_config
-    outputs = torch.zeros(*shape_outputs(model.config.vision_config), dtype=model.dtype, device=model.device)
-    batch = PackedCollator(model.config)([{"pixel_values": outputs, "caption_ids": [text.eos_token_id] * 64}])
-    batch = send_to_device(batch, model.device)
+    row = {"pixel_values": make_outputs(model), "caption_ids": [model.config.text_config.eos_token_id] * 64}
+    batch = send_to_device(PackedCollator(model.config)([row]), model.device)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     torch.autograd.grad(caption_nll(model.train(), **batch).sum(), weights)
     with torch.no_grad():
@@ -110,13 +110,9 @@ def train_small_model(model) -> None:
 
 def caption_small_model(model) -> None:
     """Two tokens, which eval.py's kernels write."""
-    import torch
-
     from generation import FastGenerator
-    from vision_store import shape_outputs
 
-    outputs = torch.zeros(1, *shape_outputs(model.config.vision_config), dtype=model.dtype, device=model.device)
-    FastGenerator(model.eval(), 8).generate(outputs, 2)
+    FastGenerator(model.eval(), 8).generate(make_outputs(model)[None], 2)
 
 
 def is_shared() -> bool:
@@ -151,10 +147,9 @@ def main(stamp: str, source: str, target: str, rank: str, alpha: str, dropout: s
         train_small_model(make_small_model(model_config, lora, device, dtype, qformer=not helps))
         if helps:
             caption_small_model(make_small_model(model_config, ("both", *lora[1:]), device, dtype))
-    if helps:
-        return
-    Path(stamp).parent.mkdir(parents=True, exist_ok=True)
-    Path(stamp).touch()
+    if not helps:
+        Path(stamp).parent.mkdir(parents=True, exist_ok=True)
+        Path(stamp).touch()
 
 
 if __name__ == "__main__":

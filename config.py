@@ -307,7 +307,7 @@ def _leave() -> None:
 
     Python would look for garbage in all that was imported, a second or two for nothing.
     """
-    gc.unfreeze()
+    gc.unfreeze()  # else libraries complain of what is left
     if _DONE:
         with suppress(TypeError, AttributeError):  # not on Windows
             ctypes.CDLL(None).fflush(None)  # what libraries in C have printed

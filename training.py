@@ -30,7 +30,7 @@ from transformers.trainer_pt_utils import nested_gather, safe_globals
 from transformers.trainer_utils import EvalLoopOutput
 
 from caption_loss import caption_nll
-from checkpoints import check_disk, remove_old_checkpoints, seal_checkpoint
+from checkpoints import check_disk, remove_old_checkpoints, seal_checkpoint, step_of
 from config import UserError
 from model import IGNORED, CaptionCollator, CaptionDataset, PackedCollator
 from pictures import explain_dead_worker
@@ -285,16 +285,16 @@ class CaptionTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         self.check_finite()
         self.finish_writing()
-        folder, step = Path(self.args.output_dir), self.state.global_step
+        folder = Path(self.args.output_dir)
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         copies = 4 if self.is_fsdp_enabled else 3  # weights and two moments in fp32; FSDP writes weights twice
         check_disk(folder, 4 * copies * trainable + 2**22, "a checkpoint")
-        with explain_checkpoint(folder, step):
+        with explain_checkpoint(checkpoint):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             writes, self._to_write = self._to_write, []
-            checkpoint = folder / f"checkpoint-{step}"
             self._writing = self._writer.submit(write_checkpoint, checkpoint, writes, self._abandoned)
         if self.pace is not None:
             self.pace.after_save()
@@ -330,7 +330,7 @@ class CaptionTrainer(Trainer):
 
 def write_checkpoint(checkpoint: Path, writes: Sequence[Callable], abandoned: threading.Event) -> None:
     """Do what is left to write of a checkpoint, seal it, and only then remove older ones; no more once `abandoned`."""
-    with explain_checkpoint(checkpoint.parent, int(checkpoint.name.split("-")[1])):
+    with explain_checkpoint(checkpoint):
         for write in writes:
             if abandoned.is_set():
                 return
@@ -340,15 +340,15 @@ def write_checkpoint(checkpoint: Path, writes: Sequence[Callable], abandoned: th
 
 
 @contextmanager
-def explain_checkpoint(folder: Path, step: int) -> Iterator[None]:
-    """Turn what goes wrong when the checkpoint of a step is written into a UserError."""
+def explain_checkpoint(checkpoint: Path) -> Iterator[None]:
+    """Turn what goes wrong when a checkpoint is written into a UserError."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(folder).free / 1e6  # which torch's own message does not tell
+        free = shutil.disk_usage(checkpoint.parent).free / 1e6  # which torch's own message does not tell
         raise explain_dead_worker(error) or UserError(
-            f"{folder}: the checkpoint of step {step} can't be written ({error}; {free:,.0f} MB are free); the ones "
-            "before are kept: see to the disk, then go on with --resume"
+            f"{checkpoint.parent}: the checkpoint of step {step_of(checkpoint)} can't be written ({error}; "
+            f"{free:,.0f} MB are free); the ones before are kept: see to the disk, then go on with --resume"
         ) from None
 
 
