@@ -6,6 +6,7 @@ Shapes: B rows, Q image tokens, H width of the language model, P positions of th
 batch together, L queries and S keys of a row, G linear layers that read the same input, R LoRA rank.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -95,7 +96,7 @@ def embed_images(blip: Blip2ForConditionalGeneration, vision: Tensor, lora: Adap
     queries = blip.query_tokens.expand(len(vision), -1, -1).to(qformer.layernorm.weight.dtype)
     x = qformer.dropout(qformer.layernorm(queries))  # (B, Q, width of the Q-Former)
     for layer in qformer.encoder.layer:
-        x = run_layer(qformer_layer, layer, x, vision.to(x.dtype), lora)
+        x = run_layer(qformer_layer, layer, x, vision.to(x.dtype), lora=lora)
     return blip.language_projection(x.to(blip.language_model.lm_head.weight.dtype))
 
 
@@ -105,15 +106,20 @@ def run_decoder(decoder, x: Tensor, rows: Rows, lora: Adapters) -> Tensor:
     ends.append((decoder.final_layer_norm, []))
     normed = decoder.layers[0].self_attn_layer_norm(x)
     for layer, (norm, readers) in zip(decoder.layers, ends[1:], strict=True):
-        x, normed = run_layer(opt_layer, layer, x, normed, norm, readers, rows, lora)
+        x, normed = run_layer(opt_layer, layer, x, normed, norm, readers, rows, lora=lora)
     return normed
 
 
-def run_layer(function, layer, *args):
-    """function(layer, *args), its activations computed again in the backward pass where the layer is set to that."""
+def run_layer(function, layer, *args, lora: Adapters):
+    """function(layer, *args, lora), its activations computed again in the backward pass where the layer is set to that.
+
+    torch looks for tensors in all arguments of what it will compute again: of thousands of modules in `lora`, for each
+    layer, that took longer than the layer.
+    """
+    run = functools.partial(function, layer, lora=lora)
     if getattr(layer, "gradient_checkpointing", False) and layer.training:
-        return checkpoint(function, layer, *args, use_reentrant=False, context_fn=_attention_contexts)
-    return function(layer, *args)
+        return checkpoint(run, *args, use_reentrant=False, context_fn=_attention_contexts)
+    return run(*args)
 
 
 def _attention_contexts() -> tuple:

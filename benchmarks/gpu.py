@@ -218,16 +218,11 @@ def measure_batch(args) -> Iterator[tuple]:
 
 def measure_small(args) -> Iterator[tuple]:
     flags = ("--per-device-train-batch-size", 4, "--per-device-eval-batch-size", 4, "--gradient-checkpointing")
-    flags = (*flags, "--max-steps", 12, "--logging-steps", 2, "--limit", 100, "--val-captions", 0)
+    flags = (*flags, "--max-steps", 24, "--logging-steps", 2, "--limit", 300, "--val-captions", 0)
     run = train(args, "small", *flags, free_gib=args.small_gib)
     yield f"training, 4 x 4, {args.small_gib:g} GiB free", run.samples_per_second, "samples/s", run.peak_gib
-    done = caption(args, "small", "--num-samples", 8, "--batch-size", 4, free_gib=args.small_gib)
-    yield (
-        f"captioning 4 at a time, {args.small_gib:g} GiB free",
-        done.captions_per_second,
-        "captions/s",
-        done.peak_gib,
-    )
+    done = caption(args, "small", "--num-samples", 24, "--batch-size", 4, free_gib=args.small_gib)
+    yield from list_paces(f"captioning 4 at a time, {args.small_gib:g} GiB free", done)
 
 
 def leave(free_gib: float, script: list[str]) -> None:
