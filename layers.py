@@ -7,6 +7,7 @@ batch together, L queries and S keys of a row, G linear layers that read the sam
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -436,8 +437,7 @@ def read_weight(base: nn.Linear) -> Tensor:
     """(out, in) weight of a layer without LoRA, in the precision in which it computes; NF4 is unpacked."""
     if not isinstance(base, bnb.nn.Linear4bit):
         return base.weight
-    weight = bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
-    return weight.to(base.compute_dtype or weight.dtype)
+    return bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state).to(pick_compute_dtype(base))
 
 
 def has_joined(layers: Sequence[nn.Module]) -> bool:
@@ -456,69 +456,109 @@ def join_linears(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
     return torch.cat(weights), None if bases[0].bias is None else torch.cat([base.bias for base in bases])
 
 
-def copy_lora(model) -> Adapters:
-    """LoRA's matrices in the precision in which their layer computes, B times LoRA's scale; gradients reach them.
-
-    That differs between layers: the Q-Former of a model in fp16 stays in fp32. The seed is drawn anew.
-    """
-    blip, groups, weights, dtypes, scales = get_blip2(model), {}, [], [], []
+def list_lora(model) -> tuple[list[list[nn.Module]], list[nn.Parameter]]:
+    """The groups of layers with active LoRA; and its weights, A of each of their layers and then B of each."""
+    groups, pairs = [], []
     for group in list_groups(model):
         layers = [layer for layer in group if has_active_lora(layer)]
         assert len(layers) in (0, len(group)), "LoRA on some of the layers that read the same input"
+        groups += [layers] if layers else []
         for layer in layers:
-            [name], base = layer.active_adapters, get_base(layer)
-            is_packed = isinstance(base, bnb.nn.Linear4bit)
-            dtypes.append((base.compute_dtype or base.weight.quant_state.dtype) if is_packed else base.weight.dtype)
-            weights += [layer.lora_A[name].weight, layer.lora_B[name].weight]
-            scales.append(layer.scaling[name])
-        if layers:
-            groups[group[0]] = len(group)
-    sites = {module: site for site, module in enumerate(blip.modules())}
-    device = blip.query_tokens.device
-    seed = torch.randint(2**62, (1,), device=device) if use_kernels(blip.query_tokens) else torch.zeros(1)
-    copies = ScaledCopies.apply(list(groups.values()), dtypes, scales, *weights) if groups else ()
-    return Adapters(dict(zip(groups, zip(copies[::2], copies[1::2], strict=True), strict=True)), sites, seed)
+            [name] = layer.active_adapters
+            pairs.append((layer.lora_A[name].weight, layer.lora_B[name].weight))
+    return groups, [a for a, _ in pairs] + [b for _, b in pairs]
 
 
 def has_active_lora(layer: nn.Module) -> bool:
     return isinstance(layer, LoraLayer) and not layer.disable_adapters and not layer.merged
 
 
+def join_lora(model) -> tuple[Tensor, list[nn.Parameter]]:
+    """Put LoRA's weights behind each other in one tensor (N,), to be copied and trained as one; and that, and they.
+
+    The layers keep their weights, as parts of it. Gradients of copy_lora's result reach the tensor, not its parts.
+    """
+    weights = list_lora(model)[1]
+    whole = torch.cat([weight.detach().flatten() for weight in weights])
+    bind_parts(whole, weights)
+    get_blip2(model).joined_lora = whole.requires_grad_()
+    return whole, weights
+
+
+def bind_parts(whole: Tensor, weights: Sequence[nn.Parameter]) -> None:
+    """Make the weights parts of the whole, where they are not; their values go into it.
+
+    What loads weights or moves a model to a device may put other memory in the place of theirs.
+    """
+    place = whole.data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != place:
+            start = (place - whole.data_ptr()) // whole.element_size()
+            with torch.inference_mode(False), torch.no_grad():
+                part = whole[start : start + weight.numel()].view_as(weight).copy_(weight)
+            weight.data = part
+        place += weight.nbytes
+
+
+def copy_lora(model) -> Adapters:
+    """LoRA's matrices in the precision in which their layer computes, B times LoRA's scale; gradients reach them.
+
+    That precision differs between layers: the Q-Former of a model in fp16 stays in fp32. The scale is one for all
+    layers. The seed is drawn anew.
+    """
+    blip, copies = get_blip2(model), ()
+    groups, weights = list_lora(model)
+    if groups:
+        [scale] = {layer.scaling[layer.active_adapters[0]] for group in groups for layer in group}
+        whole = getattr(blip, "joined_lora", None)
+        if whole is None:
+            whole = torch.cat([weight.flatten() for weight in weights])
+        else:
+            bind_parts(whole, weights)
+        a, b = weights[: len(weights) // 2], weights[len(weights) // 2 :]
+        shapes = [(sum(map(len, part)), part[0].shape[1]) for half in (a, b) for part in split_like(groups, half)]
+        dtypes = [pick_compute_dtype(get_base(group[0])) for group in groups]
+        copies = ScaledCopies.apply(shapes, dtypes, scale, whole)
+    sites = {module: site for site, module in enumerate(blip.modules())}
+    device = blip.query_tokens.device
+    seed = torch.randint(2**62, (1,), device=device) if use_kernels(blip.query_tokens) else torch.zeros(1)
+    matrices = zip(copies[: len(groups)], copies[len(groups) :], strict=True)
+    return Adapters(dict(zip((group[0] for group in groups), matrices, strict=True)), sites, seed)
+
+
+def split_like(groups: Sequence[Sequence], items: Sequence) -> list[list]:
+    """The items in groups of those sizes."""
+    rest = iter(items)
+    return [list(itertools.islice(rest, len(group))) for group in groups]
+
+
+def pick_compute_dtype(base: nn.Linear) -> torch.dtype:
+    """The precision in which a layer without LoRA computes."""
+    if not isinstance(base, bnb.nn.Linear4bit):
+        return base.weight.dtype
+    return base.compute_dtype or base.weight.quant_state.dtype
+
+
 class ScaledCopies(torch.autograd.Function):
     """Hundreds of small matrices in another precision, B's times a factor, by a few kernels.
 
-    Weights A, B of each layer become A's and B's of each group of `sizes` layers below each other.
+    `whole` (N,) are A of each layer and then B of each. Those of the layers of a group become one matrix, of `shapes`:
+    first the A's of each group, then the B's.
     """
 
     @staticmethod
-    def forward(ctx, sizes, dtypes, scales, *weights):
-        ctx.sizes, ctx.scales, ctx.dtypes = sizes, scales, [weight.dtype for weight in weights]
-        stacked, places, first = [], [], 0
-        for size in sizes:
-            group, dtype = weights[2 * first : 2 * (first + size)], dtypes[first]
-            for same in (group[::2], group[1::2]):
-                stacked.append(same[0].new_empty(sum(map(len, same)), same[0].shape[1], dtype=dtype))
-                places.append(stacked[-1].split([len(matrix) for matrix in same]))
-            first += size
-        copies = interleave(places)
-        torch._foreach_copy_(copies, list(weights))
-        torch._foreach_mul_(copies[1::2], scales)
-        return tuple(stacked)
+    def forward(ctx, shapes, dtypes, scale, whole):
+        sizes = [rows * columns for rows, columns in shapes]
+        ctx.first_b, ctx.scale, ctx.dtype = sum(sizes[: len(dtypes)]), scale, whole.dtype
+        copies = {}
+        for dtype in set(dtypes):
+            copy = whole.to(dtype, copy=True)
+            copy[ctx.first_b :] *= scale
+            copies[dtype] = copy.split(sizes)
+        return tuple(copies[dtypes[i % len(dtypes)]][i].view(shape) for i, shape in enumerate(shapes))
 
     @staticmethod
     def backward(ctx, *gradients):
-        sizes = [size for size in ctx.sizes for _ in "AB"]
-        parts = interleave([part.chunk(size) for part, size in zip(gradients, sizes, strict=True)])
-        copies = [
-            torch.empty_like(part, dtype=dtype, memory_format=torch.contiguous_format)
-            for part, dtype in zip(parts, ctx.dtypes, strict=True)
-        ]
-        torch._foreach_copy_(copies, parts)
-        torch._foreach_mul_(copies[1::2], ctx.scales)
-        return None, None, None, *copies
-
-
-def interleave(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """A, B, A, B, ... of each layer, from the A's of a group, its B's, the A's of the next, ..."""
-    pairs = [pair for a, b in zip(groups[::2], groups[1::2], strict=True) for pair in zip(a, b, strict=True)]
-    return [matrix for pair in pairs for matrix in pair]
+        whole = torch.cat([gradient.flatten() for gradient in gradients]).to(ctx.dtype)
+        whole[ctx.first_b :] *= ctx.scale
+        return None, None, None, whole

@@ -37,7 +37,7 @@ from pictures import open_picture
 from trust import ADAPTER_WEIGHTS, check_adapter_folder, check_model_folder
 
 IGNORED = -100  # label of a position that carries no loss
-PACKED_TO, LONGEST_TO = 32, 64  # what positions of a packed batch, and of its longest row, are rounded up to
+PACKED_TO, LONGEST_TO = 16, 64  # what positions of a packed batch, and of its longest row, are rounded up to
 
 # fc1 and fc2 name layers of the frozen ViT too, so LoRA's targets are expressions over whole module names.
 LORA_TARGETS = {

@@ -15,16 +15,19 @@ from torch import Tensor
 
 from caption_loss import caption_nll
 from layers import (
+    bind_parts,
     get_base,
     has_active_lora,
     has_kernel_rank,
     join_linears,
+    join_lora,
     list_groups,
     read_weight,
 )
 
 T = TypeVar("T")
 INPUTS = ("pixel_values", "input_ids", "labels", "starts", "longest")  # of a pass
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW's state
 UNPACKING_ROOM = 3  # the GPU must have so many times the memory free that unpacked weights take
 
 
@@ -117,10 +120,10 @@ class FastStep:
 
     def __init__(self, model, cuda_graphs: bool):
         self.model, self.cuda_graphs = model, cuda_graphs
-        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
-        sizes = [weight.numel() for weight in self.weights]
-        self.flat = torch.zeros(sum(sizes), device=self.weights[0].device)
-        parts = self.flat.split(sizes)
+        self.whole, self.weights = join_lora(model)  # (N,) and the parts of it that are trained
+        self.sums = self.whole.new_zeros(len(self.whole) + 1)  # gradients, and a place for the loss; see add_up
+        self.flat = self.whole.grad = self.sums[:-1]
+        parts = self.split(self.flat)
         self.gradients = [part.view_as(weight) for part, weight in zip(parts, self.weights, strict=True)]
         self.recordings: dict[tuple, tuple] = {}
         self.pool = torch.cuda.graph_pool_handle() if cuda_graphs else None
@@ -141,13 +144,21 @@ class FastStep:
         for weight in self.weights:
             weight.grad = None
 
-    def add_up(self) -> None:
-        """Make the gradients the sums over all processes; called in each, after the last pass of an optimiser step.
+    def split(self, whole: Tensor) -> Sequence[Tensor]:
+        """The part of each weight of a tensor (N,)."""
+        return whole.split([weight.numel() for weight in self.weights])
 
-        As each loss is divided by the tokens of the whole step, these are the gradients of the step's mean.
+    def add_up(self, loss: Tensor) -> Tensor:
+        """Make the gradients, and the loss that is returned, the sums over all processes.
+
+        Called in each, after the last pass of an optimiser step. As each loss is divided by the tokens of the whole
+        step, these are the gradients of the step's mean.
         """
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.flat)
+        if not torch.distributed.is_initialized():
+            return loss
+        self.sums[-1] = loss
+        torch.distributed.all_reduce(self.sums)
+        return self.sums[-1].clone()
 
     def clip(self, max_norm: float) -> Tensor:
         """The norm of all gradients, which are scaled down to it if it is larger: clip_grad_norm_."""
@@ -166,11 +177,12 @@ class FastStep:
 
     def _run(self, batch: dict[str, Tensor], tokens: Tensor) -> Tensor:
         loss = caption_nll(self.model, **batch).sum() / tokens
-        torch._foreach_add_(self.gradients, torch.autograd.grad(loss, self.weights))
+        self.flat += torch.autograd.grad(loss, self.whole)[0]
         return loss.detach()
 
     def _replay(self, work: Callable, inputs: dict[str, Tensor]) -> Tensor:
         """work(batch) or work(batch, tokens), from a recording."""
+        bind_parts(self.whole, self.weights)  # a recording reads the whole
         key = (work.__name__, len(inputs["labels"]), len(inputs["starts"]), inputs["longest"])
         if key not in self.recordings:
             self.recordings[key] = self._record(work, inputs)
@@ -190,6 +202,50 @@ class FastStep:
         self.flat.copy_(before)
         torch.cuda.set_rng_state(random)
         return graph, places, result
+
+
+class JoinedAdamW(torch.optim.AdamW):
+    """AdamW of a FastStep's weights, computed as of one tensor.
+
+    The fused kernel has one block of threads for each 65,536 values of a weight, and LoRA's have fewer: most of a GPU
+    would be idle. The state of each weight is a part of one tensor too, and is saved and loaded as AdamW's.
+    """
+
+    def __init__(self, groups: list[dict], fast_step: FastStep, **options):
+        super().__init__(groups, **options)
+        self.fast_step = fast_step
+        self.joined = torch.optim.AdamW([fast_step.whole], **options)
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        [group] = [group for group in self.param_groups if group["params"]]
+        self.joined.param_groups[0] |= {name: value for name, value in group.items() if name != "params"}
+        if hasattr(self, "found_inf"):  # the kernel leaves the step out
+            self.joined.found_inf = self.found_inf
+        self.joined.step()
+        if not self.state:
+            self._share_state()
+
+    def state_dict(self) -> dict:
+        for state in self.state.values():
+            state["step"] = self.joined.state[self.fast_step.whole]["step"].clone()  # AdamW counts each weight's
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        if self.state:
+            states = [self.state[weight] for weight in self.fast_step.weights]
+            moments = {name: torch.cat([state[name].flatten() for state in states]) for name in MOMENTS}
+            self.joined.state[self.fast_step.whole] = {"step": states[0]["step"].clone(), **moments}
+            self._share_state()
+
+    def _share_state(self) -> None:
+        """Make each weight's state a part of the whole."""
+        whole = self.joined.state[self.fast_step.whole]
+        moments = zip(*(self.fast_step.split(whole[name]) for name in MOMENTS), strict=True)
+        for weight, parts in zip(self.fast_step.weights, moments, strict=True):
+            views = {name: part.view_as(weight) for name, part in zip(MOMENTS, parts, strict=True)}
+            self.state[weight] = {"step": whole["step"], **views}
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -226,13 +282,29 @@ class LengthSampler(torch.utils.data.Sampler):
             part = sorted(part[:whole], key=lambda row: self.lengths[row])
             count = whole // self.batch_size
             if self.packed:
-                ranges = [shuffle(part[first : first + count], generator) for first in range(0, whole, count or 1)]
-                batches = [spread(batch) for batch in zip(*ranges, strict=True)]
+                ranges = [part[first : first + count] for first in range(0, whole, count or 1)]
+                batches = [spread(batch) for batch in self._deal(ranges, generator)]
             else:
                 batches = [part[first : first + self.batch_size] for first in range(0, whole, self.batch_size)]
             for batch in shuffle(batches, generator):
                 yield from batch
             yield from short
+
+    def _deal(self, ranges: list[list[int]], generator: torch.Generator) -> list[list[int]]:
+        """Batches with one row of each range, sorted by length, whose sums of lengths are about the same.
+
+        The longest row of a range goes to the batch with the smallest sum so far; ranges that differ most come first.
+        """
+        batches: list[list[int]] = [[] for _ in ranges[0]] if ranges else []
+        for part in sorted(ranges, key=lambda part: self.lengths[part[0]] - self.lengths[part[-1]]):
+            batches.sort(key=self._count)
+            longest_first = sorted(shuffle(part, generator), key=lambda row: -self.lengths[row])
+            for batch, row in zip(batches, longest_first, strict=True):
+                batch.append(row)
+        return [sorted(batch, key=lambda row: self.lengths[row]) for batch in batches]
+
+    def _count(self, batch: list[int]) -> int:
+        return sum(self.lengths[row] for row in batch)
 
 
 def spread(items: Sequence[T]) -> list[T]:

@@ -34,7 +34,7 @@ from checkpoints import check_disk, remove_old_checkpoints, seal_checkpoint, ste
 from config import UserError
 from model import IGNORED, CaptionCollator, CaptionDataset, PackedCollator
 from pictures import explain_dead_worker
-from speed import FastStep, LengthSampler
+from speed import FastStep, JoinedAdamW, LengthSampler
 
 CPU_MICRO_BATCH = 4  # frames a forward pass on a CPU, where more only take memory
 SPARE_MEMORY = 0.05  # share of a GPU that a micro-batch must leave free
@@ -152,6 +152,12 @@ class CaptionTrainer(Trainer):
             self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)  # what else it does stays
         return super()._prepare_for_training(*args)
 
+    def create_optimizer(self, *args):
+        if self.fast_step is not None:
+            _, options = self.get_optimizer_cls_and_kwargs(self.args)  # AdamW's
+            self.optimizer_cls_and_kwargs = JoinedAdamW, options | {"fast_step": self.fast_step}
+        return super().create_optimizer(*args)
+
     def _run_epoch(self, model, epoch, train_dataloader, *args, **kwargs):
         """Tells the sampler its epoch, which accelerate fails to when several processes go on within one."""
         batches = train_dataloader.batch_sampler
@@ -163,16 +169,16 @@ class CaptionTrainer(Trainer):
 
     def _clip_grad_norm(self, model):
         """Called once an optimiser step, after all gradients are there and before any weight has changed."""
+        losses = torch.stack(self._losses)  # (accumulation steps,)
+        total = losses.sum() / self.args.world_size  # of all processes: they all stop, or none
         if self.fast_step is None:
             norm = super()._clip_grad_norm(model)
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP's, of parts
+            if self.args.world_size > 1:
+                torch.distributed.all_reduce(total)
         else:
-            self.fast_step.add_up()
+            total = self.fast_step.add_up(total)
             norm = self.fast_step.clip(self.args.max_grad_norm)
-        losses = torch.stack(self._losses)  # (accumulation steps,)
-        total = losses.sum() / self.args.world_size
-        if self.args.world_size > 1:  # all processes stop, or none
-            torch.distributed.all_reduce(total)
         finite = total.isfinite()
         if not self.args.fp16:  # with fp16 an infinite gradient is no accident: the scaler skips that step
             finite = finite & torch.as_tensor(norm).isfinite()

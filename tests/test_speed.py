@@ -1,5 +1,6 @@
 """Each lever of speed.py: with it and without it loss, gradients and adapter agree."""
 
+import copy
 import dataclasses
 import json
 import statistics
@@ -29,7 +30,7 @@ from model import (
     load_model,
     load_processor,
 )
-from speed import FastStep, LengthSampler, join_weights, unpack_nf4
+from speed import FastStep, JoinedAdamW, LengthSampler, join_weights, unpack_nf4
 from vision_store import take_vision_out
 
 CPU = torch.device("cpu")
@@ -282,6 +283,38 @@ def test_passes_add_up_to_a_step(tiny_checkpoint, rows, packed):
             assert (weight.grad - whole[name]).norm() < 1e-4 * whole[name].norm()
 
 
+def make_adamw(step, is_joined):
+    groups, options = [{"params": step.weights}, {"params": []}], {"lr": 1e-2, "weight_decay": 0.1, "fused": True}
+    return JoinedAdamW(groups, step, **options) if is_joined else torch.optim.AdamW(groups, **options)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_joined_adamw_is_adamw(tiny_checkpoint, rows, moved):
+    """Bit for bit, also when its state is saved and loaded by either, or when other memory takes the weights' place."""
+    weights, batch = [], PackedCollator(rows[1])(rows[0])
+    for use_joined in (False, True):
+        torch.manual_seed(0)
+        model = load(tiny_checkpoint)
+        step = FastStep(model, cuda_graphs=False)
+        optimizer = make_adamw(step, use_joined)
+        for turn in range(4):
+            optimizer.zero_grad()
+            if moved and turn == 1:
+                for weight in step.weights:
+                    weight.data = weight.data.clone()
+            step(batch, 50)
+            optimizer.step()
+            if turn in (1, 2):  # as one after the other has written it
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = make_adamw(step, use_joined == (turn == 2))
+                optimizer.load_state_dict(state)
+            optimizer.param_groups[0]["lr"] *= 0.5
+        weights.append(torch.cat([weight.detach().flatten() for weight in step.weights]))
+        assert step.weights[5].data_ptr() > step.weights[4].data_ptr()
+        assert torch.equal(weights[-1], step.whole)
+    assert torch.equal(*weights)
+
+
 def test_batches_of_one_length():
     lengths = [7 * n % 101 for n in range(1000)]
     sampler = LengthSampler(lengths, batch_size=16, window=10, seed=3)
@@ -306,7 +339,7 @@ def test_packed_batches_of_one_size():
             statistics.stdev(sum(lengths[row] for row in rows[first : first + size]) for first in range(0, 992, size))
             for rows in (order, torch.randperm(1000).tolist())
         )
-        assert dealt < 0.4 * drawn, size
+        assert dealt < (0.02 if size == 16 else 0.4) * drawn, size
     sampler.set_epoch(1)
     assert list(sampler) != order and sorted(sampler) == list(range(1000))
     assert list(LengthSampler([3, 1, 2], batch_size=16, window=10, seed=3, packed=True)) != [0, 1, 2]
