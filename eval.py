@@ -167,8 +167,8 @@ class Captioner:
     def __init__(self, config: EvalConfig, pictures: int):
         """`pictures` are to be captioned."""
         self.config = config
-        fitting = min(gather(self._load))  # of one size in all processes, which share out the batches
-        gather(self._make_generator, fitting, pictures)
+        sizes = gather(self._load)  # batches are of one size in all processes, which share them out
+        gather(self._make_generator, *map(min, zip(*sizes, strict=True)), pictures)
         self.options = {"do_sample": not config.greedy}
         if not config.greedy:
             self.options |= {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
@@ -178,8 +178,9 @@ class Captioner:
         if place == 0 and processes > 1:
             print(f"captioning in {processes} processes")
 
-    def _load(self) -> int:
-        """Load the model; returns for how many pictures at once the fast way to generate has room, 0 if it can't be."""
+    def _load(self) -> tuple[int, int]:
+        """Load the model; returns for how many pictures at once the fast way to generate has room, 0 if it can't be:
+        with copies of the weights and without."""
         with without_collector():
             import_bitsandbytes()  # before transformers and peft do
             import torch
@@ -196,13 +197,15 @@ class Captioner:
         self.vision = take_vision_out(self.model)
         self.longest = config.max_new_tokens or self.generation.max_new_tokens
         if not supports(self.model):
-            return 0
+            return 0, 0
         if self.model.device.type != "cuda":
-            return FAST_BATCH
+            return FAST_BATCH, 0
         torch.cuda.empty_cache()
-        return max_batch(self.model, self.longest, torch.cuda.mem_get_info()[0])
+        free = torch.cuda.mem_get_info()[0]
+        with_copies, without = (max_batch(self.model, self.longest, free, copies) for copies in (True, False))
+        return with_copies, min(without, SLOW_BATCH)
 
-    def _make_generator(self, fitting: int, pictures: int) -> None:
+    def _make_generator(self, with_copies: int, without: int, pictures: int) -> None:
         """Choose the batch size, and the fast way to generate (generation.py) where that is wanted and possible."""
         from generation import FastGenerator, round_up, supports
 
@@ -211,11 +214,13 @@ class Captioner:
         if wanted == "off" or (wanted == "auto" and self.model.device.type != "cuda"):
             return
         size = self.config.batch_size
+        copies = with_copies >= min(size or SLOW_BATCH, without)
+        fitting = with_copies if copies else without
         if size is None:
             size = min(FAST_BATCH, 1 << max(fitting, 1).bit_length() - 1)  # a power of 2
             size = min(size, round_up(math.ceil(pictures / math.ceil(pictures / size)), 8))  # the last one too
         if size <= fitting:
-            self.batch_size, self.generator = size, FastGenerator(self.model, size)
+            self.batch_size, self.generator = size, FastGenerator(self.model, size, copies=copies)
         elif wanted == "on" and not supports(self.model):
             raise UserError("--fast-generation on: not made for this language model; use --fast-generation auto")
         elif wanted == "on":

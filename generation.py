@@ -8,14 +8,19 @@ tokens, L positions of the cache that are read, H heads of width D, E = H x D, V
 A row is [Q image embeddings][bos][new tokens]; all rows have the same length, so one position counter does for all.
 """
 
+import functools
+from collections.abc import Callable
+
 import bitsandbytes as bnb
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import Blip2ForConditionalGeneration
 
 from layers import (
     Rows,
+    apply_linears,
     copy_lora,
     embed_images,
     get_base,
@@ -66,16 +71,17 @@ def copy_linear(linear: torch.nn.Module, weight: Tensor, bias: Tensor) -> None:
                 weight.addmm_(b.to(weight.dtype), a.to(weight.dtype), alpha=linear.scaling[name])
 
 
-def describe_lora(module: torch.nn.Module) -> list[tuple]:
-    """What changes whenever LoRA below the module gives something else: how often weights were written, what is on."""
-    return [
+def describe_lora(blip: Blip2ForConditionalGeneration) -> list[tuple]:
+    """What changes whenever LoRA gives something else: how often weights were written, what is on."""
+    joined = getattr(blip, "joined_lora", None)  # that training writes to
+    return [(joined is not None and joined._version,)] + [
         (
             layer.disable_adapters,
             layer.merged,
             *layer.active_adapters,
             *((w.data_ptr(), w._version) for w in layer.parameters()),
         )
-        for layer in module.modules()
+        for layer in blip.modules()
         if isinstance(layer, LoraLayer)
     ]
 
@@ -84,7 +90,7 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def max_batch(model, max_new_tokens: int, free_bytes: int) -> int:
+def max_batch(model, max_new_tokens: int, free_bytes: int, copies: bool = True) -> int:
     """Most rows a batch that FastGenerator has room for in `free_bytes`, which it has not yet taken any of; 0 if none.
 
     On a GPU those are what torch.cuda.mem_get_info() says, plus what torch has reserved and does not use.
@@ -92,11 +98,13 @@ def max_batch(model, max_new_tokens: int, free_bytes: int) -> int:
     blip2 = get_blip2(model)
     text = blip2.config.text_config
     size = blip2.get_input_embeddings().weight.element_size()
-    copied = text.num_hidden_layers * (4 * text.hidden_size + 2 * text.ffn_dim) * text.hidden_size * size
+    layer = (4 * text.hidden_size + 2 * text.ffn_dim) * text.hidden_size * size  # bytes of its linear layers
     positions = round_up(blip2.config.num_query_tokens + 1 + max_new_tokens, BUCKET)
     cache = text.num_hidden_layers * 2 * text.hidden_size * positions * size
-    logits = 6 * text.vocab_size * 4  # with fp32 copies, probabilities and noise
-    return max(0, (free_bytes - copied - WORKSPACE) // (cache + logits))
+    row = cache + 6 * text.vocab_size * 4  # logits with fp32 copies, probabilities and noise
+    if copies:
+        return max(0, (free_bytes - text.num_hidden_layers * layer - WORKSPACE) // row)
+    return max(0, (free_bytes - 2 * layer) // (row + WORKSPACE // CHUNK))  # of batches up to CHUNK
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -127,11 +135,12 @@ class FastGenerator:
     """Captions batches of up to `batch_size` pictures with a model that `supports` accepts, in eval mode.
 
     Keeps a copy of OPT's linear layers, unquantised and with LoRA added (5 GB for OPT-2.7B in bf16), a cache of
-    batch_size rows, and the graphs, all of which later calls use again. A call copies the weights anew if a training
-    step or disable_adapter() has changed them since the last one.
+    batch_size rows, and the graphs, all of which later calls use again. Without `copies` each step unpacks the layers
+    and computes LoRA beside them. A call takes the weights anew if a training step or disable_adapter() has changed
+    them since the last one.
     """
 
-    def __init__(self, model, batch_size: int, bucket: int = BUCKET, cuda_graphs: bool = True):
+    def __init__(self, model, batch_size: int, bucket: int = BUCKET, cuda_graphs: bool = True, copies: bool = True):
         """Decode in CUDA graphs, on a GPU, unless `cuda_graphs` is False; `bucket` positions of the cache at a time."""
         self.model = get_blip2(model)
         self.decoder = self.model.language_model.model.decoder
@@ -145,15 +154,24 @@ class FastGenerator:
         self.device, self.dtype = embedding.device, embedding.dtype
         self.use_kernel = use_kernels(embedding)
         self.use_graphs = cuda_graphs and self.device.type == "cuda"
-        self.cache = self.copied = None
+        self.cache = self.taken = None
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self.copies: list[tuple[list[torch.nn.Module], Tensor, Tensor]] = []  # a group's layers, weight and bias
+        make = self._make_copy if copies else self._make_reader
         with torch.inference_mode():
-            self.weights = [[self._make_copy(group) for group in group_linears(layer)] for layer in self.decoder.layers]
+            self.linears = [[make(group) for group in group_linears(layer)] for layer in self.decoder.layers]
 
-    def _make_copy(self, group: list[torch.nn.Module]) -> tuple[Tensor, Tensor]:
-        """Room for the weight (out, in) and bias (out,) of a group as one linear layer."""
+    def _make_copy(self, group: list[torch.nn.Module]) -> Callable[[Tensor], Tensor]:
+        """A group as one linear layer, with room for its weight (out, in) and bias (out,)."""
         out = sum(linear.out_features for linear in group)
         options = {"device": self.device, "dtype": self.dtype}
-        return torch.empty(out, group[0].in_features, **options), torch.empty(out, **options)
+        weight, bias = torch.empty(out, group[0].in_features, **options), torch.empty(out, **options)
+        self.copies.append((group, weight, bias))
+        return functools.partial(F.linear, weight=weight, bias=bias)
+
+    def _make_reader(self, group: list[torch.nn.Module]) -> Callable[[Tensor], Tensor]:
+        """A group as one linear layer, whose weights are read at each use."""
+        return lambda x: apply_linears(group, x, self.lora)
 
     @torch.inference_mode()
     def generate(
@@ -173,7 +191,7 @@ class FastGenerator:
         rows = len(pixel_values)
         assert 0 < rows <= self.batch_size, f"{rows} pictures in a batch of {self.batch_size}"
         self._make_room(max_new_tokens)
-        self._copy_weights()
+        self._take_weights()
         choice = (temperature, top_p) if do_sample else None
         draw_noise = self._start(rows, choice, seed)
         self._read_prefix(pixel_values, choice, draw_noise)
@@ -218,16 +236,18 @@ class FastGenerator:
         self.finished = torch.empty(size, dtype=torch.bool, device=self.device)
         self.position = torch.empty(1, dtype=torch.long, device=self.device)  # of `current`
 
-    def _copy_weights(self) -> None:
-        state = describe_lora(self.decoder)
-        if state == self.copied:
+    def _take_weights(self) -> None:
+        state = describe_lora(self.model)
+        if state == self.taken:
             return
-        self.copied = state
-        for layer, copies in zip(self.decoder.layers, self.weights, strict=True):
-            for group, (weight, bias) in zip(group_linears(layer), copies, strict=True):
-                parts = zip(group, weight.chunk(len(group)), bias.chunk(len(group)), strict=True)
-                for linear, weight_part, bias_part in parts:
-                    copy_linear(linear, weight_part, bias_part)
+        self.taken = state
+        self.lora = copy_lora(self.model)
+        if not self.copies:
+            self.graphs = {}  # they read the former matrices
+        for group, weight, bias in self.copies:
+            parts = zip(group, weight.chunk(len(group)), bias.chunk(len(group)), strict=True)
+            for linear, weight_part, bias_part in parts:
+                copy_linear(linear, weight_part, bias_part)
 
     def _start(self, rows: int, choice: tuple | None, seed: int):
         """Empty the state; rows behind the first `rows` count as finished. Returns what draws a step's noise."""
@@ -255,10 +275,10 @@ class FastGenerator:
         """Fill the cache with image tokens and bos, and choose the first new token of each row."""
         positions = torch.arange(self.prefix, device=self.device)
         bos = self.decoder.embed_tokens(torch.tensor([[self.bos]], device=self.device))  # (1, 1, E)
-        last, start, lora = [], 0, copy_lora(self.model)
+        last, start = [], 0
         for pixels in pixel_values.split(CHUNK):
             vision = self.model.vision_model(pixel_values=pixels.to(self.device)).last_hidden_state  # (., P, D)
-            image = embed_images(self.model, vision, lora)  # (., Q, E)
+            image = embed_images(self.model, vision, self.lora)  # (., Q, E)
             prefix = torch.cat([image.to(self.dtype), bos.expand(len(image), -1, -1)], dim=1)  # (., Q+1, E)
             cache = self.cache[:, :, start : start + len(image)]
             last.append(self._run_layers(prefix, positions, cache, None)[:, -1])
@@ -276,8 +296,8 @@ class FastGenerator:
         x = x + F.embedding(positions + table.offset, table.weight)
         if mask is None:
             rows = Rows(torch.arange(0, (n + 1) * length, length, device=self.device), length)
-        for layer, (qkv, out, fc1, fc2), (keys, values) in zip(self.decoder.layers, self.weights, cache, strict=True):
-            joined = F.linear(layer.self_attn_layer_norm(x), *qkv)  # (n, T, 3E)
+        for layer, (qkv, out, fc1, fc2), (keys, values) in zip(self.decoder.layers, self.linears, cache, strict=True):
+            joined = qkv(layer.self_attn_layer_norm(x))  # (n, T, 3E)
             new = joined.view(n, length, 3, self.heads, -1)
             if mask is not None and self.use_kernel:
                 seen = gpu_kernels.attend_one(new[:, 0], keys, values, positions)  # (n, H, D)
@@ -293,8 +313,8 @@ class FastGenerator:
                 else:
                     mask_of_all = mask.expand(n, self.heads, 1, -1)
                     seen = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask_of_all).transpose(1, 2)
-            x = x + F.linear(seen.reshape(n, length, -1), *out)
-            x = x + F.linear(layer.activation_fn(F.linear(layer.final_layer_norm(x), *fc1)), *fc2)
+            x = x + out(seen.reshape(n, length, -1))
+            x = x + fc2(layer.activation_fn(fc1(layer.final_layer_norm(x))))
         return self.decoder.final_layer_norm(x)
 
     def _choose(self, last: Tensor, choice: tuple | None) -> None:

@@ -119,8 +119,14 @@ def run_layer(function, layer, *args, lora: Adapters):
     """
     run = functools.partial(function, layer, lora=lora)
     if getattr(layer, "gradient_checkpointing", False) and layer.training:
-        return checkpoint(run, *args, use_reentrant=False, context_fn=_attention_contexts)
+        options = {"use_reentrant": False, "context_fn": _attention_contexts}
+        return checkpoint(run, *args, **options, preserve_rng_state=not draws_by_kernels(args[0], lora))
     return run(*args)
+
+
+def draws_by_kernels(x: Tensor, lora: Adapters) -> bool:
+    """Whether all dropouts of the layers on x are drawn from the pass's seed, so that torch's generator is not used."""
+    return use_kernels(x) and all(has_kernel_rank(x, b.shape[1]) for _, b in lora.matrices.values())
 
 
 def _attention_contexts() -> tuple:
@@ -450,10 +456,11 @@ def join_linears(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
     bases = [get_base(layer) for layer in layers]
     if has_joined(layers):
         return bases[0].joined
-    weights = [read_weight(base) for base in bases]
     if len(bases) == 1:
-        return weights[0], bases[0].bias
-    return torch.cat(weights), None if bases[0].bias is None else torch.cat([base.bias for base in bases])
+        return read_weight(bases[0]), bases[0].bias
+    return torch.cat([read_weight(base) for base in bases]), None if bases[0].bias is None else torch.cat(
+        [base.bias for base in bases]
+    )
 
 
 def list_lora(model) -> tuple[list[list[nn.Module]], list[nn.Parameter]]:

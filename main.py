@@ -74,6 +74,7 @@ from data import (
     ride_of,
     split_by_ride,
 )
+from layers import get_blip2, has_kernel_rank
 from model import (
     CaptionCollator,
     CaptionDataset,
@@ -633,8 +634,12 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
         )
 
     def make_fast_step() -> FastStep | None:
-        graphs = config.cuda_graphs and device.type == "cuda" and not config.gradient_checkpointing
-        return FastStep(model, graphs) if fast else None
+        if not fast:
+            return None
+        graphs = config.cuda_graphs and device.type == "cuda"
+        if config.gradient_checkpointing:  # which asks torch for its generator's state if that draws dropouts
+            graphs = graphs and has_kernel_rank(get_blip2(model).query_tokens, config.lora_rank)
+        return FastStep(model, graphs)
 
     try:
         trainer, metrics = train_lora(config, arguments, state, model, datasets, make_callbacks, make_fast_step)

@@ -7,18 +7,20 @@
 FOLDER gets the full-size model with random weights and the pictures of benchmarks.gpu. What is timed are main.py and
 eval.py themselves, started by accelerate launch.
 
-Parts: `nf4` and `bf16` train with 64 frames a step, each process with a whole model; `fsdp` trains in bf16 with the
-weights spread by fsdp.yaml; `captions` captions 3,072 pictures; `losses` compares the losses of the first 20 steps, all
-dropouts being 0, since processes draw other random numbers than one.
+Parts: `nf4` and `bf16` train with 64 frames a step, each process with a whole model, beside each GPU alone; `fsdp`
+trains in bf16 with the weights spread by fsdp.yaml; `captions` captions 3,072 pictures; `losses` compares the losses of
+the first 20 steps, all dropouts being 0, since processes draw other random numbers than one.
 """
 
 import argparse
+import collections
 import csv
 import itertools
 import json
 import math
 import os
 import shutil
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,18 +49,21 @@ class Row(NamedTuple):
     value: float
     unit: str
     peak_gib: float = math.nan  # of the first GPU
-    beside: str | None = None  # the row of one process that it is compared with
+    beside: str | None = None  # what rows it is compared with, those of one process, have here
 
 
 # --------------------------------------------------------------------------------------------------------------
 # what is run
 
 
-def launch(processes: int, config: str | None = None) -> tuple[str, ...]:
-    """The words before the script: several processes by accelerate launch, ended when they take too long."""
+def launch(processes: int, config: str | None = None, gpu: int = 0) -> tuple[str, ...]:
+    """The words before the script: several processes by accelerate launch, ended when they take too long.
+
+    One process has the GPU of number `gpu`.
+    """
     words = ("timeout", "--kill-after", "45", str(SECONDS), sys.executable)
     if processes == 1:
-        return words
+        return ("env", f"CUDA_VISIBLE_DEVICES={gpu}", *words)
     how = ("--config_file", config) if config else ("--multi_gpu",)
     words += ("-m", "accelerate.commands.launch", *how, "--num_processes", str(processes))
     return (*words, "--num_machines", "1", "--main_process_port", "0")
@@ -77,9 +82,13 @@ def list_timed_flags(args, *more) -> list:
 
 
 def measure_training(args, what: str, name: str, *flags) -> Iterator[Row]:
-    for processes in (1, args.processes):
-        done = train(args, f"several-{name}-{processes}", *list_timed_flags(args, *flags), launcher=launch(processes))
-        yield Row(what, processes, done.samples_per_second, "samples/s", done.peak_gib, what)
+    """Of each GPU alone, as they differ, and then of all."""
+    flags = list_timed_flags(args, *flags)
+    for gpu in reversed(range(args.processes)):  # what the first leaves is captioned with
+        done = train(args, f"several-{name}-1", *flags, launcher=launch(1, gpu=gpu))
+        yield Row(f"{what}, GPU {gpu} alone", 1, done.samples_per_second, "samples/s", done.peak_gib, what)
+    done = train(args, f"several-{name}-{args.processes}", *flags, launcher=launch(args.processes))
+    yield Row(what, args.processes, done.samples_per_second, "samples/s", done.peak_gib, what)
 
 
 def measure_nf4(args) -> Iterator[Row]:
@@ -195,16 +204,19 @@ def name_gpus() -> str | None:
 
 
 def make_table(rows: list[Row]) -> str:
-    """Efficiency is the pace of N processes : (N x that of one)."""
+    """Efficiency is the pace of N processes : (N x that of one, of the mean of the GPUs alone)."""
     lines = [
         "| what | processes | measured | | peak GiB of the first GPU | efficiency |",
         "| --- | ---: | ---: | --- | ---: | ---: |",
     ]
-    ones = {row.what: row.value for row in rows if row.processes == 1}
+    ones = collections.defaultdict(list)
+    for row in rows:
+        if row.processes == 1:
+            ones[row.beside].append(row.value)
     for row in rows:
         value = f"{row.value:,.1f}" if row.beside else f"{row.value:.6f}"
         peak = "" if math.isnan(row.peak_gib) else f"{row.peak_gib:.2f}"
-        share = f"{row.value / (row.processes * ones[row.beside]):.3f}" if row.beside in ones else ""
+        share = f"{row.value / (row.processes * statistics.mean(ones[row.beside])):.3f}" if row.beside in ones else ""
         lines.append(f"| {row.what} | {row.processes} | {value} | {row.unit} | {peak} | {share} |")
     return "\n".join(lines)
 

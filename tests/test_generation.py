@@ -10,7 +10,7 @@ import generation
 import model as blip2
 from benchmarks.full_size import build_full_size_config
 from generation import FastGenerator, max_batch, pick_tokens, supports
-from layers import copy_lora, embed_images, get_blip2
+from layers import copy_lora, embed_images, get_blip2, join_lora
 
 CPU = torch.device("cpu")
 NEW_TOKENS = 60  # positions 9 to 68: five buckets of 16
@@ -70,6 +70,8 @@ def test_greedy_equals_transformers(tiny_checkpoint, load_in_4bit, with_lora):
     assert torch.equal(fewer, generate_slowly(model, pixels[:3], 20))
     longer = generator.generate(pixels[:1], 100)  # in a new cache
     assert torch.equal(longer, generate_slowly(model, pixels[:1], 100))
+    without = FastGenerator(model, batch_size=16, bucket=16, copies=False)
+    assert torch.equal(without.generate(pixels, NEW_TOKENS), generate_slowly(model, pixels))
 
 
 def note_steps(monkeypatch) -> list[tuple[int, int]]:
@@ -114,9 +116,13 @@ def test_steps_end_soon_after_the_last_caption(tiny_checkpoint):
     assert generator.position.item() - generator.prefix <= generation.CHECK_EVERY
 
 
-def test_adapter_switched_off_and_trained_between_calls(tiny_checkpoint):
+@pytest.mark.parametrize("copies", [True, False])
+@pytest.mark.parametrize("joined", [True, False])
+def test_adapter_switched_off_and_trained_between_calls(tiny_checkpoint, copies, joined):
     model, pixels = load(tiny_checkpoint, True, True), make_pixels(4)
-    generator = FastGenerator(model, batch_size=4)
+    if joined:
+        whole, weights = join_lora(model)
+    generator = FastGenerator(model, batch_size=4, copies=copies)
     with_adapter = generator.generate(pixels, 20)
     with model.disable_adapter():
         without = generator.generate(pixels, 20)
@@ -124,9 +130,12 @@ def test_adapter_switched_off_and_trained_between_calls(tiny_checkpoint):
     assert not torch.equal(with_adapter, without)
     assert torch.equal(generator.generate(pixels, 20), with_adapter)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.mul_(-1)
+        if joined:  # as FastStep trains
+            whole[sum(weight.numel() for weight in weights[: len(weights) // 2]) :] *= -1
+        else:
+            for name, weight in model.named_parameters():
+                if "lora_B" in name:
+                    weight.mul_(-1)
     trained = generator.generate(pixels, 20)
     assert torch.equal(trained, generate_slowly(model, pixels, 20))
     assert not torch.equal(trained, with_adapter)
@@ -275,4 +284,5 @@ def test_max_batch_fills_the_memory(tiny_checkpoint):
     taken = max_batch(model, 120, free) * cache + weights + generation.WORKSPACE
     assert 0.95 * free < taken <= free
     assert max_batch(model, 120, 4 * 2**30) == 0
+    assert 12 < max_batch(model, 120, 3 * 2**29, copies=False) < 24
     assert max_batch(load(tiny_checkpoint), 20, free) > 1000
