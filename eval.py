@@ -186,7 +186,7 @@ class Captioner:
             import torch
             from transformers.utils import logging
 
-            from generation import max_batch, supports
+            from generation import CHUNK, max_batch, supports
             from model import load_finetuned, pick_device
             from vision_store import open_store, take_vision_out
 
@@ -203,7 +203,7 @@ class Captioner:
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info()[0]
         with_copies, without = (max_batch(self.model, self.longest, free, copies) for copies in (True, False))
-        return with_copies, min(without, SLOW_BATCH)
+        return with_copies, min(without, CHUNK)
 
     def _make_generator(self, with_copies: int, without: int, pictures: int) -> None:
         """Choose the batch size, and the fast way to generate (generation.py) where that is wanted and possible."""
@@ -217,6 +217,7 @@ class Captioner:
         copies = with_copies >= min(size or SLOW_BATCH, without)
         fitting = with_copies if copies else without
         if size is None:
+            fitting = fitting if copies else min(fitting, SLOW_BATCH)
             size = min(FAST_BATCH, 1 << max(fitting, 1).bit_length() - 1)  # a power of 2
             size = min(size, round_up(math.ceil(pictures / math.ceil(pictures / size)), 8))  # the last one too
         if size <= fitting:

@@ -72,9 +72,11 @@ def copy_linear(linear: torch.nn.Module, weight: Tensor, bias: Tensor) -> None:
 
 
 def describe_lora(blip: Blip2ForConditionalGeneration) -> list[tuple]:
-    """What changes whenever LoRA gives something else: how often weights were written, what is on."""
-    joined = getattr(blip, "joined_lora", None)  # that training writes to
-    return [(joined is not None and joined._version,)] + [
+    """What changes whenever LoRA gives something else: what is on, and the versions of weights, where they tell.
+
+    torch's fused optimisers don't raise them; training.py does.
+    """
+    return [
         (
             layer.disable_adapters,
             layer.merged,
@@ -155,7 +157,6 @@ class FastGenerator:
         self.use_kernel = use_kernels(embedding)
         self.use_graphs = cuda_graphs and self.device.type == "cuda"
         self.cache = self.taken = None
-        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         self.copies: list[tuple[list[torch.nn.Module], Tensor, Tensor]] = []  # a group's layers, weight and bias
         make = self._make_copy if copies else self._make_reader
         with torch.inference_mode():
@@ -225,8 +226,8 @@ class FastGenerator:
         assert self.prefix + max_new_tokens <= limit, f"{max_new_tokens} new tokens, but OPT has {limit} positions"
         if self.cache is not None and positions <= self.cache.shape[4]:
             return
-        self.cache, self.graphs, self.noise = None, {}, {}  # frees the old ones first
-        self.pool = torch.cuda.graph_pool_handle() if self.use_graphs else None
+        self.cache, self.noise = None, {}  # frees the old ones first
+        self._forget_graphs()
         size, width = self.batch_size, self.decoder.config.hidden_size // self.heads
         shape = (self.layers, 2, size, self.heads, positions, width)  # keys and values
         self.cache = torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -236,14 +237,19 @@ class FastGenerator:
         self.finished = torch.empty(size, dtype=torch.bool, device=self.device)
         self.position = torch.empty(1, dtype=torch.long, device=self.device)  # of `current`
 
+    def _forget_graphs(self) -> None:
+        """And their memory: torch takes no more graphs into a pool that had some and has none."""
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self.pool = torch.cuda.graph_pool_handle() if self.use_graphs else None
+
     def _take_weights(self) -> None:
-        state = describe_lora(self.model)
-        if state == self.taken:
+        """Of LoRA and, where layers are copied, of these, unless nothing has changed since the last call."""
+        if describe_lora(self.model) == self.taken:
             return
-        self.taken = state
         self.lora = copy_lora(self.model)
+        self.taken = describe_lora(self.model)  # copying may have moved weights
         if not self.copies:
-            self.graphs = {}  # they read the former matrices
+            self._forget_graphs()  # they read the former matrices
         for group, weight, bias in self.copies:
             parts = zip(group, weight.chunk(len(group)), bias.chunk(len(group)), strict=True)
             for linear, weight_part, bias_part in parts:

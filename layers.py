@@ -481,14 +481,15 @@ def has_active_lora(layer: nn.Module) -> bool:
 
 
 def join_lora(model) -> tuple[Tensor, list[nn.Parameter]]:
-    """Put LoRA's weights behind each other in one tensor (N,), to be copied and trained as one; and that, and they.
+    """Put LoRA's weights behind each other in one tensor (N,), to be copied and trained as one.
 
-    The layers keep their weights, as parts of it. Gradients of copy_lora's result reach the tensor, not its parts.
+    Returns the tensor and the weights, which the layers keep, as parts of it. Gradients of copy_lora's result reach
+    the tensor, not its parts.
     """
     weights = list_lora(model)[1]
     whole = torch.cat([weight.detach().flatten() for weight in weights])
     bind_parts(whole, weights)
-    get_blip2(model).joined_lora = whole.requires_grad_()
+    get_blip2(model).joined_lora = whole.requires_grad_(), weights
     return whole, weights
 
 
@@ -517,11 +518,11 @@ def copy_lora(model) -> Adapters:
     groups, weights = list_lora(model)
     if groups:
         [scale] = {layer.scaling[layer.active_adapters[0]] for group in groups for layer in group}
-        whole = getattr(blip, "joined_lora", None)
-        if whole is None:
-            whole = torch.cat([weight.flatten() for weight in weights])
-        else:
+        whole, parts = getattr(blip, "joined_lora", (None, []))
+        if [*map(id, parts)] == [*map(id, weights)]:
             bind_parts(whole, weights)
+        else:  # not joined, or another adapter was
+            whole = torch.cat([weight.flatten() for weight in weights])
         a, b = weights[: len(weights) // 2], weights[len(weights) // 2 :]
         shapes = [(sum(map(len, part)), part[0].shape[1]) for half in (a, b) for part in split_like(groups, half)]
         dtypes = [pick_compute_dtype(get_base(group[0])) for group in groups]

@@ -368,7 +368,7 @@ class PackedCollator(CaptionCollator):
     """Rows of CaptionDataset -> a batch for caption_nll: rows behind each other, without padding between them.
 
     What it is filled up with stands behind the last row, so that there are few sizes, of which cuBLAS is fast with each
-    (an H100 takes 1 to 5 % longer for multiples of 32, and most for those of 128: benchmarks/RESULTS.md).
+    (an H100 takes 1 to 5 % longer for multiples of 32: benchmarks/RESULTS.md).
     """
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor | int]:

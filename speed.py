@@ -293,13 +293,17 @@ class LengthSampler(torch.utils.data.Sampler):
     def _deal(self, ranges: list[list[int]], generator: torch.Generator) -> list[list[int]]:
         """Batches with one row of each range, sorted by length, whose sums of lengths are about the same.
 
-        The longest row of a range goes to the batch with the smallest sum so far; ranges that differ most come first.
+        The ranges that differ most come first. Every other one is dealt at random; of those between, the longest row
+        goes to the batch with the smallest sum so far.
         """
         batches: list[list[int]] = [[] for _ in ranges[0]] if ranges else []
-        for part in sorted(ranges, key=lambda part: self.lengths[part[0]] - self.lengths[part[-1]]):
-            batches.sort(key=self._count)
-            longest_first = sorted(shuffle(part, generator), key=lambda row: -self.lengths[row])
-            for batch, row in zip(batches, longest_first, strict=True):
+        widest_first = sorted(ranges, key=lambda part: self.lengths[part[0]] - self.lengths[part[-1]])
+        for place, part in enumerate(widest_first):
+            rows = shuffle(part, generator)
+            if place % 2:
+                batches.sort(key=self._count)
+                rows.sort(key=lambda row: -self.lengths[row])
+            for batch, row in zip(batches, rows, strict=True):
                 batch.append(row)
         return [sorted(batch, key=lambda row: self.lengths[row]) for batch in batches]
 

@@ -156,7 +156,9 @@ class CaptionTrainer(Trainer):
         if self.fast_step is not None:
             _, options = self.get_optimizer_cls_and_kwargs(self.args)  # AdamW's
             self.optimizer_cls_and_kwargs = JoinedAdamW, options | {"fast_step": self.fast_step}
-        return super().create_optimizer(*args)
+        optimizer = super().create_optimizer(*args)
+        optimizer.register_step_post_hook(raise_versions)
+        return optimizer
 
     def _run_epoch(self, model, epoch, train_dataloader, *args, **kwargs):
         """Tells the sampler its epoch, which accelerate fails to when several processes go on within one."""
@@ -332,6 +334,12 @@ class CaptionTrainer(Trainer):
         self.finish_writing()
         self.accelerator.wait_for_everyone()
         super()._load_best_model()
+
+
+def raise_versions(optimizer: torch.optim.Optimizer, *_) -> None:
+    """Count that an optimiser has written its weights, which torch's fused ones don't: captions take them anew then."""
+    for group in optimizer.param_groups:
+        torch.autograd.graph.increment_version(group["params"])
 
 
 def write_checkpoint(checkpoint: Path, writes: Sequence[Callable], abandoned: threading.Event) -> None:

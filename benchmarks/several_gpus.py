@@ -1,6 +1,6 @@
 """Training and captioning by several GPUs of a machine, each beside one GPU of the same machine in the same run.
 
-    python -m benchmarks.several_gpus --folder FOLDER                  # two GPUs; some 25 GB of disk, eight minutes
+    python -m benchmarks.several_gpus --folder FOLDER                  # two GPUs; some 25 GB of disk, ten minutes
     python -m benchmarks.several_gpus --folder FOLDER --record         # and put the table into benchmarks/RESULTS.md
     python -m benchmarks.several_gpus --folder FOLDER --parts nf4      # one part
 
@@ -59,11 +59,12 @@ class Row(NamedTuple):
 def launch(processes: int, config: str | None = None, gpu: int = 0) -> tuple[str, ...]:
     """The words before the script: several processes by accelerate launch, ended when they take too long.
 
-    One process has the GPU of number `gpu`.
+    One process has the GPU of number `gpu` among those that can be seen.
     """
     words = ("timeout", "--kill-after", "45", str(SECONDS), sys.executable)
     if processes == 1:
-        return ("env", f"CUDA_VISIBLE_DEVICES={gpu}", *words)
+        numbers = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpu + 1)))).split(",")
+        return ("env", f"CUDA_VISIBLE_DEVICES={numbers[gpu] if gpu < len(numbers) else ''}", *words)
     how = ("--config_file", config) if config else ("--multi_gpu",)
     words += ("-m", "accelerate.commands.launch", *how, "--num_processes", str(processes))
     return (*words, "--num_machines", "1", "--main_process_port", "0")
@@ -211,7 +212,7 @@ def make_table(rows: list[Row]) -> str:
     ]
     ones = collections.defaultdict(list)
     for row in rows:
-        if row.processes == 1:
+        if row.processes == 1 and row.beside:
             ones[row.beside].append(row.value)
     for row in rows:
         value = f"{row.value:,.1f}" if row.beside else f"{row.value:.6f}"

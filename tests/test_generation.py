@@ -9,6 +9,8 @@ from transformers import Blip2ForConditionalGeneration, TopPLogitsWarper
 import generation
 import model as blip2
 from benchmarks.full_size import build_full_size_config
+from config import EvalConfig, UserError
+from eval import Captioner
 from generation import FastGenerator, max_batch, pick_tokens, supports
 from layers import copy_lora, embed_images, get_blip2, join_lora
 
@@ -120,8 +122,8 @@ def test_steps_end_soon_after_the_last_caption(tiny_checkpoint):
 @pytest.mark.parametrize("joined", [True, False])
 def test_adapter_switched_off_and_trained_between_calls(tiny_checkpoint, copies, joined):
     model, pixels = load(tiny_checkpoint, True, True), make_pixels(4)
-    if joined:
-        whole, weights = join_lora(model)
+    if joined:  # as FastStep trains
+        join_lora(model)
     generator = FastGenerator(model, batch_size=4, copies=copies)
     with_adapter = generator.generate(pixels, 20)
     with model.disable_adapter():
@@ -130,12 +132,9 @@ def test_adapter_switched_off_and_trained_between_calls(tiny_checkpoint, copies,
     assert not torch.equal(with_adapter, without)
     assert torch.equal(generator.generate(pixels, 20), with_adapter)
     with torch.no_grad():
-        if joined:  # as FastStep trains
-            whole[sum(weight.numel() for weight in weights[: len(weights) // 2]) :] *= -1
-        else:
-            for name, weight in model.named_parameters():
-                if "lora_B" in name:
-                    weight.mul_(-1)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.mul_(-1)
     trained = generator.generate(pixels, 20)
     assert torch.equal(trained, generate_slowly(model, pixels, 20))
     assert not torch.equal(trained, with_adapter)
@@ -273,6 +272,30 @@ def test_image_tokens_in_half_precision(tiny_checkpoint, monkeypatch, load_in_4b
         expected = blip.get_image_features(pixels, return_dict=True).pooler_output
     assert image.dtype == torch.float16
     assert (image - expected).abs().max() < 0.01 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("room", "batch_size", "chosen"),  # room with copies of the weights and without
+    [
+        ((0, 128), None, (16, False)),  # no more than transformers' generate takes, unless asked for
+        ((0, 128), 32, (32, False)),
+        ((6, 128), None, (16, False)),
+        ((6, 4), None, (4, True)),
+        ((600, 128), None, (512, True)),
+        ((600, 128), 8, (8, True)),
+        ((0, 4), 8, None),
+        ((0, 0), None, None),
+    ],
+)
+def test_way_to_generate_is_chosen_by_room(tiny_checkpoint, room, batch_size, chosen):
+    captioner = Captioner.__new__(Captioner)  # without loading
+    captioner.config, captioner.model = EvalConfig(fast_generation="on", batch_size=batch_size), load(tiny_checkpoint)
+    if chosen is None:
+        with pytest.raises(UserError, match=f"room for {room[1]} pictures"):
+            captioner._make_generator(*room, 1024)
+    else:
+        captioner._make_generator(*room, 1024)
+        assert (captioner.batch_size, bool(captioner.generator.copies)) == chosen
 
 
 def test_max_batch_fills_the_memory(tiny_checkpoint):

@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import itertools
 import json
+import operator
 import statistics
 import subprocess
 from pathlib import Path
@@ -11,6 +13,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from test_training import stop_at, train
+from torch.utils.checkpoint import checkpoint
 
 import compile_kernels
 import main
@@ -177,6 +180,31 @@ def test_gradient_checkpointing_changes_nothing(tiny_checkpoint, packed):
     check_agreement(kept, loss_and_gradients(model, lambda: caption_nll(model, **packed).sum()), relative=1e-6)
 
 
+@pytest.mark.parametrize(("rank", "is_recordable"), [(16, True), (4, False)])
+def test_dropouts_are_the_same_when_activations_are_computed_again(
+    tiny_checkpoint, rows, kernels, monkeypatch, rank, is_recordable
+):
+    """Also where they are drawn by kernels, which need no state of torch's generator: such a pass can be recorded."""
+    model, states = load(tiny_checkpoint, dropout=0.3, rank=rank).train(), []
+    packed = PackedCollator(rows[1])(rows[0][2:])
+
+    def note(*args, preserve_rng_state, **options):
+        states.append(preserve_rng_state)
+        return checkpoint(*args, preserve_rng_state=preserve_rng_state, **options)
+
+    def run():
+        torch.manual_seed(3)
+        return loss_and_gradients(model, lambda: caption_nll(model, **packed).sum())
+
+    monkeypatch.setattr("layers.checkpoint", note)
+    kept = run()
+    assert not states
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    check_agreement(kept, run(), relative=1e-6)
+    assert set(states) == {not is_recordable}
+    assert abs(kept[0] - loss_and_gradients(model.eval(), lambda: caption_nll(model, **packed).sum())[0]) > 1e-3
+
+
 def test_unpacked_weights_have_the_same_values(tiny_checkpoint, packed):
     model = load(tiny_checkpoint, True)
     nf4 = loss_and_gradients(model, lambda: caption_nll(model, **packed).sum())
@@ -315,6 +343,18 @@ def test_joined_adamw_is_adamw(tiny_checkpoint, rows, moved):
     assert torch.equal(*weights)
 
 
+def test_another_adapter_leaves_the_joined_one_alone(tiny_checkpoint, packed):
+    model = load(tiny_checkpoint)
+    step = FastStep(model, cuda_graphs=False)
+    before = step.whole.detach().clone()
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+    loss = caption_nll(model, **packed).sum()
+    assert torch.equal(step.whole, before)
+    model.set_adapter("default")
+    assert abs(caption_nll(model, **packed).sum() - loss) > 1e-3
+
+
 def test_batches_of_one_length():
     lengths = [7 * n % 101 for n in range(1000)]
     sampler = LengthSampler(lengths, batch_size=16, window=10, seed=3)
@@ -342,6 +382,13 @@ def test_packed_batches_of_one_size():
         assert dealt < (0.02 if size == 16 else 0.4) * drawn, size
     sampler.set_epoch(1)
     assert list(sampler) != order and sorted(sampler) == list(range(1000))
+    pairs = [set(), set()]  # of rows that are in one step, of an epoch in one window
+    small = LengthSampler(lengths[:160], batch_size=16, window=100, seed=3, packed=True)
+    for epoch in (0, 1):
+        small.set_epoch(epoch)
+        for step in zip(*[iter(small)] * 16, strict=True):
+            pairs[epoch] |= set(itertools.combinations(sorted(step), 2))
+    assert len(pairs[0] & pairs[1]) < 2 * len(pairs[0]) ** 2 / (160 * 159 / 2)  # by chance: half of it
     assert list(LengthSampler([3, 1, 2], batch_size=16, window=10, seed=3, packed=True)) != [0, 1, 2]
 
 
@@ -358,6 +405,23 @@ def test_all_modules_train_in_every_step(folder, settings, monkeypatch, fast_ste
     monkeypatch.setattr(training.CaptionTrainer, "training_step", training_step)
     train(settings, fast_step=fast_step)
     assert modes == [{True}] * 12  # passes of 6 steps
+
+
+@pytest.mark.parametrize("fast_step", ["off", "on"])
+def test_each_step_raises_the_versions_of_weights(folder, settings, monkeypatch, fast_step):
+    """By which FastGenerator sees that LoRA was trained; torch's fused optimisers don't."""
+    versions, real = [], training.CaptionTrainer.training_step
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        versions.append([weight._version for weight in model.parameters() if weight.requires_grad])
+        return real(self, model, inputs, num_items_in_batch)
+
+    monkeypatch.setattr(training.CaptionTrainer, "training_step", training_step)
+    train(settings, fast_step=fast_step)
+    steps = versions[::2]  # each of two passes
+    assert len(steps) == 6
+    for before, after in itertools.pairwise(steps):
+        assert all(map(operator.lt, before, after))
 
 
 def test_fast_run_is_the_plain_run(folder, settings):
