@@ -458,9 +458,8 @@ def join_linears(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
         return bases[0].joined
     if len(bases) == 1:
         return read_weight(bases[0]), bases[0].bias
-    return torch.cat([read_weight(base) for base in bases]), None if bases[0].bias is None else torch.cat(
-        [base.bias for base in bases]
-    )
+    bias = None if bases[0].bias is None else torch.cat([base.bias for base in bases])
+    return torch.cat([read_weight(base) for base in bases]), bias
 
 
 def list_lora(model) -> tuple[list[list[nn.Module]], list[nn.Parameter]]:
