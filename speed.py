@@ -2,8 +2,8 @@
 
 Levers, each with a switch in config.py: NF4 weights unpacked once instead of at each use (unpack_nf4); weights of
 layers that read the same input side by side (join_weights); the launches of one forward and backward pass recorded once
-and replayed (FastStep); LoRA's weights, gradients and AdamW's moments as one tensor each (FastStep, JoinedAdamW); passes
-without padding (model.PackedCollator) of about one size (LengthSampler).
+and replayed (FastStep); passes without padding (model.PackedCollator) of about one size (LengthSampler). With FastStep,
+LoRA's weights, gradients and AdamW's moments are one tensor each (JoinedAdamW).
 """
 
 from collections.abc import Callable, Iterator, Sequence

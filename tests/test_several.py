@@ -99,9 +99,10 @@ def launch(settings, tmp_path):
     return start
 
 
-def difference(one: Path, other: Path) -> float:
+def list_differences(one: Path, other: Path) -> torch.Tensor:
+    """Of each weight of two adapters."""
     a, b = (load_file(folder / "blip2-finetuned" / "adapter_model.safetensors") for folder in (one, other))
-    return max((a[name] - b[name]).abs().max().item() for name in a)
+    return torch.cat([(a[name] - b[name]).abs().flatten() for name in a])
 
 
 def read_figures(folder: str, *keys: str) -> list[float]:
@@ -118,8 +119,12 @@ def train_one(settings, **changes) -> None:
 
 
 def check_same_run(relative: float = 1e-4) -> None:
-    """Folders "one" and "two" have the same losses, and the same weights to 1e-5."""
-    assert difference(Path("one"), Path("two")) < 1e-5
+    """Folders "one" and "two" have the same losses, and the same weights to 1e-6, steps being of 1e-3.
+
+    One in 1,000 may differ by 1e-4: AdamW divides a gradient near 0, which is the rounding of a sum, by its own size.
+    """
+    differences = list_differences(Path("one"), Path("two"))
+    assert differences.max() < 1e-4 and (differences > 1e-6).float().mean() < 1e-3
     losses = [read_figures(name, "loss", "eval_loss", "grad_norm") for name in ("one", "two")]
     assert len(losses[0]) == 2 * (2 * STEPS_PER_EPOCH + 1)
     assert losses[0] == pytest.approx(losses[1], rel=relative)
@@ -130,7 +135,7 @@ def check_same_run(relative: float = 1e-4) -> None:
     [("on", 2), ("on", 1)],  # test_training.py has "off"
 )
 def test_two_processes_match_one(folder, settings, launch, fast_step, micro_batch):
-    """The losses of one process, and its weights to 1e-5; only the main process writes."""
+    """The losses of one process, and its weights; only the main process writes."""
     train_one(settings, fast_step=fast_step)
     flags = (
         "--fast-step",
