@@ -217,8 +217,8 @@ class Captioner:
         copies = with_copies >= min(size or SLOW_BATCH, without)
         fitting = with_copies if copies else without
         if size is None:
-            fitting = fitting if copies else min(fitting, SLOW_BATCH)
-            size = min(FAST_BATCH, 1 << max(fitting, 1).bit_length() - 1)  # a power of 2
+            most = FAST_BATCH if copies else SLOW_BATCH
+            size = min(most, 1 << max(fitting, 1).bit_length() - 1)  # a power of 2
             size = min(size, round_up(math.ceil(pictures / math.ceil(pictures / size)), 8))  # the last one too
         if size <= fitting:
             self.batch_size, self.generator = size, FastGenerator(self.model, size, copies=copies)

@@ -16,7 +16,6 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Blip2ForConditionalGeneration
 
 from layers import (
     Rows,
@@ -71,8 +70,8 @@ def copy_linear(linear: torch.nn.Module, weight: Tensor, bias: Tensor) -> None:
                 weight.addmm_(b.to(weight.dtype), a.to(weight.dtype), alpha=linear.scaling[name])
 
 
-def describe_lora(blip: Blip2ForConditionalGeneration) -> list[tuple]:
-    """What changes whenever LoRA gives something else: what is on, and the versions of weights, where they tell.
+def describe_lora(module: torch.nn.Module) -> list[tuple]:
+    """What changes whenever LoRA below the module gives something else: what is on, and the versions of its weights.
 
     torch's fused optimisers don't raise them; training.py does.
     """
@@ -83,7 +82,7 @@ def describe_lora(blip: Blip2ForConditionalGeneration) -> list[tuple]:
             *layer.active_adapters,
             *((w.data_ptr(), w._version) for w in layer.parameters()),
         )
-        for layer in blip.modules()
+        for layer in module.modules()
         if isinstance(layer, LoraLayer)
     ]
 

@@ -7,8 +7,7 @@ batch together, L queries and S keys of a row, G linear layers that read the sam
 """
 
 import functools
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import bitsandbytes as bnb
@@ -119,14 +118,18 @@ def run_layer(function, layer, *args, lora: Adapters):
     """
     run = functools.partial(function, layer, lora=lora)
     if getattr(layer, "gradient_checkpointing", False) and layer.training:
+        ranks = (b.shape[1] for _, b in lora.matrices.values())
         options = {"use_reentrant": False, "context_fn": _attention_contexts}
-        return checkpoint(run, *args, **options, preserve_rng_state=not draws_by_kernels(args[0], lora))
+        return checkpoint(run, *args, **options, preserve_rng_state=not draws_by_kernels(args[0], ranks))
     return run(*args)
 
 
-def draws_by_kernels(x: Tensor, lora: Adapters) -> bool:
-    """Whether all dropouts of the layers on x are drawn from the pass's seed, so that torch's generator is not used."""
-    return use_kernels(x) and all(has_kernel_rank(x, b.shape[1]) for _, b in lora.matrices.values())
+def draws_by_kernels(x: Tensor, ranks: Iterable[int]) -> bool:
+    """Whether all dropouts of layers on x with LoRA of these ranks are drawn from the pass's seed.
+
+    torch's generator is not used then, and a pass that computes activations again can be recorded.
+    """
+    return use_kernels(x) and all(has_kernel_rank(x, rank) for rank in ranks)
 
 
 def _attention_contexts() -> tuple:
@@ -516,14 +519,15 @@ def copy_lora(model) -> Adapters:
     blip, copies = get_blip2(model), ()
     groups, weights = list_lora(model)
     if groups:
-        [scale] = {layer.scaling[layer.active_adapters[0]] for group in groups for layer in group}
+        [name] = groups[0][0].active_adapters
+        [scale] = {layer.scaling[name] for group in groups for layer in group}
         whole, parts = getattr(blip, "joined_lora", (None, []))
         if [*map(id, parts)] == [*map(id, weights)]:
             bind_parts(whole, weights)
         else:  # not joined, or another adapter was
             whole = torch.cat([weight.flatten() for weight in weights])
-        a, b = weights[: len(weights) // 2], weights[len(weights) // 2 :]
-        shapes = [(sum(map(len, part)), part[0].shape[1]) for half in (a, b) for part in split_like(groups, half)]
+        shapes = [(sum(layer.r[name] for layer in group), group[0].in_features) for group in groups]
+        shapes += [(sum(layer.out_features for layer in group), group[0].r[name]) for group in groups]
         dtypes = [pick_compute_dtype(get_base(group[0])) for group in groups]
         copies = ScaledCopies.apply(shapes, dtypes, scale, whole)
     sites = {module: site for site, module in enumerate(blip.modules())}
@@ -531,12 +535,6 @@ def copy_lora(model) -> Adapters:
     seed = torch.randint(2**62, (1,), device=device) if use_kernels(blip.query_tokens) else torch.zeros(1)
     matrices = zip(copies[: len(groups)], copies[len(groups) :], strict=True)
     return Adapters(dict(zip((group[0] for group in groups), matrices, strict=True)), sites, seed)
-
-
-def split_like(groups: Sequence[Sequence], items: Sequence) -> list[list]:
-    """The items in groups of those sizes."""
-    rest = iter(items)
-    return [list(itertools.islice(rest, len(group))) for group in groups]
 
 
 def pick_compute_dtype(base: nn.Linear) -> torch.dtype:

@@ -74,7 +74,7 @@ from data import (
     ride_of,
     split_by_ride,
 )
-from layers import get_blip2, has_kernel_rank
+from layers import draws_by_kernels, get_blip2
 from model import (
     CaptionCollator,
     CaptionDataset,
@@ -638,7 +638,7 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
             return None
         graphs = config.cuda_graphs and device.type == "cuda"
         if config.gradient_checkpointing:  # which asks torch for its generator's state if that draws dropouts
-            graphs = graphs and has_kernel_rank(get_blip2(model).query_tokens, config.lora_rank)
+            graphs = graphs and draws_by_kernels(get_blip2(model).query_tokens, [config.lora_rank])
         return FastStep(model, graphs)
 
     try:

@@ -367,8 +367,8 @@ class CaptionCollator:
 class PackedCollator(CaptionCollator):
     """Rows of CaptionDataset -> a batch for caption_nll: rows behind each other, without padding between them.
 
-    What it is filled up with stands behind the last row, so that there are few sizes, of which cuBLAS is fast with each
-    (an H100 takes 1 to 5 % longer for multiples of 32: benchmarks/RESULTS.md).
+    Padding behind the last row leaves few sizes of batches, for all of which cuBLAS is fast: multiples of 32 positions
+    take an H100 up to 5 % longer (benchmarks/RESULTS.md).
     """
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor | int]:
