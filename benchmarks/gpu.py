@@ -7,10 +7,10 @@
 FOLDER gets a BLIP-2 OPT-2.7B with random weights (benchmarks.full_size) and 10,000 JPEGs of 1280 x 720 whose captions
 are as long as BDD100K's. What is timed are main.py and eval.py themselves, started as a user starts them.
 
-Parts: `floor` times the matrix products that training can't do without; `step` one pass of loss and gradients; `job`
-trains on 6,000 frames for 5 epochs with validation on 2,800 after each, and captions and scores the 1,200 of the test
-split; `reference` trains and captions as the reference does; `small` trains and captions with all but 4 GiB of the GPU
-taken; `batch` trains at a larger batch.
+Parts: `floor` times the matrix products that training can't do without; `step` one pass of loss and gradients, and
+`sizes` passes of other numbers of positions; `job` trains on 6,000 frames for 5 epochs with validation on 2,800 after
+each, and captions and scores the 1,200 of the test split; `reference` trains and captions as the reference does;
+`small` trains and captions with all but 4 GiB of the GPU taken; `batch` trains at a larger batch.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from benchmarks.results import record
@@ -38,7 +38,9 @@ PICTURES, SIZE, QUALITY = 200, (1280, 720), 90  # that are drawn; frames beyond 
 SCENES_A_FRAME = 4  # at most, whose labels a frame has
 REFERENCE_LENGTH = 114  # positions to which the reference pads
 NEW_TOKENS = 75  # of a caption: a model with random weights writes on to the last
-PARTS = ("floor", "step", "job", "greedy", "reference", "small", "batch")
+SIZES = {16: range(1840, 1928, 8), 32: range(3696, 3856, 8), 64: range(7472, 7600, 16)}  # rows of the part `sizes`
+FILLED = 16  # positions behind the rows
+PARTS = ("floor", "step", "sizes", "job", "greedy", "reference", "small", "batch")
 TITLE = "Training and captioning on a GPU"
 TRAINING, REFERENCE_TRAINING = "training, 16 a step", "reference: training, 4 x 4, Q-Former only, truncated"
 CAPTIONING, REFERENCE_CAPTIONING = "captioning, sampled", "reference: captioning one by one, sampled"
@@ -336,38 +338,61 @@ def run_as_reference(args, steps: int = 12, warmup: int = 3, captions: int = 4) 
 
 def measure_step(args) -> Iterator[tuple]:
     """A pass of speed.FastStep, recorded, in bf16 over rows of STEP_POSITIONS positions, ViT left out."""
+    model = make_trainable()
+    for rows in (16, 64, LARGE_BATCH):
+        [(seconds, peak)] = time_passes(model, rows, [rows * STEP_POSITIONS + FILLED])
+        yield f"a pass, {rows} x {STEP_POSITIONS}", rows / seconds, "samples/s", peak
+
+
+def measure_sizes(args) -> Iterator[tuple]:
+    """The same of about as many positions as passes of main.py have here, to see for which cuBLAS is fast."""
+    model = make_trainable()
+    for rows, sizes in SIZES.items():
+        for positions, (seconds, peak) in zip(sizes, time_passes(model, rows, sizes), strict=True):
+            yield f"a pass, {rows} rows, {positions:,} positions", 1e3 * seconds, "ms", peak
+
+
+def make_trainable():
     import torch
-    from accelerate.utils import send_to_device
     from transformers import Blip2ForConditionalGeneration
 
     from benchmarks.full_size import build_full_size_config
-    from model import PackedCollator, add_lora
-    from speed import FastStep, join_weights
+    from model import add_lora
+    from speed import join_weights
     from vision_store import take_vision_out
 
     torch.manual_seed(0)
-    config = build_full_size_config()
     with torch.device("cuda"):
-        model = Blip2ForConditionalGeneration(config).to(torch.bfloat16).requires_grad_(False)
+        model = Blip2ForConditionalGeneration(build_full_size_config()).to(torch.bfloat16).requires_grad_(False)
     take_vision_out(model)
     model = add_lora(model, "both", 16, 32, 0.05).train()
     join_weights(model)
-    collate, tokens = PackedCollator(config), STEP_POSITIONS - config.num_query_tokens - 1
-    for rows in (16, 64, LARGE_BATCH):
+    return model
+
+
+def time_passes(model, rows: int, sizes: Iterable[int]) -> Iterator[tuple[float, float]]:
+    """(seconds, peak GiB) of a recorded pass over `rows` rows, for each of some sizes in positions together."""
+    import torch
+    import torch.nn.functional as F
+    from accelerate.utils import send_to_device
+
+    from model import IGNORED, PackedCollator
+    from speed import FastStep
+
+    config = model.get_base_model().config
+    collate, step = PackedCollator(config), FastStep(model, cuda_graphs=True)
+    for size in sizes:
         vision = torch.randn(rows, 257, config.vision_config.hidden_size, dtype=torch.bfloat16, device="cuda")
-        ids = torch.randint(10, 50_000, (rows, tokens)).tolist()
+        lengths = [(size - FILLED + row) // rows for row in range(rows)]
+        ids = [torch.randint(10, 50_000, (length - config.num_query_tokens - 1,)).tolist() for length in lengths]
         batch = collate([{"pixel_values": v, "caption_ids": i} for v, i in zip(vision, ids, strict=True)])
-        batch, step = send_to_device(batch, "cuda"), FastStep(model, cuda_graphs=True)
+        for name, filler in (("input_ids", config.text_config.pad_token_id), ("labels", IGNORED)):
+            batch[name] = F.pad(batch[name], (0, size - len(batch[name])), value=filler)  # or cut off
+        batch["starts"][-1] = size
+        batch = send_to_device(batch, "cuda")
         torch.cuda.reset_peak_memory_stats()
-        seconds = time_on_gpu(lambda batch=batch, step=step: step(batch, batch["labels"].numel()), repeats=10)
-        yield (
-            f"a pass, {rows} x {STEP_POSITIONS}",
-            rows / seconds,
-            "samples/s",
-            torch.cuda.max_memory_allocated() / 2**30,
-        )
-        del step
-        torch.cuda.empty_cache()
+        seconds = time_on_gpu(lambda batch=batch: step(batch, batch["labels"].numel()), repeats=10)
+        yield seconds, torch.cuda.max_memory_allocated() / 2**30
 
 
 def time_on_gpu(work, repeats: int) -> float:
