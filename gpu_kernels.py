@@ -19,16 +19,16 @@ RANKS = (16, 32, 64)  # of LoRA, that the kernels here take
 PROJECT = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}
 PLACED = 256  # rows of a matrix that is copied beside
 ADD = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4}
-BACKWARD = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 1}
+BACKWARD = {"ROWS": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 1}
 SUM = {"PARTS": 16, "VALUES": 256, "num_warps": 4}
 ATTEND = {"MOST": 64, "num_warps": 4}  # most queries and keys
 CAUSAL_KEYS = 32  # most keys of a causal forward pass
 ATTEND_ONE = {"POSITIONS": 16, "num_warps": 1}  # of the cache
 LARGE_SHARED_MEMORY = 160 * 2**10  # bytes of a program; A100 and H100 have more, other GPUs 99 KiB
-PROGRAMS = 800  # that a launch has at least where the work can be divided at will: six for each processor of an H100
+PROGRAMS = 1056  # that a launch has at least where the work can be divided at will: eight for each processor of an H100
 LEVELS = 2**16  # dropout probabilities are multiples of 1 / LEVELS
 # arguments that no kernel is compiled anew for
-VARYING = ("site", "rows", "height", "blocks", "length", "key_length", "positions")
+VARYING = ("site", "level", "rows", "height", "blocks", "length", "key_length", "positions")
 
 
 @triton.jit
@@ -43,21 +43,33 @@ def _hash(x, key):
 
 @triton.jit
 def _draw_keys(seed, site):
-    """Two numbers that _is_kept needs, of a seed and the number of a site."""
+    """Two numbers that rows and columns are numbered with, of a seed and the number of a site."""
     number = tl.load(seed) + site
     first = _hash(number.to(tl.uint32), (number >> 32).to(tl.uint32))
     return first, _hash(~first, first)
 
 
 @triton.jit
-def _is_kept(keys, row, column, width, level):
-    """Whether the values of a matrix of `width` columns are kept, whose rows and columns `row` and `column` tell.
+def _number_rows(keys, row):
+    return _hash(row.to(tl.uint32) ^ keys[0], keys[1])
 
-    Each value's number is drawn where it is needed, in whatever order the threads hold them; two that are beside each
-    other are halves of one hash.
+
+@triton.jit
+def _number_columns(keys, column):
+    """Two columns beside each other, of which the first is even, have one number."""
+    return _hash((column >> 1).to(tl.uint32) ^ ~keys[1], keys[0])
+
+
+@triton.jit
+def _is_kept(row_number, column_number, column, level):
+    """Whether values are kept, of the numbers of their row and column.
+
+    Each value's own is drawn where it is needed, in whatever order the threads hold them: the halves of the product of
+    both, xor-ed (as in wyhash), of which either column takes 16 bits.
     """
-    number = _hash((row * tl.cdiv(width, 2) + (column >> 1)).to(tl.uint32) ^ keys[0], keys[1])
-    return ((number >> ((column & 1) * 16).to(tl.uint32)) & 0xFFFF).to(tl.int32) >= level
+    product = row_number.to(tl.uint64) * column_number.to(tl.uint64)
+    number = (product ^ (product >> 32)).to(tl.uint32)
+    return (number << ((~column & 1) * 16).to(tl.uint32)) >= (level.to(tl.uint32) << 16)
 
 
 def pick_stages(device: torch.device) -> int:
@@ -100,7 +112,7 @@ def project_low(
     apart, each group's part of b (G x M, R), contiguous, is written into columns of its own there, in the same launch.
     """
     (groups, rows, rank), width = low.shape, x.shape[1]
-    assert x.stride(1) == low.stride(2) == 1 and a.is_contiguous() and groups * rows * width < 2**32
+    assert x.stride(1) == low.stride(2) == 1 and a.is_contiguous()
     blocks, height = triton.cdiv(rows, PROJECT["ROWS"]), 0 if room is None else len(b) // groups
     _project_low[groups, blocks + triton.cdiv(height, PLACED)](
         *(x, a, low, seed, site, *((a, a) if room is None else (b, room))),
@@ -127,6 +139,7 @@ def _project_low(
     if tl.program_id(1) < blocks:
         row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         keys = _draw_keys(seed, site)
+        row_number = _number_rows(keys, group * rows + row)
         total = tl.zeros((ROWS, R), tl.float32)
         for block in range(tl.cdiv(width, COLUMNS)):
             column = block * COLUMNS + tl.arange(0, COLUMNS)
@@ -134,7 +147,8 @@ def _project_low(
             part = tl.load(x + row.to(tl.int64)[:, None] * x_stride + column[None, :], is_there, 0.0)
             if DROPS:
                 same = block * COLUMNS | tl.arange(0, COLUMNS)  # computed anew, so that the compiler sees what is even
-                is_kept = _is_kept(keys, (group * rows + row)[:, None], same[None, :], width, level)
+                column_number = _number_columns(keys, same)
+                is_kept = _is_kept(row_number[:, None], column_number[None, :], same[None, :], level)
                 part = tl.where(is_kept, part, 0.0)
             weight = tl.load(a + (group * R + r)[:, None] * width + column[None, :], (column < width)[None, :], 0.0)
             total += tl.dot(part, tl.trans(weight), input_precision="ieee")
@@ -216,6 +230,18 @@ def lora_backward(
     return add_parts(sums, a.dtype)
 
 
+@triton.jit
+def _load_rows(grad_x, x, start, last, is_column, grad_stride, x_stride, ADDS: tl.constexpr, ROWS: tl.constexpr):
+    """(ROWS, COLUMNS) of x and, if it ADDS to that, of grad_x, from a row on."""
+    row = start + tl.arange(0, ROWS).to(tl.int64)[:, None]
+    is_there = (row < last) & is_column
+    values = tl.load(x + row * x_stride, is_there, 0.0)
+    before = values
+    if ADDS:
+        before = tl.load(grad_x + row * grad_stride, is_there, 0.0)
+    return values, before
+
+
 @triton.jit(do_not_specialize=VARYING)
 def _lora_backward(
     grad_x, x, grad_low, a, sums, seed, site, rows, width, height, grad_stride, x_stride, low_group, low_stride,
@@ -225,6 +251,7 @@ def _lora_backward(
 ):  # fmt: skip
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     keys = _draw_keys(seed, site)
+    column_number = _number_columns(keys, column)[None, :]
     is_column = (column < width)[None, :]
     r = tl.arange(0, R)
     sum0 = tl.zeros((R, COLUMNS), tl.float32)
@@ -238,21 +265,23 @@ def _lora_backward(
     if G > 2:
         weight2 = tl.load(a + (2 * R + r)[:, None] * width + column[None, :], is_column, 0.0)
     first = tl.program_id(1) * height
-    for start in range(first, tl.minimum(first + height, rows), ROWS):
+    last = tl.minimum(first + height, rows)
+    grad_x, x = grad_x + column[None, :], x + column[None, :]
+    next_values, next_before = _load_rows(grad_x, x, first, last, is_column, grad_stride, x_stride, ADDS, ROWS)
+    for start in range(first, last, ROWS):
         row = start + tl.arange(0, ROWS)
-        is_there = (row < rows)[:, None] & is_column
-        values = tl.load(x + row.to(tl.int64)[:, None] * x_stride + column[None, :], is_there, 0.0)
-        place = grad_x + row.to(tl.int64)[:, None] * grad_stride + column[None, :]
-        before = values
-        if ADDS:
-            before = tl.load(place, is_there, 0.0)
+        values, before = next_values, next_before  # the next are on their way while these are computed with
+        next_values, next_before = _load_rows(
+            grad_x, x, start + ROWS, last, is_column, grad_stride, x_stride, ADDS, ROWS
+        )
         added = tl.zeros((ROWS, COLUMNS), tl.float32)
         for group in tl.static_range(G):
             low_place = group * low_group + row.to(tl.int64)[:, None] * low_stride + r[None, :]
-            low = tl.load(grad_low + low_place, (row < rows)[:, None], 0.0)
+            low = tl.load(grad_low + low_place, (row < last)[:, None], 0.0)
             kept = values
             if DROPS:
-                is_kept = _is_kept(keys, (group * rows + row)[:, None], column[None, :], width, level)
+                row_number = _number_rows(keys, group * rows + row)[:, None]
+                is_kept = _is_kept(row_number, column_number, column[None, :], level)
                 kept = tl.where(is_kept, values, 0.0)
             share = tl.dot(tl.trans(low), kept, input_precision="ieee")  # (R, COLUMNS)
             if group == 0:
@@ -275,7 +304,8 @@ def _lora_backward(
             total = before.to(tl.float32) + added * scale
             if RELU:
                 total = tl.where(values > 0, total, 0.0)
-            tl.store(place, total.to(grad_x.dtype.element_ty), is_there)
+            place = grad_x + row.to(tl.int64)[:, None] * grad_stride
+            tl.store(place, total.to(grad_x.dtype.element_ty), (row < last)[:, None] & is_column)
     place = sums + (tl.program_id(1) * G * R + r)[:, None] * width + column[None, :]
     tl.store(place, sum0 * scale, is_column)
     if G > 1:
@@ -338,7 +368,8 @@ def _residual_norm(
     place = row.to(tl.int64) * width + column
     added = tl.load(h + place, is_there, 0.0).to(tl.float32)
     if DROPS:
-        is_kept = _is_kept(_draw_keys(seed, site), row, column, width, level)
+        keys = _draw_keys(seed, site)
+        is_kept = _is_kept(_number_rows(keys, row), _number_columns(keys, column), column, level)
         added = tl.where(is_kept, added * scale, 0.0)
     s = (tl.load(x + place, is_there, 0.0).to(tl.float32) + added).to(total.dtype.element_ty)
     tl.store(total + place, s, is_there)
@@ -404,7 +435,8 @@ def _residual_norm_backward(
         grad += tl.load(grad_total + place, is_there, 0.0).to(tl.float32)
     tl.store(grad_x + place, grad.to(grad_x.dtype.element_ty), is_there)
     if DROPS:
-        is_kept = _is_kept(_draw_keys(seed, site), row, column, width, level)
+        keys = _draw_keys(seed, site)
+        is_kept = _is_kept(_number_rows(keys, row), _number_columns(keys, column), column, level)
         dropped = tl.where(is_kept, grad * scale, 0.0)
         tl.store(grad_h + place, dropped.to(grad_h.dtype.element_ty), is_there)
 
@@ -592,7 +624,7 @@ def _attend(
     CAUSAL: tl.constexpr, DROPS: tl.constexpr, PACKED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    drawn, drawn_row, drawn_width = _draw_keys(seed, site), tl.program_id(1) * length, key_length
+    drawn, drawn_row = _draw_keys(seed, site), tl.program_id(1) * length
     first, at, begin, length, key_begin, key_length = _find_row(
         starts, length, key_length, positions, heads, width, PACKED
     )
@@ -614,7 +646,7 @@ def _attend(
         shrink = tl.exp2(top - safe)
         total = total * shrink + tl.sum(p, 1)
         if DROPS:
-            is_kept = _is_kept(drawn, (drawn_row + queries)[:, None], keys[None, :], drawn_width, level)
+            is_kept = _is_pair_kept(drawn, drawn_row + queries, keys, level)
             p = tl.where(is_kept, p * kept_scale, 0.0)
         v_block = _load_head(v + first, key_begin + keys, keys < key_length, k_stride, width, D, E)
         shrunk = (mean * shrink[:, None], mean_rest * shrink[:, None])
@@ -626,8 +658,15 @@ def _attend(
 
 
 @triton.jit
+def _is_pair_kept(drawn, query, key, level):
+    """(QUERIES, KEYS) whether probabilities are kept."""
+    row_number, column_number = _number_rows(drawn, query), _number_columns(drawn, key)
+    return _is_kept(row_number[:, None], column_number[None, :], key[None, :], level)
+
+
+@triton.jit
 def _score_gradients(
-    q, k, v, grad, log_total, along, drawn, drawn_row, drawn_width, queries, keys, length, key_length,
+    q, k, v, grad, log_total, along, drawn, drawn_row, queries, keys, length, key_length,
     scale, level, kept_scale, CAUSAL: tl.constexpr, DROPS: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """Of blocks: the probabilities as they weigh v, and the gradients of the scores (QUERIES, KEYS), both fp32."""
@@ -635,7 +674,7 @@ def _score_gradients(
     grad_p = _products(grad, v, E)
     weighed = p
     if DROPS:
-        is_kept = _is_kept(drawn, (drawn_row + queries)[:, None], keys[None, :], drawn_width, level)
+        is_kept = _is_pair_kept(drawn, drawn_row + queries, keys, level)
         weighed = tl.where(is_kept, p * kept_scale, 0.0)
         grad_p = tl.where(is_kept, grad_p * kept_scale, 0.0)
     return weighed, p * (grad_p - along[:, None])
@@ -648,7 +687,7 @@ def _attend_backward_keys(
     CAUSAL: tl.constexpr, DROPS: tl.constexpr, PACKED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    drawn, drawn_row, drawn_width = _draw_keys(seed, site), tl.program_id(1) * length, key_length
+    drawn, drawn_row = _draw_keys(seed, site), tl.program_id(1) * length
     first, at, begin, length, key_begin, key_length = _find_row(
         starts, length, key_length, positions, heads, width, PACKED
     )
@@ -670,7 +709,7 @@ def _attend_backward_keys(
         log_total = tl.load(sums + queries, is_query, 0.0)
         along_block = tl.load(along + queries, is_query, 0.0)
         weighed, grad_scores = _score_gradients(
-            q_block, k_block, v_block, grad, log_total, along_block, drawn, drawn_row, drawn_width, queries,
+            q_block, k_block, v_block, grad, log_total, along_block, drawn, drawn_row, queries,
             keys, length, key_length, scale, level, kept_scale, CAUSAL, DROPS, E,
         )  # fmt: skip
         weighed, grad_scores = weighed.to(v.dtype.element_ty), grad_scores.to(q.dtype.element_ty)
@@ -687,7 +726,7 @@ def _attend_backward_queries(
     CAUSAL: tl.constexpr, DROPS: tl.constexpr, PACKED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    drawn, drawn_row, drawn_width = _draw_keys(seed, site), tl.program_id(1) * length, key_length
+    drawn, drawn_row = _draw_keys(seed, site), tl.program_id(1) * length
     first, at, begin, length, key_begin, key_length = _find_row(
         starts, length, key_length, positions, heads, width, PACKED
     )
@@ -712,7 +751,7 @@ def _attend_backward_queries(
         k_block = _load_head(k + first, key_row, is_key, k_stride, width, D, E)
         v_block = _load_head(v + first, key_row, is_key, k_stride, width, D, E)
         _, grad_scores = _score_gradients(
-            q_block, k_block, v_block, grad, log_total, along_block, drawn, drawn_row, drawn_width, queries,
+            q_block, k_block, v_block, grad, log_total, along_block, drawn, drawn_row, queries,
             keys, length, key_length, scale, level, kept_scale, CAUSAL, DROPS, E,
         )  # fmt: skip
         total, total_rest = _add_products((total, total_rest), grad_scores.to(k.dtype.element_ty), k_block, E)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.several_gpus --folder FOLDER                  # two GPUs; some 25 GB of disk, ten minutes
     python -m benchmarks.several_gpus --folder FOLDER --record         # and put the table into benchmarks/RESULTS.md
-    python -m benchmarks.several_gpus --folder FOLDER --parts nf4      # one part
+    python -m benchmarks.several_gpus --folder FOLDER --parts nf4 --processes 2 4   # one part, by two GPUs and by four
 
 FOLDER gets the full-size model with random weights and the pictures of benchmarks.gpu. What is timed are main.py and
 eval.py themselves, started by accelerate launch.
@@ -78,18 +78,19 @@ def list_flags(args, *more) -> list:
 
 
 def list_timed_flags(args, *more) -> list:
-    """In the first epoch of three the GPU's launches are recorded; a step that is logged waits for the GPU."""
+    """In the first epoch of three the GPU's launches are recorded; the median leaves it out."""
     return list_flags(args, "--num-train-epochs", 3, "--logging-steps", 9, *more)
 
 
 def measure_training(args, what: str, name: str, *flags) -> Iterator[Row]:
-    """Of each GPU alone, as they differ, and then of all."""
+    """Of each GPU alone, as they differ, and then of several."""
     flags = list_timed_flags(args, *flags)
-    for gpu in reversed(range(args.processes)):  # what the first leaves is captioned with
+    for gpu in reversed(range(max(args.processes))):  # what the first leaves is captioned with
         done = train(args, f"several-{name}-1", *flags, launcher=launch(1, gpu=gpu))
         yield Row(f"{what}, GPU {gpu} alone", 1, done.samples_per_second, "samples/s", done.peak_gib, what)
-    done = train(args, f"several-{name}-{args.processes}", *flags, launcher=launch(args.processes))
-    yield Row(what, args.processes, done.samples_per_second, "samples/s", done.peak_gib, what)
+    for processes in args.processes:
+        done = train(args, f"several-{name}-{processes}", *flags, launcher=launch(processes))
+        yield Row(what, processes, done.samples_per_second, "samples/s", done.peak_gib, what)
 
 
 def measure_nf4(args) -> Iterator[Row]:
@@ -102,9 +103,10 @@ def measure_bf16(args) -> Iterator[Row]:
 
 def measure_fsdp(args) -> Iterator[Row]:
     """Beside one process that needs no FSDP."""
-    launcher = launch(args.processes, "fsdp.yaml")
-    done = train(args, "several-fsdp", *list_timed_flags(args, "--no-load-in-4bit"), launcher=launcher)
-    yield Row(FSDP, args.processes, done.samples_per_second, "samples/s", done.peak_gib, BF16)
+    for processes in args.processes:
+        launcher = launch(processes, "fsdp.yaml")
+        done = train(args, "several-fsdp", *list_timed_flags(args, "--no-load-in-4bit"), launcher=launcher)
+        yield Row(FSDP, processes, done.samples_per_second, "samples/s", done.peak_gib, BF16)
 
 
 def measure_captions(args) -> Iterator[Row]:
@@ -112,7 +114,7 @@ def measure_captions(args) -> Iterator[Row]:
     if not (args.folder / ADAPTER / "run.json").is_file():
         train(args, ADAPTER, *list_flags(args, "--max-steps", 1), launcher=launch(1))
     write_test_split(args)
-    for processes in (1, args.processes):
+    for processes in (1, *args.processes):
         flags = ("--num-samples", "all", "--vision-store", "off")  # else the second would find what the first computed
         done = caption(args, ADAPTER, *flags, launcher=launch(processes))
         yield Row(CAPTIONING, processes, done.captions_per_second, "captions/s", done.peak_gib, CAPTIONING)
@@ -133,17 +135,18 @@ def write_test_split(args) -> None:
 def measure_losses(args) -> Iterator[Row]:
     still = argparse.Namespace(**vars(args) | {"model": copy_without_dropout(args.model, args.folder / "still")})
     losses = {}
-    for processes in (1, args.processes):
+    for processes in (1, *args.processes):
         steps = min(args.steps, LOSSES)  # within the first epoch, at whose end one process has fewer frames in a step
         flags = list_flags(args, "--max-steps", steps, "--logging-steps", 1, "--lora-dropout", 0)
         done = train(still, f"several-losses-{processes}", *flags, launcher=launch(processes))
         losses[processes] = done.losses
         yield Row(f"loss of step {len(done.losses)}, no dropout", processes, done.losses[-1], "nats a token")
     (args.folder / "losses.json").write_text(json.dumps(losses))
-    one, several = losses[1], losses[args.processes]
-    differences = [abs(a - b) for a, b in zip(one, several, strict=True)]
-    what = f"largest difference from one process in {len(one)} losses"
-    yield Row(what, args.processes, max(differences), "nats a token")
+    one = losses[1]
+    for processes in args.processes:
+        differences = [abs(a - b) for a, b in zip(one, losses[processes], strict=True)]
+        what = f"largest difference from one process in {len(one)} losses"
+        yield Row(what, processes, max(differences), "nats a token")
 
 
 def copy_without_dropout(model: Path, folder: Path) -> Path:
@@ -168,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="for model, pictures and results")
     parser.add_argument("--model", type=Path, help="another BLIP-2; none: one of full size is made in FOLDER")
-    parser.add_argument("--processes", type=int, default=2, help="GPUs, each with a process")
+    parser.add_argument("--processes", type=int, nargs="+", default=[2], help="numbers of GPUs, each with a process")
     parser.add_argument("--frames", type=int, default=3072, help="pictures that are captioned")
     parser.add_argument("--batch-size", type=int, default=64, help="frames an optimiser step, over all GPUs")
     parser.add_argument("--steps", type=int, default=24, help="of each epoch of training, at least")
@@ -205,7 +208,7 @@ def name_gpus() -> str | None:
 
 
 def make_table(rows: list[Row]) -> str:
-    """Efficiency is the pace of N processes : (N x that of one, of the mean of the GPUs alone)."""
+    """Efficiency is the pace of N processes : (N x that of one, of the mean of these GPUs alone)."""
     lines = [
         "| what | processes | measured | | peak GiB of the first GPU | efficiency |",
         "| --- | ---: | ---: | --- | ---: | ---: |",
@@ -217,7 +220,8 @@ def make_table(rows: list[Row]) -> str:
     for row in rows:
         value = f"{row.value:,.1f}" if row.beside else f"{row.value:.6f}"
         peak = "" if math.isnan(row.peak_gib) else f"{row.peak_gib:.2f}"
-        share = f"{row.value / (row.processes * statistics.mean(ones[row.beside])):.3f}" if row.beside in ones else ""
+        alone = ones[row.beside][-row.processes :]  # the first GPU comes last
+        share = f"{row.value / (row.processes * statistics.mean(alone)):.3f}" if alone else ""
         lines.append(f"| {row.what} | {row.processes} | {value} | {row.unit} | {peak} | {share} |")
     return "\n".join(lines)
 

@@ -95,6 +95,16 @@ def test_masks_differ_and_have_the_wanted_share():
         assert abs(((masks[0] == 0) & (other == 0)).float().mean() - 0.05**2) < 4 * (0.05**2 / 64 / 256) ** 0.5
 
 
+def test_rows_and_columns_tell_nothing_of_each_other():
+    """Numbers of a row and of a column make a value's: four at the corners of a rectangle must not hang together."""
+    odd = (masks_of(1, 128, 256, 0.5)[0] == 0).float() * 2 - 1
+    sides = torch.stack([odd * odd.roll(down, 0) for down in (1, 2, 5, 64)])
+    corners = torch.stack([sides * sides.roll(right, 2) for right in (1, 2, 3, 8, 128)])
+    assert (corners.mean((2, 3)).abs() < 4.5 * (4 / 128 / 256) ** 0.5).all()  # up to four corners fall together
+    for share in (odd.mean(0), odd.mean(1)):  # of a column and of a row
+        assert share.var() * (odd.numel() / len(share)) == pytest.approx(1, abs=0.5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("with_sum", [True, False])
