@@ -56,12 +56,12 @@ def caption_nll(
     x = x + F.embedding(places - starts[row] + decoder.embed_positions.offset, decoder.embed_positions.weight)
     hidden = run_decoder(decoder, x, Rows(starts, longest), lora)  # (N, H)
 
-    # all places with a label, filled up with the second, which has none
-    size = len(labels) - rows * (queries + 1)
-    predicted = torch.nonzero_static(labels != IGNORED, size=size, fill_value=1)[:, 0]  # (C,)
-    before = hidden.index_select(0, predicted - 1)  # (C, H)
-    nll = FrozenHeadNLL.apply(before, blip.language_model.lm_head.weight, labels[predicted])  # (C,)
-    return torch.where(row[predicted] == places[:rows, None], nll, 0).sum(1)
+    # all places with a label, filled up with the first, which is an image token's
+    size = len(labels) - rows * queries
+    predicting = torch.nonzero_static(labels != IGNORED, size=size, fill_value=0)[:, 0]  # (C,)
+    seen = hidden.index_select(0, predicting)  # (C, H)
+    nll = FrozenHeadNLL.apply(seen, blip.language_model.lm_head.weight, labels[predicting])  # (C,)
+    return torch.where(row[predicting] == places[:rows, None], nll, 0).sum(1)
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -367,6 +367,7 @@ class CaptionCollator:
 class PackedCollator(CaptionCollator):
     """Rows of CaptionDataset -> a batch for caption_nll: rows behind each other, without padding between them.
 
+    A label is the token to predict at its place, the next one: a caption's last token is predicted, and never read.
     Padding behind the last row leaves few sizes of batches, for all of which cuBLAS is fast: multiples of 32 positions
     take an H100 up to 5 % longer (benchmarks/RESULTS.md).
     """
@@ -374,10 +375,10 @@ class PackedCollator(CaptionCollator):
     def __call__(self, rows: list[dict]) -> dict[str, Tensor | int]:
         input_ids, labels, starts = [], [], [0]
         for row in rows:
-            input_ids += self.prefix + row["caption_ids"]
-            labels += [IGNORED] * len(self.prefix) + row["caption_ids"]
+            input_ids += self.prefix + row["caption_ids"][:-1]
+            labels += [IGNORED] * (len(self.prefix) - 1) + row["caption_ids"]
             starts.append(len(labels))
-        longest = len(self.prefix) + max(len(row["caption_ids"]) for row in rows)
+        longest = len(self.prefix) - 1 + max(len(row["caption_ids"]) for row in rows)
         padding = (PACKED_REST - len(labels)) % PACKED_TO
         return {
             "pixel_values": torch.stack([row["pixel_values"] for row in rows]),  # (B, 3, S, S)

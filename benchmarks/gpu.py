@@ -384,7 +384,7 @@ def time_passes(model, rows: int, sizes: Iterable[int]) -> Iterator[tuple[float,
     for size in sizes:
         vision = torch.randn(rows, 257, config.vision_config.hidden_size, dtype=torch.bfloat16, device="cuda")
         lengths = [(size - FILLED + row) // rows for row in range(rows)]
-        ids = [torch.randint(10, 50_000, (length - config.num_query_tokens - 1,)).tolist() for length in lengths]
+        ids = [torch.randint(10, 50_000, (length - config.num_query_tokens,)).tolist() for length in lengths]
         batch = collate([{"pixel_values": v, "caption_ids": i} for v, i in zip(vision, ids, strict=True)])
         for name, filler in (("input_ids", config.text_config.pad_token_id), ("labels", IGNORED)):
             batch[name] = F.pad(batch[name], (0, size - len(batch[name])), value=filler)  # or cut off

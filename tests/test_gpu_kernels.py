@@ -102,7 +102,7 @@ def test_rows_and_columns_tell_nothing_of_each_other():
     corners = torch.stack([sides * sides.roll(right, 2) for right in (1, 2, 3, 8, 128)])
     assert (corners.mean((2, 3)).abs() < 4.5 * (4 / 128 / 256) ** 0.5).all()  # up to four corners fall together
     for share in (odd.mean(0), odd.mean(1)):  # of a column and of a row
-        assert share.var() * (odd.numel() / len(share)) == pytest.approx(1, abs=0.5)
+        assert share.var().item() * (odd.numel() / len(share)) == pytest.approx(1, abs=0.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
