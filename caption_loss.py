@@ -54,13 +54,12 @@ def caption_nll(
     x = decoder.embed_tokens(input_ids)  # (N, H)
     x = x.index_copy(0, image_places.flatten(), image.flatten(0, 1).to(x.dtype))
     x = x + F.embedding(places - starts[row] + decoder.embed_positions.offset, decoder.embed_positions.weight)
-    hidden = run_decoder(decoder, x, Rows(starts, longest), lora)  # (N, H)
 
     # all places with a label, filled up with the first, which is an image token's
     size = len(labels) - rows * queries
     predicting = torch.nonzero_static(labels != IGNORED, size=size, fill_value=0)[:, 0]  # (C,)
-    seen = hidden.index_select(0, predicting)  # (C, H)
-    nll = FrozenHeadNLL.apply(seen, blip.language_model.lm_head.weight, labels[predicting])  # (C,)
+    hidden = run_decoder(decoder, x, Rows(starts, longest), lora, predicting)  # (C, H)
+    nll = FrozenHeadNLL.apply(hidden, blip.language_model.lm_head.weight, labels[predicting])  # (C,)
     return torch.where(row[predicting] == places[:rows, None], nll, 0).sum(1)
 
 

@@ -100,13 +100,17 @@ def embed_images(blip: Blip2ForConditionalGeneration, vision: Tensor, lora: Adap
     return blip.language_projection(x.to(blip.language_model.lm_head.weight.dtype))
 
 
-def run_decoder(decoder, x: Tensor, rows: Rows, lora: Adapters) -> Tensor:
-    """OPT's last hidden states, normed, for embeddings x (N, H) with positions."""
+def run_decoder(decoder, x: Tensor, rows: Rows, lora: Adapters, wanted: Tensor) -> Tensor:
+    """OPT's last hidden states, normed, at the places `wanted` (C,), for embeddings x (N, H) with positions.
+
+    Elsewhere the last layer ends with its attention: what it would give there is read by none.
+    """
     ends = [(layer.self_attn_layer_norm, group_linears(layer)[0]) for layer in decoder.layers]
     ends.append((decoder.final_layer_norm, []))
     normed = decoder.layers[0].self_attn_layer_norm(x)
     for layer, (norm, readers) in zip(decoder.layers, ends[1:], strict=True):
-        x, normed = run_layer(opt_layer, layer, x, normed, norm, readers, rows, lora=lora)
+        places = wanted if norm is decoder.final_layer_norm else None
+        x, normed = run_layer(opt_layer, layer, x, normed, norm, readers, rows, places, lora=lora)
     return normed
 
 
@@ -144,15 +148,19 @@ def opt_layer(
     next_norm: nn.LayerNorm,
     next_readers: Sequence[nn.Module],
     rows: Rows,
+    wanted: Tensor | None,
     lora: Adapters,
 ) -> tuple[Tensor, Tensor]:
     """An OPTDecoderLayer on x (N, H), each position seeing itself and its row's before: the new x, and next_norm(x).
 
-    `normed` is x as the layer's first norm makes it; what next_norm makes is for `next_readers` to read.
+    `normed` is x as the layer's first norm makes it; what next_norm makes is for `next_readers` to read. Both are of
+    the places `wanted` (C,) alone, unless it is None.
     """
     attention, (qkv, out, fc1, fc2) = layer.self_attn, group_linears(layer)
     joined = [apply_linears(qkv, normed, lora)]
     h = attend(joined, attention, attention.num_heads, attention.dropout, lora, rows)
+    if wanted is not None:
+        x, h = x.index_select(0, wanted), h.index_select(0, wanted)
     h = apply_linears(out, h, lora)
     x, normed = add_and_norm(x, h, layer.dropout * layer.training, layer.final_layer_norm, lora, fc1)
     relu = isinstance(layer.activation_fn, nn.ReLU)
