@@ -2,8 +2,8 @@
 
 The language model's head sees text alone, and its logits are never all in memory.
 
-Shapes: B rows, Q image tokens, H width of the language model, V vocabulary, N positions of a batch together, of which C
-have a token to predict.
+Shapes: B rows, Q image tokens, H width of the language model, V vocabulary, N positions of a batch together, C of them
+that predict a token or stand behind the last row.
 """
 
 import torch

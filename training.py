@@ -262,7 +262,7 @@ class CaptionTrainer(Trainer):
     def _sum_losses(self, model, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """(B,) sums of the losses of each row's tokens, and (B,) how many these are."""
         if self.fast_step is not None:
-            tokens = inputs["starts"].diff()[:-1] - model.config.num_query_tokens  # one is predicted after each other
+            tokens = inputs["starts"].diff()[:-1] - model.config.num_query_tokens  # at each place but the image's
             return self.fast_step.evaluate(inputs), tokens
         with self.compute_loss_context_manager():
             logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits  # (B, L, V)

@@ -178,6 +178,8 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--record", action="store_true", help="put the table into benchmarks/RESULTS.md")
     args = parser.parse_args()
+    if min(args.processes) < 2:
+        parser.error("--processes: 2 or more; one GPU is measured beside them anyway")
     args.folder = args.folder.resolve()
     args.model = (args.model or args.folder / "model").resolve()
     prepare(args)
@@ -208,7 +210,7 @@ def name_gpus() -> str | None:
 
 
 def make_table(rows: list[Row]) -> str:
-    """Efficiency is the pace of N processes : (N x that of one, of the mean of these GPUs alone)."""
+    """Efficiency is the pace of N processes : (N x that of one, of the mean of these GPUs alone; of all if N is 1)."""
     lines = [
         "| what | processes | measured | | peak GiB of the first GPU | efficiency |",
         "| --- | ---: | ---: | --- | ---: | ---: |",
@@ -220,7 +222,7 @@ def make_table(rows: list[Row]) -> str:
     for row in rows:
         value = f"{row.value:,.1f}" if row.beside else f"{row.value:.6f}"
         peak = "" if math.isnan(row.peak_gib) else f"{row.peak_gib:.2f}"
-        alone = ones[row.beside][-row.processes :]  # the first GPU comes last
+        alone = ones[row.beside][-row.processes if row.processes > 1 else 0 :]  # the first GPU comes last
         share = f"{row.value / (row.processes * statistics.mean(alone)):.3f}" if alone else ""
         lines.append(f"| {row.what} | {row.processes} | {value} | {row.unit} | {peak} | {share} |")
     return "\n".join(lines)

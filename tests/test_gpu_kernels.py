@@ -39,8 +39,10 @@ def masks_of(groups, rows, width, dropout, site=3):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("groups", "relu"), [(1, True), (2, False), (3, True)])
-def test_lora_is_torchs(groups, relu, dtype):
+@pytest.mark.parametrize(("groups", "relu", "programs"), [(1, True, 1056), (1, True, 1), (2, False, 1), (3, True, 4)])
+def test_lora_is_torchs(groups, relu, programs, dtype, monkeypatch):
+    """Also where a program works on several blocks of rows, the next of which it reads ahead."""
+    monkeypatch.setattr("gpu_kernels.PROGRAMS", programs)
     rows, width, part, rank = 70, 200, 64, 16
     torch.manual_seed(0)
     masks = masks_of(groups, rows, width, 0.25)
@@ -97,10 +99,12 @@ def test_masks_differ_and_have_the_wanted_share():
 
 def test_rows_and_columns_tell_nothing_of_each_other():
     """Numbers of a row and of a column make a value's: four at the corners of a rectangle must not hang together."""
-    odd = (masks_of(1, 128, 256, 0.5)[0] == 0).float() * 2 - 1
-    sides = torch.stack([odd * odd.roll(down, 0) for down in (1, 2, 5, 64)])
-    corners = torch.stack([sides * sides.roll(right, 2) for right in (1, 2, 3, 8, 128)])
-    assert (corners.mean((2, 3)).abs() < 4.5 * (4 / 128 / 256) ** 0.5).all()  # up to four corners fall together
+    rows, width = 128, 256
+    odd = (masks_of(1, rows, width, 0.5)[0] == 0).float() * 2 - 1
+    sides = torch.stack([odd * odd.roll(down, 0) for down in (1, 2, 5, 31)])
+    corners = torch.stack([sides * sides.roll(right, 2) for right in (1, 2, 3, 8, 101)])
+    assert (corners.mean((2, 3)).abs() < 4.5 / (rows * width) ** 0.5).all()
+    assert (odd.mean(0).abs() < 5 / rows**0.5).all() and (odd.mean(1).abs() < 5 / width**0.5).all()
     for share in (odd.mean(0), odd.mean(1)):  # of a column and of a row
         assert share.var().item() * (odd.numel() / len(share)) == pytest.approx(1, abs=0.5)
 

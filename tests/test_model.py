@@ -75,6 +75,24 @@ def test_only_caption_and_end_carry_loss(dataset, base, processor):
     assert (batch["input_ids"] == config.image_token_index).sum(1).tolist() == [config.num_query_tokens] * 2
 
 
+def test_packed_rows_are_labelled_with_the_next_token(base):
+    config = base.config
+    queries, bos = config.num_query_tokens, config.text_config.bos_token_id
+    for positions, longest in ((64, 64), (65, 128)):
+        captions = [[11, 12, 7], [7], list(range(100, 100 + positions - queries))]
+        rows = [{"pixel_values": torch.zeros(1), "caption_ids": caption} for caption in captions]
+        batch = blip2.PackedCollator(config)(rows)
+        starts = batch["starts"].tolist()
+        for caption, start, end in zip(captions, starts, starts[1:], strict=False):
+            image = [config.image_token_index] * queries
+            assert batch["input_ids"][start:end].tolist() == [*image, bos, *caption[:-1]]
+            assert batch["labels"][start:end].tolist() == [blip2.IGNORED] * queries + caption
+        assert len(starts) == len(captions) + 2 and len(batch["labels"]) == len(batch["input_ids"]) == starts[-1]
+        assert (batch["labels"][starts[-2] :] == blip2.IGNORED).all()
+        assert starts[-1] % 32 == 16 and starts[-1] - starts[-2] < 32
+        assert batch["longest"] == longest
+
+
 def test_a_cut_caption_keeps_its_end_token(processor):
     caption = "There are 3 cars. There is one bus."
     [cut, same] = blip2.tokenize_captions([caption] * 2, processor, max_tokens=4, end=7)

@@ -32,3 +32,17 @@ def test_several_gpus_are_measured_beside_one(tmp_path, capsys, monkeypatch):
     assert [(row[1], row[5]) for row in rows[2:]] == [("1", ""), ("2", ""), ("2", "")]  # and no efficiency
     one, two, difference = (float(row[2]) for row in rows[2:])
     assert one == pytest.approx(two, rel=1e-4) and difference < 1e-3
+
+
+def test_several_gpus_are_held_against_those_alone(capsys, monkeypatch):
+    """Against the mean of as many as there are processes; the first GPU is measured last."""
+    paces = {3: 90, 2: 100, 1: 110, 0: 130}
+    alone = [several_gpus.Row(f"GPU {gpu}", 1, pace, "samples/s", beside="x") for gpu, pace in paces.items()]
+    both = [several_gpus.Row("x", processes, pace, "samples/s", beside="x") for processes, pace in ((2, 180), (4, 387))]
+    lines = several_gpus.make_table([*alone, *both, several_gpus.Row("loss", 2, 1.5, "nats")]).splitlines()[2:]
+    efficiencies = [line.split("|")[-2].strip() for line in lines]
+    assert efficiencies == ["0.837", "0.930", "1.023", "1.209", "0.750", "0.900", ""]
+    monkeypatch.setattr(sys, "argv", ["several_gpus", "--folder", "x", "--processes", "1", "2"])
+    with pytest.raises(SystemExit):
+        several_gpus.main()
+    assert "2 or more" in capsys.readouterr().err
