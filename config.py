@@ -13,6 +13,7 @@ import gc
 import itertools
 import logging
 import os
+import select
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -290,12 +291,28 @@ def run_script(main, config) -> None:
         stream.reconfigure(errors="backslashreplace")  # captions and names may hold what the terminal can't show
     try:
         main(config)
+        sys.stdout.flush()
     except UserError as error:
         sys.exit(_report(error))
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        if not _has_lost_reader():
+            raise
+        print("nobody reads what is printed any more: ended", file=sys.stderr)
+        sys.exit(141)  # as a shell tells of SIGPIPE
     _DONE.append(True)
+
+
+def _has_lost_reader() -> bool:
+    """Whether standard output goes into a pipe that is closed, as after `| head`; nothing is written to it then."""
+    look = select.poll()
+    look.register(sys.stdout, 0)
+    if not look.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would complain once more at its end
+    return True
 
 
 _DONE: list[bool] = []  # by run_script

@@ -162,6 +162,7 @@ run_script(main, None)
         ("raise UserError('labels.json: missing')", 2, "labels.json: missing"),
         ("raise KeyboardInterrupt", 130, "stopped by Ctrl-C"),
         ("raise ValueError('a fault')", 1, "a fault"),
+        ("raise BrokenPipeError('of a worker')", 1, "of a worker"),
     ],
 )
 def test_all_that_is_due_at_exit_is_done(what, code, told):
@@ -172,3 +173,14 @@ def test_all_that_is_due_at_exit_is_done(what, code, told):
     assert done.stderr.startswith("told") and told in done.stderr
     assert done.stdout.startswith("written a thread\nregistered later")
     assert ("looked for garbage" in done.stdout) == (what != "pass")  # which takes a second or two after imports
+
+
+@pytest.mark.parametrize("lines", [1, 20_000])
+def test_output_that_nobody_reads_ends_a_script_quietly(lines):
+    """As after `| head`, be it found out while it runs or at its end."""
+    script = f"from config import run_script\nrun_script(lambda _: [print('line') for _ in range({lines})], None)"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, text=True, **pipes) as process:
+        process.stdout.close()
+        told = process.stderr.read()
+    assert process.returncode == 141 and told == "nobody reads what is printed any more: ended\n"
