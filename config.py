@@ -250,7 +250,6 @@ DEMO = {
         "model": str(DEMO_FOLDER / "base"),
         "lora_target": "lm",  # the base sees these scenes well: only the wording is to be learnt, in a minute
         "lora_dropout": 0.0,
-        "num_train_epochs": 4.0,
         "train_batch_size": 4,
         "per_device_eval_batch_size": 50,
         "learning_rate": 3e-3,
