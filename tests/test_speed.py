@@ -307,6 +307,14 @@ def test_compiling_starts_once_and_where_there_is_a_gpu(folder, settings, monkey
     assert len(started) == 2
 
 
+def test_positions_of_a_packed_batch_are_a_fast_size(rows):
+    [row, *_], config = rows
+    for length in range(1, 80):
+        [_, end, size] = PackedCollator(config)([row | {"caption_ids": [5] * length}])["starts"].tolist()
+        assert end == config.num_query_tokens + length
+        assert size % 8 == 0 and size % 32 and 0 <= size - end < 16
+
+
 def test_passes_add_up_to_a_step(tiny_checkpoint, rows, packed):
     model, collate = load(tiny_checkpoint), PackedCollator(rows[1])
     tokens = (packed["labels"] != -100).sum()
