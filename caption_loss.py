@@ -13,6 +13,7 @@ from torch.nn.attention import sdpa_kernel
 
 from layers import (
     ATTENTION,
+    Adapters,
     Rows,
     copy_lora,
     embed_images,
@@ -32,21 +33,34 @@ def supports(model) -> bool:
     return is_written_out(model) and not model.config.text_config.layerdrop
 
 
-@sdpa_kernel(ATTENTION)
-def caption_nll(
-    model, pixel_values: Tensor, input_ids: Tensor, labels: Tensor, starts: Tensor, longest: int, **_
-) -> Tensor:
+def caption_nll(model, pixel_values: Tensor, **texts) -> Tensor:
     """(B,) sums of -log p over each row's caption tokens, of a batch as PackedCollator makes it.
 
-    The sum over rows divided by the tokens is Blip2ForConditionalGeneration's loss. The frozen ViT runs without
-    gradients. What stands behind the last row counts as a row of its own, whose tokens are not predicted.
+    The sum over rows divided by the tokens is Blip2ForConditionalGeneration's loss.
     """
+    lora = copy_lora(model)
+    return text_nll(model, embed_pictures(model, pixel_values, lora), lora, **texts)
+
+
+@sdpa_kernel(ATTENTION)
+def embed_pictures(model, pixel_values: Tensor, lora: Adapters) -> Tensor:
+    """The image tokens (B, Q, H) of pictures; the frozen ViT runs without gradients."""
     blip = get_blip2(model)
-    decoder, lora = blip.language_model.model.decoder, copy_lora(blip)
     with torch.no_grad():
         vision = blip.vision_model(pixel_values=pixel_values).last_hidden_state  # (B, P, D)
+    return embed_images(blip, vision, lora)
 
-    image = embed_images(blip, vision, lora)  # (B, Q, H)
+
+@sdpa_kernel(ATTENTION)
+def text_nll(
+    model, image: Tensor, lora: Adapters, input_ids: Tensor, labels: Tensor, starts: Tensor, longest: int, **_
+) -> Tensor:
+    """caption_nll of a batch whose pictures' tokens are image (B, Q, H).
+
+    What stands behind the last row counts as a row of its own, whose tokens are not predicted.
+    """
+    blip = get_blip2(model)
+    decoder = blip.language_model.model.decoder
     rows, queries = image.shape[:2]
     places = torch.arange(len(input_ids), device=input_ids.device)  # (N,)
     row = torch.bucketize(places, starts[1:], right=True)  # (N,) that a place is in

@@ -41,6 +41,7 @@ class Adapters(NamedTuple):
     matrices: dict[
         nn.Module, tuple[Tensor, Tensor]
     ]  # by a group's first layer: A (G x R, in), scaled B (sum of out, R)
+    scale: float  # of each B
     sites: dict[nn.Module, int]  # number of the place where a module drops values
     seed: Tensor  # (1,) int64 on the device
 
@@ -474,16 +475,27 @@ def join_linears(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
 
 
 def list_lora(model) -> tuple[list[list[nn.Module]], list[nn.Parameter]]:
-    """The groups of layers with active LoRA; and its weights, A of each of their layers and then B of each."""
-    groups, pairs = [], []
+    """The groups of layers with active LoRA; and its weights, A of each of their layers and then B of each.
+
+    Those of the language model, whose gradients are there first, lie side by side, between those of the Q-Former: A's
+    of the last group come first.
+    """
+    groups, weights = [], {}
     for group in list_groups(model):
         layers = [layer for layer in group if has_active_lora(layer)]
         assert len(layers) in (0, len(group)), "LoRA on some of the layers that read the same input"
         groups += [layers] if layers else []
         for layer in layers:
             [name] = layer.active_adapters
-            pairs.append((layer.lora_A[name].weight, layer.lora_B[name].weight))
-    return groups, [a for a, _ in pairs] + [b for _, b in pairs]
+            weights[layer] = layer.lora_A[name].weight, layer.lora_B[name].weight
+    a = [weights[layer][0] for group in reversed(groups) for layer in group]
+    return groups, a + [b for _, b in weights.values()]
+
+
+def list_matrices(lora: Adapters) -> list[Tensor]:
+    """LoRA's matrices of a pass in the order of list_lora's weights."""
+    pairs = list(lora.matrices.values())
+    return [a for a, _ in reversed(pairs)] + [b for _, b in pairs]
 
 
 def has_active_lora(layer: nn.Module) -> bool:
@@ -524,7 +536,7 @@ def copy_lora(model) -> Adapters:
     That precision differs between layers: the Q-Former of a model in fp16 stays in fp32. The scale is one for all
     layers. The seed is drawn anew.
     """
-    blip, copies = get_blip2(model), ()
+    blip, copies, scale = get_blip2(model), (), 1.0
     groups, weights = list_lora(model)
     if groups:
         [name] = groups[0][0].active_adapters
@@ -534,15 +546,16 @@ def copy_lora(model) -> Adapters:
             bind_parts(whole, weights)
         else:  # not joined, or another adapter was
             whole = torch.cat([weight.flatten() for weight in weights])
-        shapes = [(sum(layer.r[name] for layer in group), group[0].in_features) for group in groups]
+        shapes = [(sum(layer.r[name] for layer in group), group[0].in_features) for group in reversed(groups)]
         shapes += [(sum(layer.out_features for layer in group), group[0].r[name]) for group in groups]
         dtypes = [pick_compute_dtype(get_base(group[0])) for group in groups]
+        dtypes = dtypes[::-1] + dtypes
         copies = ScaledCopies.apply(shapes, dtypes, scale, whole)
     sites = {module: site for site, module in enumerate(blip.modules())}
     device = blip.query_tokens.device
     seed = torch.randint(2**62, (1,), device=device) if use_kernels(blip.query_tokens) else torch.zeros(1)
-    matrices = zip(copies[: len(groups)], copies[len(groups) :], strict=True)
-    return Adapters(dict(zip((group[0] for group in groups), matrices, strict=True)), sites, seed)
+    matrices = zip(reversed(copies[: len(groups)]), copies[len(groups) :], strict=True)
+    return Adapters(dict(zip((group[0] for group in groups), matrices, strict=True)), scale, sites, seed)
 
 
 def pick_compute_dtype(base: nn.Linear) -> torch.dtype:
@@ -555,20 +568,20 @@ def pick_compute_dtype(base: nn.Linear) -> torch.dtype:
 class ScaledCopies(torch.autograd.Function):
     """Hundreds of small matrices in another precision, B's times a factor, by a few kernels.
 
-    `whole` (N,) are A of each layer and then B of each. Those of the layers of a group become one matrix, of `shapes`:
-    first the A's of each group, then the B's.
+    `whole` (N,) are the weights of list_lora. Those of the layers of a group become one matrix, of `shapes` and
+    `dtypes`: first the A's of each group, then the B's.
     """
 
     @staticmethod
     def forward(ctx, shapes, dtypes, scale, whole):
         sizes = [rows * columns for rows, columns in shapes]
-        ctx.first_b, ctx.scale, ctx.dtype = sum(sizes[: len(dtypes)]), scale, whole.dtype
+        ctx.first_b, ctx.scale, ctx.dtype = sum(sizes[: len(sizes) // 2]), scale, whole.dtype
         copies = {}
         for dtype in set(dtypes):
             copy = whole.to(dtype, copy=True)
             copy[ctx.first_b :] *= scale
             copies[dtype] = copy.split(sizes)
-        return tuple(copies[dtypes[i % len(dtypes)]][i].view(shape) for i, shape in enumerate(shapes))
+        return tuple(copies[dtypes[i]][i].view(shape) for i, shape in enumerate(shapes))
 
     @staticmethod
     def backward(ctx, *gradients):

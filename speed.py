@@ -6,7 +6,8 @@ and replayed (FastStep); passes without padding (model.PackedCollator) of about 
 LoRA's weights, gradients and AdamW's moments are one tensor each (JoinedAdamW).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import bitsandbytes as bnb
@@ -14,15 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from caption_loss import caption_nll
+from caption_loss import caption_nll, embed_pictures, text_nll
 from layers import (
     bind_parts,
+    copy_lora,
     get_base,
+    get_blip2,
     has_active_lora,
     has_kernel_rank,
     join_linears,
     join_lora,
     list_groups,
+    list_matrices,
     read_weight,
 )
 
@@ -94,29 +98,36 @@ def has_room_to_unpack(model, device: torch.device) -> bool:
 # one pass
 
 
-def record_graph(work: Callable[[], T], pool=None, warm_up: bool = True) -> tuple[torch.cuda.CUDAGraph, T]:
-    """A CUDA graph that does what work() launches, and the tensors that each replay writes anew.
-
-    `warm_up` does the work once before: libraries set themselves up then, which must not be recorded.
-    """
-    if warm_up:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            work()
-        torch.cuda.current_stream().wait_stream(side)
+def record_graph(work: Callable[[], T], pool=None) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A CUDA graph that does what work() launches, and the tensors that each replay writes anew."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may pin memory
         result = work()
     return graph, result
 
 
+def warm_up(work: Callable[[], object]) -> None:
+    """Do what is to be recorded once before: libraries set themselves up then, which must not be recorded."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+
+
+def add_over_processes(parts: Iterable[Tensor]) -> list:
+    """Make each tensor the sum over all processes in the background; what is returned waits for it."""
+    if not torch.distributed.is_initialized():
+        return []
+    return [torch.distributed.all_reduce(part, async_op=True) for part in parts if part.numel()]
+
+
 class FastStep:
     """Loss and gradients of one micro-batch: step(batch, tokens) -> loss, gradients are added to .grad; and validation.
 
-    All gradients are parts of one tensor, which several processes add up at once (see add_up). On a GPU with
-    `cuda_graphs` the pass is recorded as a CUDA graph for each size of batch; the random numbers are those of a pass
-    that is not.
+    All gradients are parts of one tensor. A pass has two stages: several processes add up the gradients of the language
+    model's LoRA while those of the Q-Former's are computed, and these with add_up. On a GPU with `cuda_graphs` each
+    stage is recorded as a CUDA graph for each size of batch; the random numbers are those of a pass that is not.
     """
 
     def __init__(self, model, cuda_graphs: bool):
@@ -126,16 +137,36 @@ class FastStep:
         self.flat = self.whole.grad = self.sums[:-1]
         parts = self.split(self.flat)
         self.gradients = [part.view_as(weight) for part, weight in zip(parts, self.weights, strict=True)]
+
+        # where the language model's part begins and ends, and where B's do: see list_lora
+        text = {id(weight) for weight in get_blip2(model).language_model.parameters()}
+        all_a, all_b = self.weights[: len(self.weights) // 2], self.weights[len(self.weights) // 2 :]
+        self.start = sum(weight.numel() for weight in all_a if id(weight) not in text)
+        self.first_b = sum(weight.numel() for weight in all_a)
+        self.end = self.first_b + sum(weight.numel() for weight in all_b if id(weight) in text)
+
+        self.adding: list = []  # what processes add up in the background
         self.recordings: dict[tuple, tuple] = {}
         self.pool = torch.cuda.graph_pool_handle() if cuda_graphs else None
 
-    def __call__(self, batch: dict[str, Tensor], tokens: Tensor | int) -> Tensor:
-        """batch as of PackedCollator on the model's device; tokens of the whole optimiser step, for the mean."""
-        if self.weights[0].grad is None:  # the first pass of an optimiser step
-            self.flat.zero_()
-        batch = {name: batch[name] for name in INPUTS}
+    def __call__(self, batch: dict[str, Tensor], tokens: Tensor | int, is_last: bool = True) -> Tensor:
+        """batch as of PackedCollator on the model's device; tokens of the whole optimiser step, for the mean.
+
+        `is_last`: no other pass of the optimiser step follows.
+        """
+        before = None if self.weights[0].grad is None else self.flat.clone()  # of this step's passes
         tokens = torch.as_tensor(tokens, dtype=torch.float32, device=batch["labels"].device)
-        loss = self._replay(self._run, batch | {"tokens": tokens}) if self.cuda_graphs else self._run(batch, tokens)
+        stages = self._run(self._learn, {name: batch[name] for name in INPUTS} | {"tokens": tokens})
+        loss = next(stages).clone()
+        inner = slice(self.start, self.end)
+        if before is not None:
+            self.flat[inner] += before[inner]
+        if is_last:
+            self.adding = add_over_processes([self.flat[inner]])
+        next(stages, None)
+        if before is not None:
+            for outer in (slice(self.start), slice(self.end, None)):
+                self.flat[outer] += before[outer]
         for weight, gradient in zip(self.weights, self.gradients, strict=True):
             weight.grad = gradient
         return loss
@@ -155,10 +186,11 @@ class FastStep:
         Called in each, after the last pass of an optimiser step. As each loss is divided by the tokens of the whole
         step, these are the gradients of the step's mean.
         """
-        if not torch.distributed.is_initialized():
-            return loss
         self.sums[-1] = loss
-        torch.distributed.all_reduce(self.sums)
+        self.adding += add_over_processes([self.sums[: self.start], self.sums[self.end :]])
+        for work in self.adding:
+            work.wait()
+        self.adding = []
         return self.sums[-1].clone()
 
     def clip(self, max_norm: float) -> Tensor:
@@ -170,39 +202,76 @@ class FastStep:
     @torch.no_grad()
     def evaluate(self, batch: dict[str, Tensor]) -> Tensor:
         """(B,) sums of each row's losses, without gradients; the model is in eval mode."""
-        batch = {name: batch[name] for name in INPUTS}
-        return self._replay(self._sum, batch) if self.cuda_graphs else self._sum(batch)
+        return next(self._run(self._sum, {name: batch[name] for name in INPUTS})).clone()
 
-    def _sum(self, batch: dict[str, Tensor]) -> Tensor:
-        return caption_nll(self.model, **batch)
+    # Each stage gives its result, and the stage after it or None.
 
-    def _run(self, batch: dict[str, Tensor], tokens: Tensor) -> Tensor:
-        loss = caption_nll(self.model, **batch).sum() / tokens
-        self.flat += torch.autograd.grad(loss, self.whole)[0]
-        return loss.detach()
+    def _sum(self, batch: dict[str, Tensor]) -> tuple[Tensor, None]:
+        return caption_nll(self.model, **batch), None
 
-    def _replay(self, work: Callable, inputs: dict[str, Tensor]) -> Tensor:
-        """work(batch) or work(batch, tokens), from a recording."""
+    def _learn(self, batch: dict[str, Tensor]) -> tuple[Tensor, Callable | None]:
+        """The loss, and gradients of the language model's LoRA, which are written, not added."""
+        lora = copy_lora(self.model)
+        image = embed_pictures(self.model, batch["pixel_values"], lora)
+        read = image.detach().requires_grad_(image.requires_grad)  # it has gradients where the Q-Former has LoRA
+        loss = text_nll(self.model, read, lora, **batch).sum() / batch["tokens"]
+
+        matrices = list_matrices(lora)
+        places = self.flat.split([matrix.numel() for matrix in matrices])
+        inner, outer = [], []
+        for matrix, place in zip(matrices, places, strict=True):
+            is_inner = self.start <= place.storage_offset() < self.end
+            (inner if is_inner else outer).append((matrix, place.view_as(matrix)))
+        gradients = torch.autograd.grad(loss, [matrix for matrix, _ in inner] + [read] * image.requires_grad)
+        if inner:
+            torch._foreach_copy_([place for _, place in inner], gradients[: len(inner)])
+            self.flat[self.first_b : self.end] *= lora.scale
+
+        def learn_qformer() -> tuple[None, None]:
+            matrices, places = zip(*outer, strict=True)
+            torch._foreach_copy_(places, torch.autograd.grad(image, matrices, gradients[-1]))
+            self.flat[self.end :] *= lora.scale
+            return None, None
+
+        return loss.detach(), learn_qformer if outer else None
+
+    def _run(self, stage: Callable, batch: dict[str, Tensor]) -> Iterator[Tensor | None]:
+        """The results of stage(batch) and of those after it, each of which is run when its result is asked for."""
+        return self._replay(stage, batch) if self.cuda_graphs else run_stages(functools.partial(stage, batch))
+
+    def _replay(self, stage: Callable, batch: dict[str, Tensor]) -> Iterator[Tensor | None]:
+        """The same from recordings."""
         bind_parts(self.whole, self.weights)  # a recording reads the whole
-        key = (work.__name__, len(inputs["labels"]), len(inputs["starts"]), inputs["longest"])
+        key = (stage.__name__, len(batch["labels"]), len(batch["starts"]), batch["longest"])
         if key not in self.recordings:
-            self.recordings[key] = self._record(work, inputs)
-        graph, places, result = self.recordings[key]
-        for name, value in inputs.items():
+            self.recordings[key] = self._record(stage, batch)
+        places, stages = self.recordings[key]
+        for name, value in batch.items():
             if torch.is_tensor(value):
                 places[name].copy_(value)
-        graph.replay()
-        return result.clone()
+        for graph, result in stages:
+            graph.replay()
+            yield result
 
-    def _record(self, work: Callable, inputs: dict[str, Tensor]) -> tuple:
-        places = {name: value.clone() if torch.is_tensor(value) else value for name, value in inputs.items()}
-        arguments = ({name: places[name] for name in INPUTS}, *(places[name] for name in places if name not in INPUTS))
-        before, random = self.flat.clone(), torch.cuda.get_rng_state()
-        is_first = not any(kind == work.__name__ for kind, *_ in self.recordings)
-        graph, result = record_graph(lambda: work(*arguments), self.pool, warm_up=is_first)
-        self.flat.copy_(before)
+    def _record(self, stage: Callable, batch: dict[str, Tensor]) -> tuple[dict, list[tuple]]:
+        """Where a batch is to be put, and the recording and the result of each stage."""
+        places = {name: value.clone() if torch.is_tensor(value) else value for name, value in batch.items()}
+        random, stages = torch.cuda.get_rng_state(), []
+        following = functools.partial(stage, places)
+        if not any(name == stage.__name__ for name, *_ in self.recordings):
+            warm_up(lambda: list(run_stages(following)))
+        while following is not None:
+            graph, (result, following) = record_graph(following, self.pool)
+            stages.append((graph, result))
         torch.cuda.set_rng_state(random)
-        return graph, places, result
+        return places, stages
+
+
+def run_stages(stage: Callable | None) -> Iterator:
+    """The result of each stage, a function that gives it and the stage after it or None."""
+    while stage is not None:
+        result, stage = stage()
+        yield result
 
 
 class JoinedAdamW(torch.optim.AdamW):

@@ -136,7 +136,8 @@ class CaptionTrainer(Trainer):
         else:
             if not model.training:  # after validation: to tell thousands of modules at each step would take long
                 model.train()
-            loss = self.fast_step(self._prepare_inputs(inputs), num_items_in_batch)
+            is_last = self.accelerator.sync_gradients
+            loss = self.fast_step(self._prepare_inputs(inputs), num_items_in_batch, is_last)
             loss = loss * self.args.world_size  # as Trainer's own, which it averages over the processes
         self._losses.append(loss)
         return loss

@@ -255,3 +255,39 @@ def test_kernels_fit_into_a_small_gpu():
     assert run.returncode == 0, run.stderr
     taken = json.loads(run.stdout.splitlines()[-1])
     assert len(taken) == 9 and all(0 < kib <= 99 for kib in taken.values()), taken
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("target", ["both", "lm", "qformer"])
+def test_recorded_passes_are_the_passes(tiny_checkpoint, target):
+    """Of two sizes in turn, added up, with dropout: losses and gradients to the last bit."""
+    from accelerate.utils import send_to_device
+
+    import compile_kernels
+    from model import PackedCollator, load_config
+    from speed import FastStep, join_weights
+
+    torch.manual_seed(0)
+    config, lora = load_config(tiny_checkpoint), (target, 16, 32, 0.3)
+    model = compile_kernels.make_small_model(config, lora, DEVICE, torch.bfloat16).train()
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    join_weights(model)
+    collate, outputs = PackedCollator(config), compile_kernels.make_outputs(model)
+    batches = []
+    for lengths in ((5, 9), (30, 40), (6, 8)):
+        ids = [torch.randint(10, 100, (length,)).tolist() for length in lengths]
+        rows = [{"pixel_values": torch.randn_like(outputs), "caption_ids": row} for row in ids]
+        batches.append(send_to_device(collate(rows), DEVICE))
+    results = []
+    for is_recorded in (False, True):
+        step = FastStep(model, is_recorded)
+        torch.manual_seed(1)
+        for _ in range(2):  # optimiser steps
+            step.zero_grad()
+            losses = [step(batch, 100, is_last=batch is batches[-1]) for batch in batches]
+            results.append((torch.stack(losses), step.flat.clone()))
+    assert results[0][1].norm() > 0 and not torch.equal(results[0][1], results[1][1])  # other masks
+    for plain, recorded in zip(results[:2], results[2:], strict=True):
+        assert all(map(torch.equal, plain, recorded))

@@ -32,8 +32,8 @@ training.Pace.on_step_end = on_step_end
 NAN = """
 real = training.FastStep.__call__
 calls = iter(range(1000))  # two a step
-def fail(self, batch, tokens):
-    loss = real(self, batch, tokens)
+def fail(self, *args):
+    loss = real(self, *args)
     if rank == 1 and next(calls) == 2 * {steps} + 1:
         {what}
     return loss

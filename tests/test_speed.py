@@ -64,10 +64,10 @@ def packed(rows):
     return PackedCollator(rows[1])(rows[0])
 
 
-def load(checkpoint, load_in_4bit=False, dropout=0.0, rank=4):
+def load(checkpoint, load_in_4bit=False, dropout=0.0, rank=4, target="both"):
     """A model with LoRA that has an effect, without dropout anywhere but in LoRA."""
     torch.manual_seed(0)
-    model = add_lora(load_model(checkpoint, load_in_4bit, CPU), "both", rank, 8, dropout)
+    model = add_lora(load_model(checkpoint, load_in_4bit, CPU), target, rank, 8, dropout)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
@@ -315,8 +315,9 @@ def test_positions_of_a_packed_batch_are_a_fast_size(rows):
         assert size % 8 == 0 and size % 32 and 0 <= size - end < 16
 
 
-def test_passes_add_up_to_a_step(tiny_checkpoint, rows, packed):
-    model, collate = load(tiny_checkpoint), PackedCollator(rows[1])
+@pytest.mark.parametrize("target", ["both", "lm", "qformer"])
+def test_passes_add_up_to_a_step(tiny_checkpoint, rows, packed, target):
+    model, collate = load(tiny_checkpoint, target=target), PackedCollator(rows[1])
     tokens = (packed["labels"] != -100).sum()
     _, whole = loss_and_gradients(model, lambda: caption_nll(model, **packed).sum() / tokens)
     step = FastStep(model, cuda_graphs=False)
