@@ -37,7 +37,8 @@ from pictures import open_picture
 from trust import ADAPTER_WEIGHTS, check_adapter_folder, check_model_folder
 
 IGNORED = -100  # label of a position that carries no loss
-PACKED_TO, SLOW = 8, 32  # positions of a packed batch are a multiple of the one and not of the other
+PACKED_TO, SLOW = 8, 32  # positions of a packed batch are a multiple of the one and not of the other,
+SMALL = 1024  # and up to so many a multiple of twice the one
 LONGEST_TO = 64  # what positions of its longest row are rounded up to
 
 # fc1 and fc2 name layers of the frozen ViT too, so LoRA's targets are expressions over whole module names.
@@ -369,7 +370,7 @@ class PackedCollator(CaptionCollator):
 
     A label is the token to predict at its place, the next one: a caption's last token is predicted, and never read.
     Padding behind the last row leaves few sizes of batches, for which cuBLAS is fast: multiples of 32 positions take an
-    H100 up to 8 % longer (benchmarks/RESULTS.md).
+    H100 up to 8 % longer, and odd multiples of 8 up to 3 % where they are few (benchmarks/RESULTS.md).
     """
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor | int]:
@@ -379,8 +380,9 @@ class PackedCollator(CaptionCollator):
             labels += [IGNORED] * (len(self.prefix) - 1) + row["caption_ids"]
             starts.append(len(labels))
         longest = len(self.prefix) - 1 + max(len(row["caption_ids"]) for row in rows)
-        padding = -len(labels) % PACKED_TO
-        padding += PACKED_TO * ((len(labels) + padding) % SLOW == 0)
+        multiple = PACKED_TO * (1 + (len(labels) <= SMALL))
+        padding = -len(labels) % multiple
+        padding += multiple * ((len(labels) + padding) % SLOW == 0)
         return {
             "pixel_values": torch.stack([row["pixel_values"] for row in rows]),  # (B, 3, S, S)
             "input_ids": torch.tensor(input_ids + [self.pad] * padding),  # (N,)
