@@ -41,7 +41,7 @@ class Adapters(NamedTuple):
     matrices: dict[
         nn.Module, tuple[Tensor, Tensor]
     ]  # by a group's first layer: A (G x R, in), scaled B (sum of out, R)
-    scale: float  # of each B
+    scale: float  # that each B has been multiplied by
     sites: dict[nn.Module, int]  # number of the place where a module drops values
     seed: Tensor  # (1,) int64 on the device
 

@@ -138,35 +138,36 @@ class FastStep:
         parts = self.split(self.flat)
         self.gradients = [part.view_as(weight) for part, weight in zip(parts, self.weights, strict=True)]
 
-        # where the language model's part begins and ends, and where B's do: see list_lora
+        # where B's begin, and which part is the language model's: see list_lora
         text = {id(weight) for weight in get_blip2(model).language_model.parameters()}
         all_a, all_b = self.weights[: len(self.weights) // 2], self.weights[len(self.weights) // 2 :]
-        self.start = sum(weight.numel() for weight in all_a if id(weight) not in text)
         self.first_b = sum(weight.numel() for weight in all_a)
-        self.end = self.first_b + sum(weight.numel() for weight in all_b if id(weight) in text)
+        start = sum(weight.numel() for weight in all_a if id(weight) not in text)
+        end = self.first_b + sum(weight.numel() for weight in all_b if id(weight) in text)
+        self.text, self.ends = slice(start, end), (slice(start), slice(end, None))
 
         self.adding: list = []  # what processes add up in the background
         self.recordings: dict[tuple, tuple] = {}
         self.pool = torch.cuda.graph_pool_handle() if cuda_graphs else None
 
-    def __call__(self, batch: dict[str, Tensor], tokens: Tensor | int, is_last: bool = True) -> Tensor:
+    def __call__(self, batch: dict[str, Tensor], tokens: Tensor | int, is_last: bool) -> Tensor:
         """batch as of PackedCollator on the model's device; tokens of the whole optimiser step, for the mean.
 
         `is_last`: no other pass of the optimiser step follows.
         """
+        assert not self.adding, "a pass after the last"
         before = None if self.weights[0].grad is None else self.flat.clone()  # of this step's passes
         tokens = torch.as_tensor(tokens, dtype=torch.float32, device=batch["labels"].device)
         stages = self._run(self._learn, {name: batch[name] for name in INPUTS} | {"tokens": tokens})
         loss = next(stages).clone()
-        inner = slice(self.start, self.end)
         if before is not None:
-            self.flat[inner] += before[inner]
+            self.flat[self.text] += before[self.text]
         if is_last:
-            self.adding = add_over_processes([self.flat[inner]])
+            self.adding = add_over_processes([self.flat[self.text]])
         next(stages, None)
         if before is not None:
-            for outer in (slice(self.start), slice(self.end, None)):
-                self.flat[outer] += before[outer]
+            for end in self.ends:
+                self.flat[end] += before[end]
         for weight, gradient in zip(self.weights, self.gradients, strict=True):
             weight.grad = gradient
         return loss
@@ -187,8 +188,9 @@ class FastStep:
         step, these are the gradients of the step's mean.
         """
         self.sums[-1] = loss
-        self.adding += add_over_processes([self.sums[: self.start], self.sums[self.end :]])
-        for work in self.adding:
+        rest = add_over_processes([self.sums[end] for end in self.ends])
+        assert self.adding or not rest or self.text.start == self.text.stop, "no pass was the last"
+        for work in (*self.adding, *rest):
             work.wait()
         self.adding = []
         return self.sums[-1].clone()
@@ -213,27 +215,28 @@ class FastStep:
         """The loss, and gradients of the language model's LoRA, which are written, not added."""
         lora = copy_lora(self.model)
         image = embed_pictures(self.model, batch["pixel_values"], lora)
-        read = image.detach().requires_grad_(image.requires_grad)  # it has gradients where the Q-Former has LoRA
+        read = image.detach().requires_grad_()
         loss = text_nll(self.model, read, lora, **batch).sum() / batch["tokens"]
 
-        matrices = list_matrices(lora)
-        places = self.flat.split([matrix.numel() for matrix in matrices])
-        inner, outer = [], []
-        for matrix, place in zip(matrices, places, strict=True):
-            is_inner = self.start <= place.storage_offset() < self.end
-            (inner if is_inner else outer).append((matrix, place.view_as(matrix)))
-        gradients = torch.autograd.grad(loss, [matrix for matrix, _ in inner] + [read] * image.requires_grad)
-        if inner:
-            torch._foreach_copy_([place for _, place in inner], gradients[: len(inner)])
-            self.flat[self.first_b : self.end] *= lora.scale
+        text, qformer, start = [], [], 0  # matrices, and where their gradients go
+        for matrix in list_matrices(lora):
+            part = text if self.text.start <= start < self.text.stop else qformer
+            part.append((matrix, self.flat[start : start + matrix.numel()].view_as(matrix)))
+            start += matrix.numel()
+        wanted = [matrix for matrix, _ in text] + ([read] if qformer else [])
+        gradients = list(torch.autograd.grad(loss, wanted))
+        grad_image = gradients.pop() if qformer else None
+        if text:
+            torch._foreach_copy_([place for _, place in text], gradients)
+            self.flat[self.first_b : self.text.stop] *= lora.scale
 
         def learn_qformer() -> tuple[None, None]:
-            matrices, places = zip(*outer, strict=True)
-            torch._foreach_copy_(places, torch.autograd.grad(image, matrices, gradients[-1]))
-            self.flat[self.end :] *= lora.scale
+            matrices, places = zip(*qformer, strict=True)
+            torch._foreach_copy_(places, torch.autograd.grad(image, matrices, grad_image))
+            self.flat[self.ends[1]] *= lora.scale
             return None, None
 
-        return loss.detach(), learn_qformer if outer else None
+        return loss.detach(), learn_qformer if qformer else None
 
     def _run(self, stage: Callable, batch: dict[str, Tensor]) -> Iterator[Tensor | None]:
         """The results of stage(batch) and of those after it, each of which is run when its result is asked for."""
@@ -245,26 +248,26 @@ class FastStep:
         key = (stage.__name__, len(batch["labels"]), len(batch["starts"]), batch["longest"])
         if key not in self.recordings:
             self.recordings[key] = self._record(stage, batch)
-        places, stages = self.recordings[key]
+        inputs, stages = self.recordings[key]
         for name, value in batch.items():
             if torch.is_tensor(value):
-                places[name].copy_(value)
+                inputs[name].copy_(value)
         for graph, result in stages:
             graph.replay()
             yield result
 
     def _record(self, stage: Callable, batch: dict[str, Tensor]) -> tuple[dict, list[tuple]]:
         """Where a batch is to be put, and the recording and the result of each stage."""
-        places = {name: value.clone() if torch.is_tensor(value) else value for name, value in batch.items()}
+        inputs = {name: value.clone() if torch.is_tensor(value) else value for name, value in batch.items()}
         random, stages = torch.cuda.get_rng_state(), []
-        following = functools.partial(stage, places)
+        following = functools.partial(stage, inputs)
         if not any(name == stage.__name__ for name, *_ in self.recordings):
             warm_up(lambda: list(run_stages(following)))
         while following is not None:
             graph, (result, following) = record_graph(following, self.pool)
             stages.append((graph, result))
         torch.cuda.set_rng_state(random)
-        return places, stages
+        return inputs, stages
 
 
 def run_stages(stage: Callable | None) -> Iterator:

@@ -39,6 +39,16 @@ def fail(self, *args):
     return loss
 training.FastStep.__call__ = fail
 """
+SENT_NAN = """
+import speed
+real = speed.add_over_processes
+calls = iter(range(1000))  # two a step, first with the language model's gradients
+def add_over_processes(parts):
+    if rank == 1 and next(calls) == 2 * {steps}:
+        parts[0][0] = float("nan")
+    return real(parts)
+speed.add_over_processes = add_over_processes
+"""
 PLAIN_NAN = """
 real = training.Trainer.training_step
 def training_step(self, *args, **options):
@@ -131,21 +141,14 @@ def check_same_run(relative: float = 1e-4) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fast_step", "micro_batch"),
-    [("on", 2), ("on", 1)],  # test_training.py has "off"
+    ("target", "micro_batch"),
+    [("lm", 2), ("both", 1)],  # test_training.py has the run without the fast step
 )
-def test_two_processes_match_one(folder, settings, launch, fast_step, micro_batch):
+def test_two_processes_match_one(folder, settings, launch, target, micro_batch):
     """The losses of one process, and its weights; only the main process writes."""
-    train_one(settings, fast_step=fast_step)
-    flags = (
-        "--fast-step",
-        fast_step,
-        "--per-device-train-batch-size",
-        micro_batch,
-        "--vision-store-gib",
-        2 - micro_batch,
-    )
-    done = launch("two", *flags, patch=NO_DDP if fast_step == "on" else "")
+    train_one(settings, fast_step="on", lora_target=target)
+    flags = ("--lora-target", target, "--per-device-train-batch-size", micro_batch)
+    done = launch("two", *flags, "--vision-store-gib", 2 - micro_batch, patch=NO_DDP)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("adapter saved to") == 1
     runs = [json.loads(Path(n, "blip2-finetuned/run.json").read_text()) for n in ("one", "two")]
@@ -166,10 +169,10 @@ def test_two_stopped_processes_go_on_to_the_same_adapter(folder, launch):
     assert hash_adapter(Path("stopped")) == hash_adapter(Path("undisturbed"))
 
 
-@pytest.mark.parametrize("what", ["loss = loss * float('nan')", "self.flat[0] = float('nan')"])
+@pytest.mark.parametrize("what", ["loss = loss * float('nan')", "self.flat[0] = float('nan')", ""])
 def test_a_number_that_is_none_in_one_process_stops_both(folder, launch, what):
     """The batch is named by both, whichever had it, and neither waits for the other."""
-    done = launch("two", patch=NAN.format(steps=STEPS_PER_EPOCH, what=what))
+    done = launch("two", patch=(NAN if what else SENT_NAN).format(steps=STEPS_PER_EPOCH, what=what))
     assert done.returncode != 0
     messages = done.stderr.split("error: step 4: the loss is ")[1:]
     assert 1 <= len(messages) <= 2  # the launcher ends the other as soon as one has ended

@@ -324,7 +324,7 @@ def test_passes_add_up_to_a_step(tiny_checkpoint, rows, packed, target):
     step = FastStep(model, cuda_graphs=False)
     for _ in range(2):  # a second step begins anew
         model.zero_grad()
-        loss = sum(step(collate(rows[0][i : i + 2]), tokens) for i in (0, 2))
+        loss = sum(step(collate(rows[0][i : i + 2]), tokens, is_last=i > 0) for i in (0, 2))
     assert loss.item() == pytest.approx((caption_nll(model, **packed).sum() / tokens).item(), rel=1e-6)
     for name, weight in model.named_parameters():
         if weight.requires_grad:
@@ -350,7 +350,7 @@ def test_joined_adamw_is_adamw(tiny_checkpoint, rows, moved):
             if moved and turn == 1:
                 for weight in step.weights:
                     weight.data = weight.data.clone()
-            step(batch, 50)
+            step(batch, 50, is_last=True)
             optimizer.step()
             if turn in (1, 2):  # as one after the other has written it
                 state = copy.deepcopy(optimizer.state_dict())
