@@ -352,7 +352,7 @@ class FastGenerator:
             return
         self._step(size, length, choice)
         if self.use_graphs:
-            self.graphs[key], _ = record_graph(lambda: self._step(size, length, choice), self.pool)
+            self.graphs[key], _ = record_graph(lambda: self._step(size, length, choice), self.pool, warm_up=False)
 
     def _drop_finished(self, size: int, unfinished: int, position: int) -> int:
         """Move the unfinished rows to the front and drop others if that saves a quarter; returns how many are left.

@@ -98,16 +98,21 @@ def has_room_to_unpack(model, device: torch.device) -> bool:
 # one pass
 
 
-def record_graph(work: Callable[[], T], pool=None) -> tuple[torch.cuda.CUDAGraph, T]:
-    """A CUDA graph that does what work() launches, and the tensors that each replay writes anew."""
+def record_graph(work: Callable[[], T], pool=None, warm_up: bool = True) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A CUDA graph that does what work() launches, and the tensors that each replay writes anew.
+
+    `warm_up` does the work once before: libraries set themselves up then, which must not be recorded.
+    """
+    if warm_up:
+        run_aside(work)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may pin memory
         result = work()
     return graph, result
 
 
-def warm_up(work: Callable[[], object]) -> None:
-    """Do what is to be recorded once before: libraries set themselves up then, which must not be recorded."""
+def run_aside(work: Callable[[], object]) -> None:
+    """Do the work on another stream, as what comes before a recording must be."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -262,9 +267,9 @@ class FastStep:
         random, stages = torch.cuda.get_rng_state(), []
         following = functools.partial(stage, inputs)
         if not any(name == stage.__name__ for name, *_ in self.recordings):
-            warm_up(lambda: list(run_stages(following)))
+            run_aside(lambda: list(run_stages(following)))  # a whole pass: each stage goes on from the one before
         while following is not None:
-            graph, (result, following) = record_graph(following, self.pool)
+            graph, (result, following) = record_graph(following, self.pool, warm_up=False)
             stages.append((graph, result))
         torch.cuda.set_rng_state(random)
         return inputs, stages

@@ -39,7 +39,7 @@ from data import atomic_write
 from layers import get_blip2
 from model import load_pixels
 from pictures import BATCH, count_cores, read_ahead, read_batches
-from speed import has_room_to_unpack, record_graph, unpack_nf4, warm_up
+from speed import has_room_to_unpack, record_graph, unpack_nf4
 
 MAGIC = b"blip2vit"
 FORM = 1  # of the files, and of the way in which load_pixels() makes numbers of a picture: a new one makes all new
@@ -81,7 +81,6 @@ class RecordedVision(torch.nn.Module):
         if self.recording is None:
             unpack_nf4(self.vision)
             pixels = pixel_values.clone()  # (BATCH, 3, S, S)
-            warm_up(lambda: self.vision(pixels))
             graph, outputs = record_graph(lambda: self.vision(pixels).last_hidden_state)
             self.recording = graph, pixels, outputs
         graph, pixels, outputs = self.recording

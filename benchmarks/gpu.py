@@ -421,7 +421,7 @@ def measure_floor(args) -> Iterator[tuple]:
 
     from data import read_captions
     from model import load_processor, tokenize_captions
-    from speed import record_graph, warm_up
+    from speed import record_graph
 
     texts = itertools.islice(read_captions(args.folder / "captions.csv").values(), 1000)
     processor = load_processor(args.model)
@@ -440,7 +440,6 @@ def measure_floor(args) -> Iterator[tuple]:
                 if backward:
                     gradient @ weight
 
-        warm_up(work)
         graph, _ = record_graph(work)  # else small ones would wait for their launch
         return time_on_gpu(graph.replay, repeats=20) / len(weights)
 

@@ -89,6 +89,7 @@ def test_packed_rows_are_labelled_with_the_next_token(base):
             assert batch["labels"][start:end].tolist() == [blip2.IGNORED] * queries + caption
         assert len(starts) == len(captions) + 2 and len(batch["labels"]) == len(batch["input_ids"]) == starts[-1]
         assert (batch["labels"][starts[-2] :] == blip2.IGNORED).all()
+        assert starts[-1] % 32 == 16 and starts[-1] - starts[-2] < 32
         assert batch["longest"] == longest
 
 

@@ -142,7 +142,7 @@ def check_same_run(relative: float = 1e-4) -> None:
 
 @pytest.mark.parametrize(
     ("target", "micro_batch"),
-    [("lm", 2), ("both", 1)],  # test_training.py has the run without the fast step
+    [("both", 2), ("both", 1), ("lm", 2)],  # test_training.py has the run without the fast step
 )
 def test_two_processes_match_one(folder, settings, launch, target, micro_batch):
     """The losses of one process, and its weights; only the main process writes."""

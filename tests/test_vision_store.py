@@ -91,7 +91,6 @@ def test_a_recorded_vit_gives_the_same(folder, tiny_checkpoint, processor, image
         return SimpleNamespace(replay=lambda: outputs.copy_(work())), outputs
 
     monkeypatch.setattr(vision_store, "record_graph", record_graph)
-    monkeypatch.setattr(vision_store, "warm_up", lambda work: work())
     model = load_model(tiny_checkpoint, True, CPU)
     vision, settings = model.vision_model, model.config.vision_config
     expected, _ = compute(model, processor, images, None)
