@@ -1,7 +1,14 @@
 """What the tests share: a tiny BLIP-2 with random weights in the hub's layout, and drawn frames to train it on."""
 
+import contextlib
+import gc
+import importlib
+import io
 import os
+import subprocess
+import sys
 from pathlib import Path
+from unittest import mock
 
 # before torch is imported; two processes test at once, and with two threads each they would wait for each other
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", OMP_NUM_THREADS="1")
@@ -14,6 +21,44 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "bdd100k"  # real samples, which are not ours to ship: tests of them skip without
 
 needs_real_samples = pytest.mark.skipif(not SHARED.is_dir(), reason="the real BDD100K samples are not here")
+
+
+def call_script(script: str, *args, cwd: Path | None = None, **environment) -> subprocess.CompletedProcess:
+    """What `python script args` prints and the code it ends with, in this process: without the seconds of its imports.
+
+    An exception that the script lets through is not caught: where a user would see a traceback, the test fails.
+    """
+    import config
+
+    module = importlib.import_module(script.removesuffix(".py"))
+    settings = {"main": "TrainConfig", "eval": "EvalConfig", "bdd100k_data_pipeline": "PipelineConfig"}
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    argv = [str(ROOT / script), *map(str, args)]
+    code = 0
+    with (
+        contextlib.chdir(cwd or Path.cwd()),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.object(sys, "argv", argv),
+        mock.patch.dict(os.environ, {name: str(value) for name, value in environment.items()}),
+    ):
+        try:
+            config.run_script(module.main, config.parse_args(getattr(config, settings[module.__name__])))
+        except SystemExit as stopped:
+            code = stopped.code or 0
+        finally:
+            config._DONE.clear()  # this process goes on
+            gc.unfreeze()
+    texts = (stream.buffer.getvalue().decode() for stream in (out, err))
+    return subprocess.CompletedProcess(argv, code, *texts)
+
+
+def start_script(script: str, *args, cwd: Path | None = None, **environment) -> subprocess.Popen:
+    """The script in a process of its own, for what only a process shows: signals, kills, locks, the end."""
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    environment = os.environ | {name: str(value) for name, value in environment.items()}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 def build_tiny_checkpoint(folder: Path) -> None:

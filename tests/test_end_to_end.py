@@ -2,21 +2,12 @@
 
 import csv
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, call_script, start_script
 
 from data import ride_of
-
-
-def run(script, *args, cwd, **environment):
-    command = [sys.executable, ROOT / script, *map(str, args)]
-    environment = os.environ | {name: str(value) for name, value in environment.items()}
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment)
 
 
 def data_flags(drawn, checkpoint):
@@ -29,7 +20,7 @@ def trained(tmp_path_factory, drawn, tiny_checkpoint):
     cwd = tmp_path_factory.mktemp("trained")
     flags = ["--num-train-epochs", 2, "--dataloader-workers", 1, "--vision-store-gib", 0, "--wandb", "offline"]
     flags += ["--train-batch-size", 4, "--warmup-ratio", 0, "--learning-rate", 1e-2]
-    finished = run("main.py", *data_flags(drawn, tiny_checkpoint), *flags, "--run-name", "run", cwd=cwd)
+    finished = call_script("main.py", *data_flags(drawn, tiny_checkpoint), *flags, "--run-name", "run", cwd=cwd)
     assert finished.returncode == 0, finished.stderr
     return cwd
 
@@ -58,7 +49,7 @@ def test_training_leaves_all_that_is_needed(trained, drawn):
 
 
 def test_evaluation_writes_predictions_and_scores(trained):
-    finished = run("eval.py", "--num-samples", 2, "--split", "train", "--run-name", "scored", cwd=trained)
+    finished = call_script("eval.py", "--num-samples", 2, "--split", "train", "--run-name", "scored", cwd=trained)
     assert finished.returncode == 0, finished.stderr
     predictions = (trained / "logs/scored/predictions.jsonl").read_text().splitlines()
     assert len(predictions) == 2
@@ -71,7 +62,8 @@ def test_evaluation_writes_predictions_and_scores(trained):
     assert not (trained / "blip2-finetuned/scores.json").exists()  # they are of pictures that it was trained on
     for text in ("BLEU-1", "BLEU-4", "prediction:", "reference:", "facts F1"):
         assert text in finished.stdout
-    rescored = run("eval.py", "--predictions", "logs/scored/predictions.jsonl", "--run-name", "again", cwd=trained)
+    flags = ["--predictions", "logs/scored/predictions.jsonl", "--run-name", "again"]
+    rescored = call_script("eval.py", *flags, cwd=trained)
     assert rescored.returncode == 0, rescored.stderr
     again = json.loads((trained / "logs/again/scores.json").read_text())
     assert again["scores"] == scores["scores"]
@@ -80,7 +72,7 @@ def test_evaluation_writes_predictions_and_scores(trained):
 
 def test_the_same_seed_gives_the_same_captions(trained):
     for name in ("one", "two"):
-        assert run("eval.py", "--num-samples", 2, "--run-name", name, cwd=trained).returncode == 0
+        assert call_script("eval.py", "--num-samples", 2, "--run-name", name, cwd=trained).returncode == 0
     one, two = ((trained / f"logs/{name}/predictions.jsonl").read_text() for name in ("one", "two"))
     assert one == two
 
@@ -88,7 +80,7 @@ def test_the_same_seed_gives_the_same_captions(trained):
 def test_fast_generation_gives_the_same_captions(trained):
     for name, flags in {"slow": ["off"], "fast": ["on", "--batch-size", 3]}.items():
         flags = ["--num-samples", "all", "--greedy", "--run-name", name, "--fast-generation", *flags]
-        finished = run("eval.py", *flags, cwd=trained)
+        finished = call_script("eval.py", *flags, cwd=trained)
         assert finished.returncode == 0, finished.stderr
         assert " a second" in finished.stdout
     slow, fast = ((trained / f"logs/{name}/predictions.jsonl").read_text() for name in ("slow", "fast"))
@@ -102,18 +94,18 @@ def test_model_card_has_the_scores_of_most_pictures(trained):
     (adapter / "scores.json").unlink(missing_ok=True)
     write_model_card(adapter)  # other tests score it too
     for flags in (["--blank"], []):  # black pictures say nothing of the adapter
-        finished = run("eval.py", "--num-samples", 1, *flags, "--run-name", "card", cwd=trained)
+        finished = call_script("eval.py", "--num-samples", 1, *flags, "--run-name", "card", cwd=trained)
         assert finished.returncode == 0, finished.stderr
         assert ("1 pictures of the test split" in (adapter / "README.md").read_text()) == (not flags)
     scores = json.loads((adapter / "scores.json").read_text())
     (adapter / "scores.json").write_text(json.dumps(scores | {"n": 100}))
-    assert "keeps its scores" in run("eval.py", "--num-samples", 1, "--run-name", "card", cwd=trained).stdout
+    assert "keeps its scores" in call_script("eval.py", "--num-samples", 1, "--run-name", "card", cwd=trained).stdout
     assert json.loads((adapter / "scores.json").read_text())["n"] == 100
 
 
 def test_floors_that_need_a_model(trained):
     flags = ["--num-samples", 2, "--split", "train", "--greedy", "--model-floors"]
-    finished = run("eval.py", *flags, "--run-name", "floors", cwd=trained)
+    finished = call_script("eval.py", *flags, "--run-name", "floors", cwd=trained)
     assert finished.returncode == 0, finished.stderr
     rows = [json.loads(line) for line in (trained / "logs/floors/predictions.jsonl").read_text().splitlines()]
     for row in rows:  # a training picture is nearest to itself
@@ -132,7 +124,7 @@ def test_own_pictures(trained, drawn, tmp_path):
         shutil.copy(picture, folder / "deeper" / f"{number}.jpg" if number % 2 else folder / f"{number}.jpg")
     (folder / "broken.jpg").write_bytes(b"no picture")
     flags = ["--images", folder, "--greedy", "--run-name", "own", "--batch-size", 1]
-    finished = run("eval.py", *flags, cwd=trained)
+    finished = call_script("eval.py", *flags, cwd=trained)
     assert finished.returncode == 0, finished.stderr
     assert "1 pictures can't be read" in finished.stdout and "broken.jpg" in finished.stdout
     lines = (trained / "logs/own/captions.jsonl").read_text().splitlines()
@@ -143,16 +135,16 @@ def test_own_pictures(trained, drawn, tmp_path):
     assert (trained / "logs/own/report.html").is_file()
 
     (trained / "logs/own/captions.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:30])  # killed as it wrote
-    again = run("eval.py", *flags, cwd=trained)
+    again = call_script("eval.py", *flags, cwd=trained)
     assert again.returncode == 0, again.stderr
     assert "2 of 5 pictures were captioned before" in again.stdout
     assert (trained / "logs/own/captions.jsonl").read_text().splitlines() == lines
     for content in ("", "{"):
         (trained / "logs/own/settings.json").write_text(content)
-        damaged = run("eval.py", *flags, cwd=trained)
+        damaged = call_script("eval.py", *flags, cwd=trained)
         assert damaged.returncode == 2 and "earlier run" in damaged.stderr
     (trained / "logs/own/settings.json").write_text("{}")
-    other = run("eval.py", "--images", folder, "--run-name", "own", cwd=trained)
+    other = call_script("eval.py", "--images", folder, "--run-name", "own", cwd=trained)
     assert other.returncode == 2 and "other settings" in other.stderr
 
 
@@ -190,7 +182,7 @@ def test_stored_vision_trains_to_the_same_adapter(tmp_path, drawn, tiny_checkpoi
     weights = []
     for gib in (0, 1):
         output = tmp_path / str(gib)
-        finished = run("main.py", *data_flags(drawn, tiny_checkpoint), *flags, "--vision-store-gib", gib,
+        finished = call_script("main.py", *data_flags(drawn, tiny_checkpoint), *flags, "--vision-store-gib", gib,
                        "--output", output, cwd=tmp_path)  # fmt: skip
         assert finished.returncode == 0, finished.stderr
         assert ("outputs are stored" in finished.stdout) == bool(gib)
@@ -216,7 +208,7 @@ def bad_inputs(drawn, checkpoint, empty):
 def test_bad_input_is_one_message(tmp_path, drawn, tiny_checkpoint, case):
     (tmp_path / "empty").mkdir()
     flags, message = bad_inputs(drawn, tiny_checkpoint, tmp_path / "empty")[case]
-    failed = run("main.py", *flags, cwd=tmp_path, HOME=tmp_path, WANDB_API_KEY="")
+    failed = call_script("main.py", *flags, cwd=tmp_path, HOME=tmp_path, WANDB_API_KEY="")
     assert failed.returncode == 2
     assert "Traceback" not in failed.stderr
     [line] = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
@@ -230,7 +222,7 @@ def test_unreadable_picture_is_one_message(tmp_path, drawn, tiny_checkpoint):
     for picture in (tmp_path / "images").iterdir():
         picture.write_bytes(picture.read_bytes()[:500])
     flags = ["--labels", drawn / "labels.json", "--images", tmp_path / "images", "--model", tiny_checkpoint]
-    failed = run("main.py", *flags, "--dataloader-workers", 1, "--vision-store-gib", 0, cwd=tmp_path)
+    failed = call_script("main.py", *flags, "--dataloader-workers", 1, "--vision-store-gib", 0, cwd=tmp_path)
     assert failed.returncode == 2
     [line] = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
     assert "not readable as a picture" in line
@@ -254,7 +246,7 @@ PREDICTION = '{"name": "a.jpg", "prediction": "There is one car.", "references":
 )
 def test_bad_predictions_are_one_message(tmp_path, content, message):
     (tmp_path / "predictions.jsonl").write_text(content)
-    failed = run("eval.py", "--predictions", "predictions.jsonl", cwd=tmp_path)
+    failed = call_script("eval.py", "--predictions", "predictions.jsonl", cwd=tmp_path)
     assert failed.returncode == 2
     assert message in failed.stderr
     assert "Traceback" not in failed.stderr
@@ -266,13 +258,14 @@ def test_scoring_a_file_needs_no_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('torch is not needed here')")
     shutil.copy(tmp_path / "torch.py", tmp_path / "transformers.py")
     (tmp_path / "predictions.jsonl").write_text(PREDICTION)
-    scored = run("eval.py", "--predictions", "predictions.jsonl", cwd=tmp_path, PYTHONPATH=tmp_path)
-    assert scored.returncode == 0, scored.stderr
-    assert "BLEU-4" in scored.stdout
+    with start_script("eval.py", "--predictions", "predictions.jsonl", cwd=tmp_path, PYTHONPATH=tmp_path) as scoring:
+        out, err = scoring.communicate()
+    assert scoring.returncode == 0, err
+    assert "BLEU-4" in out
 
 
 def test_evaluation_without_a_model(tmp_path):
-    failed = run("eval.py", cwd=tmp_path)
+    failed = call_script("eval.py", cwd=tmp_path)
     assert failed.returncode == 2
     assert "python main.py" in failed.stderr
 
