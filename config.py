@@ -15,7 +15,6 @@ import logging
 import os
 import select
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -31,8 +30,6 @@ DEMO_SCENES = 1400  # drawn for --demo: 800 to train, 80 to validate, 520 to tes
 
 # On a CPU bitsandbytes warns at import that an optional kernel, which it would fetch from the hub, is not there.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-# transformers warns of names that the oldest release we support does not know the successors of.
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 @contextmanager

@@ -212,8 +212,7 @@ def make_arguments(config: TrainConfig, device: torch.device) -> TrainingArgumen
         output_dir=str(checkpoint_folder(config.output)),
         num_train_epochs=config.num_train_epochs,
         max_steps=config.max_steps,
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        **(checkpoint_activations() if config.gradient_checkpointing else {}),
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         warmup_steps=config.warmup_ratio,  # below 1 it is a share of all steps
@@ -245,6 +244,13 @@ def make_arguments(config: TrainConfig, device: torch.device) -> TrainingArgumen
     if "LOCAL_RANK" not in os.environ and arguments.n_gpu > 1:
         arguments._n_gpu = 1  # without a launcher Trainer would multiply the batch by the GPUs, and use one
     return arguments
+
+
+def checkpoint_activations() -> dict:
+    """TrainingArguments that recompute activations, under the name that the installed transformers has for them."""
+    known = TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def set_micro_batch(arguments: TrainingArguments, micro_batch: int, batch_size: int) -> None:

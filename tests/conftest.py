@@ -5,9 +5,12 @@ import gc
 import importlib
 import io
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 from unittest import mock
 
 # before torch is imported; two processes test at once, and with two threads each they would wait for each other
@@ -21,6 +24,22 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "bdd100k"  # real samples, which are not ours to ship: tests of them skip without
 
 needs_real_samples = pytest.mark.skipif(not SHARED.is_dir(), reason="the real BDD100K samples are not here")
+
+
+def skip_without(what: str, reason: str) -> NoReturn:
+    """Skip the test or module that lacks `what`; fail it where TESTS_MUST_RUN, which .ci/run sets, names that."""
+    if what in os.environ.get("TESTS_MUST_RUN", "").split():
+        pytest.fail(f"{reason}: tests that need {what} must run on this machine", pytrace=False)
+    pytest.skip(reason, allow_module_level=True)
+
+
+def import_kernels():
+    """The module of the Triton kernels."""
+    try:
+        import gpu_kernels
+    except ImportError as error:
+        skip_without("triton", f"Triton is not installed ({error})")
+    return gpu_kernels
 
 
 def call_script(script: str, *args, cwd: Path | None = None, **environment) -> subprocess.CompletedProcess:
@@ -95,7 +114,7 @@ def drawn(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
     from demo.draw import draw_dataset
 
@@ -110,7 +129,32 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
+def root() -> None:
+    """For what only root can do: become somebody else, mount a file system."""
+    if os.getuid() != 0:
+        skip_without("root", "only root can do this")
+
+
+@pytest.fixture
+def mount(root) -> Iterator[Callable[[Path, str], Path]]:
+    """mount(folder, size) makes the folder a file system of that size."""
+    mounted = []
+
+    def mount(folder: Path, size: str) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
+            skip_without("root", "needs the right to mount")
+        mounted.append(folder.resolve())
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", folder], capture_output=True, check=False)  # the test may have done it
+
+
+@pytest.fixture(scope="session")
 def settings(scenes, tiny_checkpoint):
     """About 12 frames to train on: 3 steps an epoch, two epochs, dropout, NF4, a worker that decodes."""
     return {
@@ -130,7 +174,7 @@ def settings(scenes, tiny_checkpoint):
     }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory, settings):
     """SHA-256 of the adapter of a run that nobody disturbed, and its folder."""
     from test_training import hash_adapter

@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from conftest import import_kernels
 from transformers import Blip2ForConditionalGeneration, TopPLogitsWarper
 
 import generation
@@ -194,7 +195,7 @@ def test_nucleus_is_drawn_from_the_most_likely_tokens():
 
 def test_kernels_give_the_same_captions(tiny_checkpoint, monkeypatch):
     """In Triton's interpreter; the prefix's attention and that of one token are both taken."""
-    kernels = pytest.importorskip("gpu_kernels", reason="Triton is not installed")
+    kernels = import_kernels()
     model, pixels = load(tiny_checkpoint), make_pixels(3)
     expected = FastGenerator(model, 3).generate(pixels, 12)
     calls, attend, attend_one = [], kernels.attend, kernels.attend_one

@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, call_script
 
 from checkpoints import find_damage, hash_file, read_state
 from config import UserError
@@ -69,8 +69,7 @@ def test_scripts_lock_their_folder(tmp_path, drawn, script, flag):
     flags = ["--labels", drawn / "labels.json", "--run-name", "run"]
     flags += ["--images", drawn / "images", "--output", held] if script == "main.py" else []
     with lock_folder(held, "--output"):
-        command = [sys.executable, ROOT / script, *flags]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = call_script(script, *flags, cwd=tmp_path)
     assert done.returncode == 2 and "another run is writing there" in done.stderr and flag in done.stderr, done.stderr
 
 
@@ -82,19 +81,8 @@ def test_other_processes_of_a_run_do_not_lock(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 64 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder]
-    try:
-        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    if not mounted:
-        pytest.skip("needs the right to mount")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+def small_disk(tmp_path, mount):
+    return mount(tmp_path / "disk", "64k")
 
 
 def test_full_disk_keeps_the_file_before(small_disk):
@@ -122,8 +110,7 @@ def try_as_nobody(folder: Path, answers) -> None:
         answers.put(str(error))
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
-def test_lost_permission(tmp_path):
+def test_lost_permission(tmp_path, root):
     for parent in tmp_path.parents[:2]:
         parent.chmod(0o755)
     tmp_path.chmod(0o755)

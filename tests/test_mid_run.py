@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -32,28 +31,6 @@ from data import Example, lock_folder
 OUTPUT = Path("blip2-finetuned")
 CHECKPOINTS = OUTPUT / "checkpoints"
 REFUSED = "another run is writing there"
-
-
-@pytest.fixture
-def mount(tmp_path) -> Iterator:
-    """mount(folder, size) makes the folder a file system of that size."""
-    mounted = []
-
-    def mount(folder: Path, size: str) -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
-            code = subprocess.run(command, capture_output=True, check=False).returncode
-        except FileNotFoundError:
-            code = 1
-        if code:
-            pytest.skip("needs the right to mount")
-        mounted.append(folder.resolve())
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "-l", folder], capture_output=True, check=False)  # the test may have done it
 
 
 def fill(folder: Path) -> Path:
@@ -371,8 +348,7 @@ def test_a_label_file_vanishes(folder, scenes, monkeypatch, moment, size):
         list(labels.read_labels([path], labels.LabelReport()))
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
-def test_permission_is_lost_in_training(folder, settings, undisturbed, scenes):
+def test_permission_is_lost_in_training(folder, settings, undisturbed, scenes, root):
     """From step 2 on the run may write nothing; what it had saved is kept."""
     for parent in (folder, *folder.parents[:2]):
         parent.chmod(0o755)

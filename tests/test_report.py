@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+from conftest import skip_without
 from PIL import Image
 
 import report
@@ -21,7 +22,6 @@ from report import MAX_BYTES, ReportRow, make_thumbnail, make_thumbnails, to_scr
 SCRIPT = "<script>window.broken = 1</script>"
 IMAGE_TAG = '"><img src=x onerror="window.broken = 1">'
 CHROME, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-needs_browser = pytest.mark.skipif(not (CHROME and DRIVER), reason="no chromium or no chromedriver on this machine")
 
 
 def make_row(number: int, verdict: str = "right", score: float | None = None, **slices: str) -> ReportRow:
@@ -187,6 +187,8 @@ def test_the_whole_file_keeps_to_its_budget(drawn, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def browser():
+    if not (CHROME and DRIVER):
+        skip_without("browser", "no chromium or no chromedriver on this machine")
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -278,7 +280,6 @@ def focused_name(browser) -> str | None:
     return browser.execute_script("return document.activeElement.querySelector('.name')?.textContent")
 
 
-@needs_browser
 def test_nothing_from_outside_runs_and_nothing_is_fetched(browser, pages):
     open_page(browser, pages / "small.html")
     press(browser, "/", "<script>")
@@ -299,7 +300,6 @@ def test_nothing_from_outside_runs_and_nothing_is_fetched(browser, pages):
     assert all(url.startswith(("file:", "data:")) for url in asked), asked
 
 
-@needs_browser
 def test_the_policy_stops_requests_and_other_scripts(browser, pages):
     open_page(browser, pages / "small.html")
     browser.execute_script(
@@ -317,7 +317,6 @@ def test_the_policy_stops_requests_and_other_scripts(browser, pages):
     assert browser.execute_script("return window.broken ?? 0") == 0
 
 
-@needs_browser
 def test_filters_search_and_order(browser, pages):
     open_page(browser, pages / "small.html")
     tallies = browser.execute_script("return [...document.querySelectorAll('.tally')].map((e) => e.textContent)")
@@ -351,7 +350,6 @@ def test_filters_search_and_order(browser, pages):
     assert sorted(read_names(browser)) == ["00002.jpg", "00003.jpg"], "a slice's name shows its pictures"
 
 
-@needs_browser
 def test_the_keyboard_is_enough(browser, pages):
     open_page(browser, pages / "small.html")
     set_value(browser, "#order", "by name")
@@ -374,7 +372,6 @@ def test_the_keyboard_is_enough(browser, pages):
     assert browser.get_log("browser") == []
 
 
-@needs_browser
 def test_scores_are_shown_as_precisely_as_they_are_known(browser, pages):
     open_page(browser, pages / "small.html")
     cells = "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)"
@@ -392,7 +389,6 @@ def test_scores_are_shown_as_precisely_as_they_are_known(browser, pages):
     assert "6 pictures, 5 shown" in footer and "this file: " in footer
 
 
-@needs_browser
 def test_pictures_are_decoded_and_missing_ones_said(browser, pages):
     open_page(browser, pages / "small.html")
     assert browser.execute_script("return document.querySelectorAll('.card img').length") == 5
@@ -402,7 +398,6 @@ def test_pictures_are_decoded_and_missing_ones_said(browser, pages):
     assert "no picture" in browser.execute_script("return document.getElementById('feed').textContent.toWellFormed()")
 
 
-@needs_browser
 def test_own_pictures_are_a_gallery_alone(browser, pages):
     open_page(browser, pages / "own.html")
     assert browser.execute_script("return [...document.querySelectorAll('main > section:not([hidden])')].length") == 1
@@ -416,7 +411,6 @@ def test_own_pictures_are_a_gallery_alone(browser, pages):
     assert browser.get_log("browser") == []
 
 
-@needs_browser
 @pytest.mark.parametrize("width", [360, 390, 768])
 def test_no_width_scrolls_sideways(browser, pages, width):
     open_page(browser, pages / "small.html", width)
@@ -428,7 +422,6 @@ def test_no_width_scrolls_sideways(browser, pages, width):
     )
 
 
-@needs_browser
 def test_ten_thousand_rows_keep_few_cards_in_the_page(browser, pages):
     open_page(browser, pages / "many.html")
     cards = "return document.querySelectorAll('.card').length"

@@ -2,12 +2,10 @@
 
 import json
 import random
-import subprocess
-import sys
 
 import fastjsonschema
 import pytest
-from conftest import ROOT
+from conftest import ROOT, call_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_captions import all_facts
@@ -31,11 +29,6 @@ def references(drawn):
 
 def predict(references, change=lambda name, text: text):
     return [Prediction(name, change(name, text), [text]) for name, text in references.items()]
-
-
-def run(*args, cwd):
-    command = [sys.executable, ROOT / "eval.py", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
 
 
 def test_perfect_predictions_reach_the_maximum(references):
@@ -71,7 +64,7 @@ def test_shuffled_predictions_fall_to_the_floor(references):
 
 def test_the_command_writes_what_the_schema_says(references, tmp_path):
     write_predictions(tmp_path / "p.jsonl", predict(references, lambda name, text: text.replace("car", "bus")))
-    finished = run("--predictions", "p.jsonl", "--run-name", "one", cwd=tmp_path)
+    finished = call_script("eval.py", "--predictions", "p.jsonl", "--run-name", "one", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     scores = json.loads((tmp_path / "logs/one/scores.json").read_text())
     validate(scores)
@@ -91,7 +84,9 @@ def test_a_csv_and_references_apart_score_the_same(references, tmp_path):
     (tmp_path / "captions.csv").write_text(
         "\n".join(["name,raw_caption", *(f'{name},"{text}"' for name, text in captions)]) + "\n"
     )
-    finished = run("--predictions", "theirs.csv", "--references", "captions.csv", "--run-name", "r", cwd=tmp_path)
+    finished = call_script(
+        "eval.py", "--predictions", "theirs.csv", "--references", "captions.csv", "--run-name", "r", cwd=tmp_path
+    )
     assert finished.returncode == 0, finished.stderr
     scores = json.loads((tmp_path / "logs/r/scores.json").read_text())
     validate(scores)
@@ -108,7 +103,9 @@ def test_facts_come_from_labels_where_they_are_given(drawn, tmp_path):
     frames = list(read_labels([drawn / "labels.json"], LabelReport()))
     rows = [Prediction(frame.name, describe(frame.facts), ["Cars on a road at night."]) for frame in frames[:-1]]
     write_predictions(tmp_path / "p.jsonl", [*rows, Prediction("unknown.jpg", "x", ["y"])])
-    finished = run("--predictions", "p.jsonl", "--labels", drawn / "labels.json", "--run-name", "r", cwd=tmp_path)
+    finished = call_script(
+        "eval.py", "--predictions", "p.jsonl", "--labels", drawn / "labels.json", "--run-name", "r", cwd=tmp_path
+    )
     assert finished.returncode == 0, finished.stderr
     scores = json.loads((tmp_path / "logs/r/scores.json").read_text())
     validate(scores)
@@ -120,7 +117,7 @@ def test_facts_come_from_labels_where_they_are_given(drawn, tmp_path):
 def test_comparison_on_the_command_line(references, tmp_path):
     write_predictions(tmp_path / "a.jsonl", predict(references, lambda name, text: text.replace("car", "bus")))
     write_predictions(tmp_path / "b.jsonl", predict(references)[:-1])
-    finished = run("--compare", "a.jsonl", "b.jsonl", "--run-name", "r", cwd=tmp_path)
+    finished = call_script("eval.py", "--compare", "a.jsonl", "b.jsonl", "--run-name", "r", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     compared = json.loads((tmp_path / "logs/r/comparison.json").read_text())
     assert (compared["n"], compared["only_in_one"], compared["only_in_other"]) == (len(references) - 1, 1, 0)
@@ -197,7 +194,7 @@ def test_references_without_a_fact_are_not_scored_on_facts(tmp_path):
     """Somebody's free text: BLEU, and null for the facts; the command says so and ends well. Odd characters print."""
     rows = [Prediction(f"{i}.jpg", "There is one car. \ud800", ["Cars drive along a street."]) for i in range(12)]
     write_predictions(tmp_path / "p.jsonl", rows)
-    finished = run("--predictions", "p.jsonl", "--run-name", "r", cwd=tmp_path)
+    finished = call_script("eval.py", "--predictions", "p.jsonl", "--run-name", "r", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     scores = json.loads((tmp_path / "logs/r/scores.json").read_text())
     validate(scores)

@@ -13,6 +13,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import import_kernels
 from test_training import stop_at, train
 from torch.utils.checkpoint import checkpoint
 
@@ -133,7 +134,7 @@ def test_dropout_is_that_of_lora(tiny_checkpoint, rows, monkeypatch):
 @pytest.fixture
 def kernels(monkeypatch):
     """The Triton kernels in use on the CPU, in Triton's interpreter."""
-    pytest.importorskip("gpu_kernels", reason="Triton is not installed")
+    import_kernels()
     monkeypatch.setattr("layers.use_kernels", lambda x: True)
     monkeypatch.setattr("caption_loss.use_kernels", lambda x: True)
 
@@ -248,7 +249,7 @@ def test_kernels_of_a_small_model_are_those_of_training(tiny_checkpoint, packed,
         def __call__(self, *args, **options):  # by another kernel
             return self.kernel(*args, **options)
 
-    gpu_kernels = pytest.importorskip("gpu_kernels")
+    gpu_kernels = import_kernels()
     for name, kernel in vars(gpu_kernels).items():
         if name.startswith("_") and hasattr(kernel, "fn"):
             monkeypatch.setattr(gpu_kernels, name, Recorder(kernel))
