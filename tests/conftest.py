@@ -20,6 +20,8 @@ if "TEST_ON_GPU" not in os.environ:  # set for test_gpu_kernels.py alone
 
 import pytest
 
+import config
+
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "bdd100k"  # real samples, which are not ours to ship: tests of them skip without
 
@@ -42,34 +44,40 @@ def import_kernels():
     return gpu_kernels
 
 
-def call_script(script: str, *args, cwd: Path | None = None, **environment) -> subprocess.CompletedProcess:
-    """What `python script args` prints and the code it ends with, in this process: without the seconds of its imports.
+def capture(call: Callable[[], object], cwd: Path | None = None, **environment) -> subprocess.CompletedProcess:
+    """What a call prints and the exit code it ends with, in a folder and an environment that end with it.
 
-    An exception that the script lets through is not caught: where a user would see a traceback, the test fails.
+    Only sys.exit is caught: where a user would see a traceback, the test fails.
     """
-    import config
-
-    module = importlib.import_module(script.removesuffix(".py"))
-    settings = {"main": "TrainConfig", "eval": "EvalConfig", "bdd100k_data_pipeline": "PipelineConfig"}
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
-    argv = [str(ROOT / script), *map(str, args)]
     code = 0
     with (
         contextlib.chdir(cwd or Path.cwd()),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
-        mock.patch.object(sys, "argv", argv),
         mock.patch.dict(os.environ, {name: str(value) for name, value in environment.items()}),
     ):
         try:
-            config.run_script(module.main, config.parse_args(getattr(config, settings[module.__name__])))
+            call()
         except SystemExit as stopped:
             code = stopped.code or 0
         finally:
             config._DONE.clear()  # this process goes on
             gc.unfreeze()
     texts = (stream.buffer.getvalue().decode() for stream in (out, err))
-    return subprocess.CompletedProcess(argv, code, *texts)
+    return subprocess.CompletedProcess(sys.argv, code, *texts)
+
+
+def call_script(script: str, *args, cwd: Path | None = None, **environment) -> subprocess.CompletedProcess:
+    """What `python script args` does, in this process: without the seconds that its imports take."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    settings = {"main": config.TrainConfig, "eval": config.EvalConfig, "bdd100k_data_pipeline": config.PipelineConfig}
+
+    def call() -> None:
+        config.run_script(module.main, config.parse_args(settings[module.__name__]))
+
+    with mock.patch.object(sys, "argv", [str(ROOT / script), *map(str, args)]):
+        return capture(call, cwd, **environment)
 
 
 def start_script(script: str, *args, cwd: Path | None = None, **environment) -> subprocess.Popen:
@@ -180,10 +188,9 @@ def undisturbed(tmp_path_factory, settings):
     from test_training import hash_adapter
 
     import main
-    from config import TrainConfig
 
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        main.main(TrainConfig(**settings))
+        main.main(config.TrainConfig(**settings))
     return hash_adapter(folder), folder
