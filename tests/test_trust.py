@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_training import stop_at, train
 
 import model as blip2
+from checkpoints import seal_checkpoint
 from config import UserError
 from trust import check_adapter_folder, check_model_folder
 
@@ -135,18 +137,23 @@ def test_an_adapter_of_another_vocabulary_is_refused(adapter, copy):
         blip2.load_finetuned(adapter, CPU)
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, settings) -> Path:
+    """A folder with a run that was stopped after its second step."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.chdir(folder)
+        stop_at(patch, 2)
+        train(settings)
+    return folder
+
+
 @pytest.mark.parametrize(
     "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.bin", "optimizer.bin"]
 )
-def test_a_pickle_in_a_checkpoint_does_not_run(folder, settings, tmp_path, name):
+def test_a_pickle_in_a_checkpoint_does_not_run(folder, settings, stopped, tmp_path, name):
     """Planted with a manifest that vouches for it."""
-    from test_training import stop_at, train
-
-    from checkpoints import seal_checkpoint
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        stop_at(patch, 2)
-        train(settings)
+    shutil.copytree(stopped, folder, dirs_exist_ok=True)
     checkpoint = folder / "blip2-finetuned/checkpoints/checkpoint-2"
     if name == "adapter_model.bin":
         (checkpoint / "adapter_model.safetensors").unlink()
