@@ -15,6 +15,7 @@ gpu_kernels = import_kernels()
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32]
+slow = pytest.mark.slow  # Triton's interpreter takes seconds: the quick tests have one case of each kernel
 SEED = torch.tensor([123456789], device=DEVICE)
 
 
@@ -39,7 +40,15 @@ def masks_of(groups, rows, width, dropout, site=3):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("groups", "relu", "programs"), [(1, True, 1056), (1, True, 1), (2, False, 1), (3, True, 4)])
+@pytest.mark.parametrize(
+    ("groups", "relu", "programs"),
+    [
+        (1, True, 1),
+        pytest.param(1, True, 1056, marks=slow),
+        pytest.param(2, False, 1, marks=slow),
+        pytest.param(3, True, 4, marks=slow),
+    ],
+)
 def test_lora_is_torchs(groups, relu, programs, dtype, monkeypatch):
     """Also where a program works on several blocks of rows, the next of which it reads ahead."""
     monkeypatch.setattr("gpu_kernels.PROGRAMS", programs)
@@ -78,7 +87,7 @@ def test_lora_is_torchs(groups, relu, programs, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("count", [1, 40])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=slow), 40])
 def test_parts_are_added_up(count, dtype):
     parts = make(count, 7, 100)
     total = gpu_kernels.add_parts(parts, dtype)
@@ -86,6 +95,7 @@ def test_parts_are_added_up(count, dtype):
     check(total, parts.sum(0), dtype)
 
 
+@slow
 def test_masks_differ_and_have_the_wanted_share():
     masks = masks_of(3, 64, 256, 0.05)
     assert masks.unique().tolist() == pytest.approx([0, 1 / 0.95], rel=1e-4)
@@ -97,6 +107,7 @@ def test_masks_differ_and_have_the_wanted_share():
         assert abs(((masks[0] == 0) & (other == 0)).float().mean() - 0.05**2) < 4 * (0.05**2 / 64 / 256) ** 0.5
 
 
+@slow
 def test_rows_and_columns_tell_nothing_of_each_other():
     """Numbers of a row and of a column make a value's: four at the corners of a rectangle must not hang together."""
     rows, width = 128, 256
@@ -110,8 +121,8 @@ def test_rows_and_columns_tell_nothing_of_each_other():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("with_sum", [True, False])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=slow), 0.5])
+@pytest.mark.parametrize("with_sum", [True, pytest.param(False, marks=slow)])
 def test_residual_norm_is_torchs(dropout, with_sum, dtype):
     rows, width = 9, 200
     torch.manual_seed(0)
@@ -149,11 +160,11 @@ def attention_masks(length, keys, heads, is_causal, dropout, site):
 @pytest.mark.parametrize(
     ("length", "keys", "heads", "width", "is_causal", "dropout"),
     [
-        (70, 70, 2, 40, True, 0.0),
         (33, 33, 2, 80, True, 0.3),
-        (33, 33, 1, 64, True, 0.3),
         (8, 140, 2, 16, False, 0.3),
-        (20, 20, 2, 16, False, 0.0),
+        pytest.param(70, 70, 2, 40, True, 0.0, marks=slow),
+        pytest.param(33, 33, 1, 64, True, 0.3, marks=slow),
+        pytest.param(20, 20, 2, 16, False, 0.0, marks=slow),
     ],
 )
 def test_attention_is_torchs(length, keys, heads, width, is_causal, dropout, dtype):
@@ -181,7 +192,7 @@ def test_attention_is_torchs(length, keys, heads, width, is_causal, dropout, dty
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=slow), 0.3])
 def test_attention_of_packed_rows_is_that_of_each(dropout, dtype):
     """Rows of different lengths, one of them empty, give what rows of one length do, see test_attention_is_torchs."""
     torch.manual_seed(0)
@@ -211,8 +222,8 @@ def test_attention_of_packed_rows_is_that_of_each(dropout, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [16, 40, 80])
-@pytest.mark.parametrize("position", [0, 5, 16, 37])
+@pytest.mark.parametrize("width", [pytest.param(16, marks=slow), 40, pytest.param(80, marks=slow)])
+@pytest.mark.parametrize("position", [*(pytest.param(n, marks=slow) for n in (0, 5, 16)), 37])
 def test_attention_of_one_token_is_torchs(position, width, dtype):
     """Key and value go into the cache; what is behind them is not read."""
     torch.manual_seed(0)
@@ -227,7 +238,7 @@ def test_attention_of_one_token_is_torchs(position, width, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocabulary", [52, 5000])
+@pytest.mark.parametrize("vocabulary", [52, pytest.param(5000, marks=slow)])
 def test_softmax_nll_is_torchs(vocabulary, dtype):
     torch.manual_seed(0)
     logits = (3 * make(7, vocabulary)).to(dtype)
@@ -243,6 +254,7 @@ def test_softmax_nll_is_torchs(vocabulary, dtype):
     assert not logits[2].any()
 
 
+@slow
 def test_kernels_fit_into_a_small_gpu():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(

@@ -210,6 +210,7 @@ def test_a_bomb_of_labels_is_not_unpacked(tmp_path, monkeypatch):
 # pictures
 
 
+@pytest.mark.slow
 def test_hostile_pictures_take_little_time_and_memory(tmp_path):
     import hostile_pictures as hostile
 
