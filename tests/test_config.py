@@ -117,6 +117,7 @@ def test_config_to_json_has_json_types_only():
     assert config_to_json(TrainConfig(labels=(Path("a"), Path("b"))))["labels"] == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_torchs_compiler_is_not_imported_but_works():
     """bitsandbytes asks for it at import, for functions that are not used here."""
     script = (

@@ -27,6 +27,8 @@ BASE = ROOT / "demo" / "base"
 SCENES = 16
 SHORT = ["--max-steps", "1", "--dataloader-workers", "0"]
 NEVER_FETCHED = {"README.md": b"# BLIP-2", "pytorch_model.bin": bytes(2 << 20)}
+pytestmark = pytest.mark.slow  # the clients read where their servers are when a process imports them
+
 BIG, SMALL = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 PIECE = 10 << 20  # bytes that huggingface_hub writes at once, and resumes from
 CUT = PIECE + (100 << 10)

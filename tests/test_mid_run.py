@@ -70,7 +70,14 @@ def test_disk_of_the_checkpoints_has_too_little_room(folder, settings, undisturb
     assert train(settings, resume=True) == undisturbed[0]
 
 
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "manifest.json"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "optimizer.pt",
+        pytest.param("adapter_model.safetensors", marks=pytest.mark.slow),
+        pytest.param("manifest.json", marks=pytest.mark.slow),
+    ],
+)
 def test_disk_fills_up_while_a_checkpoint_is_written(folder, settings, undisturbed, mount, capsys, file):
     """By another program, after the look at the free room. The checkpoint before it is what the run goes on from."""
     mount(OUTPUT, "32m")
@@ -289,7 +296,7 @@ def test_disk_fills_up_while_eval_writes(folder, undisturbed, mount, file):
 # files that vanish, rights that are lost
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_picture_vanishes_in_training(folder, settings, undisturbed, pictures, workers):
     """The picture is named; once it is back the run goes on."""
     options = {"images": Path("images"), "dataloader_workers": workers, "vision_store_gib": 0.0}
@@ -370,6 +377,7 @@ def test_permission_is_lost_in_training(folder, settings, undisturbed, scenes, r
     assert train(settings, save_minutes=0.0, images=images, resume=True) == undisturbed[0]
 
 
+@pytest.mark.slow
 def test_disk_becomes_read_only_in_training(folder, settings, undisturbed, mount):
     """As Linux makes it when the disk has errors: here a read-only one is put in its place for a while."""
     real = training.Pace.on_step_end
@@ -390,6 +398,7 @@ def test_disk_becomes_read_only_in_training(folder, settings, undisturbed, mount
 # clock
 
 
+@pytest.mark.slow
 def test_the_clock_goes_backwards_in_training(folder, settings, undisturbed, monkeypatch):
     """By an hour at each look at it, and by a day between a run and the one that goes on."""
     real, back = time.time, itertools.count()
@@ -421,6 +430,7 @@ def test_no_run_writes_over_one_of_the_same_second(folder, monkeypatch):
 # two runs at once
 
 
+@pytest.mark.slow
 def test_two_runs_start_at_once_in_one_folder(folder, settings, undisturbed):
     """One is refused, the other trains as if it were alone."""
     runs = [start(settings) for _ in range(2)]
@@ -431,6 +441,7 @@ def test_two_runs_start_at_once_in_one_folder(folder, settings, undisturbed):
     assert hash_adapter(folder) == undisturbed[0]
 
 
+@pytest.mark.slow
 def test_two_evaluations_start_at_once_under_one_name(folder):
     path = folder / "predictions.jsonl"
     row = {"prediction": "There is one car.", "references": ["There is one car."]}
@@ -472,6 +483,7 @@ def test_launched_processes_hold_their_folder(folder, settings):
 # workers that die
 
 
+@pytest.mark.slow
 def test_a_killed_worker_of_the_training_data_is_noticed(folder, settings, undisturbed, capsys):
     """kill -9 whatever process decodes, once there is a checkpoint: exit code 2, and the run goes on with --resume."""
     options = {"vision_store_gib": 0.0, "save_minutes": 0.0}

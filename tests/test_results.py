@@ -19,6 +19,7 @@ def test_a_section_replaces_its_older_self_and_leaves_the_others(tmp_path):
     assert "msgspec" in text and "commit" in text
 
 
+@pytest.mark.slow
 def test_several_gpus_are_measured_beside_one(tmp_path, capsys, monkeypatch):
     """The benchmark itself with the demo's model, its processes joined by gloo: the same losses."""
     flags = ["--folder", str(tmp_path), "--model", str(ROOT / "demo" / "base"), "--frames", "48", "--batch-size", "4"]

@@ -181,10 +181,16 @@ def test_gradients_of_kernels_are_those_of_their_dropout(tiny_checkpoint, rows, 
         assert ((losses[1] - losses[0]) / 2e-3).item() == pytest.approx(slope.item(), rel=0.02)
 
 
+def checkpoint_activations(model) -> None:
+    """By the name that the installed transformers has for it."""
+    known = hasattr(model, "activation_checkpointing_enable")
+    (model.activation_checkpointing_enable if known else model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
 def test_gradient_checkpointing_changes_nothing(tiny_checkpoint, packed):
     model = load(tiny_checkpoint)
     kept = loss_and_gradients(model, lambda: caption_nll(model, **packed).sum())
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     for layer in model.modules():  # training mode, but for the dropouts
         layer.training = not isinstance(layer, torch.nn.Dropout)
         layer.dropout = 0.0 if isinstance(getattr(layer, "dropout", None), float) else getattr(layer, "dropout", None)
@@ -210,7 +216,7 @@ def test_dropouts_are_the_same_when_activations_are_computed_again(
     monkeypatch.setattr("layers.checkpoint", note)
     kept = run()
     assert not states
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     check_agreement(kept, run(), relative=1e-6)
     assert set(states) == {not is_recordable}
     assert abs(kept[0] - loss_and_gradients(model.eval(), lambda: caption_nll(model, **packed).sum())[0]) > 1e-3
@@ -413,32 +419,33 @@ def test_packed_batches_of_one_size():
     assert list(LengthSampler([3, 1, 2], batch_size=16, window=10, seed=3, packed=True)) != [0, 1, 2]
 
 
-@pytest.mark.parametrize("fast_step", ["off", "on"])
-def test_all_modules_train_in_every_step(folder, settings, monkeypatch, fast_step):
-    """From the first step on, and after validation: OPT's own dropout, and gradient checkpointing, depend on it."""
-    modes, real = [], training.CaptionTrainer.training_step
+@pytest.fixture(scope="module", params=["off", "on"])
+def passes(request, tmp_path_factory, settings):
+    """Of each pass of a run, with and without the fast step: all modules' modes, the versions of LoRA's weights."""
+    modes, versions, real = [], [], training.CaptionTrainer.training_step
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        versions.append([weight._version for weight in model.parameters() if weight.requires_grad])
         loss = real(self, model, inputs, num_items_in_batch)
         modes.append({module.training for module in model.modules()})
         return loss
 
-    monkeypatch.setattr(training.CaptionTrainer, "training_step", training_step)
-    train(settings, fast_step=fast_step)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("passes"))
+        patch.setattr(training.CaptionTrainer, "training_step", training_step)
+        train(settings, fast_step=request.param)
+    return modes, versions
+
+
+def test_all_modules_train_in_every_step(passes):
+    """From the first step on, and after validation: OPT's own dropout, and gradient checkpointing, depend on it."""
+    modes, _ = passes
     assert modes == [{True}] * 12  # passes of 6 steps
 
 
-@pytest.mark.parametrize("fast_step", ["off", "on"])
-def test_each_step_raises_the_versions_of_weights(folder, settings, monkeypatch, fast_step):
+def test_each_step_raises_the_versions_of_weights(passes):
     """By which FastGenerator sees that LoRA was trained; torch's fused optimisers don't."""
-    versions, real = [], training.CaptionTrainer.training_step
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        versions.append([weight._version for weight in model.parameters() if weight.requires_grad])
-        return real(self, model, inputs, num_items_in_batch)
-
-    monkeypatch.setattr(training.CaptionTrainer, "training_step", training_step)
-    train(settings, fast_step=fast_step)
+    _, versions = passes
     steps = versions[::2]  # each of two passes
     assert len(steps) == 6
     for before, after in itertools.pairwise(steps):
@@ -446,7 +453,7 @@ def test_each_step_raises_the_versions_of_weights(folder, settings, monkeypatch,
 
 
 def test_fast_run_is_the_plain_run(folder, settings):
-    """Through main.py: the same losses to rounding, and the same adapter bit for bit when it is stopped and goes on."""
+    """Through main.py: the same losses to rounding."""
     losses = {}
     for name, changes in {"plain": {}, "fast": {"fast_step": "on", "unpack_nf4": "on"}}.items():
         changes |= {"run_name": name, "output": Path(name), "lora_dropout": 0.0, "length_window": 0}  # of one order
@@ -454,6 +461,11 @@ def test_fast_run_is_the_plain_run(folder, settings):
         records = [json.loads(line) for line in Path(f"logs/{name}/metrics.jsonl").read_text().splitlines()]
         losses[name] = [r[key] for r in records for key in ("loss", "eval_loss", "grad_norm") if key in r]
     assert losses["fast"] == pytest.approx(losses["plain"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_stopped_fast_run_goes_on_to_the_same_adapter(folder, settings):
+    """Bit for bit, without a flag that says so."""
     expected = train(settings, fast_step="on")
     halves = TrainConfig(**settings | {"fast_step": "on", "output": Path("halves")})
     with pytest.MonkeyPatch.context() as patch:

@@ -53,7 +53,15 @@ def test_the_same_seed_gives_the_same_adapter(folder, settings, undisturbed):
     assert not (folder / "blip2-finetuned" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("step", [1, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 1, 2 * STEPS_PER_EPOCH])
+@pytest.mark.parametrize(
+    "step",
+    [
+        STEPS_PER_EPOCH,
+        STEPS_PER_EPOCH + 1,
+        pytest.param(1, marks=pytest.mark.slow),
+        pytest.param(2 * STEPS_PER_EPOCH, marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_run_goes_on_to_the_same_adapter(folder, settings, undisturbed, step, capsys):
     """SIGTERM in the midst and at the end of an epoch; the command that goes on is named."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
@@ -269,6 +277,7 @@ def test_captions_of_each_epoch_leave_no_trace_in_the_adapter(folder, settings, 
     assert all(record["samples_per_second"] > 0 for record in records if "loss" in record)
 
 
+@pytest.mark.slow
 def test_logged_speed_is_that_of_training_alone(folder, settings, monkeypatch):
     pause = 2.0  # seconds that a validation and a checkpoint take longer
 
