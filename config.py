@@ -258,7 +258,13 @@ DEMO = {
         "train_share": 800 / DEMO_SCENES,
         "val_share": 80 / DEMO_SCENES,
     },
-    EvalConfig: {"adapter": Path("blip2-finetuned-demo"), "num_samples": 200, "greedy": True, "batch_size": 100},
+    EvalConfig: {
+        "adapter": Path("blip2-finetuned-demo"),
+        "num_samples": 200,
+        "greedy": True,
+        "batch_size": 100,
+        "fast_generation": "on",
+    },
 }
 
 Config = TypeVar("Config", PipelineConfig, TrainConfig, EvalConfig)

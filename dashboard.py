@@ -181,12 +181,14 @@ class ValidationCaptions(TrainerCallback):
         return texts
 
     def make_generator(self, model) -> FastGenerator | None:
-        """The fast way to caption, on a GPU with room for it. Weights and graphs stay there until training ends."""
-        if self.generator is None and torch.cuda.is_available() and supports(model):
-            torch.cuda.empty_cache()
-            free = torch.cuda.mem_get_info()[0]
-            if max_batch(model, self.generation.max_new_tokens, free) >= max(ROOM, self.count):
-                self.generator = FastGenerator(model, self.count)
+        """The fast way to caption, on a CPU or a GPU with room for it. Weights and graphs stay until training ends."""
+        if self.generator is None and supports(model):
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+                free = torch.cuda.mem_get_info()[0]
+                if max_batch(model, self.generation.max_new_tokens, free) < max(ROOM, self.count):
+                    return None
+            self.generator = FastGenerator(model, self.count)
         return self.generator
 
     def write(self, epoch: float, examples: Sequence, texts: list[str]) -> None:

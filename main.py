@@ -604,6 +604,8 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
             unreadable |= reasons
         splits = leave_out_unreadable(splits, unreadable)
         print("the frozen ViT's outputs are stored: it is not needed in training")
+    if config.demo:
+        torch.set_num_threads(1)  # of steps as small as the demo's, several threads mostly wait for each other
     state["data"] = fingerprint_data(splits)
     if unfinished:
         refuse_changes(config.output, unfinished, state)
