@@ -9,6 +9,7 @@ failed: both must end by themselves.
 `launch` starts `accelerate launch` itself, for tests of what the launcher does.
 """
 
+import itertools
 import multiprocessing.forkserver
 import os
 import runpy
@@ -68,13 +69,15 @@ def start_server() -> None:
 def start_ranks(script: Path, *args, cwd: Path, how: tuple = BY_DDP) -> Iterator[Ended]:
     """Run the script in two ranks; what came of them is there when the block ends, in which a test may do other work.
 
-    Raises AssertionError for a rank that has not ended by then.
+    Raises AssertionError if a rank has not ended SECONDS later.
     """
     start_server()
     ended = Ended()
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # where they meet, as the launcher's
     with tempfile.TemporaryDirectory() as folder:
         files = [(Path(folder, f"{rank}.out"), Path(folder, f"{rank}.err")) for rank in range(2)]
+        for path in itertools.chain(*files):
+            path.touch()
         command = [str(script), *map(str, args)]
         ranks = [
             SERVER.Process(target=_run, args=(command, cwd, make_environment(rank, store.port, how), *files[rank]))
@@ -92,7 +95,9 @@ def start_ranks(script: Path, *args, cwd: Path, how: tuple = BY_DDP) -> Iterator
             for rank in ranks:
                 rank.kill()
                 rank.join()
-            ended.outs, ended.errs = ([path.read_text() for path in paths] for paths in zip(*files, strict=True))
+            ended.outs, ended.errs = (
+                [path.read_text(errors="replace") for path in paths] for paths in zip(*files, strict=True)
+            )
     assert None not in ended.codes, f"exit codes after {SECONDS} s: {ended.codes}\n{ended.out}\n{ended.err}"
 
 

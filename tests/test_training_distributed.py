@@ -180,7 +180,7 @@ def test_two_stopped_processes_go_on_to_the_same_adapter(folder, train_two):
 
 
 @pytest.mark.parametrize("what", ["loss = loss * float('nan')", slow("self.flat[0] = float('nan')"), slow("")])
-def test_a_number_that_is_none_in_one_process_stops_both(folder, train_two, what):
+def test_nan_in_one_process_stops_both(folder, train_two, what):
     """The batch is named by both, whichever had it, and neither waits for the other."""
     done = train_two("two", patch=(NAN if what else SENT_NAN).format(steps=STEPS_PER_EPOCH, what=what))
     assert done.codes == [2, 2]
@@ -241,7 +241,7 @@ def test_a_stopped_run_of_spread_weights_goes_on_to_the_same_adapter(folder, tra
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_no_number_stops_processes_of_spread_weights(folder, train_two):
+def test_nan_stops_processes_of_spread_weights(folder, train_two):
     flags = ("--no-load-in-4bit", None, "--fast-step", "auto")
     done = train_two("two", *flags, patch=FSDP + PLAIN_NAN, how=BY_FSDP)
     assert done.codes == [2, 2]
