@@ -1,59 +1,28 @@
 """eval.py in two processes: the same captions, to the byte, as in one."""
 
-import contextlib
 import csv
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, call_script
+from ranks import launch, start_ranks, start_server
 
-from config import EvalConfig, TrainConfig, parse_args
-
-# `accelerate launch --cpu --num_processes 2` starts one process; with --multi_gpu it starts two wherever it is.
-LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--main_process_port", 0]
 SHARED = "captioning in 2 processes"
 SHORT = ["--max-new-tokens", 20]  # enough to tell captions apart
 
 
-@contextlib.contextmanager
-def launch(*args, cwd):
-    """Start two processes; what they came to is there when the block ends, in which the test may do other work."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *map(str, [*LAUNCH, *args])]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
-        yield process
-        try:
-            process.out, process.err = process.communicate(timeout=200)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # the launcher ends the two
-            raise
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    start_server()
 
 
-def run_here(main, config_class, *flags, cwd):
-    """What `python main.py FLAGS` does, without the seconds of a new process's imports."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as many as launched processes have
-    try:
-        with contextlib.chdir(cwd):
-            main(parse_args(config_class, list(map(str, flags))))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def evaluate(cwd, name, *flags):
+def evaluate(cwd, name, *flags, start=start_ranks):
     """Run eval.py in one process, to logs/one-NAME, and in two, to logs/two-NAME. Returns both, and what two print."""
-    import eval
-
-    with launch(ROOT / "eval.py", *flags, "--run-name", f"two-{name}", cwd=cwd) as two:
-        run_here(eval.main, EvalConfig, *flags, "--run-name", f"one-{name}", cwd=cwd)
+    with start(ROOT / "eval.py", *flags, "--run-name", f"two-{name}", cwd=cwd) as two:
+        one = call_script("eval.py", *flags, "--run-name", f"one-{name}", cwd=cwd)
+    assert one.returncode == 0, one.stderr
     assert two.returncode == 0, two.err
     assert two.out.count(SHARED) == 1
     return cwd / "logs" / f"one-{name}", cwd / "logs" / f"two-{name}", two.out
@@ -62,14 +31,13 @@ def evaluate(cwd, name, *flags):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, drawn, tiny_checkpoint):
     """A folder in which main.py has run; one training picture can't be read any more."""
-    import main
-
     cwd = tmp_path_factory.mktemp("trained")
     shutil.copytree(drawn / "images", cwd / "images")
     flags = ["--labels", drawn / "labels.json", "--images", cwd / "images", "--model", tiny_checkpoint]
     flags += ["--num-train-epochs", 1, "--train-batch-size", 2, "--warmup-ratio", 0, "--learning-rate", 1e-2]
     flags += ["--dataloader-workers", 0, "--val-captions", 0, "--wandb", "disabled"]
-    run_here(main.main, TrainConfig, *flags, cwd=cwd)
+    done = call_script("main.py", *flags, cwd=cwd)
+    assert done.returncode == 0, done.stderr
     with open(cwd / "blip2-finetuned/split.csv", newline="") as file:
         training = [row["image"] for row in csv.DictReader(file) if row["split"] == "train"]
     assert len(training) >= 6
@@ -90,10 +58,11 @@ def test_sampled_captions_are_the_same(trained):
     assert json.loads((two / "scores.json").read_text())["n"] == len(predictions.splitlines())
 
 
+@pytest.mark.slow
 def test_greedy_captions_and_floors_are_the_same(trained):
-    """One batch for two processes; the picture that can't be read is left out of both."""
+    """By the real launcher. One batch for two processes; the picture that can't be read is left out of both."""
     flags = ["--split", "train", "--num-samples", "all", "--batch-size", 16, "--greedy", "--model-floors", *SHORT]
-    one, two, output = evaluate(trained, "greedy", *flags)
+    one, two, output = evaluate(trained, "greedy", *flags, start=launch)
     predictions = (one / "predictions.jsonl").read_bytes()
     assert (two / "predictions.jsonl").read_bytes() == predictions
     rows = [json.loads(line) for line in predictions.splitlines()]
@@ -102,10 +71,8 @@ def test_greedy_captions_and_floors_are_the_same(trained):
     assert json.loads((two / "scores.json").read_text())["left_out"] == {"unreadable pictures": 1}
 
 
-def test_own_pictures_are_captioned_the_same(trained, drawn, tmp_path, capsys):
+def test_own_pictures_are_captioned_the_same(trained, drawn, tmp_path):
     """Seven pictures of which one can't be read, in batches of two; one process goes on with what two began."""
-    import eval
-
     for number, picture in enumerate(sorted((drawn / "images").iterdir())[:6]):
         shutil.copy(picture, tmp_path / f"{number}.jpg")
     (tmp_path / "1b.jpg").write_bytes(b"no picture")
@@ -118,8 +85,8 @@ def test_own_pictures_are_captioned_the_same(trained, drawn, tmp_path, capsys):
 
     lines = captions.splitlines(keepends=True)
     (two / "captions.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:20])  # stopped within the third batch
-    run_here(eval.main, EvalConfig, *flags, "--run-name", "two-own", cwd=trained)
-    assert "4 of 7 pictures were captioned before" in capsys.readouterr().out
+    again = call_script("eval.py", *flags, "--run-name", "two-own", cwd=trained)
+    assert again.returncode == 0 and "4 of 7 pictures were captioned before" in again.stdout, again.stderr
     assert (two / "captions.jsonl").read_bytes() == captions
 
 
@@ -139,12 +106,11 @@ config.run_script(eval.main, config.parse_args(config.EvalConfig))
 
 def test_gpus_with_unequal_room_share_the_smaller_batches(trained):
     """Room as the processes see it is made up: there is a CPU alone."""
-    import eval
-
     (trained / "unequal.py").write_text(UNEQUAL)
     flags = ["--num-samples", "all", "--split", "train", "--fast-generation", "on", *SHORT]
-    with launch("unequal.py", *flags, "--run-name", "unequal", cwd=trained) as unequal:
-        run_here(eval.main, EvalConfig, *flags, "--batch-size", 2, "--run-name", "equal", cwd=trained)
+    with start_ranks(trained / "unequal.py", *flags, "--run-name", "unequal", cwd=trained) as unequal:
+        equal = call_script("eval.py", *flags, "--batch-size", 2, "--run-name", "equal", cwd=trained)
+    assert equal.returncode == 0, equal.stderr
     assert unequal.returncode == 0, unequal.err
     predictions = (trained / "logs" / "equal" / "predictions.jsonl").read_bytes()
     assert len(predictions.splitlines()) > 4
@@ -166,28 +132,33 @@ config.run_script(lambda _: print("went on", eval.gather(work)), None)
 """
 
 
-def test_no_process_waits_for_one_that_failed(tmp_path):
+@pytest.mark.parametrize(("who", "codes"), [("both", [2, 0]), ("second", [0, 2])])
+def test_no_process_waits_for_one_that_failed(tmp_path, who, codes):
     """And an error that the user can mend is printed once."""
     (tmp_path / "failing.py").write_text(FAILING)
-    with (
-        launch("failing.py", "both", cwd=tmp_path) as both,
-        launch("failing.py", "second", cwd=tmp_path) as second,
-        launch("failing.py", "crash", cwd=tmp_path) as crash,
-    ):
+    with start_ranks(tmp_path / "failing.py", who, cwd=tmp_path) as failed:
         pass
-    for failed in (both, second, crash):
-        assert failed.returncode != 0
-        assert "went on" not in failed.out
-    for failed, message in ((both, "error: mend me, 0"), (second, "error: mend me, 1")):
-        assert [line for line in failed.err.splitlines() if line.startswith("error: ")] == [message]
-    assert "RuntimeError: broken" in crash.err
+    assert failed.codes == codes
+    assert "went on" not in failed.out
+    message = {"both": "error: mend me, 0", "second": "error: mend me, 1"}[who]
+    assert [line for line in failed.err.splitlines() if line.startswith("error: ")] == [message]
+
+
+@pytest.mark.slow
+def test_the_launcher_ends_a_process_that_waits_for_one_that_crashed(tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    with launch(tmp_path / "failing.py", "crash", cwd=tmp_path) as failed:
+        pass
+    assert failed.returncode != 0
+    assert "went on" not in failed.out
+    assert "RuntimeError: broken" in failed.err
 
 
 def test_files_are_scored_by_one_process(tmp_path):
     row = {"name": "a.jpg", "prediction": "There is one car.", "references": ["There are 2 cars."]}
     (tmp_path / "predictions.jsonl").write_text(json.dumps(row) + "\n")
     flags = ["--predictions", "predictions.jsonl", "--run-name", "scored"]
-    with launch(ROOT / "eval.py", *flags, cwd=tmp_path) as scored:
+    with start_ranks(ROOT / "eval.py", *flags, cwd=tmp_path) as scored:
         pass
     assert scored.returncode == 0, scored.err
     assert scored.out.count("scores.json and report.html in ") == 1

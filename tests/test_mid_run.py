@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT
-from test_eval_distributed import LAUNCH
+from ranks import LAUNCH
 from test_machine import wait_for_lock
 from test_training import hash_adapter, stop_at, train
 
@@ -453,6 +453,7 @@ def test_two_evaluations_start_at_once_under_one_name(folder):
     assert json.loads(Path("logs/run/scores.json").read_text())["n"] == 6000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["main.py", "eval.py"])
 def test_launched_processes_are_refused_a_folder_that_is_held(folder, settings, undisturbed, pictures, script):
     """Both of them end, and one tells why."""
@@ -464,8 +465,8 @@ def test_launched_processes_are_refused_a_folder_that_is_held(folder, settings, 
     assert run.returncode and error.count(REFUSED) == 1, error
 
 
-def test_launched_processes_hold_their_folder(folder, settings):
-    """A second run is refused while two processes train, and not after."""
+def test_launched_processes_train_and_hold_their_folder(folder, settings):
+    """`accelerate launch main.py`. A second run is refused while two processes train, and not after."""
     run = start(settings, "main.py", *map(str, LAUNCH), dataloader_workers=0)
     try:
         while not (CHECKPOINTS / "state.json").exists():
@@ -474,9 +475,11 @@ def test_launched_processes_hold_their_folder(folder, settings):
         with pytest.raises(UserError, match=REFUSED), lock_folder(OUTPUT, "--output"):
             pass
     finally:
-        _, error = run.communicate(timeout=300)
+        said, error = run.communicate(timeout=300)
     assert run.returncode == 0, error
     wait_for_lock(OUTPUT)
+    assert said.count("adapter saved to") == 1
+    assert json.loads((OUTPUT / "run.json").read_text())["world"]["processes"] == 2
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -1,15 +1,15 @@
 """Training in two processes, joined by gloo on the CPU: the same losses and weights as in one."""
 
+import functools
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from conftest import ROOT
+from ranks import BY_DDP, BY_FSDP, Ended, launch, start_ranks, start_server
 from safetensors.torch import load_file
 from test_training import hash_adapter, train
 
@@ -18,6 +18,7 @@ from config import UserError
 from speed import LengthSampler
 
 STEPS_PER_EPOCH = 3
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 # what a test puts in the way of main.py; `rank` is the process's place
 NO_DDP = "torch.nn.parallel.DistributedDataParallel.__init__ = None"
@@ -80,33 +81,50 @@ def gather_trainable(model):
     return real_gather(model)
 main.make_arguments, main.gather_trainable = make_arguments, gather_trainable
 """
-BY_FSDP = ("--config_file", ROOT / "fsdp.yaml", "--mixed_precision", "no")  # exact on a CPU
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    start_server()
 
 
 @pytest.fixture
-def launch(settings, tmp_path):
-    """launch(folder, *flags, patch=source): main.py in two processes; what it printed and its exit code."""
+def train_two(settings, tmp_path):
+    """train_two(folder, *flags, patch=source): main.py in two processes, there; what it printed and its exit codes."""
 
-    # --cpu starts one process; with --multi_gpu it starts two wherever it is
-    def start(folder: str, *flags, patch: str = "", how=("--multi_gpu",)) -> subprocess.CompletedProcess:
+    def train_two(folder: str, *flags, patch: str = "", how=BY_DDP, start=start_ranks) -> Ended:
         Path(folder).mkdir(exist_ok=True)
         script = tmp_path / "patched.py"
         script.write_text(
-            f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch, main, training\n"
-            f"from config import TrainConfig, parse_args, run_script\nrank = int(os.environ['RANK'])\n{patch}\n"
-            "run_script(main.main, parse_args(TrainConfig))\n"
+            "import os, signal, torch, main, training\nfrom config import TrainConfig, parse_args, run_script\n"
+            f"rank = int(os.environ['RANK'])\n{patch}\nrun_script(main.main, parse_args(TrainConfig))\n"
         )
         given = {"--labels": settings["labels"][0], "--images": settings["images"], "--model": settings["model"]}
         given |= {"--num-train-epochs": 2, "--train-batch-size": 4, "--per-device-train-batch-size": 1}
         given |= {"--dataloader-workers": 0, "--warmup-ratio": 0, "--learning-rate": 1e-3, "--logging-steps": 1}
         given |= {"--val-captions": 0, "--wandb": "disabled", "--run-name": "run", "--lora-dropout": 0}
         given |= {"--fast-step": "on", **dict(zip(flags[::2], flags[1::2], strict=True))}
-        command = [sys.executable, "-m", "accelerate.commands.launch", *map(str, how), "--num_processes", "2"]
-        command += ["--main_process_port", "0", str(script)]
-        command += [str(word) for pair in given.items() for word in pair if word is not None]
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        words = [word for pair in given.items() for word in pair if word is not None]
+        with start(script, *words, cwd=Path(folder), how=how) as ended:
+            pass
+        return ended
 
-    return start
+    return train_two
+
+
+@pytest.fixture(scope="module")
+def train_one(settings, tmp_path_factory):
+    """train_one(**changes): the folder where this process has trained as train_two does, but for `changes`."""
+
+    @functools.cache
+    def train_one(**changes) -> Path:
+        folder = tmp_path_factory.mktemp("one")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            train(settings, lora_dropout=0.0, dataloader_workers=0, learning_rate=1e-3, **changes)
+        return folder
+
+    return train_one
 
 
 def list_differences(one: Path, other: Path) -> torch.Tensor:
@@ -115,75 +133,67 @@ def list_differences(one: Path, other: Path) -> torch.Tensor:
     return torch.cat([(a[name] - b[name]).abs().flatten() for name in a])
 
 
-def read_figures(folder: str, *keys: str) -> list[float]:
-    records = [json.loads(line) for line in Path(folder, "logs/run/metrics.jsonl").read_text().splitlines()]
+def read_figures(folder: Path, *keys: str) -> list[float]:
+    records = [json.loads(line) for line in (folder / "logs/run/metrics.jsonl").read_text().splitlines()]
     return [record[key] for record in records for key in keys if key in record]
 
 
-def train_one(settings, **changes) -> None:
-    """Train in folder "one" in this process as `launch` does, but for `changes` and without the fast step."""
-    Path("one").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir("one")
-        train(settings, lora_dropout=0.0, dataloader_workers=0, learning_rate=1e-3, **changes)
-
-
-def check_same_run(relative: float = 1e-4) -> None:
-    """Folders "one" and "two" have the same losses, and the same weights to 1e-6, steps being of 1e-3.
+def check_same_run(one: Path, two: Path) -> None:
+    """The runs of two folders have the same losses to 1e-4 of them, and the same weights to 1e-6, steps being of 1e-3.
 
     One in 1,000 may differ by 1e-4: AdamW divides a gradient near 0, which is the rounding of a sum, by its own size.
     """
-    differences = list_differences(Path("one"), Path("two"))
+    differences = list_differences(one, two)
     assert differences.max() < 1e-4 and (differences > 1e-6).float().mean() < 1e-3
-    losses = [read_figures(name, "loss", "eval_loss", "grad_norm") for name in ("one", "two")]
+    losses = [read_figures(folder, "loss", "eval_loss", "grad_norm") for folder in (one, two)]
     assert len(losses[0]) == 2 * (2 * STEPS_PER_EPOCH + 1)
-    assert losses[0] == pytest.approx(losses[1], rel=relative)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.parametrize(
     ("target", "micro_batch"),
-    [("both", 2), ("both", 1), ("lm", 2)],  # test_training.py has the run without the fast step
+    [("both", 2), slow("both", 1), slow("lm", 2)],  # test_training.py has the run without the fast step
 )
-def test_two_processes_match_one(folder, settings, launch, target, micro_batch):
+def test_two_processes_match_one(folder, train_one, train_two, target, micro_batch):
     """The losses of one process, and its weights; only the main process writes."""
-    train_one(settings, fast_step="on", lora_target=target)
+    one = train_one(fast_step="on", lora_target=target)
     flags = ("--lora-target", target, "--per-device-train-batch-size", micro_batch)
-    done = launch("two", *flags, "--vision-store-gib", 2 - micro_batch, patch=NO_DDP)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("adapter saved to") == 1
-    runs = [json.loads(Path(n, "blip2-finetuned/run.json").read_text()) for n in ("one", "two")]
+    done = train_two("two", *flags, "--vision-store-gib", 2 - micro_batch, patch=NO_DDP)
+    assert done.returncode == 0, done.err[-3000:]
+    assert done.out.count("adapter saved to") == 1
+    runs = [json.loads((run / "blip2-finetuned/run.json").read_text()) for run in (one, Path("two"))]
     assert [run["world"]["processes"] for run in runs] == [1, 2]
-    check_same_run()
+    check_same_run(one, Path("two"))
 
 
-def test_two_stopped_processes_go_on_to_the_same_adapter(folder, launch):
+def test_two_stopped_processes_go_on_to_the_same_adapter(folder, train_two):
     """With dropout; the signal reaches one of them, and both stop."""
     flags = ("--lora-dropout", 0.1, "--learning-rate", 1e-2, "--length-window", 1)
-    done = launch("undisturbed", *flags)
-    assert done.returncode == 0, done.stderr[-3000:]
-    stopped = launch("stopped", *flags, patch=STOP)
-    assert stopped.returncode != 0 and "saved after step 4 of 6" in stopped.stdout
+    done = train_two("undisturbed", *flags)
+    assert done.returncode == 0, done.err[-3000:]
+    stopped = train_two("stopped", *flags, patch=STOP)
+    assert stopped.returncode != 0 and "saved after step 4 of 6" in stopped.out
     assert find_checkpoint(Path("stopped/blip2-finetuned/checkpoints")).name == "checkpoint-4"
-    resumed = launch("stopped", *flags)
-    assert resumed.returncode == 0 and "goes on after step 4 of 6" in resumed.stdout, resumed.stderr[-3000:]
+    resumed = train_two("stopped", *flags)
+    assert resumed.returncode == 0 and "goes on after step 4 of 6" in resumed.out, resumed.err[-3000:]
     assert hash_adapter(Path("stopped")) == hash_adapter(Path("undisturbed"))
 
 
-@pytest.mark.parametrize("what", ["loss = loss * float('nan')", "self.flat[0] = float('nan')", ""])
-def test_a_number_that_is_none_in_one_process_stops_both(folder, launch, what):
+@pytest.mark.parametrize("what", ["loss = loss * float('nan')", slow("self.flat[0] = float('nan')"), slow("")])
+def test_nan_in_one_process_stops_both(folder, train_two, what):
     """The batch is named by both, whichever had it, and neither waits for the other."""
-    done = launch("two", patch=(NAN if what else SENT_NAN).format(steps=STEPS_PER_EPOCH, what=what))
-    assert done.returncode != 0
-    messages = done.stderr.split("error: step 4: the loss is ")[1:]
-    assert 1 <= len(messages) <= 2  # the launcher ends the other as soon as one has ended
-    assert messages[0].count(".jpg") == (1 if "loss" in what else 4)
+    done = train_two("two", patch=(NAN if what else SENT_NAN).format(steps=STEPS_PER_EPOCH, what=what))
+    assert done.codes == [2, 2]
+    for err in done.errs:
+        [message] = err.split("error: step 4: the loss is ")[1:]
+        assert message.count(".jpg") == (1 if "loss" in what else 4)
     assert find_checkpoint(Path("two/blip2-finetuned/checkpoints")).name == "checkpoint-3"
 
 
-def test_processes_with_other_weights_are_refused(folder, launch):
-    done = launch("two", patch=OTHER_SEED)
-    assert done.returncode != 0
-    assert "error: the weights of process 1 are not those of process 0" in done.stderr
+def test_processes_with_other_weights_are_refused(folder, train_two):
+    done = train_two("two", patch=OTHER_SEED)
+    assert done.codes == [2, 2]
+    assert all("error: the weights of process 1 are not those of process 0" in err for err in done.errs)
 
 
 def test_frames_of_a_step_have_about_one_length_in_all_processes():
@@ -206,33 +216,36 @@ def test_frames_of_a_step_have_about_one_length_in_all_processes():
 # FSDP
 
 
-@pytest.mark.parametrize("store", [0, 1])
-def test_spread_weights_match_one_process(folder, settings, launch, store):
-    """fsdp.yaml with gloo, the ViT in the model and taken out of it."""
-    train_one(settings, load_in_4bit=False)
+@pytest.mark.slow
+@pytest.mark.parametrize(("store", "start"), [(0, start_ranks), (1, launch)])
+def test_spread_weights_match_one_process(folder, train_one, train_two, store, start):
+    """fsdp.yaml with gloo, the ViT in the model and taken out of it; the latter by the real launcher."""
+    one = train_one(load_in_4bit=False)
     flags = ("--no-load-in-4bit", None, "--fast-step", "auto", "--vision-store-gib", store)
-    done = launch("two", *flags, patch=FSDP, how=BY_FSDP)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert int(re.search(r"(\d+) weights are spread", done.stdout)[1]) > 50
-    check_same_run()
+    done = train_two("two", *flags, patch=FSDP, how=BY_FSDP, start=start)
+    assert done.returncode == 0, done.err[-3000:]
+    assert int(re.search(r"(\d+) weights are spread", done.out)[1]) > 50
+    check_same_run(one, Path("two"))
 
 
-def test_a_stopped_run_of_spread_weights_goes_on_to_the_same_adapter(folder, launch):
+@pytest.mark.slow
+def test_a_stopped_run_of_spread_weights_goes_on_to_the_same_adapter(folder, train_two):
     flags = ("--no-load-in-4bit", None, "--fast-step", "auto", "--lora-dropout", 0.1, "--length-window", 1)
-    done = launch("undisturbed", *flags, patch=FSDP, how=BY_FSDP)
-    assert done.returncode == 0, done.stderr[-3000:]
-    stopped = launch("stopped", *flags, patch=FSDP + STOP, how=BY_FSDP)
-    assert stopped.returncode != 0 and "saved after step 4 of 6" in stopped.stdout
-    resumed = launch("stopped", *flags, patch=FSDP, how=BY_FSDP)
-    assert resumed.returncode == 0 and "goes on after step 4 of 6" in resumed.stdout, resumed.stderr[-3000:]
+    done = train_two("undisturbed", *flags, patch=FSDP, how=BY_FSDP)
+    assert done.returncode == 0, done.err[-3000:]
+    stopped = train_two("stopped", *flags, patch=FSDP + STOP, how=BY_FSDP)
+    assert stopped.returncode != 0 and "saved after step 4 of 6" in stopped.out
+    resumed = train_two("stopped", *flags, patch=FSDP, how=BY_FSDP)
+    assert resumed.returncode == 0 and "goes on after step 4 of 6" in resumed.out, resumed.err[-3000:]
     assert hash_adapter(Path("stopped")) == hash_adapter(Path("undisturbed"))
 
 
-def test_a_loss_that_is_no_number_stops_processes_of_spread_weights(folder, launch):
+@pytest.mark.slow
+def test_nan_stops_processes_of_spread_weights(folder, train_two):
     flags = ("--no-load-in-4bit", None, "--fast-step", "auto")
-    done = launch("two", *flags, patch=FSDP + PLAIN_NAN, how=BY_FSDP)
-    assert done.returncode != 0
-    assert "error: step 4: the loss is nan and the gradient norm" in done.stderr
+    done = train_two("two", *flags, patch=FSDP + PLAIN_NAN, how=BY_FSDP)
+    assert done.codes == [2, 2]
+    assert all("error: step 4: the loss is nan and the gradient norm" in err for err in done.errs)
     assert find_checkpoint(Path("two/blip2-finetuned/checkpoints")).name == "checkpoint-3"
 
 
