@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +36,9 @@ from config import UserError, split_revision
 from data import Example
 from pictures import open_picture
 from trust import ADAPTER_WEIGHTS, check_adapter_folder, check_model_folder
+
+# peft 0.21 asks transformers by a name that is dropped in v6.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 IGNORED = -100  # label of a position that carries no loss
 PACKED_TO, SLOW = 8, 32  # positions of a packed batch are a multiple of the one and not of the other,

@@ -28,6 +28,10 @@ SHARED = ROOT.parent / "shared" / "bdd100k"  # real samples, which are not ours 
 needs_real_samples = pytest.mark.skipif(not SHARED.is_dir(), reason="the real BDD100K samples are not here")
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported stays: each search for garbage, of which a training makes several, passes it over
+
+
 def skip_without(what: str, reason: str) -> NoReturn:
     """Skip the test or module that lacks `what`; fail it where TESTS_MUST_RUN, which .ci/run sets, names that."""
     if what in os.environ.get("TESTS_MUST_RUN", "").split():
@@ -56,14 +60,14 @@ def capture(call: Callable[[], object], cwd: Path | None = None, **environment) 
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         mock.patch.dict(os.environ, {name: str(value) for name, value in environment.items()}),
+        mock.patch.object(gc, "freeze"),  # this process goes on
     ):
         try:
             call()
         except SystemExit as stopped:
             code = stopped.code or 0
         finally:
-            config._DONE.clear()  # this process goes on
-            gc.unfreeze()
+            config._DONE.clear()
     texts = (stream.buffer.getvalue().decode() for stream in (out, err))
     return subprocess.CompletedProcess(sys.argv, code, *texts)
 

@@ -59,6 +59,7 @@ def start(settings: dict, script: str = "main.py", *before: str, **changes) -> s
 # disk full
 
 
+@pytest.mark.slow
 def test_disk_of_the_checkpoints_has_too_little_room(folder, settings, undisturbed, mount):
     """Seen before anything is written. Room is made by growing the disk, and the run goes on."""
     mount(OUTPUT, "8m")
@@ -110,6 +111,7 @@ def fill_before(patch, file: str, step: int) -> None:
     patch.setattr(owner, name, filled)
 
 
+@pytest.mark.slow
 def test_a_write_that_fails_leaves_the_checkpoints_before(folder, settings, undisturbed, capsys):
     """Of step 6, the best from there on: what the ones before need must be there until it is sealed."""
     real = training.CaptionTrainer._save
@@ -195,6 +197,7 @@ def test_disk_fills_up_while_the_adapter_is_saved(folder, settings, undisturbed,
     assert "goes on after step 6 of 6" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_disk_of_the_logs_fills_up(folder, settings, undisturbed, mount):
     """With captions of the validation pictures, which leave no trace in the adapter."""
     mount(folder / "logs", "64k")

@@ -415,6 +415,7 @@ def test_kaggle_labels_end_to_end(tmp_path):
     assert not (tmp_path / "nothing.csv").exists()
 
 
+@pytest.mark.slow
 def test_damaged_files_at_random(monkeypatch, capsys, folder):
     """A short run of the fuzzer; the long one is tests/fuzz_labels.py --count 100000."""
     import fuzz_labels

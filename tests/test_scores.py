@@ -149,6 +149,7 @@ def test_any_prediction_is_scored(rows):
     json.dumps(scores, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_ten_thousand_arbitrary_strings():
     rng = random.Random(0)
     ranges = ((32, 126), (0x80, 0x24F), (0x4E00, 0x9FFF), (0, 31), (0x1F300, 0x1FAFF), (0xD800, 0xDFFF))

@@ -139,6 +139,7 @@ def kernels(monkeypatch):
     monkeypatch.setattr("caption_loss.use_kernels", lambda x: True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("joined", [False, True])
 def test_kernels_give_the_models_loss(tiny_checkpoint, batch, packed, kernels, joined):
     model = load(tiny_checkpoint, rank=16)
@@ -152,6 +153,7 @@ def test_kernels_give_the_models_loss(tiny_checkpoint, batch, packed, kernels, j
     check_agreement(plain, loss_and_gradients(model, lambda: caption_nll(model, **packed).sum() / tokens))
 
 
+@pytest.mark.slow
 def test_gradients_of_kernels_are_those_of_their_dropout(tiny_checkpoint, rows, kernels):
     """With the masks of one seed, the loss changes along a direction as the gradient says."""
     model = load(tiny_checkpoint, dropout=0.3, rank=16).train()
@@ -197,6 +199,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_checkpoint, packed):
     check_agreement(kept, loss_and_gradients(model, lambda: caption_nll(model, **packed).sum()), relative=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "is_recordable"), [(16, True), (4, False)])
 def test_dropouts_are_the_same_when_activations_are_computed_again(
     tiny_checkpoint, rows, kernels, monkeypatch, rank, is_recordable
@@ -237,6 +240,7 @@ def test_unpacked_weights_have_the_same_values(tiny_checkpoint, packed):
     assert abs(caption_nll(unquantised, **packed).sum() - nf4[0]) > 1e-3  # NF4 it still is
 
 
+@pytest.mark.slow
 def test_kernels_of_a_small_model_are_those_of_training(tiny_checkpoint, packed, kernels, monkeypatch):
     """Of each kernel, with what it is compiled for: what training launches has been launched ahead."""
     launched = set()

@@ -56,8 +56,8 @@ def test_the_same_seed_gives_the_same_adapter(folder, settings, undisturbed):
 @pytest.mark.parametrize(
     "step",
     [
-        STEPS_PER_EPOCH,
         STEPS_PER_EPOCH + 1,
+        pytest.param(STEPS_PER_EPOCH, marks=pytest.mark.slow),
         pytest.param(1, marks=pytest.mark.slow),
         pytest.param(2 * STEPS_PER_EPOCH, marks=pytest.mark.slow),
     ],
@@ -109,6 +109,7 @@ def test_a_damaged_checkpoint_is_passed_over(folder, settings, undisturbed, caps
     assert "goes on after step 3 of 6" in said
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_with_what_differs(folder, settings, undisturbed):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         stop_at(patch, 2)
@@ -158,6 +159,7 @@ def test_a_loss_that_is_no_number_stops_the_run(folder, settings, fast_step):
     assert find_checkpoint(folder / "blip2-finetuned" / "checkpoints").name == "checkpoint-3"
 
 
+@pytest.mark.slow
 def test_out_of_memory_takes_fewer_frames_a_pass(folder, settings, capsys):
     """The effective batch stays, and the adapter is that of a run with the smaller micro-batch from the start."""
     expected = train(settings, per_device_train_batch_size=1, output=Path("blip2-finetuned"))
@@ -176,6 +178,7 @@ def test_out_of_memory_takes_fewer_frames_a_pass(folder, settings, capsys):
     assert "out of GPU memory: from here on 1 frames a forward pass, 4 a step" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_checkpoint_before(folder, settings, undisturbed, monkeypatch):
     real, calls = training.check_disk, []
 

@@ -154,7 +154,8 @@ def test_training_gives_the_same_adapter(folder, settings, trained, capsys):
     assert said.count("frames, split by ride") == 1
 
 
-@pytest.mark.parametrize("split", [pytest.param("train", marks=pytest.mark.slow), "test"])
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["train", "test"])
 def test_unreadable_pictures_are_left_out_as_without(folder, settings, scenes, trained, capsys, split):
     shutil.copytree(scenes / "images", "images")
     rows = (line.split(",") for line in (trained / "blip2-finetuned/split.csv").read_text().splitlines())
@@ -195,6 +196,7 @@ def test_other_settings_are_refused_before_pictures_are_encoded(folder, settings
         train(settings, **STORED)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_stored_outputs_to_the_same_adapter(folder, settings, trained):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         stop_at(patch, 2)
@@ -204,7 +206,7 @@ def test_a_run_goes_on_with_stored_outputs_to_the_same_adapter(folder, settings,
     assert train(settings, **STORED, resume=True) == hash_adapter(trained)
 
 
-@pytest.mark.parametrize("fast", ["on", "off"])
+@pytest.mark.parametrize("fast", ["on", pytest.param("off", marks=pytest.mark.slow)])
 def test_captions_are_the_same(folder, trained, monkeypatch, capsys, fast):
     monkeypatch.chdir(trained)
     shutil.rmtree("store", ignore_errors=True)
