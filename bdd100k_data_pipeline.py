@@ -8,10 +8,10 @@ python bdd100k_data_pipeline.py --demo       # drawn scenes
 from collections import Counter
 from pathlib import Path
 
-from captions import ObjectKind
+from captioner.bdd100k.facts import ObjectKind
+from captioner.bdd100k.label_files import LabelReport
+from captioner.data.captions import caption_labels, find_labels, lock_folder, read_captions
 from config import DEMO_FOLDER, PipelineConfig, TrainConfig, name_run, parse_args, run_script, split_revision
-from data import caption_labels, find_labels, lock_folder, read_captions
-from labels import LabelReport
 
 TOKENISED = 2000  # captions whose tokens are counted for the census
 

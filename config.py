@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from captions import Style
+from captioner.bdd100k.facts import Style
 
 DEMO_FOLDER = Path(__file__).parent / "demo"  # the renderer and the small base model
 DEMO_DATA = Path("demo-data")  # what the renderer draws

@@ -31,13 +31,21 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from captions import Facts, mark_caption, parse_caption
-from config import UserError, config_to_json, import_bitsandbytes, name_run, without_collector
-from data import IMAGE_SUFFIXES, SPLIT_COLUMNS, Example, atomic_write, explain_writing, index_images, lock_folder
-from fact_metrics import list_statements
-from labels import NAME, LabelReport, read_labels
-from pictures import one_ahead, read_ahead
-from predictions import (
+from captioner.bdd100k.facts import Facts, mark_caption, parse_caption
+from captioner.bdd100k.label_files import NAME, LabelReport, read_labels
+from captioner.blip2.trust import is_inside
+from captioner.data.captions import (
+    IMAGE_SUFFIXES,
+    SPLIT_COLUMNS,
+    Example,
+    atomic_write,
+    explain_writing,
+    index_images,
+    lock_folder,
+)
+from captioner.data.images import one_ahead, read_ahead
+from captioner.scoring.fact_metrics import list_statements
+from captioner.scoring.predictions import (
     Prediction,
     format_prediction,
     name_examples,
@@ -46,9 +54,9 @@ from predictions import (
     read_references,
     write_predictions,
 )
-from report import ReportRow, start_thumbnails, write_report
-from scores import HEADLINES, compare_predictions, score_predictions, slice_names
-from trust import is_inside
+from captioner.scoring.report import ReportRow, start_thumbnails, write_report
+from captioner.scoring.scores import HEADLINES, compare_predictions, score_predictions, slice_names
+from config import UserError, config_to_json, import_bitsandbytes, name_run, without_collector
 
 UNTUNED, NEAREST = "the untuned model", "nearest training picture"  # floors that need a model
 RESUMED = (
@@ -186,9 +194,9 @@ class Captioner:
             import torch
             from transformers.utils import logging
 
-            from generation import CHUNK, max_batch, supports
-            from model import load_finetuned, pick_device
-            from vision_store import open_store, take_vision_out
+            from captioner.blip2.loading import load_finetuned, pick_device
+            from captioner.fast.generation import CHUNK, max_batch, supports
+            from captioner.fast.vision_store import open_store, take_vision_out
 
         logging.set_verbosity_error()
         config = self.config
@@ -207,7 +215,7 @@ class Captioner:
 
     def _make_generator(self, with_copies: int, without: int, pictures: int) -> None:
         """Choose the batch size, and the fast way to generate (generation.py) where that is wanted and possible."""
-        from generation import FastGenerator, round_up, supports
+        from captioner.fast.generation import FastGenerator, round_up, supports
 
         self.batch_size, self.generator = self.config.batch_size or SLOW_BATCH, None
         wanted = self.config.fast_generation
@@ -266,7 +274,7 @@ class Captioner:
         For a picture that can't be read, why. Outputs are read ahead by threads, pictures decoded by processes, which
         start at the call.
         """
-        from vision_store import hash_picture, read_each
+        from captioner.fast.vision_store import hash_picture, read_each
 
         store, settings = self.store, self.model.config.vision_config
         how = (self.processor, self.vision.post_layernorm.weight.dtype, settings.image_size, self.config.blank)
@@ -324,7 +332,7 @@ class Captioner:
         """The ViT's outputs (B, P, D) for what _read_batches gave: those that it has not are computed, and saved."""
         import torch
 
-        from vision_store import run_vision
+        from captioner.fast.vision_store import run_vision
 
         missing = [row for row, output in enumerate(outputs) if output.dim() == 3]
         if self.store is not None:
@@ -353,7 +361,7 @@ class Captioner:
         """
         import torch
 
-        from model import decode_captions, generate_captions
+        from captioner.blip2.loading import decode_captions, generate_captions
 
         mixed = np.random.SeedSequence((self.config.seed, index)).generate_state(1)  # a CPU takes 32 bits of a seed
         seed = int(mixed[0])
@@ -459,7 +467,7 @@ def find_pictures(paths: Sequence[Path]) -> list[tuple[str, Path]]:
 
 def read_finished(path: Path, config: EvalConfig) -> dict[str, str]:
     """{name: caption} of an earlier run under this name, which must have had the same settings."""
-    from model import read_run
+    from captioner.blip2.loading import read_run
 
     settings = {name: value for name, value in config_to_json(config).items() if name in RESUMED}
     settings |= {"images": [str(image.resolve()) for image in config.images], "trained": read_run(config.adapter)}
@@ -694,7 +702,7 @@ def evaluate(config: EvalConfig, run_dir: Path) -> None:
 
 def add_to_adapter(adapter: Path, scores: dict) -> None:
     """Keep the scores beside the adapter and in its model card, unless some of more pictures are there."""
-    from publish import read_scores, write_model_card
+    from captioner.publishing.model_card import read_scores, write_model_card
 
     try:
         before = read_scores(adapter)

@@ -11,7 +11,7 @@ with its processor, generation settings, configuration and split, for eval.py or
 
 import gc
 
-import compile_kernels
+from captioner.fast import compile_kernels
 from config import TrainConfig, import_bitsandbytes, parse_args, run_script
 
 if __name__ == "__main__":
@@ -46,36 +46,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-import caption_loss
-from checkpoints import (
-    checkpoint_folder,
-    find_checkpoint,
-    find_unfinished,
-    fingerprint_data,
-    list_changes,
-    read_state,
-    read_step,
-    refuse_changes,
-    write_state,
-)
-from config import UserError, config_to_json, is_sharded, name_run
-from dashboard import RunLog, ValidationCaptions, start_wandb
-from data import (
-    DEMO_IMAGES,
-    SPLIT_COLUMNS,
-    Example,
-    atomic_write,
-    caption_labels,
-    find_labels,
-    index_images,
-    lock_folder,
-    match_images,
-    read_captions,
-    ride_of,
-    split_by_ride,
-)
-from layers import draws_by_kernels, get_blip2
-from model import (
+from captioner.blip2.loading import (
     CaptionCollator,
     CaptionDataset,
     PackedCollator,
@@ -89,10 +60,48 @@ from model import (
     pick_dtype,
     read_run,
 )
-from pictures import LOADER_ERRORS, check_pictures, explain_dead_worker
-from publish import merge_adapter, push_to_hub, write_model_card
-from speed import FastStep, has_room_to_unpack, join_weights, unpack_nf4
-from training import (
+from captioner.data.captions import (
+    DEMO_IMAGES,
+    SPLIT_COLUMNS,
+    Example,
+    atomic_write,
+    caption_labels,
+    find_labels,
+    index_images,
+    lock_folder,
+    match_images,
+    read_captions,
+    ride_of,
+    split_by_ride,
+)
+from captioner.data.images import LOADER_ERRORS, check_pictures, explain_dead_worker
+from captioner.fast import caption_loss
+from captioner.fast.layers import draws_by_kernels, get_blip2
+from captioner.fast.speed import FastStep, has_room_to_unpack, join_weights, unpack_nf4
+from captioner.fast.vision_store import (
+    compute_outputs,
+    find_folder,
+    fits_memory,
+    has_outputs,
+    open_store,
+    record_vision,
+    start_reading,
+    take_vision_out,
+)
+from captioner.publishing.model_card import merge_adapter, push_to_hub, write_model_card
+from captioner.training.checkpoints import (
+    checkpoint_folder,
+    find_checkpoint,
+    find_unfinished,
+    fingerprint_data,
+    list_changes,
+    read_state,
+    read_step,
+    refuse_changes,
+    write_state,
+)
+from captioner.training.dashboard import RunLog, ValidationCaptions, start_wandb
+from captioner.training.trainer import (
     CaptionTrainer,
     Pace,
     RowCollator,
@@ -103,16 +112,7 @@ from training import (
     gather_trainable,
     list_micro_batches,
 )
-from vision_store import (
-    compute_outputs,
-    find_folder,
-    fits_memory,
-    has_outputs,
-    open_store,
-    record_vision,
-    start_reading,
-    take_vision_out,
-)
+from config import UserError, config_to_json, is_sharded, name_run
 
 TRAINED_ON = ("train", "val")  # splits whose pictures training sees
 SPARE_TOKENS = 16  # that generation may write beyond the longest training caption
@@ -155,7 +155,7 @@ def prepare_splits(config: TrainConfig, run_dir: Path) -> dict[str, list[Example
 
 def caption_held_out(config: TrainConfig, images: dict[str, Path], run_dir: Path) -> list[Example]:
     """The examples of Kaggle's val labels, all of them the test split."""
-    from acquisition import fetch_labels  # here: kagglehub takes a while to import
+    from captioner.bdd100k.download import fetch_labels  # here: kagglehub takes a while to import
 
     captions = config.captions.with_stem(config.captions.stem + "_val")
     caption_labels(config, fetch_labels(config.kaggle_dataset, "val"), captions, run_dir / "held_out")
@@ -169,7 +169,7 @@ def find_images(config: TrainConfig) -> Path:
         raise UserError("--labels without --images: give the folder with the pictures too")
     if config.demo:
         return DEMO_IMAGES
-    from acquisition import fetch_images  # here: kagglehub takes a while to import
+    from captioner.bdd100k.download import fetch_images  # here: kagglehub takes a while to import
 
     return fetch_images(config.kaggle_dataset)
 
@@ -222,7 +222,7 @@ def make_arguments(config: TrainConfig, device: torch.device) -> TrainingArgumen
         use_cpu=device.type == "cpu",
         seed=config.seed,
         eval_strategy="epoch",
-        save_strategy="epoch",  # and within epochs, see training.Pace
+        save_strategy="epoch",  # and within epochs, see trainer.Pace
         save_total_limit=None,  # see checkpoints.remove_old_checkpoints
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",

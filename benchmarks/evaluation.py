@@ -15,21 +15,19 @@ import statistics
 import sys
 import time
 
-import fact_metrics
-import metrics
-import scores
 from benchmarks.results import record
-from captions import WEATHERS, Facts, describe
+from captioner.bdd100k.facts import WEATHERS, Facts, describe
+from captioner.bdd100k.label_files import LabelReport, read_frame
+from captioner.scoring import fact_metrics, scores, text_metrics
+from captioner.scoring.predictions import Prediction
 from demo.draw import list_labels, name_image, sample_scene
-from labels import LabelReport, read_frame
-from predictions import Prediction
 
 STAGES = {  # what is timed: its module and name
-    "tokens, n-grams, BLEU, ROUGE-L, CIDEr-D": (metrics, "measure_texts"),
+    "tokens, n-grams, BLEU, ROUGE-L, CIDEr-D": (text_metrics, "measure_texts"),
     "facts": (fact_metrics, "measure_facts"),
     "reading captions": (scores, "read_caption"),
-    "floors": (metrics, "make_floors"),
-    "drawing bootstrap samples": (metrics, "resample"),
+    "floors": (text_metrics, "make_floors"),
+    "drawing bootstrap samples": (text_metrics, "resample"),
     "scores with intervals": (scores, "score_groups"),
     "slices": (scores, "score_slices"),
 }
@@ -84,7 +82,7 @@ def main() -> None:
     time_stages(stages)
     runs = []
     for _ in range(args.repeats):
-        for cache in (metrics._tokenize_sentence, sys.modules["captions"]._read_sentence):
+        for cache in (text_metrics._tokenize_sentence, sys.modules["captioner.bdd100k.facts"]._read_sentence):
             cache.cache_clear()  # as in a fresh process
         start = time.perf_counter()
         scored = scores.score_predictions(predictions, {})

@@ -138,7 +138,12 @@ def set_environment() -> dict[str, str]:
 
 def prepare(args) -> None:
     """Data, model and captions in args.folder, as far as they are not there; and packages compiled, as pip does it."""
-    subprocess.run([sys.executable, "-c", "import main, eval, captions"], cwd=ROOT, check=True, env=set_environment())
+    subprocess.run(
+        [sys.executable, "-c", "import main, eval, captioner.bdd100k.facts as captions"],
+        cwd=ROOT,
+        check=True,
+        env=set_environment(),
+    )
     make_data(args.folder, args.frames)
     if not (args.model / "config.json").is_file():
         subprocess.run([sys.executable, "-m", "benchmarks.full_size", str(args.model)], cwd=ROOT, check=True)
@@ -268,9 +273,9 @@ def run_as_reference(args, steps: int = 12, warmup: int = 3, captions: int = 4) 
         TrainingArguments,
     )
 
-    from captions import describe
-    from labels import LabelReport, read_frame
-    from model import add_lora, load_processor
+    from captioner.bdd100k.facts import describe
+    from captioner.bdd100k.label_files import LabelReport, read_frame
+    from captioner.blip2.loading import add_lora, load_processor
 
     processor = load_processor(args.model)
     frames = json.loads((args.folder / "labels.json").read_text())[: 16 * steps]
@@ -357,9 +362,9 @@ def make_trainable():
     from transformers import Blip2ForConditionalGeneration
 
     from benchmarks.full_size import build_full_size_config
-    from model import add_lora
-    from speed import join_weights
-    from vision_store import take_vision_out
+    from captioner.blip2.loading import add_lora
+    from captioner.fast.speed import join_weights
+    from captioner.fast.vision_store import take_vision_out
 
     torch.manual_seed(0)
     with torch.device("cuda"):
@@ -376,8 +381,8 @@ def time_passes(model, rows: int, sizes: Iterable[int]) -> Iterator[tuple[float,
     import torch.nn.functional as F
     from accelerate.utils import send_to_device
 
-    from model import IGNORED, PackedCollator
-    from speed import FastStep
+    from captioner.blip2.loading import IGNORED, PackedCollator
+    from captioner.fast.speed import FastStep
 
     config = model.get_base_model().config
     collate, step = PackedCollator(config), FastStep(model, cuda_graphs=True)
@@ -419,9 +424,9 @@ def measure_floor(args) -> Iterator[tuple]:
     head and the Q-Former, forward and for the gradient of their inputs, in bf16, with the ViT's output stored."""
     import torch
 
-    from data import read_captions
-    from model import load_processor, tokenize_captions
-    from speed import record_graph
+    from captioner.blip2.loading import load_processor, tokenize_captions
+    from captioner.data.captions import read_captions
+    from captioner.fast.speed import record_graph
 
     texts = itertools.islice(read_captions(args.folder / "captions.csv").values(), 1000)
     processor = load_processor(args.model)

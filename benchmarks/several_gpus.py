@@ -104,7 +104,7 @@ def measure_bf16(args) -> Iterator[Row]:
 def measure_fsdp(args) -> Iterator[Row]:
     """Beside one process that needs no FSDP."""
     for processes in args.processes:
-        launcher = launch(processes, "fsdp.yaml")
+        launcher = launch(processes, "captioner/training/fsdp.yaml")
         done = train(args, "several-fsdp", *list_timed_flags(args, "--no-load-in-4bit"), launcher=launcher)
         yield Row(FSDP, processes, done.samples_per_second, "samples/s", done.peak_gib, BF16)
 

@@ -41,12 +41,12 @@ from transformers import (
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from captions import CLASSES, LIGHTS, SCENES, STYLES, TIMES_OF_DAY, WEATHERS, Facts, ObjectKind, describe
+from captioner.bdd100k.facts import CLASSES, LIGHTS, SCENES, STYLES, TIMES_OF_DAY, WEATHERS, Facts, ObjectKind, describe
+from captioner.bdd100k.label_files import LabelReport, read_frame
+from captioner.blip2.loading import CaptionCollator, generate_captions, make_generation_config, tokenize_captions
+from captioner.data.captions import atomic_write
 from config import DEMO_DATA, DEMO_FOLDER, DEMO_SCENES
-from data import atomic_write
 from demo.draw import VERSION, draw_scene
-from labels import LabelReport, read_frame
-from model import CaptionCollator, generate_captions, make_generation_config, tokenize_captions
 
 SIDE = 112  # S
 QUERIES = 16  # Q

@@ -42,7 +42,7 @@ def skip_without(what: str, reason: str) -> NoReturn:
 def import_kernels():
     """The module of the Triton kernels."""
     try:
-        import gpu_kernels
+        from captioner.fast import gpu_kernels
     except ImportError as error:
         skip_without("triton", f"Triton is not installed ({error})")
     return gpu_kernels

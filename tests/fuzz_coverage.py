@@ -42,9 +42,9 @@ Check = Callable[[bytes], None]  # raises for a finding
 
 
 def captions_target(folder: Path) -> tuple[list[bytes], Check]:
-    import captions
+    from captioner.bdd100k import facts as captions
+    from captioner.bdd100k.label_files import LabelReport, read_frame
     from demo.draw import draw_scene
-    from labels import LabelReport, read_frame
 
     facts = [read_frame(draw_scene(seed)[1], LabelReport()).facts for seed in range(8)]
     seeds = [captions.describe(item, style).encode() for item in facts for style in captions.STYLES]
@@ -64,10 +64,10 @@ def captions_target(folder: Path) -> tuple[list[bytes], Check]:
 def labels_target(folder: Path) -> tuple[list[bytes], Check]:
     import fuzz_labels
 
-    import labels
+    from captioner.bdd100k import label_files
     from demo.draw import draw_scene
 
-    labels._run_jobs = lambda run, jobs: map(run, jobs)  # in this process
+    label_files._run_jobs = lambda run, jobs: map(run, jobs)  # in this process
     scenes = [draw_scene(seed)[1] for seed in range(3)]
     plain = [json.dumps(value).encode() for value in (scenes[:2], scenes[0], {"frames": scenes[:1]}, [])]
     packed = io.BytesIO()
@@ -86,17 +86,17 @@ def labels_target(folder: Path) -> tuple[list[bytes], Check]:
             return
         path = folder / ("labels.json.gz", "labels.zip")[kind - 2]
         path.write_bytes(data[1:])
-        report = labels.LabelReport()
+        report = label_files.LabelReport()
         with expect_user_error(path):
-            used = sum(1 for _ in labels.read_labels([path], report))
+            used = sum(1 for _ in label_files.read_labels([path], report))
             assert used == report.frames, (used, report.frames)
 
     return seeds, check
 
 
 def predictions_target(folder: Path) -> tuple[list[bytes], Check]:
-    import predictions
-    from data import read_captions
+    from captioner.data.captions import read_captions
+    from captioner.scoring import predictions
 
     rows = [
         predictions.Prediction("a-1.jpg", "There is one car.", ["There is one car.", "Ein Auto, \u00e4hm."]),
@@ -127,18 +127,18 @@ def predictions_target(folder: Path) -> tuple[list[bytes], Check]:
 
 
 def config_target(folder: Path) -> tuple[list[bytes], Check]:
-    import checkpoints
     import config
     import eval as evaluation
     import main
-    import publish
+    from captioner.publishing import model_card
+    from captioner.training import checkpoints
 
     output = folder / "adapter"
     checkpoint = output / "checkpoints" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
     state = {"config": {"seed": 42}, "data": {}, "world": {"processes": 1}, "micro_batch": 4, "run_dir": "logs/run"}
     run = {"run_name": "run", **state, "results": {"best_eval_loss": 0.5}, "versions": {}, "git_commit": None}
-    scores = {"schema": publish.SCHEMA_VERSION, "config": {"base": False, "predictions": None}, "n": 4, "scores": {}}
+    scores = {"schema": model_card.SCHEMA_VERSION, "config": {"base": False, "predictions": None}, "n": 4, "scores": {}}
     trainer = {"global_step": 2, "max_steps": 4, "best_model_checkpoint": "checkpoint-2"}
     options = [b"--limit 60 --max-steps 4 --style natural", b"--demo --output a --no-lanes --seed 7", b"--help",
                b"--labels a b --images c --train-share 0.5 --val-share 0.4 --learning-rate 1e-4",
@@ -170,12 +170,12 @@ def config_target(folder: Path) -> tuple[list[bytes], Check]:
                 with expect_user_error(output):
                     main.is_finished(settings)
                 with expect_user_error(output):
-                    publish.write_model_card(output)
+                    model_card.write_model_card(output)
             case 4:
                 (output / "run.json").write_text(json.dumps(run))
                 (output / "scores.json").write_bytes(data)
                 with expect_user_error(output):
-                    publish.read_scores(output)
+                    model_card.read_scores(output)
             case 5:
                 (output / "checkpoints" / "state.json").write_bytes(data)
                 with expect_user_error(output):

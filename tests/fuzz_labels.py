@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tqdm import tqdm
 
-import labels as reader
+from captioner.bdd100k import label_files as reader
 from config import UserError
 from demo.draw import draw_scene
 

@@ -64,9 +64,9 @@ def measure(path: Path) -> dict:
 
 
 def open_one(path: Path) -> dict:
+    from captioner.data.images import open_picture
+    from captioner.scoring.report import make_thumbnail
     from config import UserError
-    from pictures import open_picture
-    from report import make_thumbnail
 
     sizes, done, process = [], threading.Event(), psutil.Process()
 

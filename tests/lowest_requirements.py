@@ -4,8 +4,8 @@
     pip install torch==2.13.0                                       # the CPU build, where the lowest is not at hand
     python tests/lowest_requirements.py --without torch > /tmp/lowest.txt
     pip install -r /tmp/lowest.txt pytest pytest-timeout hypothesis pycocoevalcap fastjsonschema
-    python -m pytest tests/test_config.py tests/test_captions.py tests/test_data.py tests/test_metrics.py \\
-        tests/test_model.py tests/test_pipeline.py tests/test_end_to_end.py
+    python -m pytest tests/test_config.py tests/bdd100k/test_captions.py tests/data/test_data.py \\
+        tests/scoring/test_metrics.py tests/blip2/test_model.py tests/bdd100k/test_pipeline.py tests/test_end_to_end.py
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Change the program in small ways, and see whether the quick tests notice: a change that none notices is untested.
 
     python tests/mutants.py --output /tmp/mutants.jsonl                  # 100 mutants; the same command continues
-    python tests/mutants.py --count 30 --seed 1 --only "labels.py" --list          # what would be tried, and no more
+    python tests/mutants.py --count 30 --seed 1 --only "label_files.py" --list        # what would be tried, and no more
 
 A mutant is the program with one change in one place: a sign (+ for -, * for /), a bound (< for <=; 3 for 2 in a
 comparison, a slice or a range), `and` for `or`, a condition negated, a constant (another number, True for False), a

@@ -29,7 +29,7 @@ from conftest import ROOT
 from torch.distributed import TCPStore
 
 BY_DDP = ("--multi_gpu",)  # with --cpu the launcher starts one process, with --multi_gpu two wherever it is
-BY_FSDP = ("--config_file", ROOT / "fsdp.yaml", "--mixed_precision", "no")  # exact on a CPU
+BY_FSDP = ("--config_file", ROOT / "captioner" / "training" / "fsdp.yaml", "--mixed_precision", "no")  # exact on a CPU
 PROCESSES = ("--num_processes", 2, "--main_process_port", 0)
 LAUNCH = ("-m", "accelerate.commands.launch", *BY_DDP, *PROCESSES)  # what Python is told before the script
 SECONDS = 200  # that a script may take

@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import gpu_kernels
+from captioner.fast import gpu_kernels
 
 FLOATS = ("scale", "kept_scale")
 POINTERS = {"seed": "*i64", "starts": "*i64", "sums": "*fp32", "along": "*fp32"}

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from conftest import ROOT, call_script, start_script
 
-from data import ride_of
+from captioner.data.captions import ride_of
 
 
 def data_flags(drawn, checkpoint):
@@ -88,7 +88,7 @@ def test_fast_generation_gives_the_same_captions(trained):
 
 
 def test_model_card_has_the_scores_of_most_pictures(trained):
-    from publish import write_model_card
+    from captioner.publishing.model_card import write_model_card
 
     adapter = trained / "blip2-finetuned"
     (adapter / "scores.json").unlink(missing_ok=True)
@@ -154,7 +154,7 @@ def test_adapter_loads_with_plain_peft(trained, tiny_checkpoint, drawn):
     from PIL import Image
     from transformers import Blip2ForConditionalGeneration, Blip2Processor, GenerationConfig
 
-    from model import generate_captions, load_finetuned
+    from captioner.blip2.loading import generate_captions, load_finetuned
 
     folder = trained / "blip2-finetuned"
     image = Image.open(next((drawn / "images").iterdir()))
@@ -283,8 +283,10 @@ def test_official_val_is_held_out(tmp_path, monkeypatch):
         pictures[0].save(tmp_path / "images" / frame["name"])
     (tmp_path / "train.json").write_text(json.dumps([*frames[:8], same_ride]))
     (tmp_path / "val.json").write_text(json.dumps(frames[8:]))
-    monkeypatch.setattr("acquisition.fetch_labels", lambda dataset, subset: [tmp_path / f"{subset}.json"])
-    monkeypatch.setattr("acquisition.fetch_images", lambda dataset: tmp_path / "images")
+    monkeypatch.setattr(
+        "captioner.bdd100k.download.fetch_labels", lambda dataset, subset: [tmp_path / f"{subset}.json"]
+    )
+    monkeypatch.setattr("captioner.bdd100k.download.fetch_images", lambda dataset: tmp_path / "images")
     config = TrainConfig(subset="train", held_out="val", captions=tmp_path / "captions.csv")
     splits = main.prepare_splits(config, tmp_path / "run")
     names = {split: {example.name for example in examples} for split, examples in splits.items()}

@@ -21,7 +21,7 @@ from conftest import ROOT
 from loopback import COMMIT, MODEL, PADDING, HubServer, KaggleServer
 from test_trust import Planted
 
-from acquisition import IMAGE_FOLDER, LABEL_FILES
+from captioner.bdd100k.download import IMAGE_FOLDER, LABEL_FILES
 
 BASE = ROOT / "demo" / "base"
 SCENES = 16

@@ -19,14 +19,13 @@ from ranks import LAUNCH
 from test_machine import wait_for_lock
 from test_training import hash_adapter, stop_at, train
 
-import dashboard
 import eval as evaluation
-import labels
 import main
-import training
-from checkpoints import find_checkpoint, fingerprint_data
+from captioner.bdd100k import label_files
+from captioner.data.captions import Example, lock_folder
+from captioner.training import dashboard, trainer
+from captioner.training.checkpoints import find_checkpoint, fingerprint_data
 from config import EvalConfig, UserError, name_run
-from data import Example, lock_folder
 
 OUTPUT = Path("blip2-finetuned")
 CHECKPOINTS = OUTPUT / "checkpoints"
@@ -97,9 +96,9 @@ def test_disk_fills_up_while_a_checkpoint_is_written(folder, settings, undisturb
 def fill_before(patch, file: str, step: int) -> None:
     """Fill the disk just before `file` of the checkpoint of `step` is written."""
     owner, name, place = {
-        "adapter_model.safetensors": (training.CaptionTrainer, "_save", 1),
+        "adapter_model.safetensors": (trainer.CaptionTrainer, "_save", 1),
         "optimizer.pt": (torch, "save", 1),
-        "manifest.json": (training, "seal_checkpoint", 0),
+        "manifest.json": (trainer, "seal_checkpoint", 0),
     }[file]  # of whose arguments one is the folder, or the file
     real = getattr(owner, name)
 
@@ -114,7 +113,7 @@ def fill_before(patch, file: str, step: int) -> None:
 @pytest.mark.slow
 def test_a_write_that_fails_leaves_the_checkpoints_before(folder, settings, undisturbed, capsys):
     """Of step 6, the best from there on: what the ones before need must be there until it is sealed."""
-    real = training.CaptionTrainer._save
+    real = trainer.CaptionTrainer._save
 
     def save(self, output_dir, *args, **kwargs):
         if Path(output_dir).name == "checkpoint-6":
@@ -122,7 +121,7 @@ def test_a_write_that_fails_leaves_the_checkpoints_before(folder, settings, undi
         real(self, output_dir, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"checkpoint of step 6 .*a fault"):
-        patch.setattr(training.CaptionTrainer, "_save", save)
+        patch.setattr(trainer.CaptionTrainer, "_save", save)
         train(settings, save_minutes=0.0)
     assert sorted(path.name for path in CHECKPOINTS.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (3, 4, 5, 6)]
     assert train(settings, save_minutes=0.0, resume=True) == undisturbed[0]
@@ -131,7 +130,7 @@ def test_a_write_that_fails_leaves_the_checkpoints_before(folder, settings, undi
 
 def test_a_checkpoint_is_of_its_step_however_late_it_is_written(folder, settings, undisturbed, capsys):
     """The process dies two steps after step 3, which is written only then."""
-    gone_on, real, on_step_end = threading.Event(), training.write_checkpoint, training.Pace.on_step_end
+    gone_on, real, on_step_end = threading.Event(), trainer.write_checkpoint, trainer.Pace.on_step_end
 
     def write_late(*args):
         assert gone_on.wait(60)
@@ -144,8 +143,8 @@ def test_a_checkpoint_is_of_its_step_however_late_it_is_written(folder, settings
             raise ValueError("dies")
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="dies"):
-        patch.setattr(training, "write_checkpoint", write_late)
-        patch.setattr(training.Pace, "on_step_end", die)
+        patch.setattr(trainer, "write_checkpoint", write_late)
+        patch.setattr(trainer.Pace, "on_step_end", die)
         train(settings)
     assert train(settings, resume=True) == undisturbed[0]
     assert "goes on after step 3 of 6" in capsys.readouterr().out
@@ -153,7 +152,7 @@ def test_a_checkpoint_is_of_its_step_however_late_it_is_written(folder, settings
 
 def test_a_second_signal_ends_the_writing(folder, settings, undisturbed, capsys):
     """At the next file, and before the folder is let go."""
-    real = training.CaptionTrainer._save
+    real = trainer.CaptionTrainer._save
     writing = threading.Event()
 
     def save(self, *args, **kwargs):
@@ -167,7 +166,7 @@ def test_a_second_signal_ends_the_writing(folder, settings, undisturbed, capsys)
         os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training.CaptionTrainer, "_save", save)
+        patch.setattr(trainer.CaptionTrainer, "_save", save)
         stop_at(patch, 2)
         thread = threading.Thread(target=send)
         thread.start()
@@ -346,16 +345,16 @@ def test_a_picture_vanishes_while_others_are_captioned(folder, undisturbed, pict
 def test_a_label_file_vanishes(folder, scenes, monkeypatch, moment, size):
     """Between its finding, its measuring and its reading, as a whole or in pieces by processes."""
     path = Path(shutil.copy(scenes / "labels.json", "labels.json"))
-    monkeypatch.setattr(labels, "PIECE", size)
-    real = getattr(labels, moment)
+    monkeypatch.setattr(label_files, "PIECE", size)
+    real = getattr(label_files, moment)
 
     def vanish(*args):
         path.unlink()
         return real(*args)
 
-    monkeypatch.setattr(labels, moment, vanish)
+    monkeypatch.setattr(label_files, moment, vanish)
     with pytest.raises(UserError, match=r"labels.json: can't be read.*No such file"):
-        list(labels.read_labels([path], labels.LabelReport()))
+        list(label_files.read_labels([path], label_files.LabelReport()))
 
 
 def test_permission_is_lost_in_training(folder, settings, undisturbed, scenes, root):
@@ -363,7 +362,7 @@ def test_permission_is_lost_in_training(folder, settings, undisturbed, scenes, r
     for parent in (folder, *folder.parents[:2]):
         parent.chmod(0o755)
     images = Path(shutil.copytree(scenes / "images", "images"))
-    real = training.Pace.on_step_end
+    real = trainer.Pace.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2:
@@ -371,7 +370,7 @@ def test_permission_is_lost_in_training(folder, settings, undisturbed, scenes, r
         real(self, args, state, control, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"Permission denied.*--resume"):
-        patch.setattr(training.Pace, "on_step_end", on_step_end)
+        patch.setattr(trainer.Pace, "on_step_end", on_step_end)
         try:
             train(settings, save_minutes=0.0, images=images)
         finally:
@@ -383,7 +382,7 @@ def test_permission_is_lost_in_training(folder, settings, undisturbed, scenes, r
 @pytest.mark.slow
 def test_disk_becomes_read_only_in_training(folder, settings, undisturbed, mount):
     """As Linux makes it when the disk has errors: here a read-only one is put in its place for a while."""
-    real = training.Pace.on_step_end
+    real = trainer.Pace.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2:
@@ -391,7 +390,7 @@ def test_disk_becomes_read_only_in_training(folder, settings, undisturbed, mount
         real(self, args, state, control, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"Read-only file system.*--resume"):
-        patch.setattr(training.Pace, "on_step_end", on_step_end)
+        patch.setattr(trainer.Pace, "on_step_end", on_step_end)
         train(settings, save_minutes=0.0)
     subprocess.run(["umount", CHECKPOINTS], check=True)
     assert train(settings, save_minutes=0.0, resume=True) == undisturbed[0]
@@ -527,7 +526,7 @@ def test_a_worker_dies_while_a_checkpoint_is_written(folder, settings, monkeypat
     def save(*args):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
 
-    monkeypatch.setattr(training.Trainer, "_save_checkpoint", save)
+    monkeypatch.setattr(trainer.Trainer, "_save_checkpoint", save)
     with pytest.raises(UserError, match="a process that reads pictures was killed"):
         train(settings)
 
@@ -535,7 +534,7 @@ def test_a_worker_dies_while_a_checkpoint_is_written(folder, settings, monkeypat
 READ = """
 import os, sys, time
 sys.path.insert(0, {root!r})
-import labels
+from captioner.bdd100k import label_files as labels
 labels.PIECE = 64
 os.sched_getaffinity = lambda pid: {{0, 1}}
 
@@ -577,7 +576,7 @@ def kill_yourself(frame):
 
 def test_a_killed_worker_of_the_labels_is_noticed(scenes, monkeypatch):
     """multiprocessing.Pool would wait for its answer for ever."""
-    monkeypatch.setattr(labels, "PIECE", 64)
+    monkeypatch.setattr(label_files, "PIECE", 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     with pytest.raises(UserError, match="a process that reads labels was killed"):
-        list(labels.read_labels([scenes / "labels.json"], labels.LabelReport(), convert=kill_yourself))
+        list(label_files.read_labels([scenes / "labels.json"], label_files.LabelReport(), convert=kill_yourself))

@@ -15,8 +15,8 @@ OPTIONAL = {"triton"}  # comes with torch where there is a GPU
 
 def list_imports() -> set[str]:
     """Top-level modules from elsewhere that the program imports."""
-    files = [*ROOT.glob("*.py"), *ROOT.glob("demo/*.py")]
-    own = {file.stem for file in files} | {"demo"}
+    files = [*ROOT.glob("*.py"), *ROOT.glob("captioner/**/*.py"), *ROOT.glob("demo/*.py")]
+    own = {file.stem for file in ROOT.glob("*.py")} | {"captioner", "demo"}
     found = set()
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):

@@ -1,0 +1,239 @@
+"""report.html: the scores, their intervals, and every picture with its captions, in one file that loads nothing.
+
+    write_report(Path("logs/run/report.html"), "200 test pictures", rows, images, scores)
+
+report_template.html is the page. This module fills in what it shows, as JSON that the page's script puts on the screen
+as text and never as HTML, and a policy under which the browser neither runs any other script nor asks for anything.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from multiprocessing import Pipe, Process
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from captioner.data.captions import atomic_write
+from captioner.data.images import FORMATS, MAX_PIXELS, step_back
+
+TEMPLATE = Path(__file__).with_name("report_template.html")
+VERDICTS = ("", "right", "wrong", "invented", "missing", "unread")
+MAX_BYTES = 50_000_000  # of the whole file; the thumbnails take what the text leaves
+
+# Longest side in pixels and JPEG quality of the thumbnails: the first of these that fits is taken.
+SIDES = (480, 400, 320, 288, 256, 232, 208, 192, 176, 160, 144, 128, 112, 80)
+QUALITIES = (80, 76, 72, 70, 68, 66, 64, 62, 60, 57, 54, 51, 48, 40)
+THUMBNAILS = tuple(zip(SIDES, QUALITIES, strict=True))
+ROW_BYTES = 4000  # of a picture's text, for which start_thumbnails leaves room: the demo's takes 1,100
+SAMPLE = 48  # pictures by whose size it is judged whether all will fit
+
+Pieces = list[tuple[str, str]]  # (text, verdict), one of VERDICTS; the texts together are the caption
+
+
+class ReportRow(NamedTuple):
+    """A picture's captions, cut into pieces with verdicts. "invented" is for predictions, "missing" for references."""
+
+    name: str
+    prediction: Pieces
+    references: list[Pieces]
+    slices: dict[str, str]  # facts of the reference to filter by, such as {"weather": "rainy"}
+    score: float | None  # F1 of the picture's facts, 0 to 1; None without a reference
+
+
+class Thumbnails(NamedTuple):
+    """Pictures in the order of the rows: base64 of a JPEG, or None."""
+
+    pictures: list[str | None]
+    side: int  # pixels of the longest side, at most
+    quality: int  # JPEG's, 1 to 95
+    no_room: int  # pictures left out because even the smallest thumbnails don't fit
+
+
+def write_report(
+    path: Path,
+    title: str,
+    rows: Sequence[ReportRow],
+    images: Mapping[str, Path],
+    scores: dict | None,
+    ahead: Connection | None = None,
+) -> int:
+    """Write the page to `path` and return its size in bytes, which is MAX_BYTES at most unless the text alone is more.
+
+    `images` is {row name: picture file}; a row without one, or with one that can't be read, gets no picture. `ahead` is
+    what start_thumbnails gave for the files of `images`: taken if there is room for it.
+    `scores` is what eval.py writes to scores.json; None: a gallery of captions alone. Raises UserError when `path`
+    can't be written, ValueError for a verdict that is not in VERDICTS and for NaN, which JSON has no word for.
+    """
+    paths = [images.get(row.name) for row in rows]
+    report = {"title": title, "rows": [row_to_json(row) for row in rows], "scores": scores}
+    template = TEMPLATE.read_text(encoding="utf-8")
+    values = {"POLICY": write_policy(template), "REPORT": to_script_json(report)}
+    room = MAX_BYTES - len(template.encode()) - len(values["REPORT"]) - 6 * len(rows) - 2000  # 6: null, comma, space
+    thumbnails = None
+    if ahead is not None:
+        with suppress(EOFError, OSError):  # it was killed
+            thumbnails = take_thumbnails(ahead.recv(), list(images.values()), paths, room)
+    thumbnails = thumbnails or make_thumbnails(paths, room)
+    values["PICTURES"] = json.dumps(thumbnails.pictures)
+    values["FILE"] = to_script_json(count_pictures(paths, thumbnails))
+    size = len(fill_template(template, {**values, "BYTES": " " * 12}).encode())
+    page = fill_template(template, {**values, "BYTES": f"{size:12}"})
+    with atomic_write(path) as file:
+        file.write(page)
+    return size
+
+
+def fill_template(template: str, values: Mapping[str, str]) -> str:
+    """`template` with each %%NAME%% replaced by its value. In one pass: a value that looks like a name stays."""
+    return re.sub(r"%%([A-Z]+)%%", lambda match: values[match[1]], template)
+
+
+def write_policy(template: str) -> str:
+    """The Content-Security-Policy of the page: its own style and script by their hashes, pictures in it, no more."""
+    [style] = re.findall(r"<style>(.*?)</style>", template, re.DOTALL)
+    [script] = re.findall(r"<script>(.*?)</script>", template, re.DOTALL)
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
+    return (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------
+# text
+
+
+def row_to_json(row: ReportRow) -> dict:
+    return {
+        "name": row.name,
+        "prediction": pieces_to_json(row.prediction),
+        "references": [pieces_to_json(reference) for reference in row.references],
+        "slices": row.slices,
+        "score": row.score,
+    }
+
+
+def pieces_to_json(pieces: Pieces) -> list:
+    """[text, verdict] of each piece; of a plain piece the text alone, as most pieces are plain."""
+    if unknown := {verdict for _, verdict in pieces}.difference(VERDICTS):
+        raise ValueError(f"{sorted(unknown)}: a verdict is one of {VERDICTS}")
+    return [[text, verdict] if verdict else text for text, verdict in pieces]
+
+
+def to_script_json(value) -> str:
+    """JSON that can stand in a <script> element whatever its strings hold; pure ASCII, so lone surrogates are fine."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))  # U+2028 and U+2029 are escaped like all non-ASCII
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# pictures
+
+
+def start_thumbnails(paths: Sequence[Path]) -> Connection | None:
+    """Have a process make thumbnails, which sends them; None if the text of the page, yet to come, may need the room.
+
+    Threads would hold up the imports and launches of this process.
+    """
+    if not paths or len(paths) * ROW_BYTES > MAX_BYTES / 5:
+        return None
+    receiver, sender = Pipe(duplex=False)
+    Process(target=_send_thumbnails, args=(receiver, sender, paths), daemon=True).start()
+    sender.close()
+    return receiver
+
+
+def _send_thumbnails(receiver: Connection, sender: Connection, paths: Sequence[Path]) -> None:
+    step_back()
+    receiver.close()  # else it would wait for ever if nobody is left to receive
+    made = make_thumbnails(paths, MAX_BYTES - ROW_BYTES * len(paths), quiet=True)
+    with suppress(BrokenPipeError):
+        sender.send(made)
+
+
+def take_thumbnails(
+    made: Thumbnails, files: Sequence[Path], paths: Sequence[Path | None], room: int
+) -> Thumbnails | None:
+    """Of the thumbnails of `files` those of `paths`; None if these take more than `room` bytes, or some had no room."""
+    by_file = dict(zip(files, made.pictures, strict=True))
+    pictures = [by_file.get(path) for path in paths]
+    fits = not made.no_room and sum(len(picture or "") for picture in pictures) <= room
+    return made._replace(pictures=pictures) if fits else None
+
+
+def make_thumbnails(paths: Sequence[Path | None], room: int, quiet: bool = False) -> Thumbnails:
+    """Thumbnails of the pictures, as large as go into `room` bytes together. A picture that can't be read is None."""
+    found = [path for path in paths if path is not None]
+    sample = random.Random(0).sample(found, min(SAMPLE, len(found)))
+    for side, quality in THUMBNAILS:
+        sizes = [len(make_thumbnail(path, side, quality) or "") for path in sample]
+        expected = sum(sizes) / max(len(sizes), 1) * len(found)
+        if expected > 0.97 * room and (side, quality) != THUMBNAILS[-1]:
+            continue
+        made = make_all_thumbnails(paths, side, quality, quiet)
+        if sum(len(picture or "") for picture in made) <= room:
+            break
+    pictures = keep_first(made, room)
+    return Thumbnails(pictures, side, quality, no_room=pictures.count(None) - made.count(None))
+
+
+def make_all_thumbnails(paths: Sequence[Path | None], side: int, quality: int, quiet: bool) -> list[str | None]:
+    def make(path: Path | None) -> str | None:
+        return None if path is None else make_thumbnail(path, side, quality)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads do: Pillow lets go of the lock while it works
+        made = pool.map(make, paths)
+        return list(tqdm(made, desc="thumbnails", total=len(paths), unit="picture", disable=quiet))
+
+
+def make_thumbnail(path: Path, side: int, quality: int) -> str | None:
+    """Base64 of a JPEG with no side longer than `side`, upright, without metadata; None when it can't be read."""
+    buffer = io.BytesIO()
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                return None
+            scale = min(1, side / max(image.size))
+            image.draft("RGB", [math.ceil(scale * length) for length in image.size])  # decoded at 1/8 to 1/2, if enough
+            small = image.convert("RGB")
+        small.thumbnail((side, side))
+        upright = ImageOps.exif_transpose(small)
+        upright.info = {}  # a comment would be copied
+        upright.save(buffer, "JPEG", quality=quality, optimize=True)
+    except Exception:  # Pillow raises all sorts for broken files, and no picture is worth the report
+        return None
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def keep_first(pictures: list[str | None], room: int) -> list[str | None]:
+    """The pictures up to where `room` bytes are full, None for the others."""
+    kept = []
+    for picture in pictures:
+        room -= len(picture or "")
+        kept.append(picture if room >= 0 else None)
+    return kept
+
+
+def count_pictures(paths: Sequence[Path | None], thumbnails: Thumbnails) -> dict[str, int]:
+    """What the page's last lines tell of its pictures."""
+    missing, no_file = thumbnails.pictures.count(None), paths.count(None)
+    return {
+        "shown": len(paths) - missing,
+        "no_file": no_file,
+        "no_room": thumbnails.no_room,
+        "unreadable": missing - no_file - thumbnails.no_room,
+        "side": thumbnails.side,
+        "quality": thumbnails.quality,
+    }

@@ -1,0 +1,224 @@
+"""What a training run shows of itself, in logs/<run>/ and in wandb.
+
+metrics.jsonl has a record for each logged step and each epoch, captions.md what the model said of a few validation
+pictures after each epoch, dashboard.png the curves of it all.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from captioner.bdd100k.facts import parse_caption, read_caption
+from captioner.blip2.loading import CaptionDataset, decode_captions, generate_captions
+from captioner.data.captions import atomic_write, explain_writing
+from captioner.fast.generation import FastGenerator, max_batch, supports
+from captioner.scoring.fact_metrics import measure_shares
+from captioner.scoring.text_metrics import score, score_bleu
+
+REMEDY = "the checkpoints before are kept: see to the disk, then go on with --resume"
+SHOWN = 2  # captions of each epoch that go to the console
+WIDEST = 400  # characters of them
+ROOM = 256  # pictures that there must be memory for, so that training beside it keeps some
+PANELS = {  # title: {key of the records: its label}
+    "loss (nats a token)": {"loss": "training", "eval_loss": "validation"},
+    "right facts of validation captions": {
+        "val_facts_f1": "all, F1",
+        "val_time_of_day": "time of day",
+        "val_weather": "weather",
+        "val_scene": "scene",
+        "val_traffic_light": "light",
+        "val_objects_f1": "objects, F1",
+    },
+    "BLEU-4 of validation captions": {"val_BLEU-4": None},
+    "learning rate": {"learning_rate": None},
+    "gradient norm": {"grad_norm": None},
+    "samples a second": {"samples_per_second": None},
+}
+
+
+class RunLog(TrainerCallback):
+    """Keeps what the Trainer logs: each record at once as a JSON line and in wandb, the curves as a picture.
+
+    With `done` > 0, steps that an earlier process took, its records up to there are kept and the run goes on.
+    """
+
+    def __init__(self, run_dir: Path, done: int = 0, wandb_run=None):
+        self.run_dir, self.wandb_run = run_dir, wandb_run
+        self.path = run_dir / "metrics.jsonl"
+        with explain_writing(run_dir, REMEDY):
+            run_dir.mkdir(parents=True, exist_ok=True)
+        self.records = read_records(self.path, done)
+        with atomic_write(self.path) as file:
+            file.writelines(json.dumps(record) + "\n" for record in self.records)
+        self.last = (time.perf_counter(), done)  # when the speed was last logged, and the step then
+        self.drawer, self.drawing = ThreadPoolExecutor(1), None  # half a second a time, beside training
+
+    def add(self, record: dict) -> None:
+        self.records.append(record)
+        with explain_writing(self.path, REMEDY), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.wandb_run is not None:
+            try:
+                self.wandb_run.log({name: value for name, value in record.items() if name != "step"}, record["step"])
+            except Exception as error:  # whatever goes wrong there must not end the training
+                print(f"wandb fails from here on and is left alone: {error}")
+                self.wandb_run = None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        record = {"step": state.global_step, **logs}
+        if "loss" in logs:
+            now = time.perf_counter()
+            samples = (state.global_step - self.last[1]) * args.train_batch_size * args.world_size
+            samples *= args.gradient_accumulation_steps
+            record["samples_per_second"] = samples / (now - self.last[0])
+            if torch.cuda.is_available():
+                record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            self.last = (now, state.global_step)
+        self.add(record)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.last = (time.perf_counter(), state.global_step)  # the speed is that of training
+        if state.is_world_process_zero:
+            self.draw()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.last = (time.perf_counter(), state.global_step)  # without the checkpoint
+
+    def draw(self) -> None:
+        """Have a thread draw the curves so far; raises what went wrong the last time."""
+        if self.drawing is not None:
+            self.drawing.result()
+        self.drawing = self.drawer.submit(plot_dashboard, list(self.records), self.run_dir / "dashboard.png")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.draw()
+            self.drawing.result()
+            if self.wandb_run is not None:
+                self.wandb_run.finish()
+
+
+def read_records(path: Path, done: int) -> list[dict]:
+    """The records of metrics.jsonl up to step `done`."""
+    if not done or not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # the process was killed as it wrote
+        if record["step"] <= done:
+            records.append(record)
+    return records
+
+
+def start_wandb(mode: str, name: str, config: dict):
+    """A wandb run, or None when it is not wanted or can't be had: that must not keep anybody from training."""
+    if mode == "disabled":
+        return None
+    import wandb
+
+    try:
+        return wandb.init(project="blip2-bdd100k", name=name, config=config, mode=mode, dir=".")
+    except Exception as error:  # its failures have no class in common
+        print(f"wandb can't be used, training goes on without ({error})")
+        return None
+
+
+class ValidationCaptions(TrainerCallback):
+    """After each epoch: greedy captions of the first `count` validation pictures, and how right they are."""
+
+    def __init__(self, log: RunLog, dataset: CaptionDataset, count: int, processor, generation):
+        self.log, self.dataset, self.processor, self.generation = log, dataset, processor, generation
+        self.count = min(count, len(dataset))
+        self.generator: FastGenerator | None = None
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        if not self.count or not state.is_world_process_zero:
+            return
+        examples = self.dataset.examples[: self.count]
+        texts = self.generate(model, args.eval_batch_size)
+        references = [example.caption for example in examples]
+        shares = score(
+            measure_shares([parse_caption(text) for text in texts], [parse_caption(text) for text in references])
+        )
+        shares |= score_bleu(texts, [[reference] for reference in references])
+        record = {f"val_{name}": value for name, value in shares.items() if value == value}
+        self.log.add({"step": state.global_step, "epoch": state.epoch, **record})
+        self.write(state.epoch, examples, texts)
+        print(f"\nepoch {state.epoch:g}: {self.count} validation captions, facts F1 {shares['facts_f1']:.3f}, "
+              f"time {shares['time_of_day']:.2f}, weather {shares['weather']:.2f}, scene {shares['scene']:.2f}, "
+              f"light {shares['traffic_light']:.2f}, objects F1 {shares['objects_f1']:.3f}, "
+              f"BLEU-4 {shares['BLEU-4']:.3f}")  # fmt: skip
+        for example, text in list(zip(examples, texts, strict=True))[:SHOWN]:
+            said = text if len(text) <= WIDEST else text[:WIDEST] + " ..."
+            print(f"  {example.name}\n    said:      {said or '(nothing)'}\n    reference: {example.caption}")
+
+    def generate(self, model, batch_size: int) -> list[str]:
+        """Captions, without a trace in the random numbers that training goes on with."""
+        was_training, texts = model.training, []
+        model.eval()
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        generator = self.make_generator(model)
+        with torch.random.fork_rng(devices):
+            for start in range(0, self.count, batch_size):
+                rows = [self.dataset[row] for row in range(start, min(start + batch_size, self.count))]
+                pixels = torch.stack([row["pixel_values"] for row in rows])
+                if generator is None:
+                    texts += generate_captions(model, self.processor, pixels, self.generation, do_sample=False)
+                else:
+                    tokens = generator.generate(pixels.to(generator.dtype), self.generation.max_new_tokens)
+                    texts += decode_captions(self.processor, tokens)
+        model.train(was_training)
+        return texts
+
+    def make_generator(self, model) -> FastGenerator | None:
+        """The fast way to caption, on a CPU or a GPU with room for it. Weights and graphs stay until training ends."""
+        if self.generator is None and supports(model):
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+                free = torch.cuda.mem_get_info()[0]
+                if max_batch(model, self.generation.max_new_tokens, free) < max(ROOM, self.count):
+                    return None
+            self.generator = FastGenerator(model, self.count)
+        return self.generator
+
+    def write(self, epoch: float, examples: Sequence, texts: list[str]) -> None:
+        path = self.log.run_dir / "captions.md"
+        with explain_writing(path, REMEDY), open(path, "a", encoding="utf-8") as file:
+            file.write(f"# after epoch {epoch:g}\n\n")
+            for example, text in zip(examples, texts, strict=True):
+                cut = " (cut off)" if read_caption(text).cut_off else ""
+                file.write(f"{example.name}{cut}\n- said: {text}\n- reference: {example.caption}\n\n")
+
+
+def plot_dashboard(records: list[dict], path: Path) -> None:
+    """Curves over the optimiser steps, as PNG."""
+    from matplotlib.figure import Figure  # which, unlike pyplot, may be used by any thread
+
+    figure = Figure(figsize=(15, 7))
+    axes = figure.subplots(2, 3)
+    figure.subplots_adjust(0.05, 0.08, 0.98, 0.94, wspace=0.2, hspace=0.35)  # a layout found anew takes as long again
+    for axis, (title, curves) in zip(axes.flat, PANELS.items(), strict=True):
+        for key, label in curves.items():
+            points = [(record["step"], record[key]) for record in records if key in record]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 20 else None, ms=3)
+        axis.set(title=title, xlabel="optimiser step")
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize="small")
+    if any("loss" in record for record in records):
+        axes.flat[0].set_yscale("log")
+    axes.flat[1].set_ylim(0, 1.02)
+    with explain_writing(path, REMEDY):
+        figure.savefig(path.with_suffix(".tmp.png"), dpi=110)
+        path.with_suffix(".tmp.png").replace(path)

@@ -1,0 +1,184 @@
+"""The caption grammar: the reference's texts to the letter, and describe/parse_caption as exact inverses."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from captioner.bdd100k.facts import (
+    CLASSES,
+    LIGHTS,
+    MAX_COUNT,
+    SCENES,
+    STYLES,
+    TIMES_OF_DAY,
+    WEATHERS,
+    Facts,
+    ObjectKind,
+    Reading,
+    describe,
+    mark_caption,
+    parse_caption,
+    read_caption,
+)
+
+kinds = st.builds(ObjectKind, st.sampled_from(sorted(CLASSES)), st.booleans(), st.booleans())
+counts = st.dictionaries(kinds, st.integers(1, MAX_COUNT) | st.integers(1, 3), max_size=12)
+lights = st.sampled_from([None, *LIGHTS])
+all_facts = st.builds(
+    Facts, st.sampled_from(TIMES_OF_DAY), st.sampled_from(WEATHERS), st.sampled_from(sorted(SCENES)), lights, counts
+) | st.builds(Facts, traffic_light=lights, objects=counts)
+
+
+@given(all_facts, st.sampled_from(STYLES))
+def test_parse_inverts_describe(facts, style):
+    reading = read_caption(describe(facts, style))
+    assert reading.facts == facts
+    assert reading.unread == reading.repeated == reading.contradicting == []
+
+
+@given(all_facts, all_facts, st.sampled_from(STYLES))
+def test_different_facts_give_different_captions(one, other, style):
+    assert (describe(one, style) == describe(other, style)) == (one == other)
+
+
+@given(st.text() | st.text(alphabet="There isao2 9cars.,*\n"))
+def test_any_text_is_read(text):
+    reading = read_caption(text)
+    assert parse_caption(text) == reading.facts
+
+
+FACTS = Facts("evening", "clear", "highway", "red", {ObjectKind("car"): 1, ObjectKind("pedestrian", truncated=True): 1})
+STREET = Facts(
+    "daytime",
+    "clear",
+    "city street",
+    "green",
+    {
+        ObjectKind("car"): 3,
+        ObjectKind("bus"): 2,
+        ObjectKind("car", occluded=True): 4,
+        ObjectKind("car", truncated=True): 1,
+        ObjectKind("car", True, True): 1,
+        ObjectKind("drivable area"): 1,
+        ObjectKind("lane"): 3,
+        ObjectKind("person"): 2,
+        ObjectKind("traffic sign", occluded=True): 1,
+    },
+)
+GOLDEN = [
+    (
+        FACTS,
+        "plain",
+        "It is a evening scene in clear weather on a highway road. The traffic light is red. "
+        "There is one car. There is one truncated pedestrian.",
+    ),
+    (
+        STREET,
+        "plain",
+        "It is a daytime scene in clear weather on a city street road. The traffic light is green. "
+        "There are 2 buses. There are 3 cars. There is one drivable area. There are 3 lanes. "
+        "There are 4 partially occluded cars. There is one partially occluded traffic sign. "
+        "There is one partially occluded truncated car. There are 2 persons. There is one truncated car.",
+    ),
+    (
+        STREET,
+        "markdown",
+        "It is a **daytime** scene in **clear** weather on a **city street** road. Key visible objects are: "
+        "The traffic light is **green**. There are **2 buses**. There are **3 cars**. "
+        "There is one **drivable area**. There are **3 lanes**. There are **4 partially occluded cars**. "
+        "There is one **partially occluded traffic sign**. There is one **partially occluded truncated car**. "
+        "There are **2 persons**. There is one **truncated car**.",
+    ),
+    (
+        STREET,
+        "natural",
+        "It is a daytime scene in clear weather on a city street. The traffic light is green. There are 2 buses. "
+        "There are 9 cars, 4 of them partially occluded, one truncated and one both. There is one drivable area. "
+        "There are 3 lane markings. There are 2 people. There is one partially occluded traffic sign.",
+    ),
+    (FACTS, "natural", "It is an evening scene in clear weather on a highway. The traffic light is red. "
+        "There is one car. There is one truncated pedestrian."),
+    (Facts("dawn/dusk", "undefined", "residential"), "natural", "It is a dawn or dusk scene in a residential area."),
+    (Facts("undefined", "undefined", "undefined"), "natural", "It is a scene."),
+    (Facts("undefined", "foggy", "undefined"), "plain",
+        "It is a undefined scene in foggy weather on a undefined road."),
+    (Facts("night", "rainy", "tunnel"), "markdown",
+        "It is a **night** scene in **rainy** weather on a **tunnel** road."),
+    (Facts(), "plain", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("facts", "style", "caption"), GOLDEN)
+def test_golden(facts, style, caption):
+    assert describe(facts, style) == caption
+    assert parse_caption(caption) == facts
+
+
+def test_generated_caption_of_the_reference_is_read():
+    """Its first demo caption says one sentence twice and gives two numbers for one kind."""
+    reading = read_caption(
+        "It is a **daytime** scene in **clear** weather on a **city street** road. Key visible objects are: There "
+        "are **3 cars**. There is one **drivable area**. There are **3 lanes**. There are **4 partially occluded "
+        "cars**. There is one **partially occluded traffic sign**. There is one **partially occluded car**. There is "
+        "one **partially occluded traffic sign**. "
+    )
+    assert reading.facts.objects[ObjectKind("car", occluded=True)] == 4
+    assert reading.repeated == ["There is one **partially occluded traffic sign**."]
+    assert reading.contradicting == ["There is one **partially occluded car**."]
+    assert reading.unread == []
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "There are 0 cars.",
+        "There are 2 cars",  # cut off
+        "There are 99999 cars.",
+        "There are two unicorns.",
+        "There are 2 cars, 3 of them truncated.",
+        "There are 2 cars, one of them truncated and one truncated.",
+        "The traffic light is blue.",
+        "It is a daytime scene in clear weather on a city street road",
+        "<script>alert(1)</script>",
+    ],
+)
+def test_unreadable_sentences_are_told(sentence):
+    assert read_caption(sentence) == Reading(Facts(), [sentence], [], [], cut_off=not sentence.endswith("."))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"time_of_day": "noonish", "weather": "clear", "scene": "highway"},
+        {"time_of_day": "night"},
+        {"traffic_light": "blue"},
+        {"objects": {ObjectKind("unicorn"): 1}},
+        {"objects": {ObjectKind("car"): 0}},
+        {"objects": {ObjectKind("car"): MAX_COUNT + 1}},
+    ],
+)
+def test_facts_outside_the_tables_are_refused(arguments):
+    with pytest.raises(ValueError):
+        Facts(**arguments)
+
+
+@given(all_facts, all_facts, st.sampled_from(STYLES))
+def test_marks_add_up_to_the_caption(one, other, style):
+    text = describe(one, style)
+    assert "".join(piece for piece, _ in mark_caption(text, other, "invented")) == text
+    verdicts = {verdict for _, verdict in mark_caption(text, one, "invented")}
+    assert verdicts <= {"", "right"}  # held against its own facts, all is right
+
+
+@given(st.text(max_size=100))
+def test_any_text_is_marked(text):
+    assert "".join(piece for piece, _ in mark_caption(text, Facts(), "invented")) == text
+
+
+def test_verdicts():
+    facts = Facts("night", "rainy", "highway", None, {ObjectKind("car"): 2})
+    text = "It is a night scene in clear weather on a highway road. The traffic light is red. There are 3 cars. A dog."
+    marked = {piece.strip(): verdict for piece, verdict in mark_caption(text, facts, "invented")}
+    expected = {"night": "right", "clear": "wrong", "red": "invented", "3 cars": "wrong", "A dog.": "unread"}
+    assert {piece: marked[piece] for piece in expected} == expected
+    assert ("one bus", "missing") in mark_caption("There is one bus.", facts, "missing")

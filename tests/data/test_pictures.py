@@ -1,0 +1,99 @@
+"""Pictures that are read ahead."""
+
+import os
+import shutil
+import signal
+import time
+from collections import namedtuple
+
+import pytest
+import torch
+
+from captioner.data import images
+from config import UserError
+
+
+def test_pictures_are_read_ahead_in_order_and_not_further():
+    started = []
+
+    def read(item):
+        started.append(item)
+        time.sleep(0.01 * (item % 3))
+        return 10 * item
+
+    reading = images.read_ahead(read, iter(range(100)), ahead=4)
+    assert [next(reading) for _ in range(10)] == [10 * item for item in range(10)]
+    assert len(started) <= 10 + 5
+    reading.close()
+    assert len(started) < 20
+    with pytest.raises(ZeroDivisionError):
+        list(images.read_ahead(lambda item: 1 / item, [1, 0, 1]))
+
+
+def test_one_item_is_made_ahead():
+    started = []
+
+    def make():
+        for item in range(4):
+            started.append(item)
+            yield item
+        raise UserError("the fifth")
+
+    items = images.one_ahead(make())
+    assert next(items) == 0
+    end = time.monotonic() + 10
+    while len(started) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert started == [0, 1]
+    assert [next(items) for _ in range(3)] == [1, 2, 3]
+    with pytest.raises(UserError, match="the fifth"):
+        next(items)
+    assert list(images.one_ahead(iter(()))) == []
+
+
+def test_batches_by_processes_are_in_order():
+    batches = list(images.read_batches(_tenfold, range(200), list))
+    assert [len(batch) for batch in batches] == [32] * 6 + [8]
+    assert [item for batch in batches for item in batch] == [10 * item for item in range(200)]
+
+
+@pytest.mark.parametrize(
+    ("cores", "room", "processes", "workers", "answers"),  # cores of a process; room in shared memory, in answers
+    [
+        *((4, 1000, 1, 4, 8), (16, 1000, 1, 16, 8), (32, 1000, 1, 32, 4), (128, 1000, 1, 128, 2)),
+        *((16, 40, 1, 16, 2), (16, 10, 1, 4, 2), (16, 1000, 4, 16, 2), (4, 1000, 4, 4, 8), (4, 72, 4, 4, 2)),
+    ],
+)
+def test_as_many_answers_wait_as_there_is_room_for(cores, room, processes, workers, answers, monkeypatch):
+    loaders, item_bytes = [], 1000
+    free = room * images.BATCH * item_bytes
+    monkeypatch.setattr(images, "count_cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(free))
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *_, **options: loaders.append(options) or [])
+    list(images.read_batches(_tenfold, range(10_000), list, item_bytes))
+    assert (loaders[0]["num_workers"], loaders[0]["prefetch_factor"]) == (workers, answers)
+
+
+def _tenfold(item):
+    return 10 * item
+
+
+def _die(item):
+    if item == 70:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+def _complain(item):
+    if item == 70:
+        raise UserError("a.jpg: is no picture")
+    return item
+
+
+@pytest.mark.parametrize(
+    ("read", "message"), [(_die, "a process that reads pictures was killed"), (_complain, "a.jpg: is no picture")]
+)
+def test_a_process_that_fails_says_why(read, message):
+    with pytest.raises(UserError, match=message):
+        list(images.read_batches(read, range(200), list))

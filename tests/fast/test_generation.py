@@ -1,0 +1,312 @@
+"""Fast generation against transformers' own, on a tiny BLIP-2 with random weights; without a GPU's graphs."""
+
+import contextlib
+
+import pytest
+import torch
+from conftest import import_kernels
+from transformers import Blip2ForConditionalGeneration, TopPLogitsWarper
+
+from benchmarks.full_size import build_full_size_config
+from captioner.blip2 import loading as blip2
+from captioner.fast import generation
+from captioner.fast.generation import FastGenerator, max_batch, pick_tokens, supports
+from captioner.fast.layers import copy_lora, embed_images, get_blip2, join_lora
+from config import EvalConfig, UserError
+from eval import Captioner
+
+CPU = torch.device("cpu")
+NEW_TOKENS = 60  # positions 9 to 68: five buckets of 16
+
+
+def load(checkpoint, load_in_4bit=False, with_lora=False):
+    """A model whose captions differ by picture; `with_lora` adds matrices that change them."""
+    torch.manual_seed(0)
+    model = blip2.load_model(checkpoint, load_in_4bit, CPU)
+    if with_lora:
+        model = blip2.add_lora(model, "both", rank=4, alpha=8, dropout=0.0)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.05)
+    return model.eval()
+
+
+def make_pixels(rows: int):
+    return torch.randn(rows, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def generate_slowly(model, pixels, new_tokens=NEW_TOKENS):
+    """What transformers' generate() gives: (B, N) new tokens, greedy."""
+    prefix = torch.tensor([blip2.prefix_ids(model.config)]).expand(len(pixels), -1)
+    settings = blip2.make_generation_config(model.config, new_tokens)
+    tokens = model.generate(
+        pixel_values=pixels,
+        input_ids=prefix,
+        attention_mask=torch.ones_like(prefix),
+        generation_config=settings,
+        do_sample=False,
+    )
+    return tokens[:, prefix.shape[1] :]
+
+
+def end_early(model, tokens):
+    """Make the end token one that many rows of `tokens` (B, N) reach, each at its own step; returns those steps."""
+    first = {  # {token: where it comes first in each row}
+        token: [row.index(token) if token in row else NEW_TOKENS for row in tokens.tolist()]
+        for token in tokens.unique().tolist()
+    }
+    text = model.config.text_config
+    end = max(set(first) - {text.pad_token_id}, key=lambda token: len(set(first[token])))
+    text.eos_token_id = end
+    return first[end]
+
+
+@pytest.mark.parametrize(("load_in_4bit", "with_lora"), [(False, False), (False, True), (True, False), (True, True)])
+def test_greedy_equals_transformers(tiny_checkpoint, load_in_4bit, with_lora):
+    model, pixels = load(tiny_checkpoint, load_in_4bit, with_lora), make_pixels(16)
+    assert supports(model)
+    ends = end_early(model, generate_slowly(model, pixels))
+    assert len(set(ends)) > 4, ends
+    generator = FastGenerator(model, batch_size=16, bucket=16)
+    assert torch.equal(generator.generate(pixels, NEW_TOKENS), generate_slowly(model, pixels))
+    fewer = generator.generate(pixels[:3], 20)  # in the same cache
+    assert torch.equal(fewer, generate_slowly(model, pixels[:3], 20))
+    longer = generator.generate(pixels[:1], 100)  # in a new cache
+    assert torch.equal(longer, generate_slowly(model, pixels[:1], 100))
+    without = FastGenerator(model, batch_size=16, bucket=16, copies=False)
+    assert torch.equal(without.generate(pixels, NEW_TOKENS), generate_slowly(model, pixels))
+
+
+def note_steps(monkeypatch) -> list[tuple[int, int]]:
+    """A list that (rows, positions of the cache) of each step go into."""
+    steps, step = [], FastGenerator._step
+
+    def note(self, size, length, choice):
+        steps.append((size, length))
+        step(self, size, length, choice)
+
+    monkeypatch.setattr(FastGenerator, "_step", note)
+    return steps
+
+
+def test_finished_rows_leave_the_batch(tiny_checkpoint, monkeypatch):
+    model, pixels = load(tiny_checkpoint), make_pixels(16)
+    end_early(model, generate_slowly(model, pixels))
+    steps = note_steps(monkeypatch)
+    tokens = FastGenerator(model, batch_size=16, bucket=16).generate(pixels, NEW_TOKENS)
+    assert torch.equal(tokens, generate_slowly(model, pixels))
+    assert steps[0] == (16, 16)
+    assert len({length for _, length in steps}) > 2
+    assert steps == sorted(steps, key=lambda entry: (-entry[0], entry[1]))  # rows only leave, the cache only grows
+    assert steps[-1][0] < 16, steps
+
+
+def test_nothing_is_read_that_an_earlier_call_left(tiny_checkpoint):
+    model, pixels = load(tiny_checkpoint), make_pixels(3)
+    generator = FastGenerator(model, batch_size=8)
+    tokens = generator.generate(pixels, 20)
+    with torch.inference_mode():
+        generator.cache.fill_(torch.nan)
+    assert torch.equal(generator.generate(pixels, 20), tokens)
+
+
+def test_steps_end_soon_after_the_last_caption(tiny_checkpoint):
+    model, pixels = load(tiny_checkpoint), make_pixels(1)
+    row = generate_slowly(model, pixels)[0].tolist()
+    model.config.text_config.eos_token_id = row[4]
+    generator = FastGenerator(model, batch_size=4)
+    assert generator.generate(pixels, NEW_TOKENS).tolist() == [row[: row.index(row[4]) + 1]]
+    assert generator.position.item() - generator.prefix <= generation.CHECK_EVERY
+
+
+@pytest.mark.parametrize("copies", [True, False])
+@pytest.mark.parametrize("joined", [True, False])
+def test_adapter_switched_off_and_trained_between_calls(tiny_checkpoint, copies, joined):
+    model, pixels = load(tiny_checkpoint, True, True), make_pixels(4)
+    if joined:  # as FastStep trains
+        join_lora(model)
+    generator = FastGenerator(model, batch_size=4, copies=copies)
+    with_adapter = generator.generate(pixels, 20)
+    with model.disable_adapter():
+        without = generator.generate(pixels, 20)
+        assert torch.equal(without, generate_slowly(model, pixels, 20))
+    assert not torch.equal(with_adapter, without)
+    assert torch.equal(generator.generate(pixels, 20), with_adapter)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.mul_(-1)
+    trained = generator.generate(pixels, 20)
+    assert torch.equal(trained, generate_slowly(model, pixels, 20))
+    assert not torch.equal(trained, with_adapter)
+
+
+def test_seed_alone_decides_what_is_drawn(tiny_checkpoint, monkeypatch):
+    """Not the calls before, nor which rows left the batch."""
+    model, pixels = load(tiny_checkpoint, with_lora=True), make_pixels(16)
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": True, "temperature": 0.9, "top_p": 0.8}
+    end_early(model, FastGenerator(model, batch_size=16).generate(pixels, **options, seed=1))
+    generator, steps = FastGenerator(model, batch_size=16, bucket=16), note_steps(monkeypatch)
+    first = generator.generate(pixels, **options, seed=1)
+    assert steps[-1][0] < 16, steps
+    assert not torch.equal(generator.generate(pixels, **options, seed=2), first)
+    generator.generate(pixels[:3], 10)
+    assert torch.equal(generator.generate(pixels, **options, seed=1), first)
+    assert torch.equal(FastGenerator(model, batch_size=16, bucket=128).generate(pixels, **options, seed=1), first)
+
+
+def test_tiny_nucleus_is_greedy(tiny_checkpoint):
+    model, pixels = load(tiny_checkpoint), make_pixels(3)
+    generator = FastGenerator(model, batch_size=3)
+    drawn = generator.generate(pixels, 30, do_sample=True, top_p=1e-6, seed=5)
+    assert torch.equal(drawn, generator.generate(pixels, 30))
+
+
+@pytest.mark.parametrize("top_p", [0.6, 1.0])
+def test_first_token_has_the_distribution_of_transformers(tiny_checkpoint, top_p):
+    model, rows, temperature = load(tiny_checkpoint), 4096, 0.7
+    pixels = make_pixels(1)
+    prefix = torch.tensor([blip2.prefix_ids(model.config)])
+    with torch.no_grad():
+        logits = model(pixel_values=pixels, input_ids=prefix).logits[:, -1] / temperature
+    expected = (TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits).softmax(-1)[0]  # (V,)
+    generator = FastGenerator(model, batch_size=rows)
+    drawn = generator.generate(pixels.expand(rows, -1, -1, -1), 1, True, temperature, top_p)
+    counts = torch.bincount(drawn[:, 0], minlength=len(expected))
+    assert expected.count_nonzero() > 5
+    assert (counts[expected == 0] == 0).all()
+    deviation = (expected * (1 - expected) * rows).sqrt()
+    assert ((counts - rows * expected).abs() <= 5 * deviation + 1).all()
+
+
+def test_nucleus_is_drawn_from_the_most_likely_tokens():
+    logits = torch.log(torch.tensor([[0.4, 0.1, 0.3, 0.2]])).expand(1000, -1)
+    noise = torch.empty(1000, 4).exponential_(generator=torch.Generator().manual_seed(0))
+    for temperature, top_p, width, tokens in [
+        (1.0, 1.0, 4, [0, 1, 2, 3]),
+        (1.0, 0.75, 4, [0, 2, 3]),
+        (1.0, 0.65, 4, [0, 2]),
+        (1.0, 0.95, 2, [0, 2]),  # cut at two tokens
+        (1.0, 0.0, 4, [0]),
+        (0.01, 0.75, 4, [0]),
+    ]:
+        assert pick_tokens(logits, temperature, top_p, noise[:, :width]).unique().tolist() == tokens
+
+
+def test_kernels_give_the_same_captions(tiny_checkpoint, monkeypatch):
+    """In Triton's interpreter; the prefix's attention and that of one token are both taken."""
+    kernels = import_kernels()
+    model, pixels = load(tiny_checkpoint), make_pixels(3)
+    expected = FastGenerator(model, 3).generate(pixels, 12)
+    calls, attend, attend_one = [], kernels.attend, kernels.attend_one
+    monkeypatch.setattr(generation, "use_kernels", lambda x: True)
+    monkeypatch.setattr(kernels, "attend", lambda *args: calls.append("prefix") or attend(*args))
+    monkeypatch.setattr(kernels, "attend_one", lambda *args: calls.append("token") or attend_one(*args))
+    assert torch.equal(FastGenerator(model, 3).generate(pixels, 12), expected)
+    assert set(calls) == {"prefix", "token"} and len(expected.unique(dim=0)) > 1
+
+
+def test_graphs_are_captured_once_and_replayed(tiny_checkpoint, monkeypatch):
+    """With stand-ins for CUDA's: capturing notes a step and runs nothing, replaying runs what was noted."""
+    model, pixels = load(tiny_checkpoint), make_pixels(8)
+    captured, replayed = [], []
+    step = FastGenerator._step
+
+    class Graph:
+        def replay(self):
+            replayed.append(self.arguments)
+            step(generator, *self.arguments)
+
+    @contextlib.contextmanager
+    def capture(graph, pool, capture_error_mode):
+        def note(self, *arguments):
+            graph.arguments = arguments
+            captured.append(arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FastGenerator, "_step", note)
+            yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    generator = FastGenerator(model, batch_size=8, bucket=16)
+    generator.use_graphs = True
+    expected = generate_slowly(model, pixels, 30)  # 29 steps, over three lengths of the cache
+    assert torch.equal(generator.generate(pixels, 30), expected)
+    assert captured == [(8, 16, None), (8, 32, None), (8, 48, None)]
+    assert len(replayed) == 29 - 3
+    assert torch.equal(generator.generate(pixels, 30), expected)
+    assert len(captured) == 3
+    assert len(replayed) == 29 - 3 + 29
+
+
+def test_what_is_not_supported(tiny_checkpoint):
+    model = load(tiny_checkpoint)
+    model.config.text_config.do_layer_norm_before = False
+    assert not supports(model)
+    model = load(tiny_checkpoint, with_lora=True)
+    assert supports(model)
+    attention = model.get_base_model().language_model.model.decoder.layers[0].self_attn
+    attention.q_proj.lora_variant["default"] = object()  # DoRA, say
+    assert not supports(model)
+    assert not supports(torch.nn.Linear(2, 2))
+
+
+def test_a_variant_of_lora_in_the_qformer_is_not_supported(tiny_checkpoint):
+    model = load(tiny_checkpoint, with_lora=True)
+    layer = model.get_base_model().qformer.encoder.layer[0]
+    layer.attention.attention.key.lora_variant["default"] = object()
+    assert not supports(model)
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_image_tokens_in_half_precision(tiny_checkpoint, monkeypatch, load_in_4bit):
+    """As on a GPU without bf16: the Q-Former stays in fp32, the rest is fp16; LoRA follows each."""
+    monkeypatch.setattr("captioner.blip2.loading.pick_dtype", lambda device: torch.float16)
+    model = load(tiny_checkpoint, load_in_4bit, with_lora=True)
+    blip, pixels = get_blip2(model), make_pixels(2).half()
+    assert blip.qformer.layernorm.weight.dtype == torch.float32
+    with torch.inference_mode():
+        vision = blip.vision_model(pixel_values=pixels).last_hidden_state
+        image = embed_images(blip, vision, copy_lora(blip))
+        expected = blip.get_image_features(pixels, return_dict=True).pooler_output
+    assert image.dtype == torch.float16
+    assert (image - expected).abs().max() < 0.01 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("room", "batch_size", "chosen"),  # room with copies of the weights and without
+    [
+        ((0, 128), None, (16, False)),  # no more than transformers' generate takes, unless asked for
+        ((0, 128), 32, (32, False)),
+        ((6, 128), None, (16, False)),
+        ((6, 4), None, (4, True)),
+        ((600, 128), None, (512, True)),
+        ((600, 128), 8, (8, True)),
+        ((0, 4), 8, None),
+        ((0, 0), None, None),
+    ],
+)
+def test_way_to_generate_is_chosen_by_room(tiny_checkpoint, room, batch_size, chosen):
+    captioner = Captioner.__new__(Captioner)  # without loading
+    captioner.config, captioner.model = EvalConfig(fast_generation="on", batch_size=batch_size), load(tiny_checkpoint)
+    if chosen is None:
+        with pytest.raises(UserError, match=f"room for {room[1]} pictures"):
+            captioner._make_generator(*room, 1024)
+    else:
+        captioner._make_generator(*room, 1024)
+        assert (captioner.batch_size, bool(captioner.generator.copies)) == chosen
+
+
+def test_max_batch_fills_the_memory(tiny_checkpoint):
+    """Full size in bf16, from its configuration alone: 5 GB of weights, 52 MB of cache for a row of 160 positions."""
+    with torch.device("meta"):
+        model = Blip2ForConditionalGeneration(build_full_size_config()).to(torch.bfloat16)
+    assert supports(model)
+    free, cache, weights = 40 * 2**30, 32 * 2 * 2560 * 160 * 2, 32 * 12 * 2560**2 * 2
+    taken = max_batch(model, 120, free) * cache + weights + generation.WORKSPACE
+    assert 0.95 * free < taken <= free
+    assert max_batch(model, 120, 4 * 2**30) == 0
+    assert 12 < max_batch(model, 120, 3 * 2**29, copies=False) < 24
+    assert max_batch(load(tiny_checkpoint), 20, free) > 1000

@@ -1,0 +1,480 @@
+"""Each lever of speed.py: with it and without it loss, gradients and adapter agree."""
+
+import copy
+import dataclasses
+import itertools
+import json
+import operator
+import statistics
+import subprocess
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import import_kernels
+from test_training import stop_at, train
+from torch.utils.checkpoint import checkpoint
+
+import main
+from captioner.blip2.loading import (
+    CaptionCollator,
+    CaptionDataset,
+    PackedCollator,
+    add_lora,
+    load_config,
+    load_model,
+    load_processor,
+)
+from captioner.data.captions import Example
+from captioner.fast import compile_kernels
+from captioner.fast.caption_loss import caption_nll, supports
+from captioner.fast.generation import FastGenerator
+from captioner.fast.layers import spare_columns
+from captioner.fast.speed import FastStep, JoinedAdamW, LengthSampler, join_weights, unpack_nf4
+from captioner.fast.vision_store import take_vision_out
+from captioner.training import trainer
+from captioner.training.checkpoints import hash_file
+from config import TrainConfig
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def rows(drawn, tiny_checkpoint):
+    """Four rows with captions of different lengths, and the model's configuration."""
+    images = sorted((drawn / "images").iterdir())[:4]
+    texts = ["There is one car.", "There are 3 cars. There is one truck.", "There is one bus.", "x"]
+    examples = [Example(image.name, image, text) for image, text in zip(images, texts, strict=True)]
+    processor = load_processor(tiny_checkpoint)
+    model = load_model(tiny_checkpoint, False, CPU)
+    dataset = CaptionDataset(examples, processor, 50, model.config.text_config.eos_token_id)
+    return [dataset[row] for row in range(4)], model.config
+
+
+@pytest.fixture(scope="module")
+def batch(rows):
+    """The rows as the model takes them."""
+    return CaptionCollator(rows[1])(rows[0])
+
+
+@pytest.fixture(scope="module")
+def packed(rows):
+    """The same for caption_nll."""
+    return PackedCollator(rows[1])(rows[0])
+
+
+def load(checkpoint, load_in_4bit=False, dropout=0.0, rank=4, target="both"):
+    """A model with LoRA that has an effect, without dropout anywhere but in LoRA."""
+    torch.manual_seed(0)
+    model = add_lora(load_model(checkpoint, load_in_4bit, CPU), target, rank, 8, dropout)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    return model.eval()
+
+
+def loss_and_gradients(model, compute):
+    loss = compute()
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    return loss.detach(), dict(zip(weights, torch.autograd.grad(loss, weights.values()), strict=True))
+
+
+def check_agreement(one, other, relative=1e-4):
+    assert one[0].item() == pytest.approx(other[0].item(), rel=1e-6)
+    assert one[1].keys() == other[1].keys()
+    for name, gradient in one[1].items():
+        assert gradient.norm() > 0, name
+        assert (gradient - other[1][name]).norm() < relative * gradient.norm(), name
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+@pytest.mark.parametrize("chunk", [512, 7])
+def test_loss_of_text_alone_is_the_models(tiny_checkpoint, batch, packed, monkeypatch, load_in_4bit, chunk):
+    monkeypatch.setattr("captioner.fast.caption_loss.CHUNK", chunk)
+    model = load(tiny_checkpoint, load_in_4bit)
+    assert supports(model)
+    tokens = (batch["labels"] != -100).sum()
+    plain = loss_and_gradients(model, lambda: model(**batch).loss)
+    fast = loss_and_gradients(model, lambda: caption_nll(model, **packed).sum() / tokens)
+    check_agreement(plain, fast)
+
+
+def test_dropout_is_that_of_lora(tiny_checkpoint, rows, monkeypatch):
+    """The same masks are drawn, one for each layer; without LoRA the loss is another."""
+    monkeypatch.setattr("captioner.blip2.loading.PACKED_TO", 1)
+    alike = [row | {"caption_ids": rows[0][0]["caption_ids"]} for row in rows[0]]  # where nothing is padded
+    batch, packed = CaptionCollator(rows[1])(alike), PackedCollator(rows[1])(alike)
+    model = load(tiny_checkpoint, True, dropout=0.5)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Dropout) and layer.p == 0.5:
+            layer.train()
+    last = model.get_base_model().language_model.model.decoder.layers[-1]
+    for layer in (last.self_attn.out_proj, last.fc1, last.fc2):  # whose masks are of the predicting places alone
+        layer.lora_dropout.eval()
+    tokens = (batch["labels"] != -100).sum()
+    inputs = batch | {name: batch[name][:, :-1] for name in ("input_ids", "attention_mask")}
+    targets = inputs.pop("labels")[:, 1:]  # what is read last is the last token but one
+
+    def compute_by_model():
+        torch.manual_seed(1)
+        return F.cross_entropy(model(**inputs).logits.flatten(0, 1), targets.flatten())
+
+    plain = loss_and_gradients(model, compute_by_model)
+    torch.manual_seed(1)
+    fast = loss_and_gradients(model, lambda: caption_nll(model, **packed).sum() / tokens)
+    check_agreement(plain, fast)
+    with model.disable_adapter():
+        base = caption_nll(model, **packed).sum() / tokens
+        assert base.item() == pytest.approx(model(**batch).loss.item(), rel=1e-6)
+    assert abs(base - fast[0]) > 1e-3
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The Triton kernels in use on the CPU, in Triton's interpreter."""
+    import_kernels()
+    monkeypatch.setattr("captioner.fast.layers.use_kernels", lambda x: True)
+    monkeypatch.setattr("captioner.fast.caption_loss.use_kernels", lambda x: True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("joined", [False, True])
+def test_kernels_give_the_models_loss(tiny_checkpoint, batch, packed, kernels, joined):
+    model = load(tiny_checkpoint, rank=16)
+    tokens = (batch["labels"] != -100).sum()
+    plain = loss_and_gradients(model, lambda: model(**batch).loss)
+    if joined:
+        join_weights(model)
+        layer = model.get_base_model().language_model.model.decoder.layers[0]
+        assert spare_columns(layer.fc1.base_layer.weight) == 16
+        assert spare_columns(layer.self_attn.v_proj.base_layer.weight) == 48
+    check_agreement(plain, loss_and_gradients(model, lambda: caption_nll(model, **packed).sum() / tokens))
+
+
+@pytest.mark.slow
+def test_gradients_of_kernels_are_those_of_their_dropout(tiny_checkpoint, rows, kernels):
+    """With the masks of one seed, the loss changes along a direction as the gradient says."""
+    model = load(tiny_checkpoint, dropout=0.3, rank=16).train()
+    packed = PackedCollator(rows[1])(rows[0][1:3])
+    join_weights(model)
+    model.get_base_model().qformer.dropout.eval()  # drawn by torch
+
+    def compute():
+        torch.manual_seed(1)
+        return caption_nll(model, **packed).sum()
+
+    loss, gradients = loss_and_gradients(model, compute)
+    assert compute() == loss
+    others = [caption_nll(model, **packed).sum() - loss for _ in range(4)]  # of other seeds
+    assert len(set(others)) == 4 and max(map(abs, others)) > 1e-3, others
+    for part in ("qformer", "language_model"):
+        weights = {name: weight for name, weight in model.named_parameters() if name in gradients and part in name}
+        slope = sum((gradients[name] ** 2).sum() for name in weights).sqrt()
+        losses = []
+        for step in (-1e-3, 1e-3):
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    weight.add_(step * gradients[name] / slope)
+                losses.append(compute().double())
+                for name, weight in weights.items():
+                    weight.sub_(step * gradients[name] / slope)
+        assert ((losses[1] - losses[0]) / 2e-3).item() == pytest.approx(slope.item(), rel=0.02)
+
+
+def checkpoint_activations(model) -> None:
+    """By the name that the installed transformers has for it."""
+    known = hasattr(model, "activation_checkpointing_enable")
+    (model.activation_checkpointing_enable if known else model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_checkpoint, packed):
+    model = load(tiny_checkpoint)
+    kept = loss_and_gradients(model, lambda: caption_nll(model, **packed).sum())
+    checkpoint_activations(model)
+    for layer in model.modules():  # training mode, but for the dropouts
+        layer.training = not isinstance(layer, torch.nn.Dropout)
+        layer.dropout = 0.0 if isinstance(getattr(layer, "dropout", None), float) else getattr(layer, "dropout", None)
+    check_agreement(kept, loss_and_gradients(model, lambda: caption_nll(model, **packed).sum()), relative=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "is_recordable"), [(16, True), (4, False)])
+def test_dropouts_are_the_same_when_activations_are_computed_again(
+    tiny_checkpoint, rows, kernels, monkeypatch, rank, is_recordable
+):
+    """Also where they are drawn by kernels, which need no state of torch's generator: such a pass can be recorded."""
+    model, states = load(tiny_checkpoint, dropout=0.3, rank=rank).train(), []
+    packed = PackedCollator(rows[1])(rows[0][2:])
+
+    def note(*args, preserve_rng_state, **options):
+        states.append(preserve_rng_state)
+        return checkpoint(*args, preserve_rng_state=preserve_rng_state, **options)
+
+    def run():
+        torch.manual_seed(3)
+        return loss_and_gradients(model, lambda: caption_nll(model, **packed).sum())
+
+    monkeypatch.setattr("captioner.fast.layers.checkpoint", note)
+    kept = run()
+    assert not states
+    checkpoint_activations(model)
+    check_agreement(kept, run(), relative=1e-6)
+    assert set(states) == {not is_recordable}
+    assert abs(kept[0] - loss_and_gradients(model.eval(), lambda: caption_nll(model, **packed).sum())[0]) > 1e-3
+
+
+def test_unpacked_weights_have_the_same_values(tiny_checkpoint, packed):
+    model = load(tiny_checkpoint, True)
+    nf4 = loss_and_gradients(model, lambda: caption_nll(model, **packed).sum())
+    assert unpack_nf4(model) > 10
+    assert not any(isinstance(layer, bnb.nn.Linear4bit) for layer in model.modules())
+    join_weights(model)
+    layer = model.get_base_model().language_model.model.decoder.layers[0].self_attn
+    query, key = layer.q_proj.base_layer, layer.k_proj.base_layer
+    assert key.weight.data_ptr() == query.weight.data_ptr() + query.weight.nbytes
+    unpacked = loss_and_gradients(model, lambda: caption_nll(model, **packed).sum())
+    check_agreement(nf4, unpacked, relative=1e-5)
+    unquantised = load(tiny_checkpoint, False)
+    assert abs(caption_nll(unquantised, **packed).sum() - nf4[0]) > 1e-3  # NF4 it still is
+
+
+@pytest.mark.slow
+def test_kernels_of_a_small_model_are_those_of_training(tiny_checkpoint, packed, kernels, monkeypatch):
+    """Of each kernel, with what it is compiled for: what training launches has been launched ahead."""
+    launched = set()
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                launched.add((self.kernel.fn.__name__, *(a.dtype for a in args if hasattr(a, "dtype")), str(options)))
+                return self.kernel[grid](*args, **options)
+
+            return launch
+
+        def __call__(self, *args, **options):  # by another kernel
+            return self.kernel(*args, **options)
+
+    gpu_kernels = import_kernels()
+    for name, kernel in vars(gpu_kernels).items():
+        if name.startswith("_") and hasattr(kernel, "fn"):
+            monkeypatch.setattr(gpu_kernels, name, Recorder(kernel))
+    config, lora = load_config(tiny_checkpoint), ("both", 16, 32, 0.3)
+    compile_kernels.train_small_model(compile_kernels.make_small_model(config, lora, CPU, torch.float32))
+    ahead = set(launched)
+    launched.clear()
+    small = compile_kernels.make_small_model(config, ("lm", *lora[1:]), CPU, torch.float32, qformer=False)
+    compile_kernels.train_small_model(small)
+    helped = set(launched)
+    assert {name for name, *_ in helped} == {name for name, *_ in ahead}
+    launched.clear()
+    compile_kernels.caption_small_model(compile_kernels.make_small_model(config, lora, CPU, torch.float32))
+    ahead_of_captions = set(launched)
+    launched.clear()
+    model = load(tiny_checkpoint, dropout=0.3, rank=16)
+    join_weights(model)
+    for mode in (True, False):
+        model.train(mode)
+        with torch.set_grad_enabled(mode):
+            loss = caption_nll(model, **packed).sum()
+        if mode:
+            loss.backward()
+    assert launched and launched <= ahead
+    assert helped < launched  # the rest is the Q-Former's
+    launched.clear()
+    model, side = load(tiny_checkpoint, rank=16), config.vision_config.image_size
+    outputs = take_vision_out(model)(torch.zeros(2, 3, side, side)).last_hidden_state
+    FastGenerator(model, 4).generate(outputs, 3)
+    assert launched and launched <= ahead_of_captions | ahead
+
+
+def test_compiling_starts_once_and_where_there_is_a_gpu(folder, settings, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "cache")
+    monkeypatch.setenv("PATH", "")
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: started.append(command))
+    config = TrainConfig(**settings)
+    compile_kernels.start(config)
+    assert not started
+    Path("nvidia-smi").touch(mode=0o755)
+    monkeypatch.setenv("PATH", ".")
+    compile_kernels.start(dataclasses.replace(config, fast_step="off"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    compile_kernels.start(config)
+    assert not started
+    monkeypatch.delenv("LOCAL_RANK")
+    compile_kernels.start(config)
+    [[_, script, stamp, *lora]] = started
+    assert Path(script).name == "compile_kernels.py" and lora[1:] == ["both", "16", "32", "0.05"]
+    Path(stamp).parent.mkdir()
+    Path(stamp).touch()
+    compile_kernels.start(config)
+    assert len(started) == 1
+    compile_kernels.start(dataclasses.replace(config, lora_rank=32))
+    assert len(started) == 2
+
+
+def test_positions_of_a_packed_batch_are_a_fast_size(rows):
+    [row, *_], config = rows
+    for length in (*range(1, 70), *range(1000, 1070)):
+        [_, end, size] = PackedCollator(config)([row | {"caption_ids": [5] * length}])["starts"].tolist()
+        assert end == config.num_query_tokens + length
+        multiple = 16 if end <= 1024 else 8
+        assert size % multiple == 0 and size % 32 and 0 <= size - end < 2 * multiple
+
+
+@pytest.mark.parametrize("target", ["both", "lm", "qformer"])
+def test_passes_add_up_to_a_step(tiny_checkpoint, rows, packed, target):
+    model, collate = load(tiny_checkpoint, target=target), PackedCollator(rows[1])
+    tokens = (packed["labels"] != -100).sum()
+    _, whole = loss_and_gradients(model, lambda: caption_nll(model, **packed).sum() / tokens)
+    step = FastStep(model, cuda_graphs=False)
+    for _ in range(2):  # a second step begins anew
+        model.zero_grad()
+        loss = sum(step(collate(rows[0][i : i + 2]), tokens, is_last=i > 0) for i in (0, 2))
+    assert loss.item() == pytest.approx((caption_nll(model, **packed).sum() / tokens).item(), rel=1e-6)
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            assert (weight.grad - whole[name]).norm() < 1e-4 * whole[name].norm()
+
+
+def make_adamw(step, is_joined):
+    groups, options = [{"params": step.weights}, {"params": []}], {"lr": 1e-2, "weight_decay": 0.1, "fused": True}
+    return JoinedAdamW(groups, step, **options) if is_joined else torch.optim.AdamW(groups, **options)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_joined_adamw_is_adamw(tiny_checkpoint, rows, moved):
+    """Bit for bit, also when its state is saved and loaded by either, or when other memory takes the weights' place."""
+    weights, batch = [], PackedCollator(rows[1])(rows[0])
+    for use_joined in (False, True):
+        torch.manual_seed(0)
+        model = load(tiny_checkpoint)
+        step = FastStep(model, cuda_graphs=False)
+        optimizer = make_adamw(step, use_joined)
+        for turn in range(4):
+            optimizer.zero_grad()
+            if moved and turn == 1:
+                for weight in step.weights:
+                    weight.data = weight.data.clone()
+            step(batch, 50, is_last=True)
+            optimizer.step()
+            if turn in (1, 2):  # as one after the other has written it
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = make_adamw(step, use_joined == (turn == 2))
+                optimizer.load_state_dict(state)
+            optimizer.param_groups[0]["lr"] *= 0.5
+        weights.append(torch.cat([weight.detach().flatten() for weight in step.weights]))
+        assert step.weights[5].data_ptr() > step.weights[4].data_ptr()
+        assert torch.equal(weights[-1], step.whole)
+    assert torch.equal(*weights)
+
+
+def test_another_adapter_leaves_the_joined_one_alone(tiny_checkpoint, packed):
+    model = load(tiny_checkpoint)
+    step = FastStep(model, cuda_graphs=False)
+    before = step.whole.detach().clone()
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+    loss = caption_nll(model, **packed).sum()
+    assert torch.equal(step.whole, before)
+    model.set_adapter("default")
+    assert abs(caption_nll(model, **packed).sum() - loss) > 1e-3
+
+
+def test_batches_of_one_length():
+    lengths = [7 * n % 101 for n in range(1000)]
+    sampler = LengthSampler(lengths, batch_size=16, window=10, seed=3)
+    order = list(sampler)
+    assert sorted(order) == list(range(1000)) and len(sampler) == 1000
+    assert list(sampler) == order
+    batches = [[lengths[row] for row in order[first : first + 16]] for first in range(0, 1000, 16)]
+    spreads = [max(batch) - min(batch) for batch in batches]
+    assert sorted(spreads)[len(spreads) // 2] < 20  # of 100
+    sampler.set_epoch(1)
+    assert list(sampler) != order and sorted(sampler) == list(range(1000))
+
+
+def test_packed_batches_of_one_size():
+    """And their halves and quarters, which are passes and the shares of several GPUs."""
+    lengths = [40 + (7 * n % 101) ** 2 // 100 for n in range(1000)]
+    sampler = LengthSampler(lengths, batch_size=16, window=100, seed=3, packed=True)
+    order = list(sampler)
+    assert sorted(order) == list(range(1000)) and list(sampler) == order
+    for size in (16, 8, 4):
+        dealt, drawn = (
+            statistics.stdev(sum(lengths[row] for row in rows[first : first + size]) for first in range(0, 992, size))
+            for rows in (order, torch.randperm(1000).tolist())
+        )
+        assert dealt < (0.02 if size == 16 else 0.4) * drawn, size
+    sampler.set_epoch(1)
+    assert list(sampler) != order and sorted(sampler) == list(range(1000))
+    pairs = [set(), set()]  # of rows that are in one step, of an epoch in one window
+    small = LengthSampler(lengths[:160], batch_size=16, window=100, seed=3, packed=True)
+    for epoch in (0, 1):
+        small.set_epoch(epoch)
+        for step in zip(*[iter(small)] * 16, strict=True):
+            pairs[epoch] |= set(itertools.combinations(sorted(step), 2))
+    assert len(pairs[0] & pairs[1]) < 2 * len(pairs[0]) ** 2 / (160 * 159 / 2)  # by chance: half of it
+    assert list(LengthSampler([3, 1, 2], batch_size=16, window=10, seed=3, packed=True)) != [0, 1, 2]
+
+
+@pytest.fixture(scope="module", params=["off", "on"])
+def passes(request, tmp_path_factory, settings):
+    """Of each pass of a run, with and without the fast step: all modules' modes, the versions of LoRA's weights."""
+    modes, versions, real = [], [], trainer.CaptionTrainer.training_step
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        versions.append([weight._version for weight in model.parameters() if weight.requires_grad])
+        loss = real(self, model, inputs, num_items_in_batch)
+        modes.append({module.training for module in model.modules()})
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("passes"))
+        patch.setattr(trainer.CaptionTrainer, "training_step", training_step)
+        train(settings, fast_step=request.param)
+    return modes, versions
+
+
+def test_all_modules_train_in_every_step(passes):
+    """From the first step on, and after validation: OPT's own dropout, and gradient checkpointing, depend on it."""
+    modes, _ = passes
+    assert modes == [{True}] * 12  # passes of 6 steps
+
+
+def test_each_step_raises_the_versions_of_weights(passes):
+    """By which FastGenerator sees that LoRA was trained; torch's fused optimisers don't."""
+    _, versions = passes
+    steps = versions[::2]  # each of two passes
+    assert len(steps) == 6
+    for before, after in itertools.pairwise(steps):
+        assert all(map(operator.lt, before, after))
+
+
+def test_fast_run_is_the_plain_run(folder, settings):
+    """Through main.py: the same losses to rounding."""
+    losses = {}
+    for name, changes in {"plain": {}, "fast": {"fast_step": "on", "unpack_nf4": "on"}}.items():
+        changes |= {"run_name": name, "output": Path(name), "lora_dropout": 0.0, "length_window": 0}  # of one order
+        main.main(TrainConfig(**settings | changes))
+        records = [json.loads(line) for line in Path(f"logs/{name}/metrics.jsonl").read_text().splitlines()]
+        losses[name] = [r[key] for r in records for key in ("loss", "eval_loss", "grad_norm") if key in r]
+    assert losses["fast"] == pytest.approx(losses["plain"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_stopped_fast_run_goes_on_to_the_same_adapter(folder, settings):
+    """Bit for bit, without a flag that says so."""
+    expected = train(settings, fast_step="on")
+    halves = TrainConfig(**settings | {"fast_step": "on", "output": Path("halves")})
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 4)
+        with pytest.raises(SystemExit):
+            main.main(halves)
+    main.main(halves)
+    assert hash_file(Path("halves/adapter_model.safetensors")) == expected

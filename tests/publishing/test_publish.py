@@ -1,0 +1,360 @@
+"""The model card, the merged model, the upload: with the real hub client, against a hub on this machine."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, capture
+from huggingface_hub import ModelCard, close_session, constants
+from loopback_push import Hub
+
+from captioner.publishing import model_card
+from captioner.publishing.model_card import merge_adapter, strip_paths, write_model_card
+from captioner.scoring.predictions import Prediction
+from captioner.scoring.scores import HEADLINES, score_predictions
+from config import EvalConfig, TrainConfig, UserError, config_to_json, run_script
+
+NOWHERE = "http://127.0.0.1:9"  # nobody answers there
+FINGERPRINT = "5e" * 32
+CAPTIONS = [
+    "It is a night scene in clear weather on a highway road. There is one car.",
+    "It is a daytime scene in rainy weather on a city street road. There are 2 cars. There is one truck.",
+]
+
+
+def make_scores(**config) -> dict:
+    """What eval.py writes of a model that says "one car" every time."""
+    pairs = [(name, CAPTIONS[name % 2]) for name in range(12)]
+    predictions = [Prediction(f"{name}.jpg", CAPTIONS[0], [caption]) for name, caption in pairs]
+    scores = score_predictions(predictions, {"split": "test", "decoding": "greedy"}, resamples=50)
+    scores |= {"left_out": {"unreadable pictures": 3}, "facts_from": "references"}
+    evaluation = EvalConfig(adapter=Path("/home/alice/adapter"), greedy=True, num_samples="all", **config)
+    return scores | {"predictions": "/home/alice/logs/predictions.jsonl", "config": config_to_json(evaluation)}
+
+
+def make_run(**config) -> dict:
+    """What main.py writes."""
+    training = TrainConfig(labels=(Path("/home/alice/labels.json"),), images=Path("/home/alice/images"), **config)
+    return {
+        "run_name": "first",
+        "config": config_to_json(training),
+        "data": {"fingerprint": FINGERPRINT, "frames": {"train": 6001, "val": 2800, "test": 1199}},
+        "run_dir": "/home/alice/logs/first",
+        "results": {"train_loss": 0.25, "best_eval_loss": 0.123456},
+        "versions": {"torch": "2.13.0", "peft": "0.21.2"},
+        "python": "3.11.7",
+        "git_commit": "c0ffee" * 6,
+        "device": "NVIDIA H100",
+        "finished": "2026-11-23T18:02:25+00:00",
+    }
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the model card
+
+
+def test_card_has_the_real_numbers(tmp_path):
+    scores = make_scores()
+    write_json(tmp_path / "run.json", make_run())
+    write_json(tmp_path / "scores.json", scores)
+    write_model_card(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == "Salesforce/blip2-opt-2.7b"
+    assert (card.data.library_name, card.data.pipeline_tag, card.data.language) == ("peft", "image-to-text", "en")
+    assert card.data.datasets == ["bdd100k"] and {"lora", "qlora", "bdd100k"} <= set(card.data.tags)
+    assert card.data.model_name == tmp_path.name
+    figures = [scores["scores"][group][name] for name, group in HEADLINES.items()]
+    stated = [figure for figure in figures if figure["value"] is not None]
+    assert [result.metric_value for result in card.data.eval_results] == [figure["value"] for figure in stated]
+    assert {(result.dataset_name, result.dataset_split) for result in card.data.eval_results} == {("BDD100K", "test")}
+    rows = {line.split(" | ")[0].strip("| "): line for line in card.text.splitlines() if line.startswith("| ")}
+    for name, group in HEADLINES.items():
+        row = rows[model_card.SCORE_NAMES[name][0]]
+        for groups in (scores["scores"], *scores["floors"].values()):
+            figure = groups[group][name]
+            assert f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]" in row
+    assert all(f"floor: {floor}" in card.text for floor in scores["floors"])
+    assert "| learning_rate | 5e-05 |" in card.text and "| best_eval_loss | 0.123456 |" in card.text
+    assert "12 pictures of the test split; the likeliest token each time" in card.text
+    assert "6,001 train, 2,800 val, 1,199 test" in card.text and FINGERPRINT in card.text
+    assert "`labels.json`" in card.text and model_card.BDD100K_LICENCE in card.text
+    exact = scores["scores"]["classes"]["truck"]["exact"]
+    assert f"{exact['value']:.3f} [{exact['low']:.3f}" in rows["truck"]
+    for known in ("c0ffee" * 6, "NVIDIA H100", "2.13.0", "3.11.7", "3 unreadable pictures"):
+        assert known in card.text
+    assert "alice" not in card.content and "None" not in card.content
+    assert str(card) == (tmp_path / "README.md").read_text()  # the metadata is in the form the hub writes
+
+
+def test_card_says_nothing_that_is_not_known(tmp_path):
+    """Of an old run, without scores, trained on drawn scenes from a local base."""
+    write_json(tmp_path / "run.json", {"config": {"model": "/home/alice/base", "demo": True}})
+    write_model_card(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model is None and card.data.datasets is None and card.data.eval_results is None
+    assert "qlora" not in card.data.tags and "bdd100k" not in card.data.tags
+    headings = re.findall("^## (.*)", card.text, re.MULTILINE)
+    assert headings == ["Use", "Results", "Data", "Limits"]
+    assert "Not measured." in card.text and "Drawn scenes" in card.text
+    for unknown in ("alice", "None", "BDD100K", "Fingerprint", "Frames", "NF4", "95 %"):
+        assert unknown not in card.content
+
+
+def test_lines_of_the_card_run(adapter, tiny_checkpoint, drawn, capsys):
+    write_model_card(adapter)
+    [lines] = re.findall("```python\n(.*?)```", (adapter / "README.md").read_text(), re.DOTALL)
+    picture = next((drawn / "images").iterdir())
+    for name, path in {tiny_checkpoint.name: tiny_checkpoint, adapter.name: adapter, "scene.jpg": picture}.items():
+        assert f'"{name}"' in lines
+        lines = lines.replace(f'"{name}"', repr(str(path)))
+    exec(lines, {})
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("change", [{"base": True}, {"blank": True}, {"predictions": Path("of-somebody.jsonl")}, None])
+def test_scores_of_something_else_are_left_out(tmp_path, change):
+    scores = make_scores(**change) if change else make_scores() | {"schema": 0}
+    write_json(tmp_path / "run.json", make_run())
+    write_json(tmp_path / "scores.json", scores)
+    write_model_card(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.eval_results is None and "Not measured." in card.text
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"config": {}}'])
+def test_card_of_a_damaged_run_is_one_message(tmp_path, content):
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UserError, match=r"run\.json"):
+        write_model_card(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_labels_of_scores_are_no_paths():
+    """Only settings and absolute paths lose their folders: of "dawn/dusk" the first half stays."""
+    record = {"confusion": {"labels": ["dawn/dusk"]}, "config": {"labels": ["../alice/a.json"], "style": "plain"}}
+    stripped = strip_paths(record | {"run_dir": r"C:\alice\logs", "source": "a/b"})
+    assert stripped["confusion"] == record["confusion"]
+    assert stripped["config"] == {"labels": ["a.json"], "style": "plain"}
+    assert (stripped["run_dir"], stripped["source"]) == ("logs", "a/b")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the merged model
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, tiny_checkpoint) -> Path:
+    """A folder as main.py leaves it, of an adapter that changes what the model says."""
+    from captioner.blip2.loading import add_lora, load_processor, make_generation_config
+
+    folder = tmp_path_factory.mktemp("work") / "blip2-finetuned"
+    torch.manual_seed(1)
+    model = add_lora(model_card.load_unquantised(tiny_checkpoint), "both", rank=4, alpha=8, dropout=0.0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    model.save_pretrained(folder)
+    load_processor(tiny_checkpoint).save_pretrained(folder)
+    make_generation_config(model.config, max_new_tokens=24).save_pretrained(folder)
+    write_json(folder / "run.json", make_run(model=str(tiny_checkpoint)))
+    (folder / "split.csv").write_text("name,split,image,raw_caption\na.jpg,test,/home/alice/a.jpg,There is one car.\n")
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "state.json").write_text("{}")
+    return folder
+
+
+@torch.no_grad()
+def compute_logits(model) -> torch.Tensor:
+    from captioner.blip2.loading import prefix_ids
+
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(2, 3, 32, 32, generator=generator)
+    tokens = torch.tensor([[*prefix_ids(model.config), 40, 41, 42]] * 2)
+    return model.eval()(pixel_values=pixels, input_ids=tokens).logits  # (2, Q+4, V)
+
+
+def test_merged_model_says_what_the_adapter_says(adapter, tiny_checkpoint, tmp_path):
+    from peft import PeftModel
+    from transformers import Blip2ForConditionalGeneration, GenerationConfig
+
+    from captioner.blip2.loading import load_model, load_processor
+
+    output = tmp_path / "merged"
+    output.mkdir()  # an empty folder is taken
+    merge_adapter(adapter, output)
+    base = model_card.load_unquantised(tiny_checkpoint)
+    plain = compute_logits(base)
+    adapted = compute_logits(PeftModel.from_pretrained(base, adapter))
+    merged = Blip2ForConditionalGeneration.from_pretrained(output)
+    assert merged.dtype == torch.float32
+    assert (compute_logits(merged) - adapted).abs().max() < 1e-5
+    assert (plain - adapted).abs().max() > 1e-2
+    assert GenerationConfig.from_pretrained(output).max_new_tokens == 24
+    assert load_processor(output).tokenizer("car") == load_processor(adapter).tokenizer("car")
+    assert list(output.glob("*.safetensors")) and not list(output.glob("adapter*"))
+    assert not list(tmp_path.glob(".*"))
+
+    # Merged into the NF4 weights, the adapter is rounded with them: why the unquantised base is fetched.
+    quantised = PeftModel.from_pretrained(load_model(tiny_checkpoint, True, torch.device("cpu")), adapter)
+    before = compute_logits(quantised)
+    with pytest.warns(UserWarning, match="rounding errors"):
+        after = compute_logits(quantised.merge_and_unload())
+    assert (after - before).abs().max() > 1e-2
+
+    merge_adapter(adapter, output)  # anew, in place of an earlier one
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"notes\.txt"):
+        merge_adapter(adapter, output)
+    assert (output / "notes.txt").is_file() and (output / "config.json").is_file()
+
+
+def test_merging_touches_no_folder_of_others(adapter, tiny_checkpoint):
+    for folder in (tiny_checkpoint, adapter):
+        before = sorted(folder.iterdir())
+        with pytest.raises(UserError, match="move it away"):
+            merge_adapter(adapter, folder)
+        assert sorted(folder.iterdir()) == before
+
+
+def test_merging_without_room_is_one_message(adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_card, "find_free_memory", lambda: 10**8)
+    with pytest.raises(UserError, match=r"0\.1 GB of memory free, merging in float32 needs 1\.0 GB"):
+        merge_adapter(adapter, tmp_path / "merged")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(2 * 10**8))
+    with pytest.raises(UserError, match=r"0\.2 GB free, the merged model needs 1\.0 GB"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
+
+
+def test_free_memory_is_known():
+    assert 10**8 < model_card.find_free_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("weights", [b"no weights", None])
+def test_damaged_adapter_is_one_message(adapter, tmp_path, weights):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(adapter, damaged)
+    (damaged / "adapter_model.safetensors").unlink()
+    if weights:
+        (damaged / "adapter_model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match="damaged"):
+        merge_adapter(damaged, tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the upload
+
+
+PUSH = """
+import sys
+from pathlib import Path
+from config import run_script
+from captioner.publishing.model_card import push_to_hub
+run_script(lambda folder: print(push_to_hub(Path(folder), sys.argv[2])), sys.argv[1])
+"""
+
+
+def push(adapter: Path, repo: str, tmp_path: Path, **environment) -> subprocess.CompletedProcess:
+    """push_to_hub in a process of its own, which knows no token but what `environment` gives."""
+    known = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    known |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", **environment}
+    command = [sys.executable, "-c", PUSH, str(adapter), repo]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=known)
+
+
+def test_upload_is_what_a_user_needs_and_no_more(adapter, tmp_path):
+    folder = tmp_path / "scored"
+    shutil.copytree(adapter, folder)
+    write_json(folder / "scores.json", make_scores())
+    write_model_card(folder)
+    with Hub() as hub:
+        for repo in ("me/driving", "driving"):  # into a new repository, and into the same again
+            pushed = push(folder, repo, tmp_path, HF_ENDPOINT=hub.url, HF_TOKEN=Hub.TOKEN)
+            assert pushed.returncode == 0, pushed.stderr
+            assert pushed.stdout.strip() == f"{hub.url}/me/driving"
+    assert hub.visibility == {"me/driving": "private"}
+    files = hub.files["me/driving"]
+    same = {"adapter_model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+    same |= {"generation_config.json"}
+    assert set(files) == same | {"adapter_config.json", "run.json", "README.md", "scores.json"}
+    assert all(files[name] == (folder / name).read_bytes() for name in same)
+    assert "PUT large file" in hub.calls
+    mine = json.loads((folder / "adapter_config.json").read_text())
+    assert json.loads(files["adapter_config.json"]) == mine | {"base_model_name_or_path": None}
+    run, scores = json.loads(files["run.json"]), json.loads(files["scores.json"])
+    assert run["config"]["learning_rate"] == 5e-5 and run["data"]["fingerprint"] == FINGERPRINT
+    assert scores["scores"] == make_scores()["scores"]
+    card = ModelCard(files["README.md"].decode())
+    assert 'PeftModel.from_pretrained(base, "me/driving")' in card.text and card.data.model_name == "driving"
+    assert len(card.data.eval_results) == len(HEADLINES)
+    for name, content in files.items():
+        assert b"alice" not in content and str(adapter.parent).encode() not in content, name
+
+
+def test_hub_name_of_the_base_is_kept(adapter, tmp_path):
+    folder = tmp_path / "of-the-hub"
+    shutil.copytree(adapter, folder)
+    write_json(folder / "run.json", make_run())
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    model_card.stage_files(folder, staging, "me/driving")
+    config = json.loads((staging / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "Salesforce/blip2-opt-2.7b"
+    assert not (staging / "scores.json").exists()
+
+
+@pytest.fixture
+def push_here(adapter, tmp_path, monkeypatch):
+    """push_here(repo, ...) does what `push` does, in this process: with settings that the hub's client reads once."""
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+
+    def push_here(repo: str, token: str = "", endpoint: str = NOWHERE, offline: bool = False):
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        return capture(lambda: run_script(lambda folder: model_card.push_to_hub(folder, repo), adapter), HF_TOKEN=token)
+
+    yield push_here
+    close_session()  # made anew, with today's settings, when it is next asked for
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({}, "not logged in"),
+        ({"token": "hf_unknown"}, "Invalid username or password"),
+        ({"token": Hub.READER}, "You don't have the rights"),
+        ({"token": Hub.TOKEN, "endpoint": NOWHERE}, "refused"),
+        ({"token": Hub.TOKEN, "offline": True}, "offline"),
+    ],
+)
+def test_failed_upload_is_one_message(push_here, settings, reason):
+    with Hub() as hub:
+        failed = push_here("me/driving", **{"endpoint": hub.url, **settings})
+    assert failed.returncode == 2
+    [line] = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    assert "me/driving" in line and reason in line and "hf auth login" in line
+    assert "hf_" not in line  # no token
+    assert not hub.files
+
+
+def test_impossible_name_is_one_message(push_here):
+    failed = push_here("a/b/c", token=Hub.TOKEN)
+    assert failed.returncode == 2 and "a/b/c" in failed.stderr
+
+
+def test_nothing_to_upload_is_one_message(tmp_path):
+    with pytest.raises(UserError, match=r"adapter_config\.json is missing"):
+        model_card.push_to_hub(tmp_path, "me/driving")

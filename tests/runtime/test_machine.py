@@ -1,0 +1,170 @@
+"""What the machine does to a run: full disks, folders that can't be written, two runs at once; files read back."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, call_script
+
+from captioner.bdd100k.label_files import LabelReport, read_labels
+from captioner.data.captions import atomic_write, lock_folder
+from captioner.training.checkpoints import find_damage, hash_file, read_state
+from config import UserError
+
+HOLD = """
+import multiprocessing, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from captioner.data.captions import lock_folder
+with lock_folder(Path({folder!r}), "--output"):
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+    worker.start()
+    print(worker.pid, flush=True)
+    time.sleep(30)
+"""
+
+
+def wait_for_lock(folder: Path, seconds: float = 10) -> None:
+    """A worker that was forked a moment ago may not yet have let go of it."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            with lock_folder(folder, "--output"):
+                return
+        except UserError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+
+
+def test_second_run_is_refused_until_the_first_is_killed(tmp_path):
+    command = [sys.executable, "-c", HOLD.format(root=str(ROOT), folder=str(tmp_path))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        worker = int(first.stdout.readline())
+        try:
+            with (
+                pytest.raises(UserError, match=r"--output .*another run is writing there"),
+                lock_folder(tmp_path, "--output"),
+            ):
+                pass
+            first.kill()
+            first.wait()
+            os.kill(worker, 0)  # a worker of the killed run lives on, and does not hold the folder
+            wait_for_lock(tmp_path)
+        finally:
+            first.kill()
+            os.kill(worker, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("script", "flag"), [("main.py", "--output"), ("bdd100k_data_pipeline.py", "--run-name")])
+def test_scripts_lock_their_folder(tmp_path, drawn, script, flag):
+    held = tmp_path / "logs" / "run"
+    flags = ["--labels", drawn / "labels.json", "--run-name", "run"]
+    flags += ["--images", drawn / "images", "--output", held] if script == "main.py" else []
+    with lock_folder(held, "--output"):
+        done = call_script(script, *flags, cwd=tmp_path)
+    assert done.returncode == 2 and "another run is writing there" in done.stderr and flag in done.stderr, done.stderr
+
+
+def test_other_processes_of_a_run_do_not_lock(tmp_path, monkeypatch):
+    with lock_folder(tmp_path, "--output"):
+        monkeypatch.setenv("RANK", "1")
+        with lock_folder(tmp_path, "--output"):
+            pass
+
+
+@pytest.fixture
+def small_disk(tmp_path, mount):
+    return mount(tmp_path / "disk", "64k")
+
+
+def test_full_disk_keeps_the_file_before(small_disk):
+    path = small_disk / "captions.csv"
+    path.write_text("before")
+    with pytest.raises(UserError, match=r"captions.csv: can't be written .No space left"), atomic_write(path) as file:
+        file.write("x" * 2**20)
+    assert [file.name for file in small_disk.iterdir()] == ["captions.csv"] and path.read_text() == "before"
+
+
+def test_read_only_disk(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(UserError, match=r"Read-only file system"), atomic_write(small_disk / "a.csv"):
+        pass
+    with pytest.raises(UserError, match=r"--output .*Read-only file system"), lock_folder(small_disk / "a", "--output"):
+        pass
+
+
+def try_as_nobody(folder: Path, answers) -> None:
+    os.setuid(65534)
+    try:
+        with lock_folder(folder, "--output"):
+            answers.put("locked")
+    except UserError as error:
+        answers.put(str(error))
+
+
+def test_lost_permission(tmp_path, root):
+    for parent in tmp_path.parents[:2]:
+        parent.chmod(0o755)
+    tmp_path.chmod(0o755)
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    child = context.Process(target=try_as_nobody, args=(tmp_path, answers))
+    child.start()
+    assert "Permission denied" in answers.get(timeout=30)
+    child.join()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# files read back that are damaged; each was found by tests/fuzz_coverage.py
+
+
+@pytest.mark.parametrize("content", ["2.5", "[]", '{"config": "x"}', "[" * 100_000])
+def test_damaged_state(tmp_path, content):
+    (tmp_path / "state.json").write_text(content)
+    with pytest.raises(UserError, match=r"state.json: not readable"):
+        read_state(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"config": 3}', "[" * 100_000])
+def test_damaged_run(tmp_path, content):
+    from captioner.blip2.loading import read_run
+
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UserError, match=r"run.json: can't be read"):
+        read_run(tmp_path)
+
+
+def test_scores_whose_config_is_no_object(tmp_path):
+    from captioner.publishing.model_card import read_scores
+
+    (tmp_path / "scores.json").write_text('{"config": []}')
+    with pytest.raises(UserError, match=r"scores.json: its config"):
+        read_scores(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [[], {"best_model_checkpoint": None}, {"best_model_checkpoint": "", "global_step": 2, "max_steps": 4}],
+)
+def test_checkpoint_with_a_sealed_state_of_another_form(tmp_path, state):
+    file = tmp_path / "trainer_state.json"
+    file.write_text(json.dumps(state))
+    (tmp_path / "manifest.json").write_text(json.dumps({file.name: hash_file(file)}))
+    assert "not readable" in find_damage(tmp_path)
+
+
+def test_archive_with_a_damaged_name(tmp_path):
+    path = tmp_path / "labels.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("\u00e4.json", "[]")
+    path.write_bytes(path.read_bytes().replace("\u00e4".encode(), b"\xa9\xa9"))
+    with pytest.raises(UserError, match=r"labels.zip: not readable as a zip archive"):
+        list(read_labels([path], LabelReport()))

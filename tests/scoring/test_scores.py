@@ -1,0 +1,224 @@
+"""scores.json: its schema, maxima and floors, speed of nothing, predictions from anywhere, comparisons."""
+
+import json
+import random
+
+import fastjsonschema
+import pytest
+from conftest import ROOT, call_script
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_captions import all_facts
+
+from captioner.bdd100k.facts import describe, read_caption
+from captioner.scoring.predictions import Prediction, read_predictions, read_references, write_predictions
+from captioner.scoring.scores import compare_predictions, score_predictions
+from config import UserError
+
+validate = fastjsonschema.compile(json.loads((ROOT / "tests/scores.schema.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def references(drawn):
+    """Captions of drawn scenes, six times over with other names and some other facts."""
+    from captioner.bdd100k.label_files import LabelReport, read_labels
+
+    frames = list(read_labels([drawn / "labels.json"], LabelReport()))
+    return {f"{copy}-{frame.name}": describe(frame.facts) for copy in range(6) for frame in frames}
+
+
+def predict(references, change=lambda name, text: text):
+    return [Prediction(name, change(name, text), [text]) for name, text in references.items()]
+
+
+def test_perfect_predictions_reach_the_maximum(references):
+    scores = score_predictions(predict(references), {}, resamples=50)["scores"]
+    for group, names in {"corpus_bleu": None, "rouge_l": None, "facts": None, "weather": None, "scene": None}.items():
+        for name, figure in scores[group].items():
+            assert figure["value"] == pytest.approx(1, abs=1e-6), (group, name, names)
+    assert scores["cider_d"]["CIDEr-D"]["value"] == pytest.approx(10, abs=1e-6)
+    assert {figure["value"] for figure in scores["hallucination"].values()} == {0}
+    assert {figure["value"] for figure in scores["form"].values()} == {0}
+    for figures in scores["classes"].values():
+        assert figures["presence_f1"]["value"] == figures["exact"]["value"] == 1
+        assert figures["bias"]["value"] == figures["mean_absolute_error"]["value"] == 0
+
+
+def test_shuffled_predictions_fall_to_the_floor(references):
+    """Each picture with another's caption scores what the floor of other pictures' captions scores."""
+    shuffled = random.Random(3).sample(list(references.values()), len(references))
+    texts = dict(zip(references, shuffled, strict=True))
+    scored = score_predictions(predict(references, lambda name, _: texts[name]), {}, resamples=200)
+    floor = scored["floors"]["another picture's caption"]
+    for group, name in (
+        ("facts", "facts_f1"),
+        ("facts", "objects_f1"),
+        ("facts", "weather"),
+        ("corpus_bleu", "BLEU-4"),
+    ):
+        own, other = scored["scores"][group][name], floor[group][name]
+        assert own["low"] <= other["high"] and other["low"] <= own["high"], name
+        assert own["value"] < 0.75
+    assert scored["slices"][0]["scores"]["facts_f1"]["value"] <= scored["slices"][-1]["scores"]["facts_f1"]["value"]
+
+
+def test_the_command_writes_what_the_schema_says(references, tmp_path):
+    write_predictions(tmp_path / "p.jsonl", predict(references, lambda name, text: text.replace("car", "bus")))
+    finished = call_script("eval.py", "--predictions", "p.jsonl", "--run-name", "one", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    scores = json.loads((tmp_path / "logs/one/scores.json").read_text())
+    validate(scores)
+    assert scores["n"] == len(references)
+    assert (tmp_path / "logs/one/report.html").stat().st_size > 10_000
+    lines = finished.stdout.splitlines()
+    table = lines[next(i for i, line in enumerate(lines) if "BLEU-4" in line and "facts F1" in line) :][:6]
+    assert len({len(line) for line in table if line.strip()}) == 1  # aligned
+    assert f"{scores['scores']['corpus_bleu']['BLEU-1']['value']:.3f}" in finished.stdout
+
+
+def test_a_csv_and_references_apart_score_the_same(references, tmp_path):
+    """Other people's file: CSV, in another order, with a name we don't know, and one of ours missing."""
+    captions = list(references.items())
+    rows = [f'{name},"{text}"' for name, text in captions[:-1]]
+    (tmp_path / "theirs.csv").write_text("\n".join(["name,prediction", *reversed(rows), 'unknown.jpg,"A car."']) + "\n")
+    (tmp_path / "captions.csv").write_text(
+        "\n".join(["name,raw_caption", *(f'{name},"{text}"' for name, text in captions)]) + "\n"
+    )
+    finished = call_script(
+        "eval.py", "--predictions", "theirs.csv", "--references", "captions.csv", "--run-name", "r", cwd=tmp_path
+    )
+    assert finished.returncode == 0, finished.stderr
+    scores = json.loads((tmp_path / "logs/r/scores.json").read_text())
+    validate(scores)
+    assert scores["n"] == len(captions) - 1
+    assert scores["left_out"] == {"references without a prediction": 1, "predictions without a reference": 1}
+    assert scores["scores"]["facts"]["whole_caption"]["value"] == 1
+    assert "left out: 1 predictions without a reference" in finished.stdout
+
+
+def test_facts_come_from_labels_where_they_are_given(drawn, tmp_path):
+    """References in somebody else's words hold no fact that we can read; the labels do."""
+    from captioner.bdd100k.label_files import LabelReport, read_labels
+
+    frames = list(read_labels([drawn / "labels.json"], LabelReport()))
+    rows = [Prediction(frame.name, describe(frame.facts), ["Cars on a road at night."]) for frame in frames[:-1]]
+    write_predictions(tmp_path / "p.jsonl", [*rows, Prediction("unknown.jpg", "x", ["y"])])
+    finished = call_script(
+        "eval.py", "--predictions", "p.jsonl", "--labels", drawn / "labels.json", "--run-name", "r", cwd=tmp_path
+    )
+    assert finished.returncode == 0, finished.stderr
+    scores = json.loads((tmp_path / "logs/r/scores.json").read_text())
+    validate(scores)
+    assert scores["facts_from"] == "labels"
+    assert scores["scores"]["facts"]["whole_caption"]["value"] == 1
+    assert scores["left_out"] == {"predictions without labels": 1}
+
+
+def test_comparison_on_the_command_line(references, tmp_path):
+    write_predictions(tmp_path / "a.jsonl", predict(references, lambda name, text: text.replace("car", "bus")))
+    write_predictions(tmp_path / "b.jsonl", predict(references)[:-1])
+    finished = call_script("eval.py", "--compare", "a.jsonl", "b.jsonl", "--run-name", "r", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    compared = json.loads((tmp_path / "logs/r/comparison.json").read_text())
+    assert (compared["n"], compared["only_in_one"], compared["only_in_other"]) == (len(references) - 1, 1, 0)
+    row = compared["scores"]["facts_f1"]
+    assert row["difference"] == pytest.approx(row["other"] - row["one"]) and row["p"] < 0.05
+    assert "1 pictures only A captioned" in finished.stdout
+
+
+def test_comparison_of_files_that_share_no_picture():
+    with pytest.raises(ValueError, match="share no picture"):
+        compare_predictions([Prediction("a", "x", ["y"])], [Prediction("b", "x", ["y"])])
+
+
+def test_floors_in_the_file_are_scored_again(references, tmp_path):
+    rows = [row._replace(floors={"the untuned model": "A road."}) for row in predict(references)]
+    write_predictions(tmp_path / "p.jsonl", rows)
+    read, _ = read_predictions(tmp_path / "p.jsonl")
+    assert read == rows
+    floor = score_predictions(read, {}, resamples=20)["floors"]["the untuned model"]
+    assert floor["facts"]["facts_f1"]["value"] == 0
+
+
+@given(st.lists(st.tuples(st.text(max_size=80), all_facts), min_size=1, max_size=5))
+@settings(max_examples=40, deadline=None)
+def test_any_prediction_is_scored(rows):
+    """Whatever the text, and whatever few captions there are: figures or null, never an exception."""
+    predictions = [Prediction(f"{i}.jpg", text, [describe(facts)]) for i, (text, facts) in enumerate(rows)]
+    scores = score_predictions(predictions, {}, resamples=5)
+    json.dumps(scores, allow_nan=False)
+
+
+@pytest.mark.slow
+def test_ten_thousand_arbitrary_strings():
+    rng = random.Random(0)
+    ranges = ((32, 126), (0x80, 0x24F), (0x4E00, 0x9FFF), (0, 31), (0x1F300, 0x1FAFF), (0xD800, 0xDFFF))
+    strings = ["".join(chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randint(0, 30))) for _ in range(10_000)]
+    reference = ["It is a night scene in clear weather on a highway road. There is one car."]
+    scores = score_predictions(
+        [Prediction(str(i), text, reference) for i, text in enumerate(strings)], {}, resamples=10
+    )
+    assert scores["n"] == 10_000
+    assert scores["scores"]["facts"]["facts_f1"]["value"] == 0
+    json.dumps(scores, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.csv", "picture,caption\na.jpg,x\n", "columns must be name"),
+        ("p.csv", "name,prediction,reference\na.jpg,x\n", "3 fields"),
+        ("p.csv", "name,prediction\na.jpg,x\n", "--references"),
+        ("p.csv", "name,prediction,reference,reference\na.jpg,x,y,z\n", "same title"),
+        ("p.csv", "name,raw_caption\na.jpg,x\n", "no column prediction"),
+        ("p.jsonl", '{"name": "a.jpg", "prediction": "x"}\n', "--references"),
+        ("p.jsonl", '{"name": "a.jpg", "prediction": "x", "references": ["y"], "floors": {"z": 1}}\n', "line 1"),
+        ("p.jsonl", "[1]\n", "line 1"),
+        ("p.jsonl", b"\xff\xfe", "UTF-8"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message) as error:
+        read_predictions(path)
+    assert str(path) in str(error.value)
+
+
+def test_references_that_come_twice(tmp_path):
+    (tmp_path / "r.csv").write_text("name,raw_caption\na.jpg,x\na.jpg,y\n")
+    with pytest.raises(UserError, match=r"r\.csv, line 3: a\.jpg came before"):
+        read_references(tmp_path / "r.csv")
+
+
+def test_references_without_a_fact_are_not_scored_on_facts(tmp_path):
+    """Somebody's free text: BLEU, and null for the facts; the command says so and ends well. Odd characters print."""
+    rows = [Prediction(f"{i}.jpg", "There is one car. \ud800", ["Cars drive along a street."]) for i in range(12)]
+    write_predictions(tmp_path / "p.jsonl", rows)
+    finished = call_script("eval.py", "--predictions", "p.jsonl", "--run-name", "r", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    scores = json.loads((tmp_path / "logs/r/scores.json").read_text())
+    validate(scores)
+    groups = scores["scores"]
+    figures = [
+        groups["facts"]["facts_f1"],
+        groups["hallucination"]["CHAIRs"],
+        groups["classes"].get("car", {}).get("exact"),
+    ]
+    assert all(figure is None or figure["value"] is None for figure in figures)
+
+
+def test_few_pictures_are_said_to_be_few():
+    one = [Prediction("a.jpg", "There is one car.", ["There are 2 cars."])]
+    assert "too few" in score_predictions(one, {}, resamples=5)["notes"][0]
+    assert "too few" in compare_predictions(one, one, resamples=5)["notes"][0]
+
+
+@pytest.mark.parametrize("floors", [{"predictions": "x"}, {"most frequent caption": "x"}])
+def test_a_floor_can_not_take_the_place_of_another_set(floors):
+    with pytest.raises(ValueError, match="floor"):
+        score_predictions([Prediction("a.jpg", "x", ["y"], floors)], {}, resamples=5)
+
+
+def test_long_blanks_are_read_in_no_time():
+    assert read_caption("a." + " " * 1_000_000).unread == ["a."]

@@ -1,0 +1,315 @@
+"""Training that survives: the same adapter however often it was stopped, guards, micro-batches, processes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import main
+from captioner.training import trainer
+from captioner.training.checkpoints import find_checkpoint, hash_file
+from config import TrainConfig, UserError
+
+STEPS_PER_EPOCH = 3
+
+
+def hash_adapter(folder: Path) -> str:
+    return hash_file(folder / "blip2-finetuned" / "adapter_model.safetensors")
+
+
+def train(settings, **changes) -> str:
+    """Train in the current folder; the adapter's SHA-256."""
+    main.main(TrainConfig(**(settings | changes)))
+    return hash_adapter(Path())
+
+
+def stop_at(patch, step: int) -> None:
+    """Send SIGTERM to this process after `step`."""
+    real = trainer.Pace.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(self, args, state, control, **kwargs)
+
+    patch.setattr(trainer.Pace, "on_step_end", on_step_end)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the same adapter
+
+
+def test_the_same_seed_gives_the_same_adapter(folder, settings, undisturbed):
+    assert train(settings) == undisturbed[0]
+    assert not (folder / "blip2-finetuned" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        STEPS_PER_EPOCH + 1,
+        pytest.param(STEPS_PER_EPOCH, marks=pytest.mark.slow),
+        pytest.param(1, marks=pytest.mark.slow),
+        pytest.param(2 * STEPS_PER_EPOCH, marks=pytest.mark.slow),
+    ],
+)
+def test_a_stopped_run_goes_on_to_the_same_adapter(folder, settings, undisturbed, step, capsys):
+    """SIGTERM in the midst and at the end of an epoch; the command that goes on is named."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        stop_at(patch, step)
+        train(settings)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    said = capsys.readouterr().out
+    assert f"saved after step {step} of 6; go on with\npython main.py" in said and "--resume" in said
+    assert train(settings, resume=True) == undisturbed[0]
+    said = capsys.readouterr().out
+    assert f"goes on after step {step} of 6" in said
+    records = [json.loads(line) for line in Path("logs/run/metrics.jsonl").read_text().splitlines()]
+    assert sorted(record["step"] for record in records if "loss" in record) == list(
+        range(1, 7)
+    )  # none lost, none twice
+
+
+def test_a_killed_run_goes_on_by_itself(folder, settings, undisturbed, scenes, tiny_checkpoint):
+    """SIGKILL to the process and its workers in the second epoch; the same command again needs no flag."""
+    flags = ["--labels", scenes / "labels.json", "--images", scenes / "images", "--model", tiny_checkpoint]
+    flags += ["--num-train-epochs", 2, "--train-batch-size", 4, "--per-device-train-batch-size", 2]
+    flags += ["--dataloader-workers", 1, "--warmup-ratio", 0, "--learning-rate", 1e-2, "--logging-steps", 1]
+    flags += ["--val-captions", 0, "--wandb", "disabled", "--run-name", "run", "--save-minutes", 0]
+    command = [sys.executable, str(ROOT / "main.py"), *map(str, flags)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as run:
+        while not Path("blip2-finetuned/checkpoints/checkpoint-4/manifest.json").exists():
+            assert run.poll() is None
+        os.killpg(run.pid, signal.SIGKILL)
+    assert train(settings, save_minutes=0.0) == undisturbed[0]
+
+
+def test_a_damaged_checkpoint_is_passed_over(folder, settings, undisturbed, capsys):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, STEPS_PER_EPOCH + 2)
+        train(settings, save_minutes=0.0)
+    checkpoints = folder / "blip2-finetuned" / "checkpoints"
+    with open(checkpoints / "checkpoint-5" / "optimizer.pt", "r+b") as file:
+        file.seek(100)
+        file.write(b"\0\1\2\3")
+    (checkpoints / "checkpoint-4" / "manifest.json").unlink()  # was killed as it wrote
+    assert train(settings, resume=True) == undisturbed[0]
+    said = capsys.readouterr().out
+    assert "checkpoint-5 is damaged (optimizer.pt has changed)" in said
+    assert "checkpoint-4 is damaged (manifest.json is missing" in said
+    assert "goes on after step 3 of 6" in said
+
+
+@pytest.mark.slow
+def test_other_settings_are_refused_with_what_differs(folder, settings, undisturbed):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, 2)
+        train(settings)
+    with pytest.raises(UserError) as refused:
+        train(settings, learning_rate=1e-3, lora_rank=8)
+    assert "--learning-rate: was 0.01, is 0.001" in str(refused.value)
+    assert "--lora-rank: was 16, is 8" in str(refused.value)
+    assert "--overwrite" in str(refused.value)
+    assert find_checkpoint(folder / "blip2-finetuned" / "checkpoints") is not None  # nothing is lost by asking
+    assert train(settings, overwrite=True) == undisturbed[0]
+
+
+def test_resume_without_an_unfinished_run(folder, settings):
+    with pytest.raises(UserError, match="no unfinished run"):
+        train(settings, resume=True)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# guards
+
+
+@pytest.mark.parametrize("fast_step", ["off", "on"])
+def test_a_loss_that_is_no_number_stops_the_run(folder, settings, fast_step):
+    """The batch is named, no weight has changed, the checkpoint before is kept."""
+    real = trainer.Trainer.training_step
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = real(self, model, inputs, num_items_in_batch)
+        return loss * float("nan") if self.state.global_step == STEPS_PER_EPOCH + 1 else loss
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as stopped:
+        if fast_step == "off":
+            patch.setattr(trainer.Trainer, "training_step", training_step)
+        else:
+            step = trainer.FastStep.__call__
+            calls = iter(range(1000))  # two a step
+
+            def fail(self, *args):
+                return step(self, *args) * (float("nan") if next(calls) // 2 == STEPS_PER_EPOCH + 1 else 1)
+
+            patch.setattr(trainer.FastStep, "__call__", fail)
+        train(settings, fast_step=fast_step)
+    message = str(stopped.value)
+    assert "step 5: the loss is nan" in message and "bf16" in message
+    assert message.count(".jpg") == 4
+    assert find_checkpoint(folder / "blip2-finetuned" / "checkpoints").name == "checkpoint-3"
+
+
+@pytest.mark.slow
+def test_out_of_memory_takes_fewer_frames_a_pass(folder, settings, capsys):
+    """The effective batch stays, and the adapter is that of a run with the smaller micro-batch from the start."""
+    expected = train(settings, per_device_train_batch_size=1, output=Path("blip2-finetuned"))
+    shutil.rmtree("blip2-finetuned")
+    capsys.readouterr()
+    real = trainer.Trainer.training_step
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if len(inputs["labels"]) > 1 and self.state.global_step == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(self, model, inputs, num_items_in_batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Trainer, "training_step", training_step)
+        assert train(settings) == expected
+    assert "out of GPU memory: from here on 1 frames a forward pass, 4 a step" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_full_disk_keeps_the_checkpoint_before(folder, settings, undisturbed, monkeypatch):
+    real, calls = trainer.check_disk, []
+
+    def check_disk(where, need, what):
+        calls.append(need)
+        real(where, need if len(calls) < 2 else 10**18, what)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"MB free.*--resume"):
+        patch.setattr(trainer, "check_disk", check_disk)
+        train(settings)
+    assert train(settings, resume=True) == undisturbed[0]
+
+
+def test_pictures_are_mended_or_left_out(folder, settings, scenes, capsys):
+    """CMYK, 16 bits and EXIF rotation train; a truncated file is left out, counted and listed; many stop the run."""
+    from captioner.data.images import open_picture
+
+    shutil.copytree(scenes / "images", "images")
+    paths = sorted(Path("images").iterdir())
+    upright = Image.open(paths[0]).convert("RGB")
+    upright.convert("CMYK").save(paths[0], "JPEG")
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by 90 degrees
+    upright.transpose(Image.Transpose.ROTATE_90).save(paths[1], "JPEG", exif=exif)
+    assert open_picture(paths[1]).size == upright.size
+    Image.new("I;16", (64, 36), 40_000).save(paths[2], "PNG")
+    assert open_picture(paths[2]).getpixel((3, 3)) == (156, 156, 156)
+    bad = paths[3]
+    bad.write_bytes(bad.read_bytes()[:400])
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setattr(main, "MAX_UNREADABLE", 0.06)
+        train(settings, images=Path("images"), num_train_epochs=1)
+    said = capsys.readouterr().out
+    assert "1 of 20 pictures can't be read and are left out" in said and bad.name in said
+    assert bad.name not in Path("blip2-finetuned/split.csv").read_text()
+    for path in paths[4:7]:
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"4 of 20 pictures can't be read, more than 5%"):
+        train(settings, images=Path("images"), output=Path("other"))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"GIF89a" + bytes(50), b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS\n"]
+)
+def test_what_is_no_picture(tmp_path, content):
+    from captioner.data.images import open_picture
+
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.jpg: not readable as a picture"):
+        open_picture(tmp_path / "a.jpg")
+
+
+def test_a_decompression_bomb_is_not_decoded(tmp_path):
+    from captioner.data.images import open_picture
+
+    Image.new("1", (30_000, 30_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(UserError, match=r"30000 x 30000 pixels|exceeds limit"):
+        open_picture(tmp_path / "bomb.png")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# batches and processes
+
+
+def test_micro_batches_give_the_same_gradients(folder, settings):
+    """Weighted by tokens: four passes of one frame are one pass of four, to rounding. A mean of means is not."""
+    for name, size in (("one", 1), ("four", 4)):
+        Path(name).mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(name)
+            train(settings, per_device_train_batch_size=size, lora_dropout=0.0, max_steps=1, learning_rate=1e-3)
+    losses = []
+    for name in ("one", "four"):
+        records = [json.loads(line) for line in Path(name, "logs/run/metrics.jsonl").read_text().splitlines()]
+        losses.append(next((record["loss"], record["grad_norm"]) for record in records if "loss" in record))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_training_and_validation_loss_are_on_one_scale(folder, settings, scenes):
+    """With the weights held still, the loss over a set is the same number, trained or validated on."""
+    train(settings, learning_rate=1e-12, lora_dropout=0.0, num_train_epochs=1, per_device_eval_batch_size=3)
+    records = [json.loads(line) for line in Path("logs/run/metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if "loss" in record]
+    [validation] = [record["eval_loss"] for record in records if "eval_loss" in record]
+    assert sum(losses) / len(losses) == pytest.approx(validation, rel=0.1)  # other pictures, the same model
+
+
+# --------------------------------------------------------------------------------------------------------------
+# what it shows
+
+
+def test_captions_of_each_epoch_leave_no_trace_in_the_adapter(folder, settings, undisturbed):
+    assert train(settings, val_captions=2) == undisturbed[0]
+    records = [json.loads(line) for line in Path("logs/run/metrics.jsonl").read_text().splitlines()]
+    assert sum("val_BLEU-4" in record for record in records) == 2
+    assert Path("logs/run/captions.md").read_text().count("- reference:") == 4
+    assert Path("logs/run/dashboard.png").read_bytes().startswith(b"\x89PNG")
+    assert all(record["samples_per_second"] > 0 for record in records if "loss" in record)
+
+
+@pytest.mark.slow
+def test_logged_speed_is_that_of_training_alone(folder, settings, monkeypatch):
+    pause = 2.0  # seconds that a validation and a checkpoint take longer
+
+    def slow(method):
+        def wait(self, *args, **kwargs):
+            time.sleep(pause)
+            return method(self, *args, **kwargs)
+
+        return wait
+
+    for name in ("evaluate", "_save_checkpoint"):
+        monkeypatch.setattr(main.CaptionTrainer, name, slow(getattr(main.CaptionTrainer, name)))
+    train(settings, val_captions=0, logging_steps=1)
+    records = [json.loads(line) for line in Path("logs/run/metrics.jsonl").read_text().splitlines()]
+    speeds = [record["samples_per_second"] for record in records if "loss" in record]
+    assert len(speeds) > 2
+    assert min(speeds) > settings["train_batch_size"] / pause
+
+
+def test_training_goes_on_when_wandb_fails(folder, settings, undisturbed, monkeypatch, capsys):
+    import wandb
+
+    class Failing:
+        def log(self, *args):
+            raise RuntimeError("the service is gone")
+
+        def finish(self):
+            raise AssertionError("left alone")
+
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: Failing())
+    assert train(settings, wandb="offline") == undisturbed[0]
+    assert "wandb fails from here on" in capsys.readouterr().out
