@@ -6,45 +6,14 @@ python bdd100k_data_pipeline.py --demo       # drawn scenes
 """
 
 from collections import Counter
-from pathlib import Path
 
-from captioner.bdd100k.facts import ObjectKind
-from captioner.bdd100k.label_files import LabelReport
-from captioner.data.captions import caption_labels, find_labels, lock_folder, read_captions
-from config import DEMO_FOLDER, PipelineConfig, TrainConfig, name_run, parse_args, run_script, split_revision
+from captioner.bdd100k.census import draw_census, print_census
+from captioner.data.captions import caption_labels, find_labels, read_captions
+from captioner.runtime.cli import run_script
+from captioner.runtime.files import lock_folder, name_run, split_revision
+from config import DEMO_FOLDER, PipelineConfig, TrainConfig, parse_args
 
 TOKENISED = 2000  # captions whose tokens are counted for the census
-
-
-def print_census(report: LabelReport, tokens: Counter[int], tokenizer: str) -> None:
-    """What the labels hold, as tables."""
-    for name, counts in report.attributes.items():
-        shares = ", ".join(f"{value} {count / report.frames:.1%}" for value, count in counts.most_common())
-        print(f"{name.replace('_', ' ')}: {shares}")
-    print(f"\n{'class':<18}{'objects':>10}{'a frame':>9}{'occluded':>10}{'truncated':>10}")
-    for name, total in count_classes(report.objects).most_common():
-        seen = {kind: count for kind, count in report.objects.items() if kind.name == name}
-        occluded = sum(count for kind, count in seen.items() if kind.occluded) / total
-        truncated = sum(count for kind, count in seen.items() if kind.truncated) / total
-        print(f"{name:<18}{total:>10,}{total / report.frames:>9.2f}{occluded:>10.1%}{truncated:>10.1%}")
-    print(f"\nobjects a frame, lanes and areas aside: {summarise(report.boxes_a_frame)}")
-    print(f"near-duplicate boxes: {report.near_duplicates:,}")
-    print(f"words a caption: {summarise(report.caption_words)}")
-    print(f"tokens a caption ({tokenizer}, {tokens.total():,} captions): {summarise(tokens)}")
-
-
-def count_classes(objects: Counter[ObjectKind]) -> Counter[str]:
-    totals = Counter()
-    for kind, count in objects.items():
-        totals[kind.name] += count
-    return totals
-
-
-def summarise(counts: Counter[int]) -> str:
-    """Mean, quartiles and ends of a distribution."""
-    values = sorted(counts.elements())
-    quartiles = "/".join(str(values[len(values) * quarter // 4]) for quarter in (1, 2, 3))
-    return f"mean {sum(values) / len(values):.1f}, quartiles {quartiles}, {values[0]} to {values[-1]}"
 
 
 def count_tokens(captions: list[str]) -> tuple[Counter[int], str]:
@@ -59,45 +28,6 @@ def count_tokens(captions: list[str]) -> tuple[Counter[int], str]:
     tokenizer = Tokenizer.from_file(str(file))
     encoded = tokenizer.encode_batch(captions[:: max(1, len(captions) // TOKENISED)], add_special_tokens=False)
     return Counter(len(caption.ids) for caption in encoded), f"{name} tokenizer"
-
-
-def draw_census(report: LabelReport, tokens: Counter[int], path: Path) -> None:
-    """What the labels hold, as a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 4, figsize=(17, 7.5), layout="constrained")
-    bars = {name.replace("_", " "): counts for name, counts in report.attributes.items()}
-    for axis, (title, counts) in zip(axes[0], bars.items(), strict=False):
-        names, frames = zip(*reversed(counts.most_common()), strict=True)
-        axis.barh(names, frames, color="#3a6ea5")
-        axis.set(title=title, xlabel="frames")
-    draw_classes(axes[1][0], report.objects)
-    lengths = {"objects a frame": report.boxes_a_frame, "words a caption": report.caption_words}
-    for axis, (title, counts) in zip(axes[1][1:], {**lengths, "tokens a caption": tokens}.items(), strict=True):
-        axis.hist(list(counts), weights=list(counts.values()), bins=min(40, len(counts)), color="#3a6ea5")
-        axis.set(title=title, ylabel="frames")
-    figure.suptitle(f"{report.frames:,} frames ({', '.join(report.variants)}), {report.skipped.total():,} left out")
-    figure.savefig(path, dpi=110)
-
-
-def draw_classes(axis, objects: Counter[ObjectKind]) -> None:
-    """Objects of each class, in full view, occluded and truncated, on a logarithmic axis."""
-    names = [name for name, _ in reversed(count_classes(objects).most_common())]
-    looks = {
-        "in full view": lambda kind: not kind.occluded and not kind.truncated,
-        "occluded": lambda kind: kind.occluded,
-        "truncated": lambda kind: kind.truncated,
-    }
-    for row, (look, holds) in enumerate(looks.items()):
-        totals = count_classes(Counter({kind: count for kind, count in objects.items() if holds(kind)}))
-        places = [position + 0.27 * (1 - row) for position in range(len(names))]
-        axis.barh(places, [totals[name] for name in names], 0.25, label=look)
-    axis.set_yticks(range(len(names)), names)
-    axis.set(title="objects", xscale="log")
-    axis.legend(fontsize="small")
 
 
 def main(config: PipelineConfig) -> None:

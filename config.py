@@ -6,76 +6,25 @@ A script reads its settings before it imports anything heavy, so that --help and
     import torch
 """
 
-import atexit
-import ctypes
 import dataclasses
-import gc
-import itertools
-import logging
 import os
-import select
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from captioner.bdd100k.facts import Style
+from captioner.bdd100k.wording import Style
+from captioner.runtime.cli import report_error
+from captioner.runtime.errors import UserError
 
 DEMO_FOLDER = Path(__file__).parent / "demo"  # the renderer and the small base model
 DEMO_DATA = Path("demo-data")  # what the renderer draws
 DEMO_SCENES = 1400  # drawn for --demo: 800 to train, 80 to validate, 520 to test
 
-# On a CPU bitsandbytes warns at import that an optional kernel, which it would fetch from the hub, is not there.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-
-@contextmanager
-def without_collector() -> Iterator[None]:
-    """Python's garbage collector looks at all that is imported again and again, which takes a fifth of the imports."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def import_bitsandbytes() -> None:
-    """Import bitsandbytes without torch's compiler: what it has compiled at import is for machines without its library.
-
-    That takes 0.8 s; torch.compile can be used afterwards.
-    """
-    before = os.environ.get("TORCHDYNAMO_DISABLE")
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    import bitsandbytes  # noqa: F401
-
-    del os.environ["TORCHDYNAMO_DISABLE"]
-    if before is not None:
-        os.environ["TORCHDYNAMO_DISABLE"] = before
-
 
 # The newest revision as of 2026-11, in safetensors: a repository that changes does not change what is trained.
 BASE_MODEL = "Salesforce/blip2-opt-2.7b@59a1ef6c1e5117b3f65523d1c6066825bcf315e3"
-
-
-def split_revision(model: str) -> tuple[str, str | None]:
-    """(name, revision) of name@revision on the hub; a local folder is a name that has none."""
-    if Path(model).exists():
-        return model, None
-    name, _, revision = model.partition("@")
-    return name, revision or None
-
-
-def is_sharded() -> bool:
-    """Whether accelerate launch was told to spread the weights over the GPUs (see fsdp.yaml)."""
-    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return wanted and int(os.environ.get("WORLD_SIZE", 1)) > 1
-
-
-class UserError(Exception):
-    """Something that the user can mend. The message names the thing, its value and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -282,70 +231,7 @@ def parse_args(config_class: type[Config], args: list[str] | None = None) -> Con
     try:
         return tyro.cli(config_class, default=config_class(**defaults), args=args)
     except UserError as error:
-        sys.exit(_report(error))
-
-
-def run_script(main, config) -> None:
-    """Call main(config); an error that the user can mend is one message and exit code 2, no traceback."""
-    gc.enable()
-    gc.freeze()  # what is imported stays, and need not be looked at
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # captions and names may hold what the terminal can't show
-    try:
-        main(config)
-        sys.stdout.flush()
-    except UserError as error:
-        sys.exit(_report(error))
-    except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        if not _has_lost_reader():
-            raise
-        print("nobody reads what is printed any more: ended", file=sys.stderr)
-        sys.exit(141)  # as a shell tells of SIGPIPE
-    _DONE.append(True)
-
-
-def _has_lost_reader() -> bool:
-    """Whether standard output goes into a pipe that is closed, as after `| head`; nothing is written to it then."""
-    look = select.poll()
-    look.register(sys.stdout, 0)
-    if not look.poll(0):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would complain once more at its end
-    return True
-
-
-_DONE: list[bool] = []  # by run_script
-
-
-@atexit.register
-def _leave() -> None:
-    """At exit, when threads have ended and what was registered since this was imported is done: end a script's process.
-
-    Python would look for garbage in all that was imported, a second or two for nothing.
-    """
-    gc.unfreeze()  # else libraries complain of what is left
-    if _DONE:
-        with suppress(TypeError, AttributeError):  # not on Windows
-            ctypes.CDLL(None).fflush(None)  # what libraries in C have printed
-        with suppress(OSError):  # where nobody reads any more
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
-
-
-def name_run(config, suffix: str = "") -> Path:
-    """The folder of a run in logs/: its --run-name, else date, time and suffix, and a number if there is such a folder.
-
-    There is one when two runs start within a second, and when the clock was set back, as it is each autumn.
-    """
-    if config.run_name:
-        return Path("logs") / config.run_name
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    names = itertools.chain([stamp + suffix], (f"{stamp}-{number}{suffix}" for number in itertools.count(2)))
-    return next(folder for name in names if not (folder := Path("logs") / name).exists())
+        sys.exit(report_error(error))
 
 
 def config_to_json(config) -> dict:
@@ -365,9 +251,3 @@ def _check(config, must_be: str, holds: Callable[[float], bool], *names: str) ->
         value = getattr(config, name)
         if value is not None and not holds(value):
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {must_be}")
-
-
-def _report(error: UserError) -> int:
-    message = str(error).rpartition("UserError: ")[2].strip()  # torch wraps a worker's error in its traceback
-    print(f"error: {message}", file=sys.stderr)
-    return 2

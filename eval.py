@@ -11,40 +11,34 @@
 Predictions are written first, to logs/<run>/predictions.jsonl, and scored from there: scores.json and report.html.
 """
 
-from config import EvalConfig, parse_args, run_script
+from captioner.runtime.cli import run_script
+from config import EvalConfig, parse_args
 
 if __name__ == "__main__":
     config = parse_args(EvalConfig)  # before the heavy imports, so that --help answers at once
 
 import csv
-import itertools
 import json
-import math
 import os
-import random
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from captioner.bdd100k.facts import Facts, mark_caption, parse_caption
-from captioner.bdd100k.label_files import NAME, LabelReport, read_labels
-from captioner.blip2.trust import is_inside
-from captioner.data.captions import (
-    IMAGE_SUFFIXES,
-    SPLIT_COLUMNS,
-    Example,
-    atomic_write,
-    explain_writing,
-    index_images,
-    lock_folder,
-)
-from captioner.data.images import one_ahead, read_ahead
-from captioner.scoring.fact_metrics import list_statements
+from captioner.bdd100k.facts import Facts
+from captioner.bdd100k.label_files import read_labels
+from captioner.bdd100k.label_report import LabelReport
+from captioner.bdd100k.parsing import mark_caption, parse_caption
+from captioner.blip2.captioner import Captioner
+from captioner.data.captions import Example
+from captioner.data.images import find_pictures, index_images
+from captioner.data.splits import choose_examples, read_split
+from captioner.runtime.errors import UserError
+from captioner.runtime.files import atomic_write, explain_writing, lock_folder, name_run
+from captioner.runtime.processes import ask_main, find_place, go_on_alone
+from captioner.scoring.console import print_captions, print_comparison, print_left_out, print_scores
 from captioner.scoring.predictions import (
     Prediction,
     format_prediction,
@@ -54,344 +48,19 @@ from captioner.scoring.predictions import (
     read_references,
     write_predictions,
 )
-from captioner.scoring.report import ReportRow, start_thumbnails, write_report
-from captioner.scoring.scores import HEADLINES, compare_predictions, score_predictions, slice_names
-from config import UserError, config_to_json, import_bitsandbytes, name_run, without_collector
+from captioner.scoring.report import ReportRow, make_rows, start_thumbnails, write_report
+from captioner.scoring.scores import compare_predictions, score_predictions
+from config import config_to_json
 
 UNTUNED, NEAREST = "the untuned model", "nearest training picture"  # floors that need a model
 RESUMED = (
     *("adapter", "base", "blank", "greedy", "temperature", "top_p", "max_new_tokens", "seed", "batch_size"),
     "fast_generation",
 )
-FAST_BATCH, SLOW_BATCH = 512, 16  # pictures captioned at once, unless --batch-size says how many
-
-
-# --------------------------------------------------------------------------------------------------------------
-# several processes
-
-
-def find_place() -> tuple[int, int]:
-    """(index of this process, how many there are) under accelerate launch or torchrun; (0, 1) without a launcher.
-
-    The first call joins the others: by NCCL on GPUs, else by gloo.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return 0, 1
-    import torch
-    from accelerate import PartialState
-
-    state = PartialState(cpu=not torch.cuda.is_available())
-    return state.process_index, state.num_processes
-
-
-def gather(work: Callable, *args) -> list:
-    """What work(*args) returns in each process, in their order, in all of them; each must come to this call.
-
-    A UserError in any of them ends them all: the first that has it raises it, the others leave without a word. On any
-    other error the process ends, and the launcher ends the others.
-    """
-    if find_place()[1] == 1:
-        return [work(*args)]
-    from accelerate.utils import gather_object
-
-    result, error = None, None
-    try:
-        result = work(*args)
-    except UserError as caught:
-        error = caught
-    gathered = gather_object([(result, error is not None)])
-    for index, (_, failed) in enumerate(gathered):
-        if failed:
-            go_on_alone(index)
-            raise error
-    return [result for result, _ in gathered]
-
-
-def ask_main(work: Callable, *args):
-    """What work(*args) returns in the main process, which alone calls it."""
-    is_main = find_place()[0] == 0
-    return gather(lambda: work(*args) if is_main else None)[0]
-
-
-def go_on_alone(index: int = 0) -> None:
-    """Part the processes: the one of that index goes on, the others end here, as if all were done."""
-    place, processes = find_place()
-    if processes == 1:
-        return
-    from accelerate import PartialState
-
-    PartialState().destroy_process_group()
-    if place != index:
-        sys.exit()
 
 
 # --------------------------------------------------------------------------------------------------------------
 # captioning
-
-
-def read_split(folder: Path, split: str) -> list[Example]:
-    """The examples of a split that main.py wrote to `folder`."""
-    path = folder / "split.csv"
-    if not path.is_file():
-        raise UserError(f"{folder}: no fine-tuned model in it; train one with python main.py --output {folder}")
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["split"] == split]
-            examples = [Example(row["name"], Path(row["image"]), row["raw_caption"]) for row in rows]
-            for example in examples:  # the folder may be somebody else's, and the report shows the picture
-                suffix = example.image.suffix.lower()
-                if (
-                    not NAME.fullmatch(example.name)
-                    or example.image.name != example.name
-                    or suffix not in IMAGE_SUFFIXES
-                ):
-                    raise UserError(
-                        f"{path}: {example.name[:80]!r} with the picture {str(example.image)[:200]!r} is no frame's; "
-                        "the picture must have the frame's name: train again with python main.py"
-                    )
-    except (OSError, KeyError, TypeError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a split with columns {', '.join(SPLIT_COLUMNS)} ({error!r})") from None
-    if not examples:
-        raise UserError(f"{path}: no frame of the {split} split in it")
-    return examples
-
-
-def sample_examples(examples: list[Example], num_samples: int | str, seed: int) -> list[Example]:
-    """`num_samples` random examples, or all of them."""
-    if num_samples == "all":
-        return examples
-    if num_samples > len(examples):
-        print(f"the split has {len(examples)} frames, not {num_samples}: all are taken")
-    return random.Random(seed).sample(examples, min(num_samples, len(examples)))
-
-
-def choose_examples(config: EvalConfig) -> list[Example]:
-    return sample_examples(read_split(config.adapter, config.split), config.num_samples, config.seed)
-
-
-class Captioner:
-    """The fine-tuned model with its processor and settings, in each process."""
-
-    def __init__(self, config: EvalConfig, pictures: int):
-        """`pictures` are to be captioned."""
-        self.config = config
-        sizes = gather(self._load)  # batches are of one size in all processes, which share them out
-        gather(self._make_generator, *map(min, zip(*sizes, strict=True)), pictures)
-        self.options = {"do_sample": not config.greedy}
-        if not config.greedy:
-            self.options |= {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
-        if config.max_new_tokens is not None:
-            self.options["max_new_tokens"] = config.max_new_tokens
-        place, processes = find_place()
-        if place == 0 and processes > 1:
-            print(f"captioning in {processes} processes")
-
-    def _load(self) -> tuple[int, int]:
-        """Load the model; returns for how many pictures at once the fast way to generate has room, 0 if it can't be:
-        with copies of the weights and without."""
-        with without_collector():
-            import_bitsandbytes()  # before transformers and peft do
-            import torch
-            from transformers.utils import logging
-
-            from captioner.blip2.loading import load_finetuned, pick_device
-            from captioner.fast.generation import CHUNK, max_batch, supports
-            from captioner.fast.vision_store import open_store, take_vision_out
-
-        logging.set_verbosity_error()
-        config = self.config
-        self.model, self.processor, self.generation = load_finetuned(config.adapter, pick_device(), config.base)
-        self.store = None if config.blank else open_store(config, self.model, self.processor)  # of real pictures
-        self.vision = take_vision_out(self.model)
-        self.longest = config.max_new_tokens or self.generation.max_new_tokens
-        if not supports(self.model):
-            return 0, 0
-        if self.model.device.type != "cuda":
-            return FAST_BATCH, 0
-        torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info()[0]
-        with_copies, without = (max_batch(self.model, self.longest, free, copies) for copies in (True, False))
-        return with_copies, min(without, CHUNK)
-
-    def _make_generator(self, with_copies: int, without: int, pictures: int) -> None:
-        """Choose the batch size, and the fast way to generate (generation.py) where that is wanted and possible."""
-        from captioner.fast.generation import FastGenerator, round_up, supports
-
-        self.batch_size, self.generator = self.config.batch_size or SLOW_BATCH, None
-        wanted = self.config.fast_generation
-        if wanted == "off" or (wanted == "auto" and self.model.device.type != "cuda"):
-            return
-        size = self.config.batch_size
-        copies = with_copies >= min(size or SLOW_BATCH, without)
-        fitting = with_copies if copies else without
-        if size is None:
-            most = FAST_BATCH if copies else SLOW_BATCH
-            size = min(most, 1 << max(fitting, 1).bit_length() - 1)  # a power of 2
-            size = min(size, round_up(math.ceil(pictures / math.ceil(pictures / size)), 8))  # the last one too
-        if size <= fitting:
-            self.batch_size, self.generator = size, FastGenerator(self.model, size, copies=copies)
-        elif wanted == "on" and not supports(self.model):
-            raise UserError("--fast-generation on: not made for this language model; use --fast-generation auto")
-        elif wanted == "on":
-            raise UserError(
-                f"--fast-generation on: the GPU has room for {fitting} pictures at once in this way; take a "
-                "--batch-size of no more, or --fast-generation auto"
-            )
-
-    def map_batches(
-        self,
-        pictures: Sequence[tuple[str, Path]],
-        work: Callable,
-        unreadable: dict[str, str],
-        finished: Collection[str] = frozenset(),
-    ) -> Iterator[list[tuple]]:
-        """Rows (name, result) of batch after batch, the same in every process.
-
-        A batch is `batch_size` pictures in a row. work(index of the batch, outputs of the ViT (B, P, D)) gives the B
-        results of those that can be read; the others go into `unreadable` with why. Of N processes the r-th works on
-        batches r, r + N, ...; after N batches the results are exchanged. Batches with no picture to do that is not in
-        `finished` are passed over.
-        """
-        place, processes = find_place()
-        size = self.batch_size
-        batches = [(index, pictures[size * index : size * (index + 1)]) for index in range(-(-len(pictures) // size))]
-        batches = [(index, batch) for index, batch in batches if any(name not in finished for name, _ in batch)]
-        total = sum(len(batch) for _, batch in batches)
-        mine = [batch for _, batch in batches[place::processes]]
-        reading = one_ahead(self._read_batches(mine, self._read_all([image for batch in mine for _, image in batch])))
-        with tqdm(total=total, desc="captioning", unit="picture", disable=place > 0) as progress:
-            for first in range(0, len(batches), processes):
-                now = batches[first : first + processes]
-                index = now[place][0] if place < len(now) else None
-                for rows, reasons in gather(self._do_batch, index, reading, work, finished):
-                    unreadable.update(reasons)
-                    yield rows
-                progress.update(sum(len(batch) for _, batch in now))
-
-    def _read_all(self, images: Sequence[Path]) -> Iterator[tuple | str]:
-        """(SHA-256 of the file if there is a store, stored output of the ViT (P, D) or else pixel values (3, S, S)).
-
-        For a picture that can't be read, why. Outputs are read ahead by threads, pictures decoded by processes, which
-        start at the call.
-        """
-        from captioner.fast.vision_store import hash_picture, read_each
-
-        store, settings = self.store, self.model.config.vision_config
-        how = (self.processor, self.vision.post_layernorm.weight.dtype, settings.image_size, self.config.blank)
-        sums = [None] * len(images) if store is None else list(read_ahead(hash_picture, images, at_once=32))
-        is_stored = [store is not None and store.has(sha256) for sha256 in sums]
-        stored = read_ahead(store.load, itertools.compress(sums, is_stored), 2 * self.batch_size) if store else iter(())
-        decoded = read_each([image for image, there in zip(images, is_stored, strict=True) if not there], *how)
-
-        def read(image: Path, sha256: str | None, is_there: bool) -> tuple | str:
-            found = next(stored) if is_there else next(decoded)
-            if found is None:  # damaged in the store
-                found = next(read_each([image], *how))
-            return found if isinstance(found, str) else (sha256, found)
-
-        return itertools.starmap(read, zip(images, sums, is_stored, strict=True))
-
-    def _read_batches(self, batches: Sequence[Sequence], reading: Iterator[tuple | str]) -> Iterator[tuple]:
-        """Of each batch, as _read_all gave them: (names, SHA-256 of each, outputs or pixels of each, {name: why not}).
-
-        Where all outputs are stored they are one tensor (B, P, D), in pinned memory if there is a GPU.
-        """
-        import torch
-
-        for batch in batches:
-            names, sums, outputs, unreadable = [], [], [], {}
-            for (name, _), read in zip(batch, reading, strict=False):
-                if isinstance(read, str):
-                    unreadable[name] = read
-                else:
-                    names.append(name)
-                    sums.append(read[0])
-                    outputs.append(read[1])
-            if outputs and all(output.dim() == 2 for output in outputs):
-                pin, like = self.model.device.type == "cuda", outputs[0]
-                room = torch.empty(len(outputs), *like.shape, dtype=like.dtype, pin_memory=pin)
-                outputs = torch.stack(outputs, out=room)
-            yield names, sums, outputs, unreadable
-
-    def _do_batch(self, index: int | None, reading: Iterator[tuple], work: Callable, finished: Collection[str]):
-        import torch
-
-        if index is None:
-            return [], {}
-        names, sums, outputs, unreadable = next(reading)
-        if all(name in finished for name in names):
-            return [], unreadable
-        try:
-            return list(zip(names, work(index, self._run_vision(sums, outputs)), strict=True)), unreadable
-        except torch.OutOfMemoryError as error:
-            reason = str(error).splitlines()[0]
-            size = self.batch_size
-            raise UserError(f"--batch-size {size}: too large for the GPU ({reason}); take a smaller one") from None
-
-    def _run_vision(self, sums: Sequence[str | None], outputs):
-        """The ViT's outputs (B, P, D) for what _read_batches gave: those that it has not are computed, and saved."""
-        import torch
-
-        from captioner.fast.vision_store import run_vision
-
-        missing = [row for row, output in enumerate(outputs) if output.dim() == 3]
-        if self.store is not None:
-            self.store.count(len(outputs) - len(missing), len(outputs))
-        if not missing:
-            return outputs.to(self.model.device, non_blocking=True)
-        computed = run_vision(self.vision, torch.stack([outputs[row] for row in missing]))
-        for row, output in zip(missing, computed, strict=True):
-            outputs[row] = output
-        if self.store is not None:
-            kept = computed.to("cpu", non_blocking=True)  # pinned, so that a slow disk holds up no GPU memory
-            self.store.save([sums[row] for row in missing], list(kept))
-        return torch.stack([output.to(self.model.device, non_blocking=True) for output in outputs])
-
-    def finish(self) -> None:
-        """Say how many outputs were in the store, and wait for those that are being written."""
-        if self.store is not None:
-            print(self.store.describe())
-            self.store.close()
-
-    def caption(self, index: int, outputs) -> list[str]:
-        """Captions for outputs (B, P, D) of the ViT. Sampling depends on seed and the batch's index, on no other batch.
-
-        So whichever process has a batch, and whatever came before, its captions are the same; on a CPU only with as
-        many threads, which decide in what order numbers are added up.
-        """
-        import torch
-
-        from captioner.blip2.loading import decode_captions, generate_captions
-
-        mixed = np.random.SeedSequence((self.config.seed, index)).generate_state(1)  # a CPU takes 32 bits of a seed
-        seed = int(mixed[0])
-        if self.generator is not None:
-            options = {
-                name: self.options[name] for name in ("do_sample", "temperature", "top_p") if name in self.options
-            }
-            tokens = self.generator.generate(outputs, self.longest, **options, seed=seed)
-            return decode_captions(self.processor, tokens)
-        torch.manual_seed(seed)
-        return generate_captions(self.model, self.processor, outputs, self.generation, **self.options)
-
-    def describe_memory(self) -> str:
-        import torch
-
-        used = torch.cuda.max_memory_allocated() / 2**30
-        return f", {used:.2f} GiB of GPU memory at most" if used else ""
-
-    def caption_untuned(self, index: int, outputs) -> list[str]:
-        """The same without the adapter: what --base gives."""
-        with self.model.disable_adapter():
-            return self.caption(index, outputs)
-
-    def encode(self, outputs) -> np.ndarray:
-        """(B, D) image features of length 1: the frozen ViT's pooled output, from its outputs (B, P, D)."""
-        import torch
-
-        with torch.inference_mode():
-            pooled = self.vision.post_layernorm(outputs[:, 0]).float()
-        return torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
 
 
 def caption_examples(config: EvalConfig, examples: list[Example]) -> tuple[list[Prediction], dict[str, str]]:
@@ -445,29 +114,9 @@ def find_nearest(captioner: Captioner, examples: list[Example]) -> dict[str, str
 # pictures without references
 
 
-def find_pictures(paths: Sequence[Path]) -> list[tuple[str, Path]]:
-    """(name, file) of the pictures in `paths`, a name being the path below the folder that was given."""
-    pictures: dict[str, Path] = {}
-    for path in paths:
-        if path.is_dir():
-            below = [file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
-            below = [file for file in below if is_inside(file, path)]  # no link leads out of the folder
-            found = {str(file.relative_to(path)): file for file in sorted(below)}
-            if not found:
-                raise UserError(f"{path}: no picture in this folder ({', '.join(IMAGE_SUFFIXES)})")
-        elif path.is_file():
-            found = {path.name: path}
-        else:
-            raise UserError(f"{path}: no such picture or folder; --images takes pictures and folders of them")
-        if twice := found.keys() & pictures.keys():
-            raise UserError(f"{path}: {sorted(twice)[0]} came before; give the folder above both instead")
-        pictures |= found
-    return list(pictures.items())
-
-
 def read_finished(path: Path, config: EvalConfig) -> dict[str, str]:
     """{name: caption} of an earlier run under this name, which must have had the same settings."""
-    from captioner.blip2.loading import read_run
+    from captioner.data.run_record import read_run
 
     settings = {name: value for name, value in config_to_json(config).items() if name in RESUMED}
     settings |= {"images": [str(image.resolve()) for image in config.images], "trained": read_run(config.adapter)}
@@ -537,102 +186,6 @@ def caption_pictures(config: EvalConfig, run_dir: Path) -> None:
     print(f"\n{len(captions):,} captions in {run_dir}: captions.csv, captions.jsonl, report.html")
     if not captions:
         raise UserError(f"none of the {len(pictures)} pictures can be read")
-
-
-def print_left_out(unreadable: dict[str, str]) -> None:
-    if unreadable:
-        print(f"{len(unreadable):,} pictures can't be read and are left out:")
-        print("\n".join(f"  {reason}" for reason in list(unreadable.values())[:10]))
-
-
-# --------------------------------------------------------------------------------------------------------------
-# what is shown
-
-
-def make_rows(predictions: Sequence[Prediction], facts: Sequence[Facts]) -> list[ReportRow]:
-    """The report's cards."""
-    rows = []
-    for prediction, expected in zip(predictions, facts, strict=True):
-        said = parse_caption(prediction.prediction)
-        marked = mark_caption(prediction.prediction, expected, "invented")
-        references = [mark_caption(text, said, "missing") for text in prediction.references]
-        mine, theirs = list_statements(said), list_statements(expected)
-        score = 2 * len(mine & theirs) / (len(mine) + len(theirs)) if theirs else None
-        rows.append(ReportRow(prediction.name, marked, references, slice_names(expected), score))
-    return rows
-
-
-TITLES = {  # of the printed table, in the order of HEADLINES
-    "facts_f1": "facts F1",
-    "time_of_day": "time",
-    "weather": "weather",
-    "scene": "scene",
-    "traffic_light": "light",
-    "objects_f1": "objects",
-    "whole_caption": "whole",
-    "BLEU-4": "BLEU-4",
-    "CIDEr-D": "CIDEr-D",
-}
-
-
-def print_scores(scores: dict) -> None:
-    """Headline scores with half the width of their intervals, and the floors beneath."""
-    print(f"\n{scores['n']:,} pictures. Shares of right facts, F1 for facts and objects; ± half the 95 % interval")
-    print(f"{'':<26}" + "".join(f"{title:>10}" for title in TITLES.values()))
-    own = {name: scores["scores"][group][name] for name, group in HEADLINES.items()}
-    digits = {name: choose_digits(figure) for name, figure in own.items()}
-    for row, groups in {"predictions": scores["scores"], **scores["floors"]}.items():
-        values = [format_value(groups[group][name]["value"], digits[name]) for name, group in HEADLINES.items()]
-        print(f"{row:<26}" + "".join(f"{value:>10}" for value in values))
-        if row == "predictions":
-            halves = [format_half(own[name], digits[name]) for name in HEADLINES]
-            print(f"{'':<26}" + "".join(f"{half:>10}" for half in halves))
-    for group, title in {"corpus_bleu": "corpus BLEU", "reference_bleu": "reference protocol"}.items():
-        figures = scores["scores"][group].items()
-        print(f"{title:<26}" + "  ".join(f"{name} {figure['value']:.3f}" for name, figure in figures))
-    stating = [item for item in scores["slices"] if item["scores"]["facts_f1"]["value"] is not None]
-    worst = [f"{item['by']} {item['value']} {item['scores']['facts_f1']['value']:.2f}" for item in stating[:3]]
-    if worst:
-        print(f"{'worst slices, facts F1':<26}" + ", ".join(worst))
-    print("\n".join(f"note: {note}" for note in scores["notes"]))
-    print(f"signature: {scores['signatures']['corpus_bleu']}")
-
-
-def choose_digits(figure: dict) -> int:
-    """Decimals that the width of the interval supports."""
-    if figure["low"] is None:
-        return 2
-    half = (figure["high"] - figure["low"]) / 2
-    return 2 if half >= 0.05 else 3
-
-
-def format_value(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def format_half(figure: dict, digits: int) -> str:
-    return "" if figure["low"] is None else f"±{(figure['high'] - figure['low']) / 2:.{digits}f}"
-
-
-def print_captions(predictions: Sequence[Prediction], count: int) -> None:
-    for prediction in predictions[:count]:
-        print(f"\n{prediction.name}\n  prediction: {prediction.prediction}")
-        for reference in prediction.references:
-            print(f"  reference:  {reference}")
-
-
-def print_comparison(compared: dict, one: Path, other: Path) -> None:
-    print(f"A {one}\nB {other}\n{compared['n']:,} pictures that both captioned")
-    for name, count in (("A", compared["only_in_one"]), ("B", compared["only_in_other"])):
-        if count:
-            print(f"{count:,} pictures only {name} captioned are left out")
-    print(f"{'':<18}{'A':>9}{'B':>9}{'B - A':>9}   {'95 % interval':<18}{'p':>7}")
-    for name, row in compared["scores"].items():
-        values = f"{row['one']:>9.3f}{row['other']:>9.3f}{row['difference']:>+9.3f}"
-        interval = f"{row['low']:+.3f} to {row['high']:+.3f}"
-        print(f"{name:<18}{values}   {interval:<18}{row['p']:>7.3f}")
-    print("".join(f"note: {note}\n" for note in compared["notes"]), end="")
-    print("paired bootstrap; many scores are compared at once, so one p below 0.05 alone says little")
 
 
 # --------------------------------------------------------------------------------------------------------------

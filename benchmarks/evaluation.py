@@ -16,8 +16,10 @@ import sys
 import time
 
 from benchmarks.results import record
-from captioner.bdd100k.facts import WEATHERS, Facts, describe
-from captioner.bdd100k.label_files import LabelReport, read_frame
+from captioner.bdd100k.facts import WEATHERS, Facts
+from captioner.bdd100k.frames import read_frame
+from captioner.bdd100k.label_report import LabelReport
+from captioner.bdd100k.wording import describe
 from captioner.scoring import fact_metrics, scores, text_metrics
 from captioner.scoring.predictions import Prediction
 from demo.draw import list_labels, name_image, sample_scene
@@ -82,7 +84,7 @@ def main() -> None:
     time_stages(stages)
     runs = []
     for _ in range(args.repeats):
-        for cache in (text_metrics._tokenize_sentence, sys.modules["captioner.bdd100k.facts"]._read_sentence):
+        for cache in (text_metrics._tokenize_sentence, sys.modules["captioner.bdd100k.parsing"]._read_sentence):
             cache.cache_clear()  # as in a fresh process
         start = time.perf_counter()
         scored = scores.score_predictions(predictions, {})

@@ -273,9 +273,11 @@ def run_as_reference(args, steps: int = 12, warmup: int = 3, captions: int = 4) 
         TrainingArguments,
     )
 
-    from captioner.bdd100k.facts import describe
-    from captioner.bdd100k.label_files import LabelReport, read_frame
-    from captioner.blip2.loading import add_lora, load_processor
+    from captioner.bdd100k.frames import read_frame
+    from captioner.bdd100k.label_report import LabelReport
+    from captioner.bdd100k.wording import describe
+    from captioner.blip2.loading import load_processor
+    from captioner.blip2.lora import add_lora
 
     processor = load_processor(args.model)
     frames = json.loads((args.folder / "labels.json").read_text())[: 16 * steps]
@@ -362,7 +364,7 @@ def make_trainable():
     from transformers import Blip2ForConditionalGeneration
 
     from benchmarks.full_size import build_full_size_config
-    from captioner.blip2.loading import add_lora
+    from captioner.blip2.lora import add_lora
     from captioner.fast.speed import join_weights
     from captioner.fast.vision_store import take_vision_out
 
@@ -381,7 +383,8 @@ def time_passes(model, rows: int, sizes: Iterable[int]) -> Iterator[tuple[float,
     import torch.nn.functional as F
     from accelerate.utils import send_to_device
 
-    from captioner.blip2.loading import IGNORED, PackedCollator
+    from captioner.blip2.batches import IGNORED
+    from captioner.fast.packing import PackedCollator
     from captioner.fast.speed import FastStep
 
     config = model.get_base_model().config
@@ -424,7 +427,8 @@ def measure_floor(args) -> Iterator[tuple]:
     head and the Q-Former, forward and for the gradient of their inputs, in bf16, with the ViT's output stored."""
     import torch
 
-    from captioner.blip2.loading import load_processor, tokenize_captions
+    from captioner.blip2.batches import tokenize_captions
+    from captioner.blip2.loading import load_processor
     from captioner.data.captions import read_captions
     from captioner.fast.speed import record_graph
 

@@ -41,10 +41,13 @@ from transformers import (
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from captioner.bdd100k.facts import CLASSES, LIGHTS, SCENES, STYLES, TIMES_OF_DAY, WEATHERS, Facts, ObjectKind, describe
-from captioner.bdd100k.label_files import LabelReport, read_frame
-from captioner.blip2.loading import CaptionCollator, generate_captions, make_generation_config, tokenize_captions
-from captioner.data.captions import atomic_write
+from captioner.bdd100k.facts import CLASSES, LIGHTS, SCENES, TIMES_OF_DAY, WEATHERS, Facts, ObjectKind
+from captioner.bdd100k.frames import read_frame
+from captioner.bdd100k.label_report import LabelReport
+from captioner.bdd100k.wording import STYLES, describe
+from captioner.blip2.batches import CaptionCollator, tokenize_captions
+from captioner.blip2.captioning import generate_captions, make_generation_config
+from captioner.runtime.files import atomic_write
 from config import DEMO_DATA, DEMO_FOLDER, DEMO_SCENES
 from demo.draw import VERSION, draw_scene
 

@@ -21,6 +21,7 @@ if "TEST_ON_GPU" not in os.environ:  # set for test_gpu_kernels.py alone
 import pytest
 
 import config
+from captioner.runtime import cli
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "bdd100k"  # real samples, which are not ours to ship: tests of them skip without
@@ -67,7 +68,7 @@ def capture(call: Callable[[], object], cwd: Path | None = None, **environment) 
         except SystemExit as stopped:
             code = stopped.code or 0
         finally:
-            config._DONE.clear()
+            cli._DONE.clear()
     texts = (stream.buffer.getvalue().decode() for stream in (out, err))
     return subprocess.CompletedProcess(sys.argv, code, *texts)
 
@@ -78,7 +79,7 @@ def call_script(script: str, *args, cwd: Path | None = None, **environment) -> s
     settings = {"main": config.TrainConfig, "eval": config.EvalConfig, "bdd100k_data_pipeline": config.PipelineConfig}
 
     def call() -> None:
-        config.run_script(module.main, config.parse_args(settings[module.__name__]))
+        cli.run_script(module.main, config.parse_args(settings[module.__name__]))
 
     with mock.patch.object(sys, "argv", [str(ROOT / script), *map(str, args)]):
         return capture(call, cwd, **environment)
@@ -189,7 +190,7 @@ def settings(scenes, tiny_checkpoint):
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory, settings):
     """SHA-256 of the adapter of a run that nobody disturbed, and its folder."""
-    from test_training import hash_adapter
+    from training_runs import hash_adapter
 
     import main
 

@@ -42,20 +42,21 @@ Check = Callable[[bytes], None]  # raises for a finding
 
 
 def captions_target(folder: Path) -> tuple[list[bytes], Check]:
-    from captioner.bdd100k import facts as captions
-    from captioner.bdd100k.label_files import LabelReport, read_frame
+    from captioner.bdd100k import parsing, wording
+    from captioner.bdd100k.frames import read_frame
+    from captioner.bdd100k.label_report import LabelReport
     from demo.draw import draw_scene
 
     facts = [read_frame(draw_scene(seed)[1], LabelReport()).facts for seed in range(8)]
-    seeds = [captions.describe(item, style).encode() for item in facts for style in captions.STYLES]
+    seeds = [wording.describe(item, style).encode() for item in facts for style in wording.STYLES]
 
     def check(data: bytes) -> None:
         text = data.decode("utf-8", errors="surrogateescape")
-        reading = captions.read_caption(text)
-        for style in captions.STYLES:
-            assert captions.parse_caption(captions.describe(reading.facts, style)) == reading.facts, style
+        reading = parsing.read_caption(text)
+        for style in wording.STYLES:
+            assert parsing.parse_caption(wording.describe(reading.facts, style)) == reading.facts, style
         for absent in ("invented", "missing"):
-            pieces = captions.mark_caption(text, facts[0], absent)
+            pieces = parsing.mark_caption(text, facts[0], absent)
             assert "".join(piece for piece, _ in pieces) == text, pieces
 
     return seeds, check
@@ -64,7 +65,7 @@ def captions_target(folder: Path) -> tuple[list[bytes], Check]:
 def labels_target(folder: Path) -> tuple[list[bytes], Check]:
     import fuzz_labels
 
-    from captioner.bdd100k import label_files
+    from captioner.bdd100k import label_files, label_report
     from demo.draw import draw_scene
 
     label_files._run_jobs = lambda run, jobs: map(run, jobs)  # in this process
@@ -86,7 +87,7 @@ def labels_target(folder: Path) -> tuple[list[bytes], Check]:
             return
         path = folder / ("labels.json.gz", "labels.zip")[kind - 2]
         path.write_bytes(data[1:])
-        report = label_files.LabelReport()
+        report = label_report.LabelReport()
         with expect_user_error(path):
             used = sum(1 for _ in label_files.read_labels([path], report))
             assert used == report.frames, (used, report.frames)
@@ -129,9 +130,10 @@ def predictions_target(folder: Path) -> tuple[list[bytes], Check]:
 def config_target(folder: Path) -> tuple[list[bytes], Check]:
     import config
     import eval as evaluation
-    import main
+    from captioner.data import splits
     from captioner.publishing import model_card
     from captioner.training import checkpoints
+    from captioner.training.run import is_finished
 
     output = folder / "adapter"
     checkpoint = output / "checkpoints" / "checkpoint-2"
@@ -168,7 +170,7 @@ def config_target(folder: Path) -> tuple[list[bytes], Check]:
             case 3:
                 (output / "run.json").write_bytes(data)
                 with expect_user_error(output):
-                    main.is_finished(settings)
+                    is_finished(settings)
                 with expect_user_error(output):
                     model_card.write_model_card(output)
             case 4:
@@ -191,7 +193,7 @@ def config_target(folder: Path) -> tuple[list[bytes], Check]:
             case 7:
                 (output / "split.csv").write_bytes(data)
                 with expect_user_error(output):
-                    evaluation.read_split(output, "test")
+                    splits.read_split(output, "test")
             case 8:
                 (output / "run.json").write_text(json.dumps(run))
                 captions = folder / "unfinished" / "captions.jsonl"
@@ -215,7 +217,7 @@ TARGETS = {
 @contextlib.contextmanager
 def expect_user_error(path: Path):
     """A UserError is an answer, if it names the file."""
-    from config import UserError
+    from captioner.runtime.errors import UserError
 
     try:
         yield

@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tqdm import tqdm
 
+from captioner.bdd100k import frames, label_report
 from captioner.bdd100k import label_files as reader
-from config import UserError
+from captioner.runtime.errors import UserError
 from demo.draw import draw_scene
 
 ODD_VALUES = [
@@ -73,12 +74,12 @@ def damage_bytes(data: bytes, rng: random.Random) -> bytes:
 def check_file(path: Path, piece: int) -> str:
     """Read one file; the outcome by name. Any exception but UserError passes on, as does a wrong count."""
     reader.PIECE = piece  # small ones, so that small files are cut too
-    report = reader.LabelReport()
+    report = label_report.LabelReport()
     used, frames_in = 0, count_frames(path)
     try:
         for frame in reader.read_labels([path], report):
             used += 1
-            assert reader.NAME.fullmatch(frame.name), frame.name
+            assert frames.NAME.fullmatch(frame.name), frame.name
     except UserError as error:
         assert str(path) in str(error), error
         return "no usable frame" if "no usable frame" in str(error) else "error with the file's name"

@@ -65,8 +65,8 @@ def measure(path: Path) -> dict:
 
 def open_one(path: Path) -> dict:
     from captioner.data.images import open_picture
+    from captioner.runtime.errors import UserError
     from captioner.scoring.report import make_thumbnail
-    from config import UserError
 
     sizes, done, process = [], threading.Event(), psutil.Process()
 

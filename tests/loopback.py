@@ -15,6 +15,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
+from PIL import Image
+
+from captioner.bdd100k.download import IMAGE_FOLDER, LABEL_FILES
 from config import BASE_MODEL
 
 DATASET = "solesensei/solesensei_bdd100k/versions/2"
@@ -315,3 +318,28 @@ class HubHandler(LoopbackHandler):
         if cut is not None and hub.reset:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             os.close(self.connection.detach())  # at once, with a reset, where a server would take its leave
+
+
+PICTURES = {
+    "b1c66a42-6f7d68ca.jpg": "val",
+    "0000f77c-6257be58.jpg": "train/trainA",
+    "0000f77c-62c2a288.jpg": "train/trainB",
+    "0000f77c-62c2a288 (Somebody's conflicted copy) [conflicted].jpg": "train/trainB",
+    "cabc30fc-e7726578.jpg": "test/testA",
+}
+
+
+def draw_dataset_files() -> dict[str, bytes]:
+    """A few pictures and labels in the layout of the Kaggle data set: {path: bytes}."""
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 18), "grey").save(picture, "JPEG")
+    files = {f"{IMAGE_FOLDER}/{folder}/{name}": picture.getvalue() for name, folder in PICTURES.items()}
+    attributes = {"weather": "clear", "scene": "highway", "timeofday": "night"}
+    for subset, path in LABEL_FILES.items():
+        frames = [
+            {"name": name, "attributes": attributes, "timestamp": 10000, "labels": []}
+            for name, folder in PICTURES.items()
+            if folder.startswith(subset) and "conflicted" not in name
+        ]
+        files[path] = json.dumps(frames, indent=4).encode()
+    return files | {PADDING: os.urandom(3 << 20)}

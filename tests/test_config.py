@@ -130,7 +130,8 @@ def test_torchs_compiler_is_not_imported_but_works():
 
 ENDING = """
 import atexit, gc, sys, threading, time
-from config import UserError, run_script
+from captioner.runtime.errors import UserError
+from captioner.runtime.cli import run_script
 
 class Loop:
     def __del__(self):
@@ -175,7 +176,8 @@ def test_all_that_is_due_at_exit_is_done(what, code, told):
 @pytest.mark.parametrize("lines", [1, 20_000])
 def test_output_that_nobody_reads_ends_a_script_quietly(lines):
     """As after `| head`, be it found out while it runs or at its end."""
-    script = f"from config import run_script\nrun_script(lambda _: [print('line') for _ in range({lines})], None)"
+    script = "from captioner.runtime.cli import run_script\n"
+    script += f"run_script(lambda _: [print('line') for _ in range({lines})], None)"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, text=True, **pipes) as process:
         process.stdout.close()

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from conftest import ROOT, call_script, start_script
 
-from captioner.data.captions import ride_of
+from captioner.data.splits import ride_of
 
 
 def data_flags(drawn, checkpoint):
@@ -154,7 +154,8 @@ def test_adapter_loads_with_plain_peft(trained, tiny_checkpoint, drawn):
     from PIL import Image
     from transformers import Blip2ForConditionalGeneration, Blip2Processor, GenerationConfig
 
-    from captioner.blip2.loading import generate_captions, load_finetuned
+    from captioner.blip2.captioning import generate_captions
+    from captioner.blip2.loading import load_finetuned
 
     folder = trained / "blip2-finetuned"
     image = Image.open(next((drawn / "images").iterdir()))
@@ -272,7 +273,7 @@ def test_evaluation_without_a_model(tmp_path):
 
 def test_official_val_is_held_out(tmp_path, monkeypatch):
     """With --subset train --held-out val the val labels are the test split, and none of their rides is trained on."""
-    import main
+    from captioner.data.splits import prepare_splits
     from config import TrainConfig
     from demo.draw import draw_scene
 
@@ -288,7 +289,7 @@ def test_official_val_is_held_out(tmp_path, monkeypatch):
     )
     monkeypatch.setattr("captioner.bdd100k.download.fetch_images", lambda dataset: tmp_path / "images")
     config = TrainConfig(subset="train", held_out="val", captions=tmp_path / "captions.csv")
-    splits = main.prepare_splits(config, tmp_path / "run")
+    splits = prepare_splits(config, tmp_path / "run")
     names = {split: {example.name for example in examples} for split, examples in splits.items()}
     assert names["test"] == {frame["name"] for frame in frames[8:]}
     assert names["train"] | names["val"] == {frame["name"] for frame in frames[:8]}

@@ -92,15 +92,17 @@ def test_own_pictures_are_captioned_the_same(trained, drawn, tmp_path):
 
 UNEQUAL = """
 import config, eval
+from captioner.blip2.captioner import Captioner
+from captioner.runtime import cli, processes
 
-load = eval.Captioner._load
+load = Captioner._load
 
 def load_with_room(self):
     load(self)
-    return ((4, 0), (2, 0))[eval.find_place()[0]]
+    return ((4, 0), (2, 0))[processes.find_place()[0]]
 
-eval.Captioner._load = load_with_room
-config.run_script(eval.main, config.parse_args(config.EvalConfig))
+Captioner._load = load_with_room
+cli.run_script(eval.main, config.parse_args(config.EvalConfig))
 """
 
 
@@ -119,16 +121,17 @@ def test_gpus_with_unequal_room_share_the_smaller_batches(trained):
 
 FAILING = """
 import sys
-import config, eval
+from captioner.runtime import cli, processes
+from captioner.runtime.errors import UserError
 
 def work():
-    place = eval.find_place()[0]
+    place = processes.find_place()[0]
     if sys.argv[1] == "both":
-        raise config.UserError(f"mend me, {place}")
+        raise UserError(f"mend me, {place}")
     if place == 1:
-        raise config.UserError("mend me, 1") if sys.argv[1] == "second" else RuntimeError("broken")
+        raise UserError("mend me, 1") if sys.argv[1] == "second" else RuntimeError("broken")
 
-config.run_script(lambda _: print("went on", eval.gather(work)), None)
+cli.run_script(lambda _: print("went on", processes.gather(work)), None)
 """
 
 

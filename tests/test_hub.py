@@ -19,7 +19,7 @@ from typing import NamedTuple
 import pytest
 from conftest import ROOT
 from loopback import COMMIT, MODEL, PADDING, HubServer, KaggleServer
-from test_trust import Planted
+from pickles import Planted
 
 from captioner.bdd100k.download import IMAGE_FOLDER, LABEL_FILES
 

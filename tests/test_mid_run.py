@@ -16,16 +16,20 @@ import pytest
 import torch
 from conftest import ROOT
 from ranks import LAUNCH
-from test_machine import wait_for_lock
-from test_training import hash_adapter, stop_at, train
+from training_runs import hash_adapter, stop_at, train, wait_for_lock
 
 import eval as evaluation
 import main
-from captioner.bdd100k import label_files
-from captioner.data.captions import Example, lock_folder
+from captioner.bdd100k import label_files, label_report
+from captioner.blip2 import captioner
+from captioner.data import images as data_images
+from captioner.data.captions import Example
+from captioner.runtime.errors import UserError
+from captioner.runtime.files import lock_folder, name_run
 from captioner.training import dashboard, trainer
+from captioner.training import run as training_run
 from captioner.training.checkpoints import find_checkpoint, fingerprint_data
-from config import EvalConfig, UserError, name_run
+from config import EvalConfig
 
 OUTPUT = Path("blip2-finetuned")
 CHECKPOINTS = OUTPUT / "checkpoints"
@@ -181,7 +185,7 @@ def test_a_second_signal_ends_the_writing(folder, settings, undisturbed, capsys)
 def test_disk_fills_up_while_the_adapter_is_saved(folder, settings, undisturbed, mount, capsys):
     """At the very end: nothing is trained again."""
     mount(OUTPUT, "32m")
-    real = main.save_finetuned
+    real = training_run.save_finetuned
 
     def save_finetuned(*args):
         fill(OUTPUT)
@@ -200,7 +204,7 @@ def test_disk_fills_up_while_the_adapter_is_saved(folder, settings, undisturbed,
 def test_disk_of_the_logs_fills_up(folder, settings, undisturbed, mount):
     """With captions of the validation pictures, which leave no trace in the adapter."""
     mount(folder / "logs", "64k")
-    real = main.RunLog.on_step_end
+    real = dashboard.RunLog.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2 and not Path("logs/filler").exists():
@@ -208,7 +212,7 @@ def test_disk_of_the_logs_fills_up(folder, settings, undisturbed, mount):
         return real(self, args, state, control, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"logs/run/.*No space left.*--resume"):
-        patch.setattr(main.RunLog, "on_step_end", on_step_end)
+        patch.setattr(dashboard.RunLog, "on_step_end", on_step_end)
         train(settings, save_minutes=0.0, val_captions=2)
     Path("logs/filler").unlink()
     subprocess.run(["mount", "-o", "remount,size=4m", folder / "logs"], check=True)
@@ -249,7 +253,7 @@ def test_disk_fills_up_while_pictures_are_captioned(folder, undisturbed, picture
     """The captions before are kept, and the same command goes on behind them."""
     whole = caption_own(undisturbed, pictures, run_name="whole")
     mount(folder / "logs/own", "2m")
-    real = evaluation.Captioner.caption
+    real = captioner.Captioner.caption
 
     def caption(self, index, pixels):
         if index == 2:
@@ -257,7 +261,7 @@ def test_disk_fills_up_while_pictures_are_captioned(folder, undisturbed, picture
         return real(self, index, pixels)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"captions.jsonl: can't be .*No space"):
-        patch.setattr(evaluation.Captioner, "caption", caption)
+        patch.setattr(captioner.Captioner, "caption", caption)
         # the first two batches leave a page of the disk that the third has to begin another of
         patch.setattr(evaluation, "format_prediction", lambda row: format_long(row))
         caption_own(undisturbed, pictures)
@@ -303,7 +307,7 @@ def test_a_picture_vanishes_in_training(folder, settings, undisturbed, pictures,
     """The picture is named; once it is back the run goes on."""
     options = {"images": Path("images"), "dataloader_workers": workers, "vision_store_gib": 0.0}
     shutil.copytree(pictures, "images")
-    real = main.train_lora
+    real = training_run.train_lora
 
     def train_lora(*args):
         for path in Path("images").iterdir():
@@ -326,7 +330,7 @@ def test_a_picture_vanishes_before_the_fingerprint(tmp_path):
 def test_a_picture_vanishes_while_others_are_captioned(folder, undisturbed, pictures, capsys):
     """Counted and named; the others get their captions."""
     shutil.copytree(pictures, "images")
-    real = evaluation.find_pictures
+    real = data_images.find_pictures
 
     def find_pictures(paths):
         found = real(paths)
@@ -354,7 +358,7 @@ def test_a_label_file_vanishes(folder, scenes, monkeypatch, moment, size):
 
     monkeypatch.setattr(label_files, moment, vanish)
     with pytest.raises(UserError, match=r"labels.json: can't be read.*No such file"):
-        list(label_files.read_labels([path], label_files.LabelReport()))
+        list(label_files.read_labels([path], label_report.LabelReport()))
 
 
 def test_permission_is_lost_in_training(folder, settings, undisturbed, scenes, root):
@@ -418,10 +422,10 @@ def test_the_clock_goes_backwards_in_training(folder, settings, undisturbed, mon
 
 def test_no_run_writes_over_one_of_the_same_second(folder, monkeypatch):
     """The second time that a second comes, since the clock was set back, is another folder."""
-    import config
+    from captioner.runtime import files as runtime_files
 
-    moment = config.datetime(2026, 10, 25, 2, 30, 0)
-    monkeypatch.setattr(config, "datetime", type("Clock", (), {"now": staticmethod(lambda: moment)}))
+    moment = runtime_files.datetime(2026, 10, 25, 2, 30, 0)
+    monkeypatch.setattr(runtime_files, "datetime", type("Clock", (), {"now": staticmethod(lambda: moment)}))
     for expected in ("2026-10-25_02-30-00-eval", "2026-10-25_02-30-00-2-eval", "2026-10-25_02-30-00-3-eval"):
         run_dir = name_run(EvalConfig(), "-eval")
         assert run_dir == Path("logs") / expected
@@ -579,4 +583,4 @@ def test_a_killed_worker_of_the_labels_is_noticed(scenes, monkeypatch):
     monkeypatch.setattr(label_files, "PIECE", 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     with pytest.raises(UserError, match="a process that reads labels was killed"):
-        list(label_files.read_labels([scenes / "labels.json"], label_files.LabelReport(), convert=kill_yourself))
+        list(label_files.read_labels([scenes / "labels.json"], label_report.LabelReport(), convert=kill_yourself))

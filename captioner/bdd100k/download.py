@@ -35,7 +35,7 @@ from kagglehub.exceptions import (
 )
 from kagglehub.handle import DatasetHandle
 
-from config import UserError
+from captioner.runtime.errors import UserError
 
 # Where things lie in the Kaggle data set.
 LABEL_FILES = {

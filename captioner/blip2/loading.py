@@ -1,27 +1,13 @@
-"""BLIP-2: loading, NF4, LoRA, batches with masked labels, generation. What main.py and eval.py share.
+"""Loading BLIP-2: from the hub or a folder, in NF4 or 16 bits, with or without a trained adapter."""
 
-Shapes: B rows, Q image tokens a row (32 in BLIP-2), T text tokens, S image side in pixels (224), P positions of the
-ViT (257), D its width (1408), N positions of a batch together.
-A row of a training batch is [Q x <image>][bos][caption][newline][padding]; only caption and newline carry loss.
-The newline is OPT's end token in BLIP-2: a model that was not trained to write it never stops.
-"""
-
-import functools
-import json
 import os
-import re
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import bitsandbytes as bnb
-import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from PIL import Image
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import (
     AutoConfig,
     BitsAndBytesConfig,
@@ -32,33 +18,19 @@ from transformers import (
     PreTrainedModel,
 )
 
+from captioner.blip2.lora import LORA_TARGETS
 from captioner.blip2.trust import ADAPTER_WEIGHTS, check_adapter_folder, check_model_folder
-from captioner.data.captions import Example
-from captioner.data.images import open_picture
-from config import UserError, split_revision
+from captioner.data.run_record import read_run
+from captioner.runtime.errors import UserError
+from captioner.runtime.files import split_revision
 
 # peft 0.21 asks transformers by a name that is dropped in v6.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
-IGNORED = -100  # label of a position that carries no loss
-PACKED_TO, SLOW = 8, 32  # positions of a packed batch are a multiple of the one and not of the other,
-SMALL = 1024  # and up to so many a multiple of twice the one
-LONGEST_TO = 64  # what positions of its longest row are rounded up to
-
-# fc1 and fc2 name layers of the frozen ViT too, so LoRA's targets are expressions over whole module names.
-LORA_TARGETS = {
-    "qformer": r"qformer\..*\.(query|key|value|dense)",
-    "lm": r"language_model\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)",
-}
-LORA_TARGETS["both"] = f"({LORA_TARGETS['qformer']}|{LORA_TARGETS['lm']})"
 
 CPU_PARAMETERS = 3e8  # a larger model is refused on a CPU: a step would take minutes
 BYTES_PER_PARAMETER = {"nf4": 0.57, "half": 2.0}  # of the frozen weights on a GPU; NF4 includes its scales
 TRAINING_MARGIN = 1.0  # GiB beside the weights, below which not even a micro-batch of 1 fits
-
-
-# --------------------------------------------------------------------------------------------------------------
-# loading
 
 
 def pick_device() -> torch.device:
@@ -78,12 +50,12 @@ def pick_dtype(device: torch.device) -> torch.dtype:
 
 def load_processor(source: str | Path) -> Blip2Processor:
     """The processor of a checkpoint; pictures are prepared with Pillow, so torchvision is not needed."""
-    return _load(Blip2Processor, source, backend="pil")
+    return load_pretrained(Blip2Processor, source, backend="pil")
 
 
 def load_config(source: str | Path) -> Blip2Config:
     """The model's configuration. Fetches config.json only. Raises UserError unless it is a BLIP-2 with an OPT."""
-    config = _load(AutoConfig, source)
+    config = load_pretrained(AutoConfig, source)
     if config.model_type != "blip-2" or not config.use_decoder_only_language_model:
         raise UserError(f"{source}: a {config.model_type} model; --model takes a BLIP-2 checkpoint with an OPT")
     if config.image_token_index is None:
@@ -115,7 +87,7 @@ def load_model(
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    model, loading = _load(
+    model, loading = load_pretrained(
         Blip2ForConditionalGeneration,
         source,
         output_loading_info=True,
@@ -184,7 +156,7 @@ def find_broken_connection(error: BaseException | None) -> BaseException | None:
     return None
 
 
-def _load(auto_class, source: str | Path, **options):
+def load_pretrained(auto_class, source: str | Path, **options):
     """auto_class.from_pretrained, its failures as one UserError."""
     local = Path(source)
     is_local = local.is_absolute() or str(source).startswith((".", "~")) or local.exists()
@@ -213,17 +185,6 @@ def _load(auto_class, source: str | Path, **options):
             f"{source}: the model can't be loaded ({reason}). Check the name, the connection and the disk; with "
             "HF_HUB_OFFLINE=1 only a model that was fetched before is found; --demo needs no network"
         ) from None
-
-
-# --------------------------------------------------------------------------------------------------------------
-# LoRA and the saved folder
-
-
-def add_lora(model, target: str, rank: int, alpha: int, dropout: float) -> PeftModel:
-    """Put trainable LoRA matrices on the frozen model's linear layers that `target`, a key of LORA_TARGETS, names."""
-    lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS[target], bias="none")
-    with torch.device(model.device):  # where first weights are drawn: a CPU takes a second for them
-        return get_peft_model(model, lora)
 
 
 def load_finetuned(folder: Path, device: torch.device, base: bool = False):
@@ -264,170 +225,3 @@ def check_adapter_fits(folder: Path, model, processor: Blip2Processor) -> None:
         size = getattr(layer, "in_features" if side else "out_features", None)
         if side is None or size is None or len(shape) != 2 or shape[side] != size:
             raise UserError(f"{folder / ADAPTER_WEIGHTS}: {key[:200]} has shape {shape}, its layer {size}; it {remedy}")
-
-
-def read_run(folder: Path) -> dict:
-    """What main.py wrote about its run: configuration, pictures, versions."""
-    try:
-        run = json.loads((folder / "run.json").read_text())
-        if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
-            raise ValueError("no JSON object with a config")
-        return run
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder / 'run.json'}: can't be read ({error}); train again with python main.py") from None
-
-
-# --------------------------------------------------------------------------------------------------------------
-# batches
-
-
-def load_pixels(image: Path, processor: Blip2Processor, blank: bool = False) -> Tensor:
-    """(3, S, S) pixel values of a picture file, or of a black picture of its size.
-
-    The same numbers as the processor gives, which copies the picture several times on its way.
-    """
-    picture, prepare = open_picture(image), processor.image_processor
-    if blank:
-        picture = Image.new("RGB", picture.size)
-    if not (prepare.do_resize and prepare.do_rescale and prepare.do_normalize and "height" in prepare.size):
-        return prepare(picture, return_tensors="pt")["pixel_values"][0]
-    small = np.asarray(picture.resize((prepare.size["width"], prepare.size["height"]), prepare.resample))  # (S, S, 3)
-    values = list_values(prepare)
-    return torch.from_numpy(np.stack([values[channel].take(small[:, :, channel]) for channel in range(3)]))
-
-
-@functools.cache
-def list_values(image_processor) -> np.ndarray:
-    """(3, 256) pixel values that the processor makes of each level of each channel."""
-    levels = np.arange(256, dtype=np.uint8).reshape(1, 256, 1).repeat(3, axis=2)  # a picture of 256 x 1
-    made = image_processor(Image.fromarray(levels), do_resize=False, return_tensors="np")["pixel_values"][
-        0
-    ]  # (3, 1, 256)
-    return np.ascontiguousarray(made[:, 0], dtype=np.float32)
-
-
-def end_token(model_config) -> int:
-    """The token that ends a caption: OPT's own end token in BLIP-2, a newline."""
-    return model_config.text_config.eos_token_id
-
-
-def tokenize_captions(captions: Sequence[str], processor: Blip2Processor, max_tokens: int, end: int) -> list[list[int]]:
-    """Tokens of each caption and the end token, which comes after any cut so that it is never lost."""
-    tokens = processor.tokenizer(list(captions), add_special_tokens=False)["input_ids"] if captions else []
-    return [[*ids[:max_tokens], end] for ids in tokens]
-
-
-class CaptionDataset(Dataset):
-    """Examples as {"index": place, "pixel_values": (3, S, S), "caption_ids": list of tokens with the end token}.
-
-    Once `features` holds the ViT's outputs (see vision_store.py), they stand in for the pixels.
-    """
-
-    def __init__(self, examples: Sequence[Example], processor: Blip2Processor, max_tokens: int, end: int):
-        self.examples, self.processor = examples, processor
-        self.caption_ids = tokenize_captions([e.caption for e in examples], processor, max_tokens, end)
-        self.features: Tensor | None = None  # (N, P, D)
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> dict:
-        if self.features is not None:
-            pixels = self.features[index]
-        else:
-            pixels = load_pixels(self.examples[index].image, self.processor)
-        return {"index": index, "pixel_values": pixels, "caption_ids": self.caption_ids[index]}
-
-
-def prefix_ids(model_config) -> list[int]:
-    """[Q x <image>][bos]: what stands before the text, in training as in generation."""
-    image = [model_config.image_token_index] * model_config.num_query_tokens
-    return [*image, model_config.text_config.bos_token_id]
-
-
-class CaptionCollator:
-    """Rows of CaptionDataset -> a batch for Blip2ForConditionalGeneration, right-padded to the longest caption."""
-
-    def __init__(self, model_config):
-        self.prefix = prefix_ids(model_config)
-        self.pad = model_config.text_config.pad_token_id
-
-    def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
-        longest = max(len(row["caption_ids"]) for row in rows)
-        input_ids, labels, mask = [], [], []
-        for row in rows:
-            caption = row["caption_ids"]
-            padding = longest - len(caption)
-            input_ids.append(self.prefix + caption + [self.pad] * padding)
-            labels.append([IGNORED] * len(self.prefix) + caption + [IGNORED] * padding)
-            mask.append([1] * (len(self.prefix) + len(caption)) + [0] * padding)
-        return {
-            "pixel_values": torch.stack([row["pixel_values"] for row in rows]),  # (B, 3, S, S)
-            "input_ids": torch.tensor(input_ids),  # (B, Q+1+T)
-            "attention_mask": torch.tensor(mask),  # (B, Q+1+T)
-            "labels": torch.tensor(labels),  # (B, Q+1+T)
-        }
-
-
-class PackedCollator(CaptionCollator):
-    """Rows of CaptionDataset -> a batch for caption_nll: rows behind each other, without padding between them.
-
-    A label is the token to predict at its place, the next one: a caption's last token is predicted, and never read.
-    Padding behind the last row leaves few sizes of batches, for which cuBLAS is fast: multiples of 32 positions take an
-    H100 up to 8 % longer, and odd multiples of 8 up to 3 % where they are few (benchmarks/RESULTS.md).
-    """
-
-    def __call__(self, rows: list[dict]) -> dict[str, Tensor | int]:
-        input_ids, labels, starts = [], [], [0]
-        for row in rows:
-            input_ids += self.prefix + row["caption_ids"][:-1]
-            labels += [IGNORED] * (len(self.prefix) - 1) + row["caption_ids"]
-            starts.append(len(labels))
-        longest = len(self.prefix) - 1 + max(len(row["caption_ids"]) for row in rows)
-        multiple = PACKED_TO * (1 + (len(labels) <= SMALL))
-        padding = -len(labels) % multiple
-        padding += multiple * ((len(labels) + padding) % SLOW == 0)
-        return {
-            "pixel_values": torch.stack([row["pixel_values"] for row in rows]),  # (B, 3, S, S)
-            "input_ids": torch.tensor(input_ids + [self.pad] * padding),  # (N,)
-            "labels": torch.tensor(labels + [IGNORED] * padding),  # (N,)
-            "starts": torch.tensor([*starts, len(labels) + padding]),  # (B+2,) of the rows and of what is behind them
-            "longest": -(-longest // LONGEST_TO) * LONGEST_TO,
-        }
-
-
-# --------------------------------------------------------------------------------------------------------------
-# generation
-
-
-def make_generation_config(model_config, max_new_tokens: int) -> GenerationConfig:
-    """Settings that are saved beside the adapter; generate() of BLIP-2 knows none of them by itself."""
-    text = model_config.text_config
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        bos_token_id=text.bos_token_id,
-        eos_token_id=text.eos_token_id,
-        pad_token_id=text.pad_token_id,
-    )
-
-
-@torch.inference_mode()
-def generate_captions(model, processor, pixel_values: Tensor, generation: GenerationConfig, **options) -> list[str]:
-    """Captions of pixel_values (B, 3, S, S); `options` override `generation` (do_sample, temperature, ...).
-
-    Where the ViT's outputs (B, P, D) stand in for it (see vision_store.py), pixel_values are those.
-    """
-    prefix = torch.tensor([prefix_ids(model.config)], device=model.device).expand(len(pixel_values), -1)  # (B, Q+1)
-    tokens = model.generate(
-        pixel_values=pixel_values.to(model.device),  # the ViT takes any precision
-        input_ids=prefix,
-        attention_mask=torch.ones_like(prefix),
-        generation_config=GenerationConfig(**{**generation.to_diff_dict(), **options}),
-    )  # (B, Q+1+T): the prefix comes back too
-    return decode_captions(processor, tokens[:, prefix.shape[1] :])
-
-
-def decode_captions(processor, tokens: Tensor) -> list[str]:
-    """Captions of new tokens (B, N), each on one line."""
-    texts = processor.batch_decode(tokens, skip_special_tokens=True)
-    return [re.sub(r"\s+", " ", text).strip() for text in texts]

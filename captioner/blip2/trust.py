@@ -10,7 +10,8 @@ import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from config import UserError
+from captioner.runtime.errors import UserError
+from captioner.runtime.files import is_inside
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MAX_JSON = 64 * 2**20  # bytes of a JSON file beside a model; the largest, a tokenizer, has 4 MB
@@ -18,14 +19,6 @@ FREE_KEYS = (  # of adapter_config.json; each other key must have LoRA's default
     *("peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules"),
 )
-
-
-def is_inside(path: Path, folder: Path) -> bool:
-    """Whether `path` is in `folder` once all links are followed. In the hub's cache, links into its blobs are too."""
-    real, root = path.resolve(), folder.resolve()
-    if real.is_relative_to(root):
-        return True
-    return root.parent.name == "snapshots" and real.is_relative_to(root.parent.parent / "blobs")
 
 
 def check_model_folder(folder: Path) -> None:

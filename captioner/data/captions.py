@@ -1,33 +1,23 @@
-"""Labels, captions CSV, pictures and splits: which frames there are, where they lie, and which split each is in."""
+"""Labels -> the captions CSV, and the CSV read back."""
 
 import csv
 import functools
-import hashlib
-import itertools
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-try:
-    import fcntl
-except ImportError:  # Windows: there folders are not locked
-    fcntl = None
-
-from captioner.bdd100k.facts import describe
-from captioner.bdd100k.label_files import NAME, LabelOptions, LabelReport, read_labels
-from captioner.blip2.trust import is_inside
-from config import DEMO_DATA, DEMO_SCENES, DataConfig, UserError
+from captioner.bdd100k.frames import NAME, LabelOptions
+from captioner.bdd100k.label_files import read_labels
+from captioner.bdd100k.label_report import LabelReport
+from captioner.bdd100k.wording import describe
+from captioner.runtime.errors import UserError
+from captioner.runtime.files import atomic_write
+from config import DEMO_DATA, DEMO_SCENES, DataConfig
 
 CSV_HEADER = ["name", "raw_caption"]
-SPLIT_COLUMNS = ["name", "split", "image", "raw_caption"]  # of split.csv, which main.py writes and eval.py reads
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-
-DEMO_IMAGES = DEMO_DATA / "images"
 
 
 class Example(NamedTuple):
@@ -36,94 +26,6 @@ class Example(NamedTuple):
     name: str
     image: Path
     caption: str
-
-
-# --------------------------------------------------------------------------------------------------------------
-# files
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator:
-    """Open `path` for writing text under a temporary name; it gets its own name only when all is written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            yield file
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: can't be written ({error.strerror})") from None
-    finally:
-        if temporary.exists():
-            temporary.unlink()
-
-
-@contextmanager
-def explain_writing(path: Path, remedy: str) -> Iterator[None]:
-    """Turn what the disk refuses while `path` is written into a UserError that names it, the reason and the remedy."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: can't be written ({error.strerror or error}); {remedy}") from None
-
-
-@contextmanager
-def lock_folder(folder: Path, flag: str) -> Iterator[None]:
-    """Hold `folder`, that `flag` names, for this run alone; of several processes of a run the main one holds it.
-
-    The kernel frees it when the process ends, however it ends. A folder that the run made and left empty is removed.
-    """
-    if fcntl is None or os.environ.get("RANK", "0") != "0":
-        yield
-        return
-    path = folder / ".lock"
-    try:
-        made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-        file = _open_locked(path)
-    except BlockingIOError:
-        raise UserError(f"{flag} {folder}: another run is writing there; wait for its end, or name another") from None
-    except OSError as error:
-        raise UserError(f"{flag} {folder}: can't be written ({error.strerror}); name another folder") from None
-    with file:
-        _locks.add(file)
-        try:
-            yield
-        finally:
-            _locks.discard(file)
-            with suppress(OSError):  # it may be gone, or the disk have become read-only
-                path.unlink()
-                for empty in made:
-                    empty.rmdir()
-
-
-def _open_locked(path: Path):
-    """The file at `path`, made and locked. Raises BlockingIOError when another process has it."""
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a")  # noqa: SIM115
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-                return file
-        except FileNotFoundError:
-            pass
-        except OSError:
-            file.close()
-            raise
-        file.close()  # the run that had it has just removed it: what was locked is nobody's
-
-
-_locks = set()
-
-
-def _leave_locks() -> None:
-    """A forked worker must not hold on to a folder when the run that it worked for was killed."""
-    for file in _locks:
-        file.close()
-
-
-if fcntl is not None:
-    os.register_at_fork(after_in_child=_leave_locks)
 
 
 def write_captions(path: Path, rows: Iterable[tuple[str, str]]) -> int:
@@ -154,10 +56,6 @@ def read_captions(path: Path) -> dict[str, str]:
             return captions
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as CSV ({error})") from None
-
-
-# --------------------------------------------------------------------------------------------------------------
-# labels
 
 
 def find_labels(config: DataConfig) -> Sequence[Path]:
@@ -198,78 +96,3 @@ def _caption_rows(config: DataConfig, labels, options: LabelOptions, report: Lab
         yield name, caption
     if config.strict and report.skipped:
         raise UserError(f"--strict: {report.skipped.total():,} frames can't be used, nothing is written\n{report}")
-
-
-# --------------------------------------------------------------------------------------------------------------
-# pictures
-
-
-def index_images(folder: Path) -> dict[str, Path]:
-    """{file name: path} of the pictures below `folder`. The first of equal names in alphabetical order counts.
-
-    A link to a file outside of the folder is passed over.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give the folder with the pictures with --images, or try --demo")
-    index: dict[str, Path] = {}
-    for parent, folders, files in os.walk(folder):
-        folders.sort()
-        for name in sorted(files):
-            path = Path(parent, name)
-            # os.walk enters no linked folder: only a file that is a link itself can lead out
-            if name.lower().endswith(IMAGE_SUFFIXES) and (not path.is_symlink() or is_inside(path, folder)):
-                index.setdefault(name, path)
-    if not index:
-        raise UserError(f"{folder}: no picture in this folder ({', '.join(IMAGE_SUFFIXES)})")
-    return index
-
-
-def match_images(captions: dict[str, str], images: dict[str, Path]) -> list[Example]:
-    """The captions that have a picture. Prints how many have none; raises UserError when that is all of them."""
-    examples = [Example(name, images[name], caption) for name, caption in captions.items() if name in images]
-    missing = len(captions) - len(examples)
-    if not examples:
-        name = next(iter(captions), "none")
-        raise UserError(
-            f"none of the {len(captions)} captioned frames has a picture: {name}, for one, is not among the "
-            f"{len(images)} pictures; give the folder that belongs to the labels with --images"
-        )
-    if missing:
-        print(f"{missing:,} of {len(captions):,} captioned frames have no picture and are left out")
-    return examples
-
-
-# --------------------------------------------------------------------------------------------------------------
-# splits
-
-
-def ride_of(name: str) -> str:
-    """The ride that a frame belongs to: the first half of `<8 hex>-<8 hex>.jpg`. Frames of a ride look alike."""
-    return Path(name).stem.split("-")[0]
-
-
-def split_by_ride(names: Sequence[str], shares: Mapping[str, float], seed: int) -> dict[str, list[str]]:
-    """Split names into the keys of `shares`, by its values in order, so that no ride is in two splits.
-
-    Rides are ordered by a hash of seed and ride, so the order of `names` does not matter, and are dealt out until
-    each split has its share of the frames, to within a ride. Each split gets one ride at least.
-    """
-    rides: dict[str, list[str]] = {}
-    for name in sorted(names):
-        rides.setdefault(ride_of(name), []).append(name)
-    if len(rides) < len(shares):
-        raise UserError(
-            f"{len(names)} frames of {len(rides)} rides can't be split: {', '.join(shares)} need a ride each"
-        )
-    order = sorted(rides, key=lambda ride: hashlib.sha256(f"{seed}:{ride}".encode()).digest())
-    ends = list(itertools.accumulate(shares.values()))
-    dealt: list[list[str]] = [[] for _ in shares]
-    done, current, last = 0, 0, len(shares) - 1
-    for position, ride in enumerate(order):
-        left = len(order) - position  # rides, this one included
-        middle = (done + len(rides[ride]) / 2) / len(names)
-        while current < last and dealt[current] and (middle > ends[current] or left <= last - current):
-            current += 1
-        dealt[current] += rides[ride]
-        done += len(rides[ride])
-    return dict(zip(shares, dealt, strict=True))

@@ -1,40 +1,26 @@
-"""Opening pictures that come from anywhere: what can be mended is, what can't be read is named.
+"""Image files: which there are, and opening those that come from anywhere. Needs Pillow alone.
 
 picture = open_picture(Path("a.jpg"))       # upright, 8 bits, RGB
-unreadable = check_pictures([Path("a.jpg")])   # {path: why}
-for picture in read_ahead(open_picture, paths): ...              # by threads
-for pictures in read_batches(open_picture, paths, list): ...     # by processes
 """
 
-import itertools
 import os
-import shutil
-import signal
-import traceback
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
-from config import UserError
+from captioner.data.captions import Example
+from captioner.runtime.errors import UserError
+from captioner.runtime.files import is_inside
+from config import DEMO_DATA, TrainConfig
 
-T, R, B = TypeVar("T"), TypeVar("R"), TypeVar("B")
 FORMATS = ("JPEG", "PNG")  # decoders that are tried, whatever a file's name is
 MAX_PIXELS = 50_000_000  # of a picture; a BDD100K frame has 0.9 million
 DRAFT = (256, 256)  # pixels to which a JPEG is decoded at least when it is only checked
-AHEAD = 256  # pictures that are read before they are asked for
-BATCH = 32  # pictures that a process reads for one answer
-ANSWERS, MORE_ANSWERS = 2, 8  # of a process that may wait to be asked for: at least, and where there is room
-ALL_ANSWERS = 128  # that may wait on a machine, but for at least ANSWERS of each process: 1.2 GB for BLIP-2
-NICE = 10  # of processes that read
-SHARED_MEMORY = Path("/dev/shm")  # where answers of processes wait
-LOADER_ERRORS = (UserError, RuntimeError, EOFError, ConnectionError)  # that explain_dead_worker may know
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+DEMO_IMAGES = DEMO_DATA / "images"
 
 
 def open_picture(path: Path, draft: bool = False) -> Image.Image:
@@ -64,150 +50,68 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def check_pictures(paths: Sequence[Path]) -> dict[Path, str]:
-    """{path: why} of the pictures that can't be read. All of each is decoded, on all cores."""
-    unreadable = {}
-    with tqdm(total=len(paths), desc="checking pictures", unit="picture") as bar:
-        reasons = itertools.chain.from_iterable(read_batches(_check, paths, list))
-        for path, reason in zip(paths, reasons, strict=True):
-            if reason is not None:
-                unreadable[path] = reason
-            bar.update()
-    return unreadable
+def index_images(folder: Path) -> dict[str, Path]:
+    """{file name: path} of the pictures below `folder`. The first of equal names in alphabetical order counts.
 
-
-def read_ahead(read: Callable[[T], R], items: Iterable[T], ahead: int = AHEAD, at_once: int = 1) -> Iterator[R]:
-    """read(item) of each item, in order, by a thread on each core, which are at most `ahead` items ahead.
-
-    Threads cost nothing to start, but get in the way of a thread that has much to launch on a GPU. `at_once` items are
-    one task: for what takes less time than to hand over a task.
+    A link to a file outside of the folder is passed over.
     """
-    items, waiting = iter(items), deque()
-    with ThreadPoolExecutor(count_cores()) as pool:
-        try:
-            while part := list(itertools.islice(items, at_once)):
-                waiting.append(pool.submit(lambda part: [read(item) for item in part], part))
-                if len(waiting) * at_once > ahead:
-                    yield from waiting.popleft().result()
-            while waiting:
-                yield from waiting.popleft().result()
-        finally:  # also when nobody asks for the rest
-            for future in waiting:
-                future.cancel()
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the folder with the pictures with --images, or try --demo")
+    index: dict[str, Path] = {}
+    for parent, folders, files in os.walk(folder):
+        folders.sort()
+        for name in sorted(files):
+            path = Path(parent, name)
+            # os.walk enters no linked folder: only a file that is a link itself can lead out
+            if name.lower().endswith(IMAGE_SUFFIXES) and (not path.is_symlink() or is_inside(path, folder)):
+                index.setdefault(name, path)
+    if not index:
+        raise UserError(f"{folder}: no picture in this folder ({', '.join(IMAGE_SUFFIXES)})")
+    return index
 
 
-def one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The items, each of them made by a thread while the one before is worked on."""
-    end = object()
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = pool.submit(next, items, end)
-            yield item
-
-
-class _Reading:
-    """read(item) of each item, as a DataLoader wants it."""
-
-    def __init__(self, read: Callable, items: Sequence):
-        self.read, self.items = read, items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int):
-        return self.read(self.items[index])
-
-
-def read_batches(
-    read: Callable[[T], R],
-    items: Sequence[T],
-    collate: Callable[[list[R]], B],
-    item_bytes: int = 0,
-    pin: bool = False,
-) -> Iterator[B]:
-    """collate([read(item), ...]) of BATCH items each, in order, by a process on each core, which starts at the call.
-
-    An answer with tensors waits in shared memory, `item_bytes` for each item: where that has no room for all
-    processes, as in a container, fewer work. `pin`: a thread copies tensors to memory that a GPU reads by itself.
-    Raises UserError when one of the processes was killed.
-    """
-    import torch  # here: who only opens pictures does without
-
-    workers, answers = min(count_cores(), len(items) // BATCH), ALL_ANSWERS // count_processes()
-    if item_bytes and SHARED_MEMORY.is_dir():
-        room = shutil.disk_usage(SHARED_MEMORY).free // count_processes() // (BATCH * item_bytes)  # answers
-        workers, answers = min(workers, room // ANSWERS - 1), min(answers, room // 2)
-    workers = max(workers, 0)
-    loader = torch.utils.data.DataLoader(
-        _Reading(read, items),
-        BATCH,
-        num_workers=workers,
-        prefetch_factor=min(max(answers // workers, ANSWERS), MORE_ANSWERS) if workers else None,
-        collate_fn=collate,
-        pin_memory=pin,
-        worker_init_fn=step_back,
-        generator=torch.Generator(),  # else it would draw from the one that draws LoRA's first weights
-    )
-    return _explain_deaths(iter(loader))
-
-
-def _explain_deaths(batches: Iterator[B]) -> Iterator[B]:
-    try:
-        yield from batches
-    except LOADER_ERRORS as error:
-        raise (explain_dead_worker(error) or error) from None
-
-
-def explain_dead_worker(error: Exception) -> UserError | None:
-    """For an error of a DataLoader: what its worker had to tell the user, or that it was killed; None for another."""
-    try:
-        return _explain_loader(error)
-    except RuntimeError as later:  # torch raises where a signal finds us, and the first sign of a death comes sooner
-        return _explain_loader(later)
-
-
-def _explain_loader(error: Exception) -> UserError | None:
-    text = str(error).strip()
-    if isinstance(error, UserError) and text.startswith("Caught UserError in DataLoader worker"):
-        return UserError(text.splitlines()[-1].partition("UserError: ")[2])
-    frames = traceback.extract_tb(error.__traceback__)
-    # it may die between a message and the memory that the message speaks of: the answer then ends in its midst
-    cut = isinstance(error, (EOFError, ConnectionError)) and any("torch/utils/data" in f.filename for f in frames)
-    signs = ("DataLoader worker", "Pin memory thread")
-    if cut or (isinstance(error, RuntimeError) and text.startswith(signs)):
-        reason = (text or repr(error)).splitlines()[0]
-        return UserError(
-            f"a process that reads pictures was killed ({reason}): mostly for want of memory or of shared memory "
-            f"({SHARED_MEMORY}); free some, or read with fewer (--dataloader-workers)"
+def match_images(captions: dict[str, str], images: dict[str, Path]) -> list[Example]:
+    """The captions that have a picture. Prints how many have none; raises UserError when that is all of them."""
+    examples = [Example(name, images[name], caption) for name, caption in captions.items() if name in images]
+    missing = len(captions) - len(examples)
+    if not examples:
+        name = next(iter(captions), "none")
+        raise UserError(
+            f"none of the {len(captions)} captioned frames has a picture: {name}, for one, is not among the "
+            f"{len(images)} pictures; give the folder that belongs to the labels with --images"
         )
-    return None
+    if missing:
+        print(f"{missing:,} of {len(captions):,} captioned frames have no picture and are left out")
+    return examples
 
 
-def step_back(worker: int = 0) -> None:
-    """In a process that reads: Ctrl-C is for the main process to answer, which comes first where cores are few."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "nice"):  # not on Windows
-        os.nice(NICE)
+def find_images(config: TrainConfig) -> Path:
+    if config.images is not None:
+        return config.images
+    if config.labels:
+        raise UserError("--labels without --images: give the folder with the pictures too")
+    if config.demo:
+        return DEMO_IMAGES
+    from captioner.bdd100k.download import fetch_images  # here: kagglehub takes a while to import
+
+    return fetch_images(config.kaggle_dataset)
 
 
-def count_cores() -> int:
-    """Cores for this process: its share, where a launcher has started several on this machine."""
-    return max(1, _count_cores() // count_processes())
-
-
-def count_processes() -> int:
-    """That a launcher has started on this machine, and that read at the same time."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def _count_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _check(path: Path) -> str | None:
-    try:
-        open_picture(path, draft=True)
-    except UserError as error:
-        return str(error)
-    return None
+def find_pictures(paths: Sequence[Path]) -> list[tuple[str, Path]]:
+    """(name, file) of the pictures in `paths`, a name being the path below the folder that was given."""
+    pictures: dict[str, Path] = {}
+    for path in paths:
+        if path.is_dir():
+            below = [file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+            below = [file for file in below if is_inside(file, path)]  # no link leads out of the folder
+            found = {str(file.relative_to(path)): file for file in sorted(below)}
+            if not found:
+                raise UserError(f"{path}: no picture in this folder ({', '.join(IMAGE_SUFFIXES)})")
+        elif path.is_file():
+            found = {path.name: path}
+        else:
+            raise UserError(f"{path}: no such picture or folder; --images takes pictures and folders of them")
+        if twice := found.keys() & pictures.keys():
+            raise UserError(f"{path}: {sorted(twice)[0]} came before; give the folder above both instead")
+        pictures |= found
+    return list(pictures.items())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from captioner.blip2.loading import IGNORED
+from captioner.blip2.batches import IGNORED
 from captioner.fast.layers import (
     ATTENTION,
     Adapters,

@@ -20,7 +20,8 @@ from pathlib import Path
 if __name__ == "__main__":  # run by its path, so that it may start in any folder
     sys.path[0] = str(Path(__file__).parents[2])
 
-from config import import_bitsandbytes, is_sharded, without_collector
+from captioner.runtime.cli import import_bitsandbytes, without_collector
+from captioner.runtime.processes import is_sharded
 
 ROOM = 32 * 2**30  # bytes of GPU memory that must be free: a small model beside main.py's is no matter then
 WAITING = 120  # seconds that main.py waits at most
@@ -68,7 +69,7 @@ def make_small_model(model_config, lora: tuple[str, int, int, float], device, dt
     import torch
     from transformers import Blip2ForConditionalGeneration
 
-    from captioner.blip2.loading import add_lora
+    from captioner.blip2.lora import add_lora
     from captioner.fast.vision_store import take_vision_out
 
     model_config = copy.deepcopy(model_config)
@@ -98,8 +99,8 @@ def train_small_model(model) -> None:
     import torch
     from accelerate.utils import send_to_device
 
-    from captioner.blip2.loading import PackedCollator
     from captioner.fast.caption_loss import caption_nll
+    from captioner.fast.packing import PackedCollator
     from captioner.fast.speed import join_weights
 
     join_weights(model)
@@ -129,7 +130,7 @@ def main(stamp: str, source: str, target: str, rank: str, alpha: str, dropout: s
     """`helps`: compile for the language model alone and then for captions, and leave the stamp to another process."""
     if not is_shared():
         return
-    from captioner.data.images import count_cores
+    from captioner.runtime.processes import count_cores
 
     if not helps and target != "qformer" and count_cores() >= CORES:
         helper = [sys.executable, __file__, stamp, source, "lm", rank, alpha, dropout, "helps"]

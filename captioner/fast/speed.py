@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from captioner.blip2.loading import pick_dtype
+from captioner.fast import caption_loss
 from captioner.fast.caption_loss import caption_nll, embed_pictures, text_nll
 from captioner.fast.layers import (
     bind_parts,
@@ -29,6 +31,9 @@ from captioner.fast.layers import (
     list_matrices,
     read_weight,
 )
+from captioner.runtime.errors import UserError
+from captioner.runtime.processes import is_sharded
+from config import TrainConfig
 
 T = TypeVar("T")
 INPUTS = ("pixel_values", "input_ids", "labels", "starts", "longest")  # of a pass
@@ -404,3 +409,21 @@ def spread(items: Sequence[T]) -> list[T]:
 
 def shuffle(items: Sequence[T], generator: torch.Generator) -> list[T]:
     return [items[place] for place in torch.randperm(len(items), generator=generator).tolist()]
+
+
+def use_fast_step(config: TrainConfig, model, device: torch.device) -> bool:
+    """Whether the fast step (see speed.py) is wanted and possible."""
+    if config.fast_step == "off":
+        return False
+    obstacle = (
+        "weights that FSDP spreads over the GPUs"
+        if is_sharded()
+        else "a GPU without bf16"
+        if pick_dtype(device) == torch.float16
+        else "a language model of another form than OPT-2.7B's"
+        if not caption_loss.supports(model)
+        else None
+    )
+    if config.fast_step == "on" and obstacle:
+        raise UserError(f"--fast-step on: not made for {obstacle}; use --fast-step auto")
+    return config.fast_step == "on" or (device.type == "cuda" and not obstacle)

@@ -34,12 +34,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from captioner.blip2.loading import load_pixels
-from captioner.data.captions import atomic_write
-from captioner.data.images import BATCH, count_cores, read_ahead, read_batches
+from captioner.blip2.batches import load_pixels
+from captioner.data.reading import BATCH, read_ahead, read_batches
 from captioner.fast.layers import get_blip2
 from captioner.fast.speed import has_room_to_unpack, record_graph, unpack_nf4
-from config import UserError
+from captioner.runtime.errors import UserError
+from captioner.runtime.files import atomic_write
+from captioner.runtime.processes import count_cores
 
 MAGIC = b"blip2vit"
 FORM = 1  # of the files, and of the way in which load_pixels() makes numbers of a picture: a new one makes all new

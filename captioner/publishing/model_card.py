@@ -1,28 +1,24 @@
-"""What is made of a fine-tuned folder for others: its model card, the merged model, a copy on the Hugging Face hub.
+"""README.md of an adapter's folder.
 
-    write_model_card(Path("blip2-finetuned"))                                # README.md in it
-    merge_adapter(Path("blip2-finetuned"), Path("blip2-finetuned-merged"))   # needs no peft to load
-    push_to_hub(Path("blip2-finetuned"), "name/of-repository")               # a private repository
+    write_model_card(Path("blip2-finetuned"))
 
-The card says only what run.json (of main.py) and scores.json (of eval.py) say. No torch but for merging.
+The card says only what run.json (of main.py) and scores.json (of eval.py) say. No torch.
 """
 
 import dataclasses
-import hashlib
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from huggingface_hub import EvalResult, HfApi, ModelCardData, get_token
+from huggingface_hub import EvalResult, ModelCardData
 
-from captioner.bdd100k.facts import Facts, ObjectKind, describe
-from captioner.data.captions import atomic_write
+from captioner.bdd100k.facts import Facts, ObjectKind
+from captioner.bdd100k.wording import describe
+from captioner.runtime.errors import UserError
+from captioner.runtime.files import atomic_write, split_revision
 from captioner.scoring.scores import HEADLINES, SCHEMA_VERSION
-from config import EvalConfig, TrainConfig, UserError, split_revision
+from config import EvalConfig, TrainConfig
 
 CARD = """---
 {metadata}
@@ -78,19 +74,6 @@ UNLISTED = PATH_FIELDS | {  # settings that are said elsewhere in the card, or d
 }
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-UPLOADED = (  # what a user of the adapter needs; with the card, run.json and scores.json
-    *ADAPTER,
-    *("processor_config.json", "preprocessor_config.json", "generation_config.json", "chat_template.jinja"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt"),
-)
-
-MERGED = "merged.json"  # what tells a folder that merge_adapter wrote from any other
-MERGING_MARGIN = 1_000_000_000  # bytes beside the weights; a model of 3.2 GB took 0.3 GB more than that in memory
-
-
-# --------------------------------------------------------------------------------------------------------------
-# what is known of an adapter
 
 
 def read_json(path: Path) -> dict:
@@ -147,10 +130,6 @@ def name_base(run: dict) -> str | None:
     """The base model's name on the hub; None for a local folder."""
     source, _ = split_revision(run["config"]["model"])
     return source if HUB_NAME.fullmatch(source) and not Path(source).is_dir() else None
-
-
-# --------------------------------------------------------------------------------------------------------------
-# the model card
 
 
 def write_model_card(folder: Path) -> None:
@@ -375,193 +354,3 @@ def make_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; "" without rows."""
     lines = ["| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in row) + " |" for row in rows]
     return "\n".join(["| " + " | ".join(header) + " |", "|" + " --- |" * len(header), *lines]) if lines else ""
-
-
-# --------------------------------------------------------------------------------------------------------------
-# the merged model
-
-
-def merge_adapter(folder: Path, output: Path) -> None:
-    """Write the base model with the adapter merged into it, unquantised in float32, with processor and settings.
-
-    Merged into NF4 weights the adapter would be rounded with them, and other captions come out. The folder gets its
-    name only when all is written. Raises UserError when `output` holds anything but an earlier merged model, when disk
-    or memory are too small, or when base or adapter can't be read.
-    """
-    import torch
-    from peft import PeftModel
-    from safetensors import SafetensorError
-    from transformers import GenerationConfig
-
-    from captioner.blip2.loading import LORA_TARGETS, load_processor
-    from captioner.blip2.trust import check_adapter_folder
-
-    check_adapter(folder)
-    output = output.resolve()
-    check_replaceable(output)
-    run = read_run(folder)
-    source = run["config"]["model"]
-    check_adapter_folder(folder, LORA_TARGETS.values(), split_revision(source)[0])
-    check_room(output, count_parameters(source) * torch.float32.itemsize)
-
-    processor, model = load_processor(folder), load_unquantised(source)
-    temporary = output.with_name(f".{output.name}.merging")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-    try:
-        merged = PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True)
-        merged.generation_config = GenerationConfig.from_pretrained(folder)
-        merged.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
-        write_merged(temporary, folder, run)
-        if output.exists():
-            shutil.rmtree(output)
-        temporary.rename(output)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder}: can't be merged into {source} and written to {output} ({reason})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_adapter(folder: Path) -> None:
-    missing = [name for name in (*ADAPTER, "run.json") if not (folder / name).is_file()]
-    if missing:
-        raise UserError(
-            f"{folder}: no fine-tuned model in it ({missing[0]} is missing); train one with python main.py --output "
-            f"{folder}"
-        )
-
-
-def check_replaceable(output: Path) -> None:
-    """Raise UserError unless `output` is not there, an empty folder, or all of it was written by merge_adapter."""
-    if not output.exists():
-        return
-    found = {path.name for path in output.iterdir()} if output.is_dir() else {output.name}
-    ours = set(read_json(output / MERGED).get("files", [])) | {MERGED} if MERGED in found and output.is_dir() else set()
-    if strange := sorted(found - ours):
-        raise UserError(
-            f"{output}: is there, and is no merged model of an earlier run ({strange[0]} is none of its files); move "
-            "it away, or name another folder"
-        )
-
-
-def write_merged(merged: Path, folder: Path, run: dict) -> None:
-    """Say in a merged folder what it is made of, and list its files."""
-    with open(folder / "adapter_model.safetensors", "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    record = {
-        "base": take_names(run["config"]["model"], only_absolute=True),
-        "run_name": run.get("run_name"),
-        "adapter_sha256": digest,
-        "files": sorted(path.name for path in merged.iterdir()),
-    }
-    with atomic_write(merged / MERGED) as file:
-        json.dump(record, file, indent=1)
-
-
-def count_parameters(source: str) -> int:
-    """Parameters of a BLIP-2 checkpoint, by its config.json."""
-    import torch
-    from transformers import AutoConfig, Blip2ForConditionalGeneration
-
-    from captioner.blip2.loading import _load
-
-    with torch.device("meta"):
-        return sum(p.numel() for p in Blip2ForConditionalGeneration(_load(AutoConfig, source)).parameters())
-
-
-def check_room(output: Path, size: int) -> None:
-    """Raise UserError unless a model of `size` bytes can be written at `output`, and be held in memory."""
-    parent = next(parent for parent in output.parents if parent.exists())
-    disk, memory = shutil.disk_usage(parent).free, find_free_memory()
-    need = size + MERGING_MARGIN
-    if disk < need:
-        raise UserError(
-            f"{parent}: {disk / 1e9:.1f} GB free, the merged model needs {need / 1e9:.1f} GB; free some space, or "
-            "merge into a folder elsewhere"
-        )
-    if memory is not None and memory < need:
-        raise UserError(
-            f"{memory / 1e9:.1f} GB of memory free, merging in float32 needs {need / 1e9:.1f} GB; close other "
-            "programs, or merge on a larger machine"
-        )
-
-
-def find_free_memory() -> int | None:
-    """Bytes of memory that programs can still have: on Linux what the kernel says, elsewhere all there is, or None."""
-    try:
-        available = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-        if available:
-            return int(available[1]) * 1024
-    except OSError:
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # Windows has no sysconf
-        return None
-
-
-def load_unquantised(source: str):
-    """The base model in float32 on the CPU."""
-    import torch
-    from transformers import Blip2ForConditionalGeneration
-
-    from captioner.blip2.loading import _load
-
-    model, loading = _load(Blip2ForConditionalGeneration, source, output_loading_info=True, dtype=torch.float32)
-    wrong = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
-    if wrong:
-        raise UserError(f"{source}: {len(wrong)} weights are missing or of another shape, {wrong[0]} for one")
-    return model
-
-
-# --------------------------------------------------------------------------------------------------------------
-# the hub
-
-
-def push_to_hub(folder: Path, repo: str) -> str:
-    """Upload what a user of the adapter needs to the repository `repo`, which is made private if it isn't there.
-
-    The card is written for it anew; paths of this machine are taken out of the JSON files. Returns the repository's
-    address. Raises UserError when there is nothing to upload, or when the hub doesn't take it.
-    """
-    check_adapter(folder)
-    format_card(folder, repo)  # complains before anything is created
-    try:
-        if get_token() is None:
-            raise PermissionError("not logged in")
-        api = HfApi()
-        url = api.create_repo(repo, private=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as staging:
-            stage_files(folder, Path(staging), url.repo_id)
-            api.upload_folder(repo_id=url.repo_id, folder_path=staging, commit_message="Upload the adapter")
-    except Exception as error:  # of the hub, the network, the uploader's threads: they have no common type
-        raise UserError(
-            f"--push-to-hub {repo}: can't be uploaded ({describe_failure(error)}). The adapter is safe in {folder}. "
-            "Log in with hf auth login and a token that may write there, check the name and the connection, then "
-            "upload it with the same command and --resume"
-        ) from None
-    return str(url)
-
-
-def describe_failure(error: Exception) -> str:
-    """What the hub or the network said, on one line; of a failed transfer what made it fail."""
-    said = f"{error} {error.__cause__}" if type(error) is RuntimeError else str(error)
-    return " ".join(re.sub(r"For more information check: \S+", "", said).split())[:300]
-
-
-def stage_files(folder: Path, staging: Path, repo: str) -> None:
-    """Copy what is uploaded to the folder `staging`; nothing in it names a folder of this machine."""
-    for name in UPLOADED:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, staging / name)
-    run, scores, adapter = read_run(folder), read_scores(folder), read_json(folder / "adapter_config.json")
-    records = {
-        "run.json": strip_paths(run),
-        "scores.json": scores and strip_paths(scores),
-        "adapter_config.json": {**strip_paths(adapter), "base_model_name_or_path": name_base(run)},
-    }
-    for name, record in records.items():
-        if record is not None:
-            (staging / name).write_text(json.dumps(record, indent=1), encoding="utf-8")
-    (staging / "README.md").write_text(format_card(folder, repo), encoding="utf-8")

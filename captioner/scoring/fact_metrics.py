@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from captioner.bdd100k.facts import CLASSES, LIGHTS, SCENES, TIMES_OF_DAY, WEATHERS, Facts, Reading
+from captioner.bdd100k.facts import CLASSES, LIGHTS, SCENES, TIMES_OF_DAY, WEATHERS, Facts
+from captioner.bdd100k.parsing import Reading
 from captioner.scoring.text_metrics import Metric, divide, measure_mean
 
 ATTRIBUTES = {"time_of_day": TIMES_OF_DAY, "weather": WEATHERS, "scene": tuple(SCENES)}

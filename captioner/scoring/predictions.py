@@ -12,8 +12,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from captioner.data.captions import CSV_HEADER, atomic_write
-from config import UserError
+from captioner.data.captions import CSV_HEADER
+from captioner.runtime.errors import UserError
+from captioner.runtime.files import atomic_write
 
 LISTED = 3  # names that a message gives as examples
 WANTED = 'must be {"name": TEXT, "prediction": TEXT, "references": [TEXT, ...]}'

@@ -25,8 +25,14 @@ from typing import NamedTuple
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from captioner.data.captions import atomic_write
-from captioner.data.images import FORMATS, MAX_PIXELS, step_back
+from captioner.bdd100k.facts import Facts
+from captioner.bdd100k.parsing import mark_caption, parse_caption
+from captioner.data.images import FORMATS, MAX_PIXELS
+from captioner.runtime.files import atomic_write
+from captioner.runtime.processes import step_back
+from captioner.scoring.fact_metrics import list_statements
+from captioner.scoring.predictions import Prediction
+from captioner.scoring.scores import slice_names
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 VERDICTS = ("", "right", "wrong", "invented", "missing", "unread")
@@ -237,3 +243,16 @@ def count_pictures(paths: Sequence[Path | None], thumbnails: Thumbnails) -> dict
         "side": thumbnails.side,
         "quality": thumbnails.quality,
     }
+
+
+def make_rows(predictions: Sequence[Prediction], facts: Sequence[Facts]) -> list[ReportRow]:
+    """The report's cards."""
+    rows = []
+    for prediction, expected in zip(predictions, facts, strict=True):
+        said = parse_caption(prediction.prediction)
+        marked = mark_caption(prediction.prediction, expected, "invented")
+        references = [mark_caption(text, said, "missing") for text in prediction.references]
+        mine, theirs = list_statements(said), list_statements(expected)
+        score = 2 * len(mine & theirs) / (len(mine) + len(theirs)) if theirs else None
+        rows.append(ReportRow(prediction.name, marked, references, slice_names(expected), score))
+    return rows

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from captioner.bdd100k.facts import Facts, Reading, parse_caption, read_caption
+from captioner.bdd100k.facts import Facts
+from captioner.bdd100k.parsing import Reading, parse_caption, read_caption
 from captioner.scoring import fact_metrics, text_metrics
 from captioner.scoring.predictions import Prediction
 from captioner.scoring.text_metrics import Metric

@@ -12,8 +12,9 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from captioner.data.captions import Example, atomic_write
-from config import UserError
+from captioner.data.captions import Example
+from captioner.runtime.errors import UserError
+from captioner.runtime.files import atomic_write
 
 MANIFEST = "manifest.json"
 UNREADABLE = (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError)  # what damaged files lead to

@@ -5,6 +5,8 @@ pictures after each epoch, dashboard.png the curves of it all.
 """
 
 import json
+import netrc
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +15,12 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from captioner.bdd100k.facts import parse_caption, read_caption
-from captioner.blip2.loading import CaptionDataset, decode_captions, generate_captions
-from captioner.data.captions import atomic_write, explain_writing
+from captioner.bdd100k.parsing import parse_caption, read_caption
+from captioner.blip2.batches import CaptionDataset
+from captioner.blip2.captioning import decode_captions, generate_captions
 from captioner.fast.generation import FastGenerator, max_batch, supports
+from captioner.runtime.errors import UserError
+from captioner.runtime.files import atomic_write, explain_writing
 from captioner.scoring.fact_metrics import measure_shares
 from captioner.scoring.text_metrics import score, score_bleu
 
@@ -222,3 +226,23 @@ def plot_dashboard(records: list[dict], path: Path) -> None:
     with explain_writing(path, REMEDY):
         figure.savefig(path.with_suffix(".tmp.png"), dpi=110)
         path.with_suffix(".tmp.png").replace(path)
+
+
+def choose_wandb_mode(wandb: str) -> str:
+    """The mode that wandb is to run in; it is never left to ask for a login."""
+    if wandb == "auto":
+        wandb = os.environ.get("WANDB_MODE") or ("online" if is_logged_in_to_wandb() else "disabled")
+    if wandb == "online" and not is_logged_in_to_wandb():
+        raise UserError("--wandb online: not logged in; run wandb login, set WANDB_API_KEY, or use --wandb offline")
+    os.environ["WANDB_MODE"] = wandb
+    os.environ.setdefault("WANDB_PROJECT", "blip2-bdd100k")
+    return wandb
+
+
+def is_logged_in_to_wandb() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

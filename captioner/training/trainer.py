@@ -5,10 +5,8 @@ Shapes: B rows, L positions, V vocabulary.
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import math
-import pickle
 import shutil
 import signal
 import threading
@@ -20,24 +18,22 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import recursively_apply, send_to_device
+from accelerate.utils import recursively_apply
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_pt_utils import nested_gather, safe_globals
+from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import EvalLoopOutput
 
-from captioner.blip2.loading import IGNORED, CaptionCollator, CaptionDataset, PackedCollator
-from captioner.data.images import explain_dead_worker
-from captioner.fast.caption_loss import caption_nll
+from captioner.blip2.batches import IGNORED, CaptionCollator
+from captioner.data.reading import explain_dead_worker
 from captioner.fast.speed import FastStep, JoinedAdamW, LengthSampler
+from captioner.runtime.errors import UserError
 from captioner.training.checkpoints import check_disk, remove_old_checkpoints, seal_checkpoint, step_of
-from config import UserError
+from captioner.training.guards import check_same_weights, gather
 
-CPU_MICRO_BATCH = 4  # frames a forward pass on a CPU, where more only take memory
-SPARE_MEMORY = 0.05  # share of a GPU that a micro-batch must leave free
 WORKER_SECONDS = 5  # that a worker lives on after SIGTERM
 NAMED = 8  # frames of a bad batch that are named
 
@@ -440,27 +436,6 @@ def send_to_cpu(values: torch.Tensor) -> Callable[[], torch.Tensor]:
     return get
 
 
-def gather(value, world_size: int) -> list:
-    """The values of all processes."""
-    if world_size == 1:
-        return [value]
-    values = [None] * world_size
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def check_same_weights(model, world_size: int) -> None:
-    """Raise UserError unless the trainable weights are the same in all processes, to the last bit."""
-    weights = [weight.detach().flatten().cpu() for weight in model.parameters() if weight.requires_grad]
-    digests = gather(hashlib.sha256(torch.cat(weights).view(torch.uint8).numpy()).hexdigest(), world_size)
-    different = [place for place, digest in enumerate(digests) if digest != digests[0]]
-    if different:
-        raise UserError(
-            f"the weights of process {different[0]} are not those of process 0: the processes must have one seed, and "
-            "go on from one checkpoint; see that all machines have the same versions and the same --output"
-        )
-
-
 def fit_fsdp(plugin, model) -> None:
     """Make accelerate's settings for FSDP fit this model: called before anything is spread.
 
@@ -480,69 +455,3 @@ def gather_trainable(model) -> dict[str, torch.Tensor]:
     return get_model_state_dict(
         model, options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     )
-
-
-def check_pickles(checkpoint: Path) -> None:
-    """Raise UserError unless what is pickled in a checkpoint holds tensors and numbers alone; nothing of it is run."""
-    remedy = "is not opened; if the checkpoint is your own, start anew with --overwrite"
-    for name in ("adapter_model.bin", "pytorch_model.bin"):
-        if (checkpoint / name).exists():
-            raise UserError(f"{checkpoint / name}: a pickle, which this program never writes, {remedy}")
-    for path in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth"), *checkpoint.glob("*.bin")]):
-        if path.name == "training_args.bin":  # nothing reads it
-            continue
-        try:
-            with safe_globals():
-                torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{path}: holds other things than tensors ({reason}) and {remedy}") from None
-
-
-# --------------------------------------------------------------------------------------------------------------
-# micro-batch
-
-
-def list_micro_batches(batch_size: int) -> list[int]:
-    """The sizes that divide an effective batch of `batch_size` on one device, largest first."""
-    return [size for size in range(batch_size, 0, -1) if batch_size % size == 0]
-
-
-def find_micro_batch(model, dataset: CaptionDataset, batch_size: int, device, dtype, fast: bool) -> int:
-    """The most frames, of those that divide `batch_size`, whose forward and backward pass fit the device.
-
-    Tried with the longest captions of the dataset; on a CPU the most up to CPU_MICRO_BATCH. Gradients are cleared.
-    """
-    sizes = list_micro_batches(batch_size)
-    if device.type == "cpu":
-        return next(size for size in sizes if size <= CPU_MICRO_BATCH)
-    collator = (PackedCollator if fast else CaptionCollator)(model.config)
-    longest = sorted(range(len(dataset)), key=lambda row: -len(dataset.caption_ids[row]))
-    moments = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)  # bytes of AdamW's state
-    total = torch.cuda.get_device_properties(device).total_memory
-    outside = total - torch.cuda.mem_get_info(device)[0] - torch.cuda.memory_reserved(device)  # of other programs
-    for size in sizes:
-        rows = [dataset[longest[place % len(longest)]] for place in range(size)]
-        torch.cuda.reset_peak_memory_stats(device)
-        if _fits(model.train(), send_to_device(collator(rows), device), dtype, fast):
-            peak = torch.cuda.max_memory_allocated(device)
-            if peak + moments + outside <= (1 - SPARE_MEMORY) * total:
-                break
-    torch.cuda.reset_peak_memory_stats(device)
-    return size
-
-
-def _fits(model, batch: dict[str, torch.Tensor], dtype: torch.dtype, fast: bool) -> bool:
-    try:
-        if fast:
-            loss = caption_nll(model, **batch).sum()
-        else:
-            with torch.autocast("cuda", dtype):
-                loss = model(**batch).loss
-        loss.backward()
-        return True
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        model.zero_grad()
-        torch.cuda.empty_cache()

@@ -2,8 +2,6 @@
 
 import errno
 import io
-import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,41 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from loopback import DATASET, PADDING, KaggleServer, zip_files
-from PIL import Image
+from loopback import DATASET, PICTURES, KaggleServer, draw_dataset_files, zip_files
 
 from captioner.bdd100k import download
 from captioner.bdd100k.download import IMAGE_FOLDER, LABEL_FILES, fetch_images, fetch_labels
-from captioner.bdd100k.label_files import LabelReport, read_labels
-from captioner.data.captions import index_images
-from config import UserError
+from captioner.bdd100k.label_files import read_labels
+from captioner.bdd100k.label_report import LabelReport
+from captioner.data.images import index_images
+from captioner.runtime.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
-PICTURES = {
-    "b1c66a42-6f7d68ca.jpg": "val",
-    "0000f77c-6257be58.jpg": "train/trainA",
-    "0000f77c-62c2a288.jpg": "train/trainB",
-    "0000f77c-62c2a288 (Somebody's conflicted copy) [conflicted].jpg": "train/trainB",
-    "cabc30fc-e7726578.jpg": "test/testA",
-}
 
 Usage = namedtuple("Usage", "total used free")
-
-
-def draw_dataset_files() -> dict[str, bytes]:
-    """A few pictures and labels in the layout of the Kaggle data set: {path: bytes}."""
-    picture = io.BytesIO()
-    Image.new("RGB", (32, 18), "grey").save(picture, "JPEG")
-    files = {f"{IMAGE_FOLDER}/{folder}/{name}": picture.getvalue() for name, folder in PICTURES.items()}
-    attributes = {"weather": "clear", "scene": "highway", "timeofday": "night"}
-    for subset, path in LABEL_FILES.items():
-        frames = [
-            {"name": name, "attributes": attributes, "timestamp": 10000, "labels": []}
-            for name, folder in PICTURES.items()
-            if folder.startswith(subset) and "conflicted" not in name
-        ]
-        files[path] = json.dumps(frames, indent=4).encode()
-    return files | {PADDING: os.urandom(3 << 20)}
 
 
 @pytest.fixture(scope="module")

@@ -1,32 +1,13 @@
 """The caption grammar: the reference's texts to the letter, and describe/parse_caption as exact inverses."""
 
 import pytest
+from caption_facts import all_facts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captioner.bdd100k.facts import (
-    CLASSES,
-    LIGHTS,
-    MAX_COUNT,
-    SCENES,
-    STYLES,
-    TIMES_OF_DAY,
-    WEATHERS,
-    Facts,
-    ObjectKind,
-    Reading,
-    describe,
-    mark_caption,
-    parse_caption,
-    read_caption,
-)
-
-kinds = st.builds(ObjectKind, st.sampled_from(sorted(CLASSES)), st.booleans(), st.booleans())
-counts = st.dictionaries(kinds, st.integers(1, MAX_COUNT) | st.integers(1, 3), max_size=12)
-lights = st.sampled_from([None, *LIGHTS])
-all_facts = st.builds(
-    Facts, st.sampled_from(TIMES_OF_DAY), st.sampled_from(WEATHERS), st.sampled_from(sorted(SCENES)), lights, counts
-) | st.builds(Facts, traffic_light=lights, objects=counts)
+from captioner.bdd100k.facts import MAX_COUNT, Facts, ObjectKind
+from captioner.bdd100k.parsing import Reading, mark_caption, parse_caption, read_caption
+from captioner.bdd100k.wording import STYLES, describe
 
 
 @given(all_facts, st.sampled_from(STYLES))

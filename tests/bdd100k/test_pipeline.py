@@ -16,10 +16,21 @@ import pytest
 from conftest import ROOT, SHARED, call_script, needs_real_samples
 
 from captioner.bdd100k import label_files
-from captioner.bdd100k.facts import STYLES, ObjectKind, describe
-from captioner.bdd100k.label_files import LabelOptions, LabelReport, read_labels
+from captioner.bdd100k.facts import ObjectKind
+from captioner.bdd100k.frames import (
+    DEFAULT_OPTIONS,
+    NEAR_DUPLICATE_IOU,
+    LabelOptions,
+    _Box,
+    _find_near_duplicates,
+    _Label,
+    read_frame,
+)
+from captioner.bdd100k.label_files import read_labels
+from captioner.bdd100k.label_report import LabelReport
+from captioner.bdd100k.wording import STYLES, describe
 from captioner.data.captions import read_captions
-from config import UserError
+from captioner.runtime.errors import UserError
 
 EXAMPLE = {
     "name": "000123.jpg",
@@ -196,7 +207,7 @@ def drawn_frames(count):
     return [draw_scene(seed)[1] for seed in range(count)]
 
 
-def read_paths(*paths, options=label_files.DEFAULT_OPTIONS):
+def read_paths(*paths, options=DEFAULT_OPTIONS):
     report = LabelReport()
     return list(read_labels(paths, report, options)), report
 
@@ -319,7 +330,7 @@ def test_damaged_archives(tmp_path, name, cut):
 
 def test_options():
     def facts(label_list, **options):
-        return label_files.read_frame(frame(labels=label_list), LabelReport(), LabelOptions(**options)).facts.objects
+        return read_frame(frame(labels=label_list), LabelReport(), LabelOptions(**options)).facts.objects
 
     def box(category, x1, y1, x2, y2):
         return {"category": category, "box2d": {"x1": x1, "y1": y1, "x2": x2, "y2": y2}}
@@ -341,7 +352,7 @@ def test_options():
     assert facts(twice, merge_duplicates=True) == {ObjectKind("car"): 2, ObjectKind("truck"): 1}
     assert facts(twice, min_box_size=10) == {ObjectKind("car"): 2, ObjectKind("truck"): 1}
     report = LabelReport()
-    label_files.read_frame(frame(labels=twice), report)
+    read_frame(frame(labels=twice), report)
     assert report.near_duplicates == 1
 
 
@@ -351,19 +362,15 @@ def test_near_duplicates_agree_with_all_pairs():
         boxes = []
         for _ in range(8):
             x, y = rng.uniform(0, 20), rng.uniform(0, 20)
-            boxes.append(
-                label_files._Label(
-                    "car", None, label_files._Box(x, y, x + rng.uniform(40, 50), y + rng.uniform(40, 50))
-                )
-            )
+            boxes.append(_Label("car", None, _Box(x, y, x + rng.uniform(40, 50), y + rng.uniform(40, 50))))
         expected = set()
         for i, j in itertools.combinations(range(len(boxes)), 2):
             a, b = boxes[i].box2d, boxes[j].box2d
             common = max(0, min(a.x2, b.x2) - max(a.x1, b.x1)) * max(0, min(a.y2, b.y2) - max(a.y1, b.y1))
             union = (a.x2 - a.x1) * (a.y2 - a.y1) + (b.x2 - b.x1) * (b.y2 - b.y1) - common
-            if common / union > label_files.NEAR_DUPLICATE_IOU:
+            if common / union > NEAR_DUPLICATE_IOU:
                 expected.add(j)
-        assert label_files._find_near_duplicates(boxes) == expected
+        assert _find_near_duplicates(boxes) == expected
 
 
 def test_strict_and_frames_without_a_scene(tmp_path):
@@ -394,7 +401,7 @@ def test_census_is_printed_and_drawn(tmp_path):
 
 def test_kaggle_labels_end_to_end(tmp_path):
     """The real client against a loopback server: fetched, captioned; then again with the server gone; then no cache."""
-    from test_acquisition import KaggleServer, draw_dataset_files
+    from loopback import KaggleServer, draw_dataset_files
 
     def run(name, environment):
         command = [sys.executable, ROOT / "bdd100k_data_pipeline.py", "--output", f"{name}.csv", "--run-name", "run"]

@@ -5,9 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
+from captioner.blip2 import batches, captioning
 from captioner.blip2 import loading as blip2
+from captioner.blip2.lora import add_lora
 from captioner.data.captions import Example
-from config import UserError
+from captioner.fast import packing
+from captioner.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 CAPTIONS = ["It is a night scene in rainy weather on a highway road.", "There are 3 cars."]
@@ -26,7 +29,7 @@ def base(tiny_checkpoint):
 @pytest.fixture
 def lora(tiny_checkpoint):
     torch.manual_seed(0)
-    return blip2.add_lora(blip2.load_model(tiny_checkpoint, True, CPU), "both", rank=8, alpha=16, dropout=0.0)
+    return add_lora(blip2.load_model(tiny_checkpoint, True, CPU), "both", rank=8, alpha=16, dropout=0.0)
 
 
 @pytest.fixture
@@ -36,11 +39,11 @@ def dataset(tmp_path, processor, base):
         image = tmp_path / f"{index}.png"
         Image.new("RGB", (64, 36), ["black", "white"][index]).save(image)
         examples.append(Example(image.name, image, caption))
-    return blip2.CaptionDataset(examples, processor, 256, blip2.end_token(base.config))
+    return batches.CaptionDataset(examples, processor, 256, batches.end_token(base.config))
 
 
 def make_batch(dataset, model, rows=(0, 1)):
-    return blip2.CaptionCollator(model.config)([dataset[row] for row in rows])
+    return batches.CaptionCollator(model.config)([dataset[row] for row in rows])
 
 
 def fit(model, batch, steps=150):
@@ -69,7 +72,7 @@ def test_only_caption_and_end_carry_loss(dataset, base, processor):
         assert (ids[end + 1 :] == config.text_config.pad_token_id).all()
         carries_loss = torch.zeros(len(ids), dtype=torch.bool)
         carries_loss[start : end + 1] = True
-        assert ((labels != blip2.IGNORED) == carries_loss).all()
+        assert ((labels != batches.IGNORED) == carries_loss).all()
         assert (labels[carries_loss] == ids[carries_loss]).all()
         assert (batch["attention_mask"][row] == (torch.arange(len(ids)) <= end)).all()
     assert (batch["input_ids"] == config.image_token_index).sum(1).tolist() == [config.num_query_tokens] * 2
@@ -81,32 +84,32 @@ def test_packed_rows_are_labelled_with_the_next_token(base):
     for positions, longest in ((64, 64), (65, 128)):
         captions = [[11, 12, 7], [7], list(range(100, 100 + positions - queries))]
         rows = [{"pixel_values": torch.zeros(1), "caption_ids": caption} for caption in captions]
-        batch = blip2.PackedCollator(config)(rows)
+        batch = packing.PackedCollator(config)(rows)
         starts = batch["starts"].tolist()
         for caption, start, end in zip(captions, starts, starts[1:], strict=False):
             image = [config.image_token_index] * queries
             assert batch["input_ids"][start:end].tolist() == [*image, bos, *caption[:-1]]
-            assert batch["labels"][start:end].tolist() == [blip2.IGNORED] * queries + caption
+            assert batch["labels"][start:end].tolist() == [batches.IGNORED] * queries + caption
         assert len(starts) == len(captions) + 2 and len(batch["labels"]) == len(batch["input_ids"]) == starts[-1]
-        assert (batch["labels"][starts[-2] :] == blip2.IGNORED).all()
+        assert (batch["labels"][starts[-2] :] == batches.IGNORED).all()
         assert starts[-1] % 32 == 16 and starts[-1] - starts[-2] < 32
         assert batch["longest"] == longest
 
 
 def test_a_cut_caption_keeps_its_end_token(processor):
     caption = "There are 3 cars. There is one bus."
-    [cut, same] = blip2.tokenize_captions([caption] * 2, processor, max_tokens=4, end=7)
-    [whole] = blip2.tokenize_captions([caption], processor, max_tokens=99, end=7)
+    [cut, same] = batches.tokenize_captions([caption] * 2, processor, max_tokens=4, end=7)
+    [whole] = batches.tokenize_captions([caption], processor, max_tokens=99, end=7)
     assert cut == same == [*whole[:4], 7]
     assert processor.tokenizer.decode(whole[:-1]) == caption
-    assert blip2.tokenize_captions([], processor, max_tokens=4, end=7) == []
+    assert batches.tokenize_captions([], processor, max_tokens=4, end=7) == []
 
 
 def test_padding_does_not_change_the_loss(dataset, base):
     """The loss of a batch is the mean over its caption tokens, whatever the padding."""
     both = make_batch(dataset, base)
     rows = [make_batch(dataset, base, [row]) for row in range(2)]
-    tokens = [(batch["labels"] != blip2.IGNORED).sum() for batch in rows]
+    tokens = [(batch["labels"] != batches.IGNORED).sum() for batch in rows]
     with torch.no_grad():
         mean = sum(base(**batch).loss * count for batch, count in zip(rows, tokens, strict=True)) / sum(tokens)
         assert base(**both).loss.item() == pytest.approx(mean.item(), rel=1e-5)
@@ -115,18 +118,18 @@ def test_padding_does_not_change_the_loss(dataset, base):
 def test_caption_learnt_by_heart_is_generated_and_stops(dataset, lora, processor):
     batch = make_batch(dataset, lora)
     fit(lora, batch)
-    settings = blip2.make_generation_config(lora.config, max_new_tokens=100)
-    captions = blip2.generate_captions(lora, processor, batch["pixel_values"], settings, do_sample=False)
+    settings = captioning.make_generation_config(lora.config, max_new_tokens=100)
+    captions = captioning.generate_captions(lora, processor, batch["pixel_values"], settings, do_sample=False)
     assert captions == CAPTIONS  # two pictures, two captions: the image matters, and both stop long before 100 tokens
 
 
 def test_a_batch_equals_its_rows(dataset, lora, processor):
     batch = make_batch(dataset, lora)
     fit(lora, batch, steps=10)
-    settings = blip2.make_generation_config(lora.config, max_new_tokens=40)
-    together = blip2.generate_captions(lora, processor, batch["pixel_values"], settings, do_sample=False)
+    settings = captioning.make_generation_config(lora.config, max_new_tokens=40)
+    together = captioning.generate_captions(lora, processor, batch["pixel_values"], settings, do_sample=False)
     alone = [
-        blip2.generate_captions(lora, processor, pixels[None], settings, do_sample=False)[0]
+        captioning.generate_captions(lora, processor, pixels[None], settings, do_sample=False)[0]
         for pixels in batch["pixel_values"]
     ]
     assert together == alone
@@ -134,7 +137,7 @@ def test_a_batch_equals_its_rows(dataset, lora, processor):
 
 @pytest.mark.parametrize("target", ["qformer", "lm", "both"])
 def test_only_lora_changes(tiny_checkpoint, dataset, target):
-    model = blip2.add_lora(blip2.load_model(tiny_checkpoint, True, CPU), target, 4, 8, 0.0)
+    model = add_lora(blip2.load_model(tiny_checkpoint, True, CPU), target, 4, 8, 0.0)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable
     assert all("lora_" in name for name in trainable)
@@ -205,11 +208,11 @@ def test_pixels_are_those_of_the_processor(drawn, processor, blank):
         picture = Image.open(path).convert("RGB")
         picture = Image.new("RGB", picture.size) if blank else picture
         expected = processor.image_processor(picture, return_tensors="pt")["pixel_values"][0]
-        assert torch.equal(blip2.load_pixels(path, processor, blank), expected)
+        assert torch.equal(batches.load_pixels(path, processor, blank), expected)
 
 
 def test_unreadable_picture_is_named(tmp_path, processor):
     bad = tmp_path / "bad.jpg"
     bad.write_text("no picture")
     with pytest.raises(UserError, match=r"bad\.jpg: not readable as a picture"):
-        blip2.load_pixels(bad, processor)
+        batches.load_pixels(bad, processor)

@@ -7,24 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import stop_at, train
+from pickles import Planted
+from training_runs import stop_at, train
 
+from captioner.blip2 import captioning, lora
 from captioner.blip2 import loading as blip2
 from captioner.blip2.trust import check_adapter_folder, check_model_folder
+from captioner.runtime.errors import UserError
 from captioner.training.checkpoints import seal_checkpoint
-from config import UserError
 
 CPU = torch.device("cpu")
-
-
-class Planted:
-    """A pickle that writes a file when it is opened."""
-
-    def __init__(self, mark: Path):
-        self.mark = mark
-
-    def __reduce__(self):
-        return Path.touch, (self.mark,)
 
 
 def plant(path: Path, mark: Path) -> None:
@@ -39,9 +31,9 @@ def copy(tiny_checkpoint, tmp_path) -> Path:
 @pytest.fixture
 def adapter(tiny_checkpoint, tmp_path) -> Path:
     folder = tmp_path / "adapter"
-    blip2.add_lora(blip2.load_model(tiny_checkpoint, False, CPU), "lm", 4, 8, 0.0).save_pretrained(folder)
+    lora.add_lora(blip2.load_model(tiny_checkpoint, False, CPU), "lm", 4, 8, 0.0).save_pretrained(folder)
     blip2.load_processor(tiny_checkpoint).save_pretrained(folder)
-    blip2.make_generation_config(blip2.AutoConfig.from_pretrained(tiny_checkpoint), 20).save_pretrained(folder)
+    captioning.make_generation_config(blip2.AutoConfig.from_pretrained(tiny_checkpoint), 20).save_pretrained(folder)
     (folder / "run.json").write_text(json.dumps({"config": {"model": str(tiny_checkpoint), "load_in_4bit": False}}))
     return folder
 
@@ -115,7 +107,7 @@ def test_an_adapter_of_pickles_is_not_opened(adapter, tmp_path):
 def test_settings_that_main_py_never_writes_are_refused(adapter, tiny_checkpoint, change):
     edit(adapter / "adapter_config.json", **change)
     with pytest.raises(UserError, match=r"adapter_config\.json: "):
-        check_adapter_folder(adapter, blip2.LORA_TARGETS.values(), str(tiny_checkpoint))
+        check_adapter_folder(adapter, lora.LORA_TARGETS.values(), str(tiny_checkpoint))
 
 
 def test_an_adapter_of_another_model_is_refused(adapter):
@@ -165,14 +157,9 @@ def test_a_pickle_in_a_checkpoint_does_not_run(folder, settings, stopped, tmp_pa
     assert not (tmp_path / "ran").exists()
 
 
-# --------------------------------------------------------------------------------------------------------------
-# names and links
-
-
 def test_no_link_leads_out_of_a_folder(tmp_path, drawn):
     from captioner.bdd100k.label_files import find_label_files
-    from captioner.data.captions import index_images
-    from eval import find_pictures
+    from captioner.data.images import find_pictures, index_images
 
     (tmp_path / "data").mkdir()
     secret = shutil.copy(next((drawn / "images").iterdir()), tmp_path / "secret.jpg")
@@ -188,7 +175,7 @@ def test_no_link_leads_out_of_a_folder(tmp_path, drawn):
 
 @pytest.mark.parametrize("row", ["../a.jpg,test,/etc/passwd,x", "a.jpg,test,/etc/passwd,x", "a,test,/etc/a,x"])
 def test_a_split_of_somebody_else_names_no_other_file(tmp_path, row):
-    from eval import read_split
+    from captioner.data.splits import read_split
 
     (tmp_path / "split.csv").write_text(f"name,split,image,raw_caption\n{row}\n")
     with pytest.raises(UserError, match=r"split\.csv: .*is no frame's"):
@@ -198,16 +185,12 @@ def test_a_split_of_somebody_else_names_no_other_file(tmp_path, row):
 def test_a_bomb_of_labels_is_not_unpacked(tmp_path, monkeypatch):
     import gzip
 
-    from captioner.bdd100k import label_files
+    from captioner.bdd100k import label_files, label_report
 
     monkeypatch.setattr(label_files, "GZIP_LIMIT", 10_000)
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(b"[" + b" " * 20_000 + b"]"))
     with pytest.raises(UserError, match=r"a\.json\.gz: .*more than 10,000 bytes"):
-        list(label_files.read_labels([tmp_path / "a.json.gz"], label_files.LabelReport()))
-
-
-# --------------------------------------------------------------------------------------------------------------
-# pictures
+        list(label_files.read_labels([tmp_path / "a.json.gz"], label_report.LabelReport()))
 
 
 @pytest.mark.slow

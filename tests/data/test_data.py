@@ -4,8 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captioner.data.captions import index_images, match_images, read_captions, ride_of, split_by_ride, write_captions
-from config import UserError
+from captioner.data.captions import read_captions, write_captions
+from captioner.data.images import index_images, match_images
+from captioner.data.splits import ride_of, split_by_ride
+from captioner.runtime.errors import UserError
 
 SHARES = {"train": 0.6, "val": 0.28, "test": 0.12}
 rides = st.dictionaries(st.integers(0, 2**32 - 1), st.integers(1, 9), min_size=3, max_size=60)

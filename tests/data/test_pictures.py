@@ -9,8 +9,9 @@ from collections import namedtuple
 import pytest
 import torch
 
-from captioner.data import images
-from config import UserError
+from captioner.data import reading as data_reading
+from captioner.data.reading import BATCH, one_ahead, read_ahead, read_batches
+from captioner.runtime.errors import UserError
 
 
 def test_pictures_are_read_ahead_in_order_and_not_further():
@@ -21,13 +22,13 @@ def test_pictures_are_read_ahead_in_order_and_not_further():
         time.sleep(0.01 * (item % 3))
         return 10 * item
 
-    reading = images.read_ahead(read, iter(range(100)), ahead=4)
+    reading = read_ahead(read, iter(range(100)), ahead=4)
     assert [next(reading) for _ in range(10)] == [10 * item for item in range(10)]
     assert len(started) <= 10 + 5
     reading.close()
     assert len(started) < 20
     with pytest.raises(ZeroDivisionError):
-        list(images.read_ahead(lambda item: 1 / item, [1, 0, 1]))
+        list(read_ahead(lambda item: 1 / item, [1, 0, 1]))
 
 
 def test_one_item_is_made_ahead():
@@ -39,7 +40,7 @@ def test_one_item_is_made_ahead():
             yield item
         raise UserError("the fifth")
 
-    items = images.one_ahead(make())
+    items = one_ahead(make())
     assert next(items) == 0
     end = time.monotonic() + 10
     while len(started) < 2 and time.monotonic() < end:
@@ -48,11 +49,11 @@ def test_one_item_is_made_ahead():
     assert [next(items) for _ in range(3)] == [1, 2, 3]
     with pytest.raises(UserError, match="the fifth"):
         next(items)
-    assert list(images.one_ahead(iter(()))) == []
+    assert list(one_ahead(iter(()))) == []
 
 
 def test_batches_by_processes_are_in_order():
-    batches = list(images.read_batches(_tenfold, range(200), list))
+    batches = list(read_batches(_tenfold, range(200), list))
     assert [len(batch) for batch in batches] == [32] * 6 + [8]
     assert [item for batch in batches for item in batch] == [10 * item for item in range(200)]
 
@@ -66,12 +67,12 @@ def test_batches_by_processes_are_in_order():
 )
 def test_as_many_answers_wait_as_there_is_room_for(cores, room, processes, workers, answers, monkeypatch):
     loaders, item_bytes = [], 1000
-    free = room * images.BATCH * item_bytes
-    monkeypatch.setattr(images, "count_cores", lambda: cores)
+    free = room * BATCH * item_bytes
+    monkeypatch.setattr(data_reading, "count_cores", lambda: cores)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(free))
     monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *_, **options: loaders.append(options) or [])
-    list(images.read_batches(_tenfold, range(10_000), list, item_bytes))
+    list(data_reading.read_batches(_tenfold, range(10_000), list, item_bytes))
     assert (loaders[0]["num_workers"], loaders[0]["prefetch_factor"]) == (workers, answers)
 
 
@@ -96,4 +97,4 @@ def _complain(item):
 )
 def test_a_process_that_fails_says_why(read, message):
     with pytest.raises(UserError, match=message):
-        list(images.read_batches(read, range(200), list))
+        list(data_reading.read_batches(read, range(200), list))

@@ -8,12 +8,14 @@ from conftest import import_kernels
 from transformers import Blip2ForConditionalGeneration, TopPLogitsWarper
 
 from benchmarks.full_size import build_full_size_config
+from captioner.blip2 import batches, captioning, lora
 from captioner.blip2 import loading as blip2
+from captioner.blip2.captioner import Captioner
 from captioner.fast import generation
 from captioner.fast.generation import FastGenerator, max_batch, pick_tokens, supports
 from captioner.fast.layers import copy_lora, embed_images, get_blip2, join_lora
-from config import EvalConfig, UserError
-from eval import Captioner
+from captioner.runtime.errors import UserError
+from config import EvalConfig
 
 CPU = torch.device("cpu")
 NEW_TOKENS = 60  # positions 9 to 68: five buckets of 16
@@ -24,7 +26,7 @@ def load(checkpoint, load_in_4bit=False, with_lora=False):
     torch.manual_seed(0)
     model = blip2.load_model(checkpoint, load_in_4bit, CPU)
     if with_lora:
-        model = blip2.add_lora(model, "both", rank=4, alpha=8, dropout=0.0)
+        model = lora.add_lora(model, "both", rank=4, alpha=8, dropout=0.0)
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.05)
@@ -37,8 +39,8 @@ def make_pixels(rows: int):
 
 def generate_slowly(model, pixels, new_tokens=NEW_TOKENS):
     """What transformers' generate() gives: (B, N) new tokens, greedy."""
-    prefix = torch.tensor([blip2.prefix_ids(model.config)]).expand(len(pixels), -1)
-    settings = blip2.make_generation_config(model.config, new_tokens)
+    prefix = torch.tensor([batches.prefix_ids(model.config)]).expand(len(pixels), -1)
+    settings = captioning.make_generation_config(model.config, new_tokens)
     tokens = model.generate(
         pixel_values=pixels,
         input_ids=prefix,
@@ -166,7 +168,7 @@ def test_tiny_nucleus_is_greedy(tiny_checkpoint):
 def test_first_token_has_the_distribution_of_transformers(tiny_checkpoint, top_p):
     model, rows, temperature = load(tiny_checkpoint), 4096, 0.7
     pixels = make_pixels(1)
-    prefix = torch.tensor([blip2.prefix_ids(model.config)])
+    prefix = torch.tensor([batches.prefix_ids(model.config)])
     with torch.no_grad():
         logits = model(pixel_values=pixels, input_ids=prefix).logits[:, -1] / temperature
     expected = (TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits).softmax(-1)[0]  # (V,)

@@ -275,8 +275,9 @@ def test_recorded_passes_are_the_passes(tiny_checkpoint, target):
     """Of two sizes in turn, added up, with dropout: losses and gradients to the last bit."""
     from accelerate.utils import send_to_device
 
-    from captioner.blip2.loading import PackedCollator, load_config
+    from captioner.blip2.loading import load_config
     from captioner.fast import compile_kernels
+    from captioner.fast.packing import PackedCollator
     from captioner.fast.speed import FastStep, join_weights
 
     torch.manual_seed(0)

@@ -14,24 +14,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import import_kernels
-from test_training import stop_at, train
 from torch.utils.checkpoint import checkpoint
+from training_runs import stop_at, train
 
 import main
-from captioner.blip2.loading import (
-    CaptionCollator,
-    CaptionDataset,
-    PackedCollator,
-    add_lora,
-    load_config,
-    load_model,
-    load_processor,
-)
+from captioner.blip2.batches import CaptionCollator, CaptionDataset
+from captioner.blip2.loading import load_config, load_model, load_processor
+from captioner.blip2.lora import add_lora
 from captioner.data.captions import Example
 from captioner.fast import compile_kernels
 from captioner.fast.caption_loss import caption_nll, supports
 from captioner.fast.generation import FastGenerator
 from captioner.fast.layers import spare_columns
+from captioner.fast.packing import PackedCollator
 from captioner.fast.speed import FastStep, JoinedAdamW, LengthSampler, join_weights, unpack_nf4
 from captioner.fast.vision_store import take_vision_out
 from captioner.training import trainer
@@ -103,7 +98,7 @@ def test_loss_of_text_alone_is_the_models(tiny_checkpoint, batch, packed, monkey
 
 def test_dropout_is_that_of_lora(tiny_checkpoint, rows, monkeypatch):
     """The same masks are drawn, one for each layer; without LoRA the loss is another."""
-    monkeypatch.setattr("captioner.blip2.loading.PACKED_TO", 1)
+    monkeypatch.setattr("captioner.fast.packing.PACKED_TO", 1)
     alike = [row | {"caption_ids": rows[0][0]["caption_ids"]} for row in rows[0]]  # where nothing is padded
     batch, packed = CaptionCollator(rows[1])(alike), PackedCollator(rows[1])(alike)
     model = load(tiny_checkpoint, True, dropout=0.5)

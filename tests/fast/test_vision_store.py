@@ -12,15 +12,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_training import hash_adapter, stop_at, train
+from training_runs import hash_adapter, stop_at, train
 
 import eval
-import main
-from captioner.blip2.loading import load_model, load_pixels, load_processor
-from captioner.data import images as pictures
+from captioner.blip2.batches import load_pixels
+from captioner.blip2.loading import load_model, load_processor
+from captioner.data import reading, splits
 from captioner.fast import vision_store
 from captioner.fast.vision_store import HEADER, VisionStore, compute_outputs, describe_outputs, open_store, run_vision
-from config import EvalConfig, TrainConfig, UserError
+from captioner.runtime.errors import UserError
+from config import EvalConfig, TrainConfig
 
 CPU = torch.device("cpu")
 STORED = {"vision_store_gib": 1.0, "vision_store": Path("store"), "num_train_epochs": 1}
@@ -96,7 +97,7 @@ def test_a_recorded_vit_gives_the_same(folder, tiny_checkpoint, processor, image
     monkeypatch.setattr(vision_store, "has_room_to_unpack", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**40, 2**40))
     monkeypatch.setattr(vision_store, "BATCH", 4)
-    monkeypatch.setattr(pictures, "BATCH", 4)  # five passes of one recording
+    monkeypatch.setattr(reading, "BATCH", 4)  # five passes of one recording
     store, write = open_here(model, processor), VisionStore._write
     monkeypatch.setattr(VisionStore, "_write", lambda *args: time.sleep(0.02) or write(*args))
     recorded = vision_store.record_vision(vision)
@@ -162,7 +163,7 @@ def test_unreadable_pictures_are_left_out_as_without(folder, settings, scenes, t
     bad = next(Path("images", row[0]) for row in rows if row[1] == split)
     bad.write_bytes(bad.read_bytes()[:400])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main, "MAX_UNREADABLE", 0.06)
+        patch.setattr(splits, "MAX_UNREADABLE", 0.06)
         results = []
         for changes in ({"num_train_epochs": 1}, STORED, STORED):
             capsys.readouterr()
@@ -172,7 +173,7 @@ def test_unreadable_pictures_are_left_out_as_without(folder, settings, scenes, t
             assert bad.name in told and bad.name not in Path("blip2-finetuned/split.csv").read_text()
             results.append((adapter, told))
         assert results[0] == results[1] == results[2]
-        patch.setattr(main, "MAX_UNREADABLE", 0.04)
+        patch.setattr(splits, "MAX_UNREADABLE", 0.04)
         with pytest.raises(UserError, match=r"1 of 20 pictures can't be read, more than 4%.*" + bad.name):
             train(settings, images=Path("images"), **STORED)
 

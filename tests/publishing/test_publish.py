@@ -15,11 +15,15 @@ from conftest import ROOT, capture
 from huggingface_hub import ModelCard, close_session, constants
 from loopback_push import Hub
 
-from captioner.publishing import model_card
-from captioner.publishing.model_card import merge_adapter, strip_paths, write_model_card
+from captioner.publishing import merge, model_card
+from captioner.publishing.hub import push_to_hub, stage_files
+from captioner.publishing.merge import merge_adapter
+from captioner.publishing.model_card import strip_paths, write_model_card
+from captioner.runtime.cli import run_script
+from captioner.runtime.errors import UserError
 from captioner.scoring.predictions import Prediction
 from captioner.scoring.scores import HEADLINES, score_predictions
-from config import EvalConfig, TrainConfig, UserError, config_to_json, run_script
+from config import EvalConfig, TrainConfig, config_to_json
 
 NOWHERE = "http://127.0.0.1:9"  # nobody answers there
 FINGERPRINT = "5e" * 32
@@ -157,11 +161,13 @@ def test_labels_of_scores_are_no_paths():
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory, tiny_checkpoint) -> Path:
     """A folder as main.py leaves it, of an adapter that changes what the model says."""
-    from captioner.blip2.loading import add_lora, load_processor, make_generation_config
+    from captioner.blip2.captioning import make_generation_config
+    from captioner.blip2.loading import load_processor
+    from captioner.blip2.lora import add_lora
 
     folder = tmp_path_factory.mktemp("work") / "blip2-finetuned"
     torch.manual_seed(1)
-    model = add_lora(model_card.load_unquantised(tiny_checkpoint), "both", rank=4, alpha=8, dropout=0.0)
+    model = add_lora(merge.load_unquantised(tiny_checkpoint), "both", rank=4, alpha=8, dropout=0.0)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
@@ -177,7 +183,7 @@ def adapter(tmp_path_factory, tiny_checkpoint) -> Path:
 
 @torch.no_grad()
 def compute_logits(model) -> torch.Tensor:
-    from captioner.blip2.loading import prefix_ids
+    from captioner.blip2.batches import prefix_ids
 
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(2, 3, 32, 32, generator=generator)
@@ -194,7 +200,7 @@ def test_merged_model_says_what_the_adapter_says(adapter, tiny_checkpoint, tmp_p
     output = tmp_path / "merged"
     output.mkdir()  # an empty folder is taken
     merge_adapter(adapter, output)
-    base = model_card.load_unquantised(tiny_checkpoint)
+    base = merge.load_unquantised(tiny_checkpoint)
     plain = compute_logits(base)
     adapted = compute_logits(PeftModel.from_pretrained(base, adapter))
     merged = Blip2ForConditionalGeneration.from_pretrained(output)
@@ -229,7 +235,7 @@ def test_merging_touches_no_folder_of_others(adapter, tiny_checkpoint):
 
 
 def test_merging_without_room_is_one_message(adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(model_card, "find_free_memory", lambda: 10**8)
+    monkeypatch.setattr(merge, "find_free_memory", lambda: 10**8)
     with pytest.raises(UserError, match=r"0\.1 GB of memory free, merging in float32 needs 1\.0 GB"):
         merge_adapter(adapter, tmp_path / "merged")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(2 * 10**8))
@@ -239,7 +245,7 @@ def test_merging_without_room_is_one_message(adapter, tmp_path, monkeypatch):
 
 
 def test_free_memory_is_known():
-    assert 10**8 < model_card.find_free_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 10**8 < merge.find_free_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize("weights", [b"no weights", None])
@@ -261,8 +267,8 @@ def test_damaged_adapter_is_one_message(adapter, tmp_path, weights):
 PUSH = """
 import sys
 from pathlib import Path
-from config import run_script
-from captioner.publishing.model_card import push_to_hub
+from captioner.runtime.cli import run_script
+from captioner.publishing.hub import push_to_hub
 run_script(lambda folder: print(push_to_hub(Path(folder), sys.argv[2])), sys.argv[1])
 """
 
@@ -310,7 +316,7 @@ def test_hub_name_of_the_base_is_kept(adapter, tmp_path):
     write_json(folder / "run.json", make_run())
     staging = tmp_path / "staging"
     staging.mkdir()
-    model_card.stage_files(folder, staging, "me/driving")
+    stage_files(folder, staging, "me/driving")
     config = json.loads((staging / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "Salesforce/blip2-opt-2.7b"
     assert not (staging / "scores.json").exists()
@@ -324,7 +330,7 @@ def push_here(adapter, tmp_path, monkeypatch):
     def push_here(repo: str, token: str = "", endpoint: str = NOWHERE, offline: bool = False):
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-        return capture(lambda: run_script(lambda folder: model_card.push_to_hub(folder, repo), adapter), HF_TOKEN=token)
+        return capture(lambda: run_script(lambda folder: push_to_hub(folder, repo), adapter), HF_TOKEN=token)
 
     yield push_here
     close_session()  # made anew, with today's settings, when it is next asked for
@@ -357,4 +363,4 @@ def test_impossible_name_is_one_message(push_here):
 
 def test_nothing_to_upload_is_one_message(tmp_path):
     with pytest.raises(UserError, match=r"adapter_config\.json is missing"):
-        model_card.push_to_hub(tmp_path, "me/driving")
+        push_to_hub(tmp_path, "me/driving")

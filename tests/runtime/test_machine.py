@@ -6,42 +6,30 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, call_script
+from training_runs import wait_for_lock
 
-from captioner.bdd100k.label_files import LabelReport, read_labels
-from captioner.data.captions import atomic_write, lock_folder
+from captioner.bdd100k.label_files import read_labels
+from captioner.bdd100k.label_report import LabelReport
+from captioner.runtime.errors import UserError
+from captioner.runtime.files import atomic_write, lock_folder
 from captioner.training.checkpoints import find_damage, hash_file, read_state
-from config import UserError
 
 HOLD = """
 import multiprocessing, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from captioner.data.captions import lock_folder
+from captioner.runtime.files import lock_folder
 with lock_folder(Path({folder!r}), "--output"):
     worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
     worker.start()
     print(worker.pid, flush=True)
     time.sleep(30)
 """
-
-
-def wait_for_lock(folder: Path, seconds: float = 10) -> None:
-    """A worker that was forked a moment ago may not yet have let go of it."""
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            with lock_folder(folder, "--output"):
-                return
-        except UserError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.05)
 
 
 def test_second_run_is_refused_until_the_first_is_killed(tmp_path):
@@ -122,10 +110,6 @@ def test_lost_permission(tmp_path, root):
     child.join()
 
 
-# --------------------------------------------------------------------------------------------------------------
-# files read back that are damaged; each was found by tests/fuzz_coverage.py
-
-
 @pytest.mark.parametrize("content", ["2.5", "[]", '{"config": "x"}', "[" * 100_000])
 def test_damaged_state(tmp_path, content):
     (tmp_path / "state.json").write_text(content)
@@ -135,7 +119,7 @@ def test_damaged_state(tmp_path, content):
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"config": 3}', "[" * 100_000])
 def test_damaged_run(tmp_path, content):
-    from captioner.blip2.loading import read_run
+    from captioner.data.run_record import read_run
 
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(UserError, match=r"run.json: can't be read"):

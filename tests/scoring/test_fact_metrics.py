@@ -4,7 +4,9 @@ import math
 
 import pytest
 
-from captioner.bdd100k.facts import Facts, ObjectKind, describe, parse_caption, read_caption
+from captioner.bdd100k.facts import Facts, ObjectKind
+from captioner.bdd100k.parsing import parse_caption, read_caption
+from captioner.bdd100k.wording import describe
 from captioner.scoring import text_metrics
 from captioner.scoring.fact_metrics import count_confusion, measure_facts
 

@@ -5,11 +5,11 @@ import random
 
 import numpy as np
 import pytest
+from caption_facts import all_facts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_captions import all_facts
 
-from captioner.bdd100k.facts import STYLES, describe
+from captioner.bdd100k.wording import STYLES, describe
 from captioner.scoring import text_metrics
 from captioner.scoring.text_metrics import make_floors, make_signature, score_bleu, score_reference_bleu, tokenize_coco
 

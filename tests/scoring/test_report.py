@@ -15,9 +15,9 @@ import pytest
 from conftest import skip_without
 from PIL import Image
 
+from captioner.runtime.errors import UserError
 from captioner.scoring import report
 from captioner.scoring.report import MAX_BYTES, ReportRow, make_thumbnail, make_thumbnails, to_script_json, write_report
-from config import UserError
 
 SCRIPT = "<script>window.broken = 1</script>"
 IMAGE_TAG = '"><img src=x onerror="window.broken = 1">'

@@ -5,15 +5,16 @@ import random
 
 import fastjsonschema
 import pytest
+from caption_facts import all_facts
 from conftest import ROOT, call_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_captions import all_facts
 
-from captioner.bdd100k.facts import describe, read_caption
+from captioner.bdd100k.parsing import read_caption
+from captioner.bdd100k.wording import describe
+from captioner.runtime.errors import UserError
 from captioner.scoring.predictions import Prediction, read_predictions, read_references, write_predictions
 from captioner.scoring.scores import compare_predictions, score_predictions
-from config import UserError
 
 validate = fastjsonschema.compile(json.loads((ROOT / "tests/scores.schema.json").read_text()))
 
@@ -21,7 +22,8 @@ validate = fastjsonschema.compile(json.loads((ROOT / "tests/scores.schema.json")
 @pytest.fixture(scope="module")
 def references(drawn):
     """Captions of drawn scenes, six times over with other names and some other facts."""
-    from captioner.bdd100k.label_files import LabelReport, read_labels
+    from captioner.bdd100k.label_files import read_labels
+    from captioner.bdd100k.label_report import LabelReport
 
     frames = list(read_labels([drawn / "labels.json"], LabelReport()))
     return {f"{copy}-{frame.name}": describe(frame.facts) for copy in range(6) for frame in frames}
@@ -98,7 +100,8 @@ def test_a_csv_and_references_apart_score_the_same(references, tmp_path):
 
 def test_facts_come_from_labels_where_they_are_given(drawn, tmp_path):
     """References in somebody else's words hold no fact that we can read; the labels do."""
-    from captioner.bdd100k.label_files import LabelReport, read_labels
+    from captioner.bdd100k.label_files import read_labels
+    from captioner.bdd100k.label_report import LabelReport
 
     frames = list(read_labels([drawn / "labels.json"], LabelReport()))
     rows = [Prediction(frame.name, describe(frame.facts), ["Cars on a road at night."]) for frame in frames[:-1]]

@@ -13,35 +13,15 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from training_runs import stop_at, train
 
-import main
+from captioner.data import splits
+from captioner.fast import speed
+from captioner.runtime.errors import UserError
 from captioner.training import trainer
-from captioner.training.checkpoints import find_checkpoint, hash_file
-from config import TrainConfig, UserError
+from captioner.training.checkpoints import find_checkpoint
 
 STEPS_PER_EPOCH = 3
-
-
-def hash_adapter(folder: Path) -> str:
-    return hash_file(folder / "blip2-finetuned" / "adapter_model.safetensors")
-
-
-def train(settings, **changes) -> str:
-    """Train in the current folder; the adapter's SHA-256."""
-    main.main(TrainConfig(**(settings | changes)))
-    return hash_adapter(Path())
-
-
-def stop_at(patch, step: int) -> None:
-    """Send SIGTERM to this process after `step`."""
-    real = trainer.Pace.on_step_end
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        real(self, args, state, control, **kwargs)
-
-    patch.setattr(trainer.Pace, "on_step_end", on_step_end)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -145,13 +125,13 @@ def test_a_loss_that_is_no_number_stops_the_run(folder, settings, fast_step):
         if fast_step == "off":
             patch.setattr(trainer.Trainer, "training_step", training_step)
         else:
-            step = trainer.FastStep.__call__
+            step = speed.FastStep.__call__
             calls = iter(range(1000))  # two a step
 
             def fail(self, *args):
                 return step(self, *args) * (float("nan") if next(calls) // 2 == STEPS_PER_EPOCH + 1 else 1)
 
-            patch.setattr(trainer.FastStep, "__call__", fail)
+            patch.setattr(speed.FastStep, "__call__", fail)
         train(settings, fast_step=fast_step)
     message = str(stopped.value)
     assert "step 5: the loss is nan" in message and "bf16" in message
@@ -210,7 +190,7 @@ def test_pictures_are_mended_or_left_out(folder, settings, scenes, capsys):
     bad.write_bytes(bad.read_bytes()[:400])
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
-        patch.setattr(main, "MAX_UNREADABLE", 0.06)
+        patch.setattr(splits, "MAX_UNREADABLE", 0.06)
         train(settings, images=Path("images"), num_train_epochs=1)
     said = capsys.readouterr().out
     assert "1 of 20 pictures can't be read and are left out" in said and bad.name in said
@@ -292,7 +272,7 @@ def test_logged_speed_is_that_of_training_alone(folder, settings, monkeypatch):
         return wait
 
     for name in ("evaluate", "_save_checkpoint"):
-        monkeypatch.setattr(main.CaptionTrainer, name, slow(getattr(main.CaptionTrainer, name)))
+        monkeypatch.setattr(trainer.CaptionTrainer, name, slow(getattr(trainer.CaptionTrainer, name)))
     train(settings, val_captions=0, logging_steps=1)
     records = [json.loads(line) for line in Path("logs/run/metrics.jsonl").read_text().splitlines()]
     speeds = [record["samples_per_second"] for record in records if "loss" in record]

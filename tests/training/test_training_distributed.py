@@ -11,11 +11,11 @@ from accelerate.data_loader import BatchSamplerShard
 from conftest import ROOT
 from ranks import BY_DDP, BY_FSDP, Ended, launch, start_ranks, start_server
 from safetensors.torch import load_file
-from test_training import hash_adapter, train
+from training_runs import hash_adapter, train
 
 from captioner.fast.speed import LengthSampler
+from captioner.runtime.errors import UserError
 from captioner.training.checkpoints import find_checkpoint
-from config import UserError
 
 STEPS_PER_EPOCH = 3
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
@@ -97,7 +97,7 @@ def train_two(settings, tmp_path):
         script = tmp_path / "patched.py"
         script.write_text(
             "import os, signal, torch, main\nfrom captioner.training import trainer as training\n"
-            "from config import TrainConfig, parse_args, run_script\n"
+            "from config import TrainConfig, parse_args\nfrom captioner.runtime.cli import run_script\n"
             f"rank = int(os.environ['RANK'])\n{patch}\nrun_script(main.main, parse_args(TrainConfig))\n"
         )
         given = {"--labels": settings["labels"][0], "--images": settings["images"], "--model": settings["model"]}

@@ -1,0 +1,157 @@
+"""Many images at once: by threads or by processes, in order.
+
+unreadable = check_pictures([Path("a.jpg")])   # {path: why}
+for picture in read_ahead(open_picture, paths): ...              # by threads
+for pictures in read_batches(open_picture, paths, list): ...     # by processes
+"""
+
+import itertools
+import shutil
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from captioner.data.images import open_picture
+from captioner.runtime.errors import UserError
+from captioner.runtime.processes import count_cores, count_processes, step_back
+
+T, R, B = TypeVar("T"), TypeVar("R"), TypeVar("B")
+AHEAD = 256  # pictures that are read before they are asked for
+BATCH = 32  # pictures that a process reads for one answer
+ANSWERS, MORE_ANSWERS = 2, 8  # of a process that may wait to be asked for: at least, and where there is room
+ALL_ANSWERS = 128  # that may wait on a machine, but for at least ANSWERS of each process: 1.2 GB for BLIP-2
+SHARED_MEMORY = Path("/dev/shm")  # where answers of processes wait
+LOADER_ERRORS = (UserError, RuntimeError, EOFError, ConnectionError)  # that explain_dead_worker may know
+
+
+def check_pictures(paths: Sequence[Path]) -> dict[Path, str]:
+    """{path: why} of the pictures that can't be read. All of each is decoded, on all cores."""
+    unreadable = {}
+    with tqdm(total=len(paths), desc="checking pictures", unit="picture") as bar:
+        reasons = itertools.chain.from_iterable(read_batches(_check, paths, list))
+        for path, reason in zip(paths, reasons, strict=True):
+            if reason is not None:
+                unreadable[path] = reason
+            bar.update()
+    return unreadable
+
+
+def read_ahead(read: Callable[[T], R], items: Iterable[T], ahead: int = AHEAD, at_once: int = 1) -> Iterator[R]:
+    """read(item) of each item, in order, by a thread on each core, which are at most `ahead` items ahead.
+
+    Threads cost nothing to start, but get in the way of a thread that has much to launch on a GPU. `at_once` items are
+    one task: for what takes less time than to hand over a task.
+    """
+    items, waiting = iter(items), deque()
+    with ThreadPoolExecutor(count_cores()) as pool:
+        try:
+            while part := list(itertools.islice(items, at_once)):
+                waiting.append(pool.submit(lambda part: [read(item) for item in part], part))
+                if len(waiting) * at_once > ahead:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:  # also when nobody asks for the rest
+            for future in waiting:
+                future.cancel()
+
+
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items, each of them made by a thread while the one before is worked on."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item
+
+
+class _Reading:
+    """read(item) of each item, as a DataLoader wants it."""
+
+    def __init__(self, read: Callable, items: Sequence):
+        self.read, self.items = read, items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int):
+        return self.read(self.items[index])
+
+
+def read_batches(
+    read: Callable[[T], R],
+    items: Sequence[T],
+    collate: Callable[[list[R]], B],
+    item_bytes: int = 0,
+    pin: bool = False,
+) -> Iterator[B]:
+    """collate([read(item), ...]) of BATCH items each, in order, by a process on each core, which starts at the call.
+
+    An answer with tensors waits in shared memory, `item_bytes` for each item: where that has no room for all
+    processes, as in a container, fewer work. `pin`: a thread copies tensors to memory that a GPU reads by itself.
+    Raises UserError when one of the processes was killed.
+    """
+    import torch  # here: who only opens pictures does without
+
+    workers, answers = min(count_cores(), len(items) // BATCH), ALL_ANSWERS // count_processes()
+    if item_bytes and SHARED_MEMORY.is_dir():
+        room = shutil.disk_usage(SHARED_MEMORY).free // count_processes() // (BATCH * item_bytes)  # answers
+        workers, answers = min(workers, room // ANSWERS - 1), min(answers, room // 2)
+    workers = max(workers, 0)
+    loader = torch.utils.data.DataLoader(
+        _Reading(read, items),
+        BATCH,
+        num_workers=workers,
+        prefetch_factor=min(max(answers // workers, ANSWERS), MORE_ANSWERS) if workers else None,
+        collate_fn=collate,
+        pin_memory=pin,
+        worker_init_fn=step_back,
+        generator=torch.Generator(),  # else it would draw from the one that draws LoRA's first weights
+    )
+    return _explain_deaths(iter(loader))
+
+
+def _explain_deaths(batches: Iterator[B]) -> Iterator[B]:
+    try:
+        yield from batches
+    except LOADER_ERRORS as error:
+        raise (explain_dead_worker(error) or error) from None
+
+
+def explain_dead_worker(error: Exception) -> UserError | None:
+    """For an error of a DataLoader: what its worker had to tell the user, or that it was killed; None for another."""
+    try:
+        return _explain_loader(error)
+    except RuntimeError as later:  # torch raises where a signal finds us, and the first sign of a death comes sooner
+        return _explain_loader(later)
+
+
+def _explain_loader(error: Exception) -> UserError | None:
+    text = str(error).strip()
+    if isinstance(error, UserError) and text.startswith("Caught UserError in DataLoader worker"):
+        return UserError(text.splitlines()[-1].partition("UserError: ")[2])
+    frames = traceback.extract_tb(error.__traceback__)
+    # it may die between a message and the memory that the message speaks of: the answer then ends in its midst
+    cut = isinstance(error, (EOFError, ConnectionError)) and any("torch/utils/data" in f.filename for f in frames)
+    signs = ("DataLoader worker", "Pin memory thread")
+    if cut or (isinstance(error, RuntimeError) and text.startswith(signs)):
+        reason = (text or repr(error)).splitlines()[0]
+        return UserError(
+            f"a process that reads pictures was killed ({reason}): mostly for want of memory or of shared memory "
+            f"({SHARED_MEMORY}); free some, or read with fewer (--dataloader-workers)"
+        )
+    return None
+
+
+def _check(path: Path) -> str | None:
+    try:
+        open_picture(path, draft=True)
+    except UserError as error:
+        return str(error)
+    return None

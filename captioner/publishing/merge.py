@@ -1,0 +1,155 @@
+"""The model with the adapter merged in.
+
+merge_adapter(Path("blip2-finetuned"), Path("blip2-finetuned-merged"))   # needs no peft to load
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from captioner.publishing.model_card import ADAPTER, read_json, read_run, take_names
+from captioner.runtime.errors import UserError
+from captioner.runtime.files import atomic_write, split_revision
+
+MERGED = "merged.json"  # what tells a folder that merge_adapter wrote from any other
+MERGING_MARGIN = 1_000_000_000  # bytes beside the weights; a model of 3.2 GB took 0.3 GB more than that in memory
+
+
+def merge_adapter(folder: Path, output: Path) -> None:
+    """Write the base model with the adapter merged into it, unquantised in float32, with processor and settings.
+
+    Merged into NF4 weights the adapter would be rounded with them, and other captions come out. The folder gets its
+    name only when all is written. Raises UserError when `output` holds anything but an earlier merged model, when disk
+    or memory are too small, or when base or adapter can't be read.
+    """
+    import torch
+    from peft import PeftModel
+    from safetensors import SafetensorError
+    from transformers import GenerationConfig
+
+    from captioner.blip2.loading import load_processor
+    from captioner.blip2.lora import LORA_TARGETS
+    from captioner.blip2.trust import check_adapter_folder
+
+    check_adapter(folder)
+    output = output.resolve()
+    check_replaceable(output)
+    run = read_run(folder)
+    source = run["config"]["model"]
+    check_adapter_folder(folder, LORA_TARGETS.values(), split_revision(source)[0])
+    check_room(output, count_parameters(source) * torch.float32.itemsize)
+
+    processor, model = load_processor(folder), load_unquantised(source)
+    temporary = output.with_name(f".{output.name}.merging")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    try:
+        merged = PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True)
+        merged.generation_config = GenerationConfig.from_pretrained(folder)
+        merged.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        write_merged(temporary, folder, run)
+        if output.exists():
+            shutil.rmtree(output)
+        temporary.rename(output)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}: can't be merged into {source} and written to {output} ({reason})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_adapter(folder: Path) -> None:
+    missing = [name for name in (*ADAPTER, "run.json") if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder}: no fine-tuned model in it ({missing[0]} is missing); train one with python main.py --output "
+            f"{folder}"
+        )
+
+
+def check_replaceable(output: Path) -> None:
+    """Raise UserError unless `output` is not there, an empty folder, or all of it was written by merge_adapter."""
+    if not output.exists():
+        return
+    found = {path.name for path in output.iterdir()} if output.is_dir() else {output.name}
+    ours = set(read_json(output / MERGED).get("files", [])) | {MERGED} if MERGED in found and output.is_dir() else set()
+    if strange := sorted(found - ours):
+        raise UserError(
+            f"{output}: is there, and is no merged model of an earlier run ({strange[0]} is none of its files); move "
+            "it away, or name another folder"
+        )
+
+
+def write_merged(merged: Path, folder: Path, run: dict) -> None:
+    """Say in a merged folder what it is made of, and list its files."""
+    with open(folder / "adapter_model.safetensors", "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    record = {
+        "base": take_names(run["config"]["model"], only_absolute=True),
+        "run_name": run.get("run_name"),
+        "adapter_sha256": digest,
+        "files": sorted(path.name for path in merged.iterdir()),
+    }
+    with atomic_write(merged / MERGED) as file:
+        json.dump(record, file, indent=1)
+
+
+def count_parameters(source: str) -> int:
+    """Parameters of a BLIP-2 checkpoint, by its config.json."""
+    import torch
+    from transformers import AutoConfig, Blip2ForConditionalGeneration
+
+    from captioner.blip2.loading import load_pretrained
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in Blip2ForConditionalGeneration(load_pretrained(AutoConfig, source)).parameters())
+
+
+def check_room(output: Path, size: int) -> None:
+    """Raise UserError unless a model of `size` bytes can be written at `output`, and be held in memory."""
+    parent = next(parent for parent in output.parents if parent.exists())
+    disk, memory = shutil.disk_usage(parent).free, find_free_memory()
+    need = size + MERGING_MARGIN
+    if disk < need:
+        raise UserError(
+            f"{parent}: {disk / 1e9:.1f} GB free, the merged model needs {need / 1e9:.1f} GB; free some space, or "
+            "merge into a folder elsewhere"
+        )
+    if memory is not None and memory < need:
+        raise UserError(
+            f"{memory / 1e9:.1f} GB of memory free, merging in float32 needs {need / 1e9:.1f} GB; close other "
+            "programs, or merge on a larger machine"
+        )
+
+
+def find_free_memory() -> int | None:
+    """Bytes of memory that programs can still have: on Linux what the kernel says, elsewhere all there is, or None."""
+    try:
+        available = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        if available:
+            return int(available[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # Windows has no sysconf
+        return None
+
+
+def load_unquantised(source: str):
+    """The base model in float32 on the CPU."""
+    import torch
+    from transformers import Blip2ForConditionalGeneration
+
+    from captioner.blip2.loading import load_pretrained
+
+    model, loading = load_pretrained(
+        Blip2ForConditionalGeneration, source, output_loading_info=True, dtype=torch.float32
+    )
+    wrong = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
+    if wrong:
+        raise UserError(f"{source}: {len(wrong)} weights are missing or of another shape, {wrong[0]} for one")
+    return model

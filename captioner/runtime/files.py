@@ -1,0 +1,130 @@
+"""Files and folders: written whole or not at all, held by one run, named by it.
+
+with lock_folder(output, "--output"), atomic_write(output / "a.json") as file: ...
+"""
+
+import itertools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+from captioner.runtime.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: there folders are not locked
+    fcntl = None
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator:
+    """Open `path` for writing text under a temporary name; it gets its own name only when all is written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            yield file
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror})") from None
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+@contextmanager
+def explain_writing(path: Path, remedy: str) -> Iterator[None]:
+    """Turn what the disk refuses while `path` is written into a UserError that names it, the reason and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror or error}); {remedy}") from None
+
+
+@contextmanager
+def lock_folder(folder: Path, flag: str) -> Iterator[None]:
+    """Hold `folder`, that `flag` names, for this run alone; of several processes of a run the main one holds it.
+
+    The kernel frees it when the process ends, however it ends. A folder that the run made and left empty is removed.
+    """
+    if fcntl is None or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    path = folder / ".lock"
+    try:
+        made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        file = _open_locked(path)
+    except BlockingIOError:
+        raise UserError(f"{flag} {folder}: another run is writing there; wait for its end, or name another") from None
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: can't be written ({error.strerror}); name another folder") from None
+    with file:
+        _locks.add(file)
+        try:
+            yield
+        finally:
+            _locks.discard(file)
+            with suppress(OSError):  # it may be gone, or the disk have become read-only
+                path.unlink()
+                for empty in made:
+                    empty.rmdir()
+
+
+def _open_locked(path: Path):
+    """The file at `path`, made and locked. Raises BlockingIOError when another process has it."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                return file
+        except FileNotFoundError:
+            pass
+        except OSError:
+            file.close()
+            raise
+        file.close()  # the run that had it has just removed it: what was locked is nobody's
+
+
+_locks = set()
+
+
+def _leave_locks() -> None:
+    """A forked worker must not hold on to a folder when the run that it worked for was killed."""
+    for file in _locks:
+        file.close()
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_leave_locks)
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether `path` is in `folder` once all links are followed. In the hub's cache, links into its blobs are too."""
+    real, root = path.resolve(), folder.resolve()
+    if real.is_relative_to(root):
+        return True
+    return root.parent.name == "snapshots" and real.is_relative_to(root.parent.parent / "blobs")
+
+
+def split_revision(model: str) -> tuple[str, str | None]:
+    """(name, revision) of name@revision on the hub; a local folder is a name that has none."""
+    if Path(model).exists():
+        return model, None
+    name, _, revision = model.partition("@")
+    return name, revision or None
+
+
+def name_run(config, suffix: str = "") -> Path:
+    """The folder of a run in logs/: its --run-name, else date, time and suffix, and a number if there is such a folder.
+
+    There is one when two runs start within a second, and when the clock was set back, as it is each autumn.
+    """
+    if config.run_name:
+        return Path("logs") / config.run_name
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    names = itertools.chain([stamp + suffix], (f"{stamp}-{number}{suffix}" for number in itertools.count(2)))
+    return next(folder for name in names if not (folder := Path("logs") / name).exists())

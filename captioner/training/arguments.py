@@ -1,0 +1,90 @@
+"""The Trainer's settings."""
+
+import os
+
+import torch
+from transformers import TrainingArguments
+
+from captioner.blip2.loading import pick_dtype
+from captioner.runtime.errors import UserError
+from captioner.training.checkpoints import checkpoint_folder
+from config import TrainConfig
+
+WAITING = 6 * 3600  # seconds that processes wait for the first, which may have a data set to fetch
+
+
+def make_arguments(config: TrainConfig, device: torch.device) -> TrainingArguments:
+    """The Trainer's settings, but for the frames a pass (see set_micro_batch and EVAL_BATCH)."""
+    dtype = pick_dtype(device)
+    arguments = TrainingArguments(
+        output_dir=str(checkpoint_folder(config.output)),
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        **(checkpoint_activations() if config.gradient_checkpointing else {}),
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup_ratio,  # below 1 it is a share of all steps
+        lr_scheduler_type="linear",
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=device.type == "cpu",
+        seed=config.seed,
+        eval_strategy="epoch",
+        save_strategy="epoch",  # and within epochs, see trainer.Pace
+        save_total_limit=None,  # see checkpoints.remove_old_checkpoints
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        logging_steps=config.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # a NaN must show
+        prediction_loss_only=True,
+        remove_unused_columns=False,  # the dataset's columns become model inputs in the collator
+        label_names=["labels"],
+        dataloader_num_workers=config.dataloader_workers,
+        dataloader_persistent_workers=False,  # they would take their seed once, and a run that goes on again
+        dataloader_pin_memory=device.type == "cuda",
+        accelerator_config={"non_blocking": device.type == "cuda"},
+        ddp_find_unused_parameters=False,
+        ddp_timeout=WAITING,
+        average_tokens_across_devices=True,  # a loss is divided by the tokens of the step in all processes
+        report_to="none",  # see dashboard.RunLog
+    )
+    if "LOCAL_RANK" not in os.environ and arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # without a launcher Trainer would multiply the batch by the GPUs, and use one
+    return arguments
+
+
+def checkpoint_activations() -> dict:
+    """TrainingArguments that recompute activations, under the name that the installed transformers has for them."""
+    known = TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def set_micro_batch(arguments: TrainingArguments, micro_batch: int, batch_size: int) -> None:
+    """Make `batch_size` frames an optimiser step of passes of `micro_batch` frames on each device."""
+    arguments.per_device_train_batch_size = micro_batch
+    arguments.gradient_accumulation_steps = batch_size // (micro_batch * arguments.world_size)
+
+
+def split_batch(config: TrainConfig, world_size: int) -> int:
+    """Frames that each device takes of an optimiser step."""
+    share, rest = divmod(config.train_batch_size, world_size)
+    micro = config.per_device_train_batch_size
+    if rest or (micro and share % micro):
+        raise UserError(
+            f"--train-batch-size {config.train_batch_size}: must be a multiple of the {world_size} processes"
+            + (f" times --per-device-train-batch-size {micro}" if micro else "")
+        )
+    return share
+
+
+def check_sharding(config: TrainConfig) -> None:
+    """Raise UserError for what does not go with weights that are spread over the GPUs."""
+    if config.load_in_4bit:
+        raise UserError("--load-in-4bit: FSDP can't spread NF4 weights; give --no-load-in-4bit, or leave FSDP out")
+    if config.val_captions:
+        raise UserError(
+            f"--val-captions {config.val_captions}: with FSDP no process has the whole model to caption with; give "
+            "--val-captions 0, and caption with eval.py after training"
+        )

@@ -1,0 +1,48 @@
+"""What tests of whole training runs share."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import main
+from captioner.runtime.errors import UserError
+from captioner.runtime.files import lock_folder
+from captioner.training import trainer
+from captioner.training.checkpoints import hash_file
+from config import TrainConfig
+
+
+def hash_adapter(folder: Path) -> str:
+    return hash_file(folder / "blip2-finetuned" / "adapter_model.safetensors")
+
+
+def train(settings, **changes) -> str:
+    """Train in the current folder; the adapter's SHA-256."""
+    main.main(TrainConfig(**(settings | changes)))
+    return hash_adapter(Path())
+
+
+def stop_at(patch, step: int) -> None:
+    """Send SIGTERM to this process after `step`."""
+    real = trainer.Pace.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(self, args, state, control, **kwargs)
+
+    patch.setattr(trainer.Pace, "on_step_end", on_step_end)
+
+
+def wait_for_lock(folder: Path, seconds: float = 10) -> None:
+    """A worker that was forked a moment ago may not yet have let go of it."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            with lock_folder(folder, "--output"):
+                return
+        except UserError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
