@@ -10,7 +10,8 @@ most. Strings and annotations stay as they are.
 
 First the tests run once under coverage, which says what each test executes. Then a mutant runs the tests that execute
 its lines, the fastest first, up to --budget seconds of tests. Lines outside of functions are executed at import, for no
-test: there it is the tests of test_MODULE.py, and then those that execute anything in that file. Outcomes:
+test: there it is the tests of test_MODULE.py and of the room, and then those that execute anything in that file.
+Outcomes:
 
     killed        a test fails
     timed out     the tests take too long; counts as killed
@@ -352,7 +353,8 @@ class TestMap:
         contexts, own = self.list_contexts(mutant.file, mutant.lines), ()
         if not mutant.in_function or contexts == {""}:  # executed at import
             contexts = set().union(*self.executed[mutant.file].values())
-            own = {test for test in self.fixtures if f"/test_{Path(mutant.file).stem}.py::" in test}
+            names = f"/test_{Path(mutant.file).stem}.py::", f"tests/{Path(mutant.file).parent.name}/"
+            own = {test for test in self.fixtures if any(name in test for name in names)}
         able = [test for test, fixtures in self.fixtures.items() if test in own or contexts & {test, *fixtures}]
         chosen, made = [], set()  # fixtures are made once
         for test in sorted(able, key=lambda test: (test not in own, self.add_up({test, *self.fixtures[test]}))):
