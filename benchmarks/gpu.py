@@ -138,12 +138,7 @@ def set_environment() -> dict[str, str]:
 
 def prepare(args) -> None:
     """Data, model and captions in args.folder, as far as they are not there; and packages compiled, as pip does it."""
-    subprocess.run(
-        [sys.executable, "-c", "import main, eval, captioner.bdd100k.facts as captions"],
-        cwd=ROOT,
-        check=True,
-        env=set_environment(),
-    )
+    subprocess.run([sys.executable, "-c", "import main, eval"], cwd=ROOT, check=True, env=set_environment())
     make_data(args.folder, args.frames)
     if not (args.model / "config.json").is_file():
         subprocess.run([sys.executable, "-m", "benchmarks.full_size", str(args.model)], cwd=ROOT, check=True)

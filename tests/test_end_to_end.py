@@ -116,7 +116,7 @@ def test_floors_that_need_a_model(trained):
     assert "the untuned model" in floors
 
 
-def test_own_pictures(trained, drawn, tmp_path):
+def test_own_pictures_are_captioned(trained, drawn, tmp_path):
     """Captioned to CSV, JSON lines and gallery; what can't be read is listed; a run that was stopped goes on."""
     folder = tmp_path / "pictures"
     (folder / "deeper").mkdir(parents=True)
@@ -265,7 +265,7 @@ def test_scoring_a_file_needs_no_torch(tmp_path):
     assert "BLEU-4" in out
 
 
-def test_evaluation_without_a_model(tmp_path):
+def test_evaluation_without_a_model_says_how_to_train_one(tmp_path):
     failed = call_script("eval.py", cwd=tmp_path)
     assert failed.returncode == 2
     assert "python main.py" in failed.stderr

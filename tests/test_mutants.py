@@ -124,7 +124,7 @@ def test_that_fails():
 """
 
 
-def test_mutants_of_a_sample():
+def test_a_sample_has_these_mutants():
     found = list(mutants.find_mutants("sample.py", SAMPLE))
     assert {(mutant.line, mutant.kind, mutant.before, mutant.after) for mutant in found} == EXPECTED
     assert len(found) == len(EXPECTED)

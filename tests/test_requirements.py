@@ -32,7 +32,7 @@ def test_requirements_are_what_is_imported():
     assert required - UNUSED == list_imports() - BROUGHT_ALONG - OPTIONAL
 
 
-def test_lowest_versions():
+def test_lowest_versions_are_read_from_the_requirements():
     text = "# why\ntorch>=2.11,<2.14\n\nPillow>=12.0  # what for\n"
     assert list_lowest(text) == {"torch": "2.11", "Pillow": "12.0"}
     with pytest.raises(SystemExit, match="torch~=2: must be"):

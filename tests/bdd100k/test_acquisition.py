@@ -71,7 +71,7 @@ def assert_user_error(call, *parts: str) -> UserError:
 
 @pytest.mark.parametrize("zip_single", [True, False])
 @pytest.mark.parametrize("subset", ["val", "train", "both"])
-def test_labels_alone(server, subset, zip_single):
+def test_labels_are_fetched_alone(server, subset, zip_single):
     server.zip_single = zip_single
     subsets = ["val", "train"] if subset == "both" else [subset]
     files = fetch_labels(DATASET, subset)
@@ -81,7 +81,7 @@ def test_labels_alone(server, subset, zip_single):
     assert [file for file, _, _ in server.served] == server.calls
 
 
-def test_whole_set(server):
+def test_the_whole_set_is_fetched(server):
     assert_whole(server, fetch_images(DATASET))
     assert server.calls == [""]
 
@@ -116,7 +116,7 @@ def test_labels_of_a_cached_set_are_not_the_whole_set(server):
     assert_whole(server, fetch_images(DATASET))
 
 
-def test_another_process(server):
+def test_another_process_needs_the_environment_alone(server):
     """The environment is all that another process needs."""
     code = f"from captioner.bdd100k.download import fetch_labels; print('got', *fetch_labels('{DATASET}', 'val'))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -225,7 +225,7 @@ def test_broken_labels_are_deleted_and_fetched_anew(server, spoil, zip_single, m
         (503, ["HTTP 503", "later"]),
     ],
 )
-def test_refusals(server, fetch, status, parts):
+def test_a_refusal_is_one_message(server, fetch, status, parts):
     server.status = status
     assert_user_error(lambda: fetch(DATASET), *parts, "--labels", "--images", "--demo")
     server.status = None
@@ -240,12 +240,12 @@ def test_unknown_version_and_missing_file(server):
 
 
 @pytest.mark.parametrize("fetch", [fetch_images, lambda dataset: fetch_labels(dataset, "val")])
-def test_no_network(server, fetch):
+def test_without_a_network_the_flags_for_own_files_are_named(server, fetch):
     server.stop()
     assert_user_error(lambda: fetch(DATASET), "network", "--labels", "--images", "--demo")
 
 
-def test_too_little_disk(server, monkeypatch):
+def test_too_little_disk_is_told_before_the_download(server, monkeypatch):
     monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: Usage(0, 0, 14 << 30))
     error = assert_user_error(lambda: fetch_images(DATASET), str(server.cache), "KAGGLEHUB_CACHE", "--images")
     assert "14.0 GiB free" in str(error)
@@ -276,12 +276,12 @@ def test_disk_fills_up_in_the_download(server, monkeypatch):
     assert_whole(server, fetch_images(DATASET))
 
 
-def test_unwritable_cache(server):
+def test_an_unwritable_cache_is_named(server):
     server.cache.write_text("a file where the folder is to be")
     assert_user_error(lambda: fetch_images(DATASET), str(server.cache), "KAGGLEHUB_CACHE")
 
 
-def test_unreadable_account_file(server, tmp_path):
+def test_an_unreadable_account_file_is_named(server, tmp_path):
     folder = tmp_path / "no-account"
     folder.mkdir()
     (folder / "kaggle.json").write_text("{")

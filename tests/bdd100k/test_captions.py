@@ -90,7 +90,7 @@ GOLDEN = [
 
 
 @pytest.mark.parametrize(("facts", "style", "caption"), GOLDEN)
-def test_golden(facts, style, caption):
+def test_facts_have_this_wording(facts, style, caption):
     assert describe(facts, style) == caption
     assert parse_caption(caption) == facts
 
@@ -156,7 +156,7 @@ def test_any_text_is_marked(text):
     assert "".join(piece for piece, _ in mark_caption(text, Facts(), "invented")) == text
 
 
-def test_verdicts():
+def test_each_piece_has_its_verdict():
     facts = Facts("night", "rainy", "highway", None, {ObjectKind("car"): 2})
     text = "It is a night scene in clear weather on a highway road. The traffic light is red. There are 3 cars. A dog."
     marked = {piece.strip(): verdict for piece, verdict in mark_caption(text, facts, "invented")}

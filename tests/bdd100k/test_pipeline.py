@@ -79,7 +79,7 @@ def test_example_of_the_reference_to_the_letter(tmp_path, wrap):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_styles(tmp_path, style):
+def test_the_command_writes_each_style(tmp_path, style):
     labels, output = tmp_path / "labels.json", tmp_path / "captions.csv"
     labels.write_text(json.dumps([EXAMPLE]))
     assert run_pipeline("--labels", labels, "--output", output, "--style", style).returncode == 0
@@ -108,7 +108,7 @@ def test_status_of_the_traffic_light(tmp_path, colors, status):
     assert only.facts.objects == {}
 
 
-def test_capitalised_keys_and_nulls(tmp_path):
+def test_capitalised_keys_and_nulls_are_read(tmp_path):
     labels = [
         {"category": "car", "attributes": {"Occluded": True, "Truncated": False, "Traffic Light Color": [0, "NA"]}},
         {"category": "car", "attributes": None, "box2d": None, "poly2d": None},
@@ -168,12 +168,12 @@ def test_bad_files_end_with_one_message(tmp_path, content, message):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_empty_folder(tmp_path):
+def test_a_folder_without_labels_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no \.json file"):
         list(read_labels([tmp_path], LabelReport()))
 
 
-def test_unwritable_output(tmp_path):
+def test_an_unwritable_output_is_named(tmp_path):
     (tmp_path / "labels.json").write_text(json.dumps([EXAMPLE]))
     (tmp_path / "file").touch()
     run = run_pipeline("--labels", tmp_path / "labels.json", "--output", tmp_path / "file" / "captions.csv")
@@ -182,7 +182,7 @@ def test_unwritable_output(tmp_path):
 
 
 @needs_real_samples
-def test_real_samples():
+def test_real_samples_have_these_captions():
     report = LabelReport()
     frames = {frame.name: describe(frame.facts) for frame in read_labels([SHARED / "labels"], report)}
     assert frames["0000f77c-6257be58.jpg"] == (
@@ -315,7 +315,7 @@ def test_zip_gzip_and_folder_read_alike(tmp_path):
 
 @pytest.mark.parametrize("cut", [10, 400, -3])
 @pytest.mark.parametrize("name", ["labels.zip", "labels.json.gz"])
-def test_damaged_archives(tmp_path, name, cut):
+def test_a_damaged_archive_is_named(tmp_path, name, cut):
     text = json.dumps(drawn_frames(3))
     file = tmp_path / name
     if name.endswith("zip"):
@@ -328,7 +328,7 @@ def test_damaged_archives(tmp_path, name, cut):
         read_paths(file)
 
 
-def test_options():
+def test_options_change_what_is_counted():
     def facts(label_list, **options):
         return read_frame(frame(labels=label_list), LabelReport(), LabelOptions(**options)).facts.objects
 
@@ -425,7 +425,7 @@ def test_kaggle_labels_end_to_end(tmp_path):
 
 
 @pytest.mark.slow
-def test_damaged_files_at_random(monkeypatch, capsys, folder):
+def test_files_damaged_at_random_raise_no_other_error(monkeypatch, capsys, folder):
     """A short run of the fuzzer; the long one is tests/fuzz_labels.py --count 100000."""
     import fuzz_labels
 

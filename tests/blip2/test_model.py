@@ -192,7 +192,7 @@ def test_full_size_model_is_refused_on_a_cpu(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["./no-such-folder", "/no/such/folder"])
-def test_missing_model_folder(name):
+def test_a_missing_model_folder_is_named(name):
     with pytest.raises(UserError, match="no model folder"):
         blip2.load_processor(name)
 

@@ -52,7 +52,7 @@ def test_two_rides_cannot_be_split():
         'name,raw_caption\na.jpg,"' + "x" * 200_000 + '"\n',
     ],
 )
-def test_bad_captions_file(tmp_path, text):
+def test_a_bad_captions_file_is_named(tmp_path, text):
     file = tmp_path / "captions.csv"
     file.write_text(text)
     with pytest.raises(UserError, match=r"captions\.csv"):
@@ -80,7 +80,7 @@ def test_pictures_are_found_at_any_depth(tmp_path):
     assert index == {"a.jpg": tmp_path / "train/trainA/a.jpg", "b.jpg": tmp_path / "train/trainB/b.jpg"}
 
 
-def test_captions_without_a_picture(tmp_path, capsys):
+def test_captions_without_a_picture_are_counted(tmp_path, capsys):
     (tmp_path / "a.jpg").touch()
     images = index_images(tmp_path)
     assert [example.name for example in match_images({"a.jpg": "x", "b.jpg": "y"}, images)] == ["a.jpg"]
@@ -89,7 +89,7 @@ def test_captions_without_a_picture(tmp_path, capsys):
         match_images({"b.jpg": "y"}, images)
 
 
-def test_folder_without_pictures(tmp_path):
+def test_a_folder_without_pictures_is_named(tmp_path):
     with pytest.raises(UserError, match="no picture"):
         index_images(tmp_path)
     with pytest.raises(UserError, match="no such folder"):

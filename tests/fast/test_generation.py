@@ -243,7 +243,7 @@ def test_graphs_are_captured_once_and_replayed(tiny_checkpoint, monkeypatch):
     assert len(replayed) == 29 - 3 + 29
 
 
-def test_what_is_not_supported(tiny_checkpoint):
+def test_other_models_are_not_supported(tiny_checkpoint):
     model = load(tiny_checkpoint)
     model.config.text_config.do_layer_norm_before = False
     assert not supports(model)

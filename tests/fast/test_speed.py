@@ -381,7 +381,7 @@ def test_another_adapter_leaves_the_joined_one_alone(tiny_checkpoint, packed):
     assert abs(caption_nll(model, **packed).sum() - loss) > 1e-3
 
 
-def test_batches_of_one_length():
+def test_a_batch_has_frames_of_about_one_length():
     lengths = [7 * n % 101 for n in range(1000)]
     sampler = LengthSampler(lengths, batch_size=16, window=10, seed=3)
     order = list(sampler)
@@ -394,7 +394,7 @@ def test_batches_of_one_length():
     assert list(sampler) != order and sorted(sampler) == list(range(1000))
 
 
-def test_packed_batches_of_one_size():
+def test_packed_batches_have_about_one_size():
     """And their halves and quarters, which are passes and the shares of several GPUs."""
     lengths = [40 + (7 * n % 101) ** 2 // 100 for n in range(1000)]
     sampler = LengthSampler(lengths, batch_size=16, window=100, seed=3, packed=True)

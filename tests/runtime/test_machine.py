@@ -81,7 +81,7 @@ def test_full_disk_keeps_the_file_before(small_disk):
     assert [file.name for file in small_disk.iterdir()] == ["captions.csv"] and path.read_text() == "before"
 
 
-def test_read_only_disk(small_disk):
+def test_a_read_only_disk_is_named(small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(UserError, match=r"Read-only file system"), atomic_write(small_disk / "a.csv"):
         pass
@@ -98,7 +98,7 @@ def try_as_nobody(folder: Path, answers) -> None:
         answers.put(str(error))
 
 
-def test_lost_permission(tmp_path, root):
+def test_a_folder_without_permission_is_named(tmp_path, root):
     for parent in tmp_path.parents[:2]:
         parent.chmod(0o755)
     tmp_path.chmod(0o755)
@@ -111,14 +111,14 @@ def test_lost_permission(tmp_path, root):
 
 
 @pytest.mark.parametrize("content", ["2.5", "[]", '{"config": "x"}', "[" * 100_000])
-def test_damaged_state(tmp_path, content):
+def test_a_damaged_state_is_named(tmp_path, content):
     (tmp_path / "state.json").write_text(content)
     with pytest.raises(UserError, match=r"state.json: not readable"):
         read_state(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"config": 3}', "[" * 100_000])
-def test_damaged_run(tmp_path, content):
+def test_a_damaged_run_record_is_named(tmp_path, content):
     from captioner.data.run_record import read_run
 
     (tmp_path / "run.json").write_text(content)

@@ -20,7 +20,7 @@ def score(said, references):
     return {group: text_metrics.score(metric) for group, metric in measured.items()}
 
 
-def test_shares():
+def test_shares_of_right_facts_are_counted():
     wrong = Facts("daytime", "rainy", "highway", None, {CAR: 3, BUS: 1})
     scores = score([FACTS, wrong], [FACTS, FACTS])["facts"]
     assert (scores["time_of_day"], scores["weather"], scores["traffic_light"]) == (0.5, 1.0, 0.5)
@@ -40,7 +40,7 @@ def test_a_fact_that_no_reference_states_is_not_scored():
     assert set(score([Facts()], [FACTS])["facts"].values()) == {0.0}
 
 
-def test_confusion_and_macro_f1():
+def test_confusions_and_macro_f1_are_right():
     said = [Facts("night", "clear", "highway"), Facts("daytime", "clear", "highway"), Facts(traffic_light="red")]
     references = [
         Facts("night", "clear", "highway"),
@@ -54,7 +54,7 @@ def test_confusion_and_macro_f1():
     assert weather == {"accuracy": pytest.approx(1 / 3), "macro_f1": pytest.approx((2 / 3 + 0) / 2)}
 
 
-def test_traffic_light_by_status():
+def test_the_traffic_light_is_scored_by_status():
     lights = [("red", "red"), ("red", "green"), (None, "green"), (None, None), ("green", None)]  # said, labelled
     said, references = ([Facts("night", "clear", "highway", pair[side]) for pair in lights] for side in (0, 1))
     scores = score(said, references)["traffic_light"]
@@ -64,7 +64,7 @@ def test_traffic_light_by_status():
     assert (scores["none_precision"], scores["none_recall"]) == (0.5, 0.5)
 
 
-def test_classes():
+def test_each_class_is_scored_by_presence_and_count():
     said = [Facts("night", "clear", "highway", None, objects) for objects in ({CAR: 3}, {CAR: 2, HIDDEN_CAR: 1}, {})]
     labelled = [{CAR: 2}, {CAR: 2, HIDDEN_CAR: 3}, {BUS: 1}]
     scores = score(said, [Facts("night", "clear", "highway", None, objects) for objects in labelled])
@@ -76,7 +76,7 @@ def test_classes():
     assert math.isnan(car["truncated_exact"])
 
 
-def test_hallucination():
+def test_invented_objects_are_counted():
     said = [Facts("night", "clear", "highway", None, objects) for objects in ({CAR: 3, BUS: 1}, {HIDDEN_CAR: 1})]
     references = [Facts("night", "clear", "highway", None, {CAR: 1})] * 2
     scores = score(said, references)["hallucination"]
@@ -94,7 +94,7 @@ def test_hallucination():
         ("", {"empty"}),
     ],
 )
-def test_form(text, faults):
+def test_faults_of_form_are_found(text, faults):
     form = text_metrics.score(measure_facts([read_caption(text)], [FACTS])["form"])
     assert {name for name, share in form.items() if share} == faults
 

@@ -59,7 +59,7 @@ def score_all(predictions, references):
 
 
 @pytest.mark.parametrize(("predictions", "references", "published"), [NLG_EVAL, AAC_METRICS])
-def test_published_numbers(predictions, references, published):
+def test_scores_are_the_published_numbers(predictions, references, published):
     scores = score_all(predictions, references)
     digits = 1e-6 if len(published) == 6 else 1e-4
     assert {name: scores[name] for name in published} == pytest.approx(published, abs=digits)
@@ -131,11 +131,11 @@ PTB = {
 
 
 @pytest.mark.parametrize("text", PTB)
-def test_coco_tokens(text):
+def test_tokens_are_those_of_coco(text):
     assert " ".join(tokenize_coco(text)) == PTB[text]
 
 
-def test_ends_of_the_scale():
+def test_scores_reach_both_ends_of_their_scale():
     captions = ["There is one car. There are 3 lanes.", "It is a night scene in clear weather on a highway road."]
     references = [[caption] for caption in captions]
     assert list(score_bleu(captions, references).values()) == pytest.approx([1.0] * 4)
@@ -208,7 +208,7 @@ def test_resamples_are_samples_of_the_captions():
     assert not (counts == text_metrics.resample(30, 50, seed=1)).all()
 
 
-def test_paired_comparison():
+def test_a_paired_comparison_tells_a_difference_from_chance():
     """A clear difference has a small p, none has a large one, and the sign is that of the second less the first."""
     references = [[f"there are {n} cars and {n + 1} lanes on the road"] for n in range(60)]
     good = [row[0] for row in references]
@@ -222,7 +222,7 @@ def test_paired_comparison():
     assert (same["difference"], same["p"]) == (0, 1)
 
 
-def test_meteor_where_wordnet_is(tmp_path, monkeypatch):
+def test_meteor_is_scored_where_wordnet_is(tmp_path, monkeypatch):
     """With the files of a WordNet that knows no word, exact words and stems still match; without any it is left out."""
     import nltk
     from nltk.corpus import wordnet

@@ -317,7 +317,7 @@ def test_the_policy_stops_requests_and_other_scripts(browser, pages):
     assert browser.execute_script("return window.broken ?? 0") == 0
 
 
-def test_filters_search_and_order(browser, pages):
+def test_filters_search_and_order_work(browser, pages):
     open_page(browser, pages / "small.html")
     tallies = browser.execute_script("return [...document.querySelectorAll('.tally')].map((e) => e.textContent)")
     assert tallies == ["1 wrong", "1 invented · 1 missing", "1 missing", "1 invented", "all right", "1 unread"]

@@ -180,7 +180,7 @@ def test_ten_thousand_arbitrary_strings():
         ("p.jsonl", b"\xff\xfe", "UTF-8"),
     ],
 )
-def test_bad_files(tmp_path, name, content, message):
+def test_a_bad_predictions_file_is_one_message(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message) as error:
@@ -188,7 +188,7 @@ def test_bad_files(tmp_path, name, content, message):
     assert str(path) in str(error.value)
 
 
-def test_references_that_come_twice(tmp_path):
+def test_references_that_come_twice_are_refused(tmp_path):
     (tmp_path / "r.csv").write_text("name,raw_caption\na.jpg,x\na.jpg,y\n")
     with pytest.raises(UserError, match=r"r\.csv, line 3: a\.jpg came before"):
         read_references(tmp_path / "r.csv")

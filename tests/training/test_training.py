@@ -103,7 +103,7 @@ def test_other_settings_are_refused_with_what_differs(folder, settings, undistur
     assert train(settings, overwrite=True) == undisturbed[0]
 
 
-def test_resume_without_an_unfinished_run(folder, settings):
+def test_resume_without_an_unfinished_run_is_refused(folder, settings):
     with pytest.raises(UserError, match="no unfinished run"):
         train(settings, resume=True)
 
@@ -204,7 +204,7 @@ def test_pictures_are_mended_or_left_out(folder, settings, scenes, capsys):
 @pytest.mark.parametrize(
     "content", [b"", b"GIF89a" + bytes(50), b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS\n"]
 )
-def test_what_is_no_picture(tmp_path, content):
+def test_what_is_no_picture_is_refused(tmp_path, content):
     from captioner.data.images import open_picture
 
     (tmp_path / "a.jpg").write_bytes(content)
