@@ -20,9 +20,6 @@ if "TEST_ON_GPU" not in os.environ:  # set for test_gpu_kernels.py alone
 
 import pytest
 
-import config
-from captioner.runtime import cli
-
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "bdd100k"  # real samples, which are not ours to ship: tests of them skip without
 
@@ -54,6 +51,8 @@ def capture(call: Callable[[], object], cwd: Path | None = None, **environment) 
 
     Only sys.exit is caught: where a user would see a traceback, the test fails.
     """
+    from captioner.runtime import cli
+
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     code = 0
     with (
@@ -75,6 +74,9 @@ def capture(call: Callable[[], object], cwd: Path | None = None, **environment) 
 
 def call_script(script: str, *args, cwd: Path | None = None, **environment) -> subprocess.CompletedProcess:
     """What `python script args` does, in this process: without the seconds that its imports take."""
+    import config
+    from captioner.runtime import cli
+
     module = importlib.import_module(script.removesuffix(".py"))
     settings = {"main": config.TrainConfig, "eval": config.EvalConfig, "bdd100k_data_pipeline": config.PipelineConfig}
 
@@ -193,9 +195,10 @@ def undisturbed(tmp_path_factory, settings):
     from training_runs import hash_adapter
 
     import main
+    from config import TrainConfig
 
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        main.main(config.TrainConfig(**settings))
+        main.main(TrainConfig(**settings))
     return hash_adapter(folder), folder

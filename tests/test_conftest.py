@@ -12,7 +12,7 @@ def test_a_test_is_skipped_but_fails_where_it_must_run(monkeypatch):
     with pytest.raises(pytest.skip.Exception, match="no chromium"):
         skip_without("browser", "no chromium")
     monkeypatch.setenv("TESTS_MUST_RUN", "triton browser")
-    with pytest.raises(pytest.fail.Exception, match="no chromium.*browser must run"):
+    with pytest.raises(pytest.fail.Exception, match=r"no chromium.*browser must run"):
         skip_without("browser", "no chromium")
     with pytest.raises(pytest.skip.Exception):
         skip_without("root", "another user")
