@@ -229,12 +229,14 @@ def run_pytest(tree: Path, arguments: list[str], make_plugin: Callable[[], objec
         sys.dont_write_bytecode = True  # a mutant may leave a file's size and second as they are
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
         common = ["-q", "--tb=line", "-rfE", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="]
+        common += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is preloaded
         places = [f"--rootdir={tree}", f"--basetemp={tree.with_name('temporary')}"]
         code = int(pytest.main([*common, *places, *arguments], [make_plugin()]))
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 
