@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, call_script, start_script
 
+from captioner.runtime.errors import UserError
 from config import DEMO, EvalConfig, PipelineConfig, TrainConfig, config_to_json, parse_args
 
 SCRIPTS = ["main.py", "eval.py", "bdd100k_data_pipeline.py"]
@@ -101,6 +102,56 @@ def test_impossible_values_are_refused(config_class, args, capsys):
         parse_args(config_class, args)
     assert stopped.value.code == 2
     assert args[0].lstrip("-") in capsys.readouterr().err.replace("_", "-").lower()
+
+
+BOUNDS = [  # the last value that is taken, and the first that is refused
+    (TrainConfig, "lora_rank", 1, 0),
+    (TrainConfig, "lora_alpha", 1, 0),
+    (TrainConfig, "learning_rate", 1e-9, 0),
+    (TrainConfig, "train_batch_size", 1, 0),
+    (TrainConfig, "per_device_train_batch_size", 16, 17),
+    (TrainConfig, "per_device_train_batch_size", 1, 0),
+    (TrainConfig, "per_device_eval_batch_size", 1, 0),
+    (TrainConfig, "logging_steps", 1, 0),
+    (TrainConfig, "save_minutes", 0, -1e-9),
+    (TrainConfig, "val_captions", 0, -1),
+    (TrainConfig, "max_caption_tokens", 1, 0),
+    (TrainConfig, "num_train_epochs", 1e-9, 0),
+    (TrainConfig, "seed", 0, -1),
+    (TrainConfig, "seed", 2**32 - 1, 2**32),
+    (TrainConfig, "weight_decay", 0, -1e-9),
+    (TrainConfig, "dataloader_workers", 0, -1),
+    (TrainConfig, "length_window", 0, -1),
+    (TrainConfig, "vision_store_gib", 0, -1e-9),
+    (TrainConfig, "vision_store_disk_gib", 0, -1e-9),
+    (TrainConfig, "min_box_size", 0, -1e-9),
+    (TrainConfig, "warmup_ratio", 0, -1e-9),
+    (TrainConfig, "warmup_ratio", 1 - 1e-9, 1),
+    (TrainConfig, "lora_dropout", 0, -1e-9),
+    (TrainConfig, "lora_dropout", 1 - 1e-9, 1),
+    (TrainConfig, "limit", 3, 2),
+    (TrainConfig, "train_share", 0.72 - 1e-9, 0.72),
+    (TrainConfig, "train_share", 1e-9, 0),
+    (TrainConfig, "val_share", 0.4 - 1e-9, 0.4),
+    (TrainConfig, "val_share", 1e-9, 0),
+    (PipelineConfig, "min_box_size", 0, -1e-9),
+    (EvalConfig, "temperature", 1e-9, 0),
+    (EvalConfig, "batch_size", 1, 0),
+    (EvalConfig, "seed", 0, -1),
+    (EvalConfig, "seed", 2**32 - 1, 2**32),
+    (EvalConfig, "top_p", 1, 1 + 1e-9),
+    (EvalConfig, "top_p", 1e-9, 0),
+    (EvalConfig, "vision_store_disk_gib", 0, -1e-9),
+    (EvalConfig, "num_samples", 1, 0),
+    (EvalConfig, "max_new_tokens", 1, 0),
+]
+
+
+@pytest.mark.parametrize(("config_class", "name", "last", "beyond"), BOUNDS)
+def test_each_bound_is_where_the_message_says(config_class, name, last, beyond):
+    assert getattr(config_class(**{name: last}), name) == last
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} "):
+        config_class(**{name: beyond})
 
 
 @pytest.mark.parametrize("config_class", [PipelineConfig, TrainConfig, EvalConfig])

@@ -14,6 +14,7 @@ import zipfile
 import pandas as pd
 import pytest
 from conftest import ROOT, SHARED, call_script, needs_real_samples
+from matplotlib.figure import Figure
 
 from captioner.bdd100k import label_files
 from captioner.bdd100k.facts import ObjectKind
@@ -387,7 +388,11 @@ def test_strict_and_frames_without_a_scene(tmp_path):
     assert read_captions(output)["b.jpg"] == "There is one car."
 
 
-def test_census_is_printed_and_drawn(tmp_path):
+def test_census_is_printed_and_drawn(tmp_path, monkeypatch):
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **how: (figures.append(figure), save(figure, *args, **how))
+    )
     file = tmp_path / "labels.json"
     file.write_text(json.dumps(drawn_frames(30)))
     run_dir = tmp_path / "run"
@@ -397,6 +402,15 @@ def test_census_is_printed_and_drawn(tmp_path):
     census = json.loads((run_dir / "census.json").read_text())
     assert census["frames"] == 30 == sum(census["caption_words"].values()) == sum(census["weather"].values())
     assert (run_dir / "census.png").read_bytes().startswith(b"\x89PNG")
+    assert f"captions written to {tmp_path / 'c.csv'}" in run.stdout and str(run_dir / "census.json") in run.stdout
+    [figure] = figures
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles[4:] == ["objects", "objects a frame", "words a caption", "tokens a caption"]
+    assert all(axis.patches for axis in figure.axes)  # each has bars
+    for axis, name in zip(figure.axes, titles[:4], strict=False):
+        counts = census[name.replace(" ", "_")]
+        assert sorted(bar.get_width() for bar in axis.patches) == sorted(counts.values()), name
+    assert figure.get_suptitle().startswith("30 frames")
 
 
 def test_kaggle_labels_end_to_end(tmp_path):

@@ -235,6 +235,15 @@ def test_unpacked_weights_have_the_same_values(tiny_checkpoint, packed):
     assert abs(caption_nll(unquantised, **packed).sum() - nf4[0]) > 1e-3  # NF4 it still is
 
 
+def test_only_what_reads_one_input_or_has_lora_is_joined(tiny_checkpoint):
+    """With LoRA on the Q-Former alone, OPT's query, key and value are joined, and no layer by itself."""
+    model = load(tiny_checkpoint, target="qformer")
+    join_weights(model)
+    layer = model.get_base_model().language_model.model.decoder.layers[0]
+    assert layer.self_attn.q_proj.joined[0].shape[0] == 3 * layer.self_attn.q_proj.out_features
+    assert not any(hasattr(linear, "joined") for linear in (layer.self_attn.out_proj, layer.fc1, layer.fc2))
+
+
 @pytest.mark.slow
 def test_kernels_of_a_small_model_are_those_of_training(tiny_checkpoint, packed, kernels, monkeypatch):
     """Of each kernel, with what it is compiled for: what training launches has been launched ahead."""

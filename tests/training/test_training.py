@@ -260,6 +260,17 @@ def test_captions_of_each_epoch_leave_no_trace_in_the_adapter(folder, settings, 
     assert all(record["samples_per_second"] > 0 for record in records if "loss" in record)
 
 
+def test_each_step_is_logged(undisturbed):
+    """With its loss, the norm of its gradient, and a learning rate that falls to 0."""
+    _, folder = undisturbed
+    records = [json.loads(line) for line in (folder / "logs/run/metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(record["loss"] > 0 and record["grad_norm"] > 0 for record in steps)
+    rates = [record["learning_rate"] for record in steps]
+    assert rates == sorted(rates, reverse=True) and rates[0] == pytest.approx(1e-2) and rates[-1] > 0
+
+
 @pytest.mark.slow
 def test_logged_speed_is_that_of_training_alone(folder, settings, monkeypatch):
     pause = 2.0  # seconds that a validation and a checkpoint take longer

@@ -1,0 +1,40 @@
+"""What a run shows of itself: the curves."""
+
+import pytest
+from matplotlib.figure import Figure
+
+from captioner.training.dashboard import PANELS, plot_dashboard
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """A list that gets each figure that is saved."""
+    figures, save = [], Figure.savefig
+
+    def keep(figure, *args, **how):
+        figures.append(figure)
+        save(figure, *args, **how)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures
+
+
+def test_each_panel_has_its_curves(figures, tmp_path):
+    keys = [key for curves in PANELS.values() for key in curves]
+    records = [{"step": step, **dict.fromkeys(keys, 1 / step)} for step in (1, 2, 3)]
+    plot_dashboard(records, tmp_path / "dashboard.png")
+    [figure] = figures
+    for axis, (title, curves) in zip(figure.axes, PANELS.items(), strict=True):
+        assert axis.get_title() == title
+        assert len(axis.lines) == len(curves)
+        labels = [text.get_text() for text in axis.get_legend().get_texts()] if axis.get_legend() else []
+        assert labels == [label for label in curves.values() if label]
+        assert all(line.get_xdata().tolist() == [1, 2, 3] for line in axis.lines)
+    assert [axis.get_yscale() for axis in figure.axes] == ["log"] + ["linear"] * 5
+    assert figure.axes[1].get_ylim() == (0, 1.02)  # shares
+    assert [path.name for path in tmp_path.iterdir()] == ["dashboard.png"]
+
+
+def test_a_panel_without_figures_is_empty(figures, tmp_path):
+    plot_dashboard([], tmp_path / "dashboard.png")
+    assert not any(axis.lines or axis.get_legend() for axis in figures[0].axes)
