@@ -235,6 +235,10 @@ def test_unpacked_weights_have_the_same_values(tiny_checkpoint, packed):
     assert abs(caption_nll(unquantised, **packed).sum() - nf4[0]) > 1e-3  # NF4 it still is
 
 
+def test_room_beside_a_matrix_is_counted_in_values():
+    assert spare_columns(torch.zeros(3, 8)[:, :5]) == 3 and spare_columns(torch.zeros(3, 8)) == 0
+
+
 def test_only_what_reads_one_input_or_has_lora_is_joined(tiny_checkpoint):
     """With LoRA on the Q-Former alone, OPT's query, key and value are joined, and no layer by itself."""
     model = load(tiny_checkpoint, target="qformer")

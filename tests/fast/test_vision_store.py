@@ -197,6 +197,23 @@ def test_other_settings_are_refused_before_pictures_are_encoded(folder, settings
         train(settings, **STORED)
 
 
+def test_a_stopped_run_closes_its_store(folder, settings, monkeypatch):
+    """Its threads end without what is left to write; a run that ends by itself writes it."""
+    closed, real = [], VisionStore.close
+
+    def close(self, finish=True):
+        closed.append(finish)
+        real(self, finish)
+
+    monkeypatch.setattr(VisionStore, "close", close)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, 1)
+        train(settings, **STORED)
+    assert closed == [False]
+    train(settings, **STORED)
+    assert closed[1] is True
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_stored_outputs_to_the_same_adapter(folder, settings, trained):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):

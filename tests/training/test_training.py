@@ -158,6 +158,15 @@ def test_out_of_memory_takes_fewer_frames_a_pass(folder, settings, capsys):
     assert "out of GPU memory: from here on 1 frames a forward pass, 4 a step" in capsys.readouterr().out
 
 
+def test_out_of_memory_with_one_frame_a_pass_is_an_error(folder, settings, monkeypatch):
+    def training_step(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(trainer.Trainer, "training_step", training_step)
+    with pytest.raises(UserError, match=r"out of GPU memory with 1 frames .*--gradient-checkpointing"):
+        train(settings, per_device_train_batch_size=1)
+
+
 @pytest.mark.slow
 def test_a_full_disk_keeps_the_checkpoint_before(folder, settings, undisturbed, monkeypatch):
     real, calls = trainer.check_disk, []
