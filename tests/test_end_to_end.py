@@ -15,12 +15,17 @@ def data_flags(drawn, checkpoint):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, drawn, tiny_checkpoint):
-    """A folder in which main.py has run, with wandb offline."""
-    cwd = tmp_path_factory.mktemp("trained")
+def training_flags(drawn, tiny_checkpoint):
     flags = ["--num-train-epochs", 2, "--dataloader-workers", 1, "--vision-store-gib", 0, "--wandb", "offline"]
     flags += ["--train-batch-size", 4, "--warmup-ratio", 0, "--learning-rate", 1e-2]
-    finished = call_script("main.py", *data_flags(drawn, tiny_checkpoint), *flags, "--run-name", "run", cwd=cwd)
+    return [*data_flags(drawn, tiny_checkpoint), *flags, "--run-name", "run"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, training_flags):
+    """A folder in which main.py has run, with wandb offline."""
+    cwd = tmp_path_factory.mktemp("trained")
+    finished = call_script("main.py", *training_flags, cwd=cwd)
     assert finished.returncode == 0, finished.stderr
     return cwd
 
@@ -46,6 +51,17 @@ def test_training_leaves_all_that_is_needed(trained, drawn):
     rides = [{ride_of(row["name"]) for row in rows if row["split"] == split} for split in ("train", "val", "test")]
     assert all(rides)
     assert not (rides[0] & rides[1] or rides[0] & rides[2] or rides[1] & rides[2])
+
+
+def test_a_finished_run_that_is_resumed_gets_its_model_card(trained, training_flags):
+    """As after a run that was killed between saving the adapter and writing its card."""
+    card = trained / "blip2-finetuned/README.md"
+    before = card.read_text()
+    card.unlink()
+    resumed = call_script("main.py", *training_flags, "--resume", cwd=trained)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "nothing is left to train" in resumed.stdout
+    assert card.read_text() == before
 
 
 def test_evaluation_writes_predictions_and_scores(trained):

@@ -27,7 +27,6 @@ from captioner.data.reading import LOADER_ERRORS, explain_dead_worker
 from captioner.data.run_record import read_run
 from captioner.data.splits import write_splits
 from captioner.fast.packing import PackedCollator
-from captioner.publishing.model_card import write_model_card
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write
 from captioner.training.arguments import set_micro_batch
@@ -163,7 +162,6 @@ def save_finetuned(output: Path, model, weights, processor, generation, splits, 
     (output / "scores.json").unlink(missing_ok=True)  # of an adapter that was here before
     with atomic_write(output / "run.json") as file:
         json.dump(run, file, indent=2)
-    write_model_card(output)
 
 
 def describe_state(config: TrainConfig, world_size: int) -> dict:
