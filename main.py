@@ -30,14 +30,16 @@ import torch
 from transformers import TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
-from captioner.blip2.batches import make_datasets
+from captioner.blip2.batches import CaptionCollator, make_datasets
 from captioner.blip2.captioning import make_generation_config
 from captioner.blip2.loading import check_model, load_model, load_processor, pick_device, pick_dtype
 from captioner.blip2.lora import add_lora
 from captioner.data.captions import Example
 from captioner.data.reading import check_pictures
 from captioner.data.splits import TRAINED_ON, leave_out_unreadable, list_images, prepare_splits
+from captioner.fast.caption_loss import sum_nll
 from captioner.fast.layers import draws_by_kernels, get_blip2
+from captioner.fast.packing import PackedCollator
 from captioner.fast.speed import FastStep, has_room_to_unpack, join_weights, unpack_nf4, use_fast_step
 from captioner.fast.vision_store import (
     compute_outputs,
@@ -64,7 +66,7 @@ from captioner.training.checkpoints import (
 )
 from captioner.training.dashboard import RunLog, ValidationCaptions, choose_wandb_mode, start_wandb
 from captioner.training.guards import gather
-from captioner.training.micro_batch import find_micro_batch
+from captioner.training.micro_batch import compute_loss, find_micro_batch
 from captioner.training.run import (
     describe_run,
     describe_state,
@@ -157,6 +159,8 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
         vision = take_vision_out(model)
     model = add_lora(model, config.lora_target, config.lora_rank, config.lora_alpha, config.lora_dropout)
     fast = use_fast_step(config, model, device)
+    make_collator, loss = (PackedCollator, sum_nll) if fast else (CaptionCollator, compute_loss)
+    collator = make_collator(model.config)
     if fast:
         if config.unpack_nf4 == "on" or (
             config.unpack_nf4 == "auto" and not config.gradient_checkpointing and has_room_to_unpack(model, device)
@@ -198,7 +202,7 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
     state["model_commit"] = getattr(model.config, "_commit_hash", None)  # that the hub's name stood for
     state["micro_batch"] = (unfinished or {}).get("micro_batch") or config.per_device_train_batch_size
     if state["micro_batch"] is None:
-        fitting = find_micro_batch(model, datasets["train"], micro_batch_limit, device, pick_dtype(device), fast)
+        fitting = find_micro_batch(model, datasets["train"], micro_batch_limit, collator, loss)
         state["micro_batch"] = min(gather(fitting, arguments.world_size))
     steps = micro_batch_limit // state["micro_batch"]
     print(f"{config.train_batch_size} frames an optimiser step: {state['micro_batch']} a forward pass, {steps} passes")

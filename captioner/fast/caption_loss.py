@@ -42,6 +42,11 @@ def caption_nll(model, pixel_values: Tensor, **texts) -> Tensor:
     return text_nll(model, embed_pictures(model, pixel_values, lora), lora, **texts)
 
 
+def sum_nll(model, batch: dict[str, Tensor]) -> Tensor:
+    """The sum of caption_nll over the rows of a batch."""
+    return caption_nll(model, **batch).sum()
+
+
 @sdpa_kernel(ATTENTION)
 def embed_pictures(model, pixel_values: Tensor, lora: Adapters) -> Tensor:
     """The image tokens (B, Q, H) of pictures; the frozen ViT runs without gradients."""
