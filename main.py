@@ -78,7 +78,7 @@ from captioner.training.run import (
     share,
     train_lora,
 )
-from captioner.training.trainer import gather_trainable
+from captioner.training.trainer import CaptionTrainer, RowCollator, gather_trainable
 
 SPARE_TOKENS = 16  # that generation may write beyond the longest training caption
 EVAL_BATCH, LEAN_EVAL_BATCH = 64, 16  # frames a validation pass, unless the user says how many
@@ -225,8 +225,22 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
             graphs = graphs and draws_by_kernels(get_blip2(model).query_tokens, [config.lora_rank])
         return FastStep(model, graphs)
 
+    def make_trainer(done: int) -> CaptionTrainer:
+        trainer = CaptionTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=datasets["train"],
+            eval_dataset=datasets["val"],
+            data_collator=RowCollator(collator, pin=outputs is not None and outputs.is_cuda),
+            fast_step=make_fast_step(),
+            length_window=config.length_window,
+        )
+        for callback in make_callbacks(done):
+            trainer.add_callback(callback)
+        return trainer
+
     try:
-        trainer, metrics = train_lora(config, arguments, state, model, datasets, make_callbacks, make_fast_step)
+        trainer, metrics = train_lora(config, arguments, state, model, make_trainer)
         if store is not None:
             store.close()
     finally:  # also when it was stopped, and in processes that have nothing to save
