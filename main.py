@@ -38,6 +38,7 @@ from captioner.data.captions import Example
 from captioner.data.reading import check_pictures
 from captioner.data.splits import TRAINED_ON, leave_out_unreadable, list_images, prepare_splits
 from captioner.fast.caption_loss import sum_nll
+from captioner.fast.captioning import FastGreedyCaptioner
 from captioner.fast.layers import draws_by_kernels, get_blip2
 from captioner.fast.packing import PackedCollator
 from captioner.fast.speed import FastStep, has_room_to_unpack, join_weights, unpack_nf4, use_fast_step
@@ -210,12 +211,12 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
     wandb_run = start_wandb(wandb_mode, run_dir.name, state["config"]) if is_main else None
 
     def make_callbacks(done: int) -> list[TrainerCallback]:
+        if not is_main:
+            return []
         log = RunLog(run_dir, done, wandb_run)
-        return (
-            [ValidationCaptions(log, datasets["val"], config.val_captions, processor, generation), log]
-            if is_main
-            else []
-        )
+        count = min(config.val_captions, len(datasets["val"]))
+        caption = FastGreedyCaptioner(processor, generation, count)
+        return [ValidationCaptions(log, datasets["val"], count, caption), log]
 
     def make_fast_step() -> FastStep | None:
         if not fast:

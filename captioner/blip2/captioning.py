@@ -36,6 +36,16 @@ def generate_captions(model, processor, pixel_values: Tensor, generation: Genera
     return decode_captions(processor, tokens[:, prefix.shape[1] :])
 
 
+class GreedyCaptioner:
+    """captioner(model, pixel_values) -> greedy captions, of a model that is being trained."""
+
+    def __init__(self, processor, generation: GenerationConfig):
+        self.processor, self.generation = processor, generation
+
+    def __call__(self, model, pixel_values: Tensor) -> list[str]:
+        return generate_captions(model, self.processor, pixel_values, self.generation, do_sample=False)
+
+
 def decode_captions(processor, tokens: Tensor) -> list[str]:
     """Captions of new tokens (B, N), each on one line."""
     texts = processor.batch_decode(tokens, skip_special_tokens=True)
