@@ -37,11 +37,9 @@ from captioner.blip2.lora import add_lora
 from captioner.data.captions import Example
 from captioner.data.reading import check_pictures
 from captioner.data.splits import TRAINED_ON, leave_out_unreadable, list_images, prepare_splits
-from captioner.fast.caption_loss import sum_nll
 from captioner.fast.captioning import FastGreedyCaptioner
-from captioner.fast.layers import draws_by_kernels, get_blip2
-from captioner.fast.packing import PackedCollator
-from captioner.fast.speed import FastStep, has_room_to_unpack, join_weights, unpack_nf4, use_fast_step
+from captioner.fast.speed import has_room_to_unpack, join_weights, unpack_nf4, use_fast_step
+from captioner.fast.trainer import speed_up
 from captioner.fast.vision_store import (
     compute_outputs,
     find_folder,
@@ -160,14 +158,14 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
         vision = take_vision_out(model)
     model = add_lora(model, config.lora_target, config.lora_rank, config.lora_alpha, config.lora_dropout)
     fast = use_fast_step(config, model, device)
-    make_collator, loss = (PackedCollator, sum_nll) if fast else (CaptionCollator, compute_loss)
-    collator = make_collator(model.config)
+    trainer_class, collator, loss = CaptionTrainer, CaptionCollator(model.config), compute_loss
     if fast:
         if config.unpack_nf4 == "on" or (
             config.unpack_nf4 == "auto" and not config.gradient_checkpointing and has_room_to_unpack(model, device)
         ):
             print(f"NF4 values of {unpack_nf4(model)} layers are unpacked: more memory, fewer computations")
         join_weights(model)
+        trainer_class, collator, loss = speed_up(config, model)
     if stored:
         if fast and config.cuda_graphs and config.unpack_nf4 != "off":
             vision = record_vision(vision)
@@ -218,22 +216,13 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
         caption = FastGreedyCaptioner(processor, generation, count)
         return [ValidationCaptions(log, datasets["val"], count, caption), log]
 
-    def make_fast_step() -> FastStep | None:
-        if not fast:
-            return None
-        graphs = config.cuda_graphs and device.type == "cuda"
-        if config.gradient_checkpointing:  # which asks torch for its generator's state if that draws dropouts
-            graphs = graphs and draws_by_kernels(get_blip2(model).query_tokens, [config.lora_rank])
-        return FastStep(model, graphs)
-
     def make_trainer(done: int) -> CaptionTrainer:
-        trainer = CaptionTrainer(
+        trainer = trainer_class(
             model=model,
             args=arguments,
             train_dataset=datasets["train"],
             eval_dataset=datasets["val"],
             data_collator=RowCollator(collator, pin=outputs is not None and outputs.is_cuda),
-            fast_step=make_fast_step(),
             length_window=config.length_window,
         )
         for callback in make_callbacks(done):
