@@ -34,6 +34,7 @@ from captioner.blip2.batches import CaptionCollator, make_datasets
 from captioner.blip2.captioning import make_generation_config
 from captioner.blip2.loading import check_model, load_model, load_processor, pick_device, pick_dtype
 from captioner.blip2.lora import add_lora
+from captioner.blip2.vision import start_reading, take_vision_out
 from captioner.data.captions import Example
 from captioner.data.reading import check_pictures
 from captioner.data.splits import TRAINED_ON, leave_out_unreadable, list_images, prepare_splits
@@ -47,8 +48,6 @@ from captioner.fast.vision_store import (
     has_outputs,
     open_store,
     record_vision,
-    start_reading,
-    take_vision_out,
 )
 from captioner.publishing.hub import push_to_hub
 from captioner.publishing.merge import merge_adapter
@@ -154,8 +153,8 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
     model = load_model(config.model, config.load_in_4bit, device, checked=True)
     outputs, store = None, None
     if stored:
-        store = open_store(config, model, processor, write=arguments.process_index == 0)
-        vision = take_vision_out(model)
+        vision, settings = take_vision_out(model), model.config.vision_config
+        store = open_store(config, vision, settings, processor, write=arguments.process_index == 0)
     model = add_lora(model, config.lora_target, config.lora_rank, config.lora_alpha, config.lora_dropout)
     fast = use_fast_step(config, model, device)
     trainer_class, collator, loss = CaptionTrainer, CaptionCollator(model.config), compute_loss
@@ -169,7 +168,6 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
     if stored:
         if fast and config.cuda_graphs and config.unpack_nf4 != "off":
             vision = record_vision(vision)
-        settings = model.config.vision_config
         outputs, found = compute_outputs(vision, settings, processor, wanted, store, len(images), ahead)
         if store is not None:
             print(store.describe())

@@ -7,6 +7,8 @@ import shutil
 import pytest
 from conftest import ROOT, call_script, start_script
 
+import eval
+from captioner.blip2.captioner import Captioner
 from captioner.data.splits import ride_of
 
 
@@ -91,6 +93,18 @@ def test_the_same_seed_gives_the_same_captions(trained):
         assert call_script("eval.py", "--num-samples", 2, "--run-name", name, cwd=trained).returncode == 0
     one, two = ((trained / f"logs/{name}/predictions.jsonl").read_text() for name in ("one", "two"))
     assert one == two
+
+
+def test_the_plain_captioner_gives_the_same_captions(trained, monkeypatch):
+    """That of blip2/, in whose place fast/ has one of its own; sampled, with what hides a picture and without."""
+    for flags in ([], ["--blank"]):
+        flags = ["--num-samples", 3, "--split", "train", "--batch-size", 2, "--max-new-tokens", 8, *flags]
+        assert call_script("eval.py", *flags, "--run-name", "fast-room", cwd=trained).returncode == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(eval, "load_captioner", Captioner)
+            assert call_script("eval.py", *flags, "--run-name", "plain-room", cwd=trained).returncode == 0
+        fast, plain = ((trained / f"logs/{name}-room/predictions.jsonl").read_bytes() for name in ("fast", "plain"))
+        assert fast == plain
 
 
 def test_fast_generation_gives_the_same_captions(trained):

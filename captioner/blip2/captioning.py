@@ -24,7 +24,7 @@ def make_generation_config(model_config, max_new_tokens: int) -> GenerationConfi
 def generate_captions(model, processor, pixel_values: Tensor, generation: GenerationConfig, **options) -> list[str]:
     """Captions of pixel_values (B, 3, S, S); `options` override `generation` (do_sample, temperature, ...).
 
-    Where the ViT's outputs (B, P, D) stand in for it (see vision_store.py), pixel_values are those.
+    Where the ViT's outputs (B, P, D) stand in for it (see vision.py), pixel_values are those.
     """
     prefix = torch.tensor([prefix_ids(model.config)], device=model.device).expand(len(pixel_values), -1)  # (B, Q+1)
     tokens = model.generate(

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from captioner.blip2.batches import IGNORED
+from captioner.blip2.lora import get_blip2
 from captioner.fast.layers import (
     ATTENTION,
     Adapters,
     Rows,
     copy_lora,
     embed_images,
-    get_blip2,
     gpu_kernels,
     is_written_out,
     run_decoder,

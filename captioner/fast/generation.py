@@ -17,13 +17,13 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.nn import functional as F
 
+from captioner.blip2.lora import get_blip2
 from captioner.fast.layers import (
     Rows,
     apply_linears,
     copy_lora,
     embed_images,
     get_base,
-    get_blip2,
     gpu_kernels,
     group_linears,
     is_written_out,

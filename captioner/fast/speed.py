@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captioner.blip2.loading import pick_dtype
+from captioner.blip2.lora import get_blip2
 from captioner.fast import caption_loss
 from captioner.fast.caption_loss import caption_nll, embed_pictures, text_nll
 from captioner.fast.layers import (
     bind_parts,
     copy_lora,
     get_base,
-    get_blip2,
     has_active_lora,
     has_kernel_rank,
     join_linears,

@@ -7,8 +7,9 @@ import torch
 from transformers.trainer_pt_utils import nested_gather
 
 from captioner.blip2.batches import CaptionCollator
+from captioner.blip2.lora import get_blip2
 from captioner.fast.caption_loss import sum_nll
-from captioner.fast.layers import draws_by_kernels, get_blip2
+from captioner.fast.layers import draws_by_kernels
 from captioner.fast.packing import PackedCollator, PackedSampler
 from captioner.fast.speed import FastStep, JoinedAdamW
 from captioner.training.trainer import CaptionTrainer, Step, send_to_cpu

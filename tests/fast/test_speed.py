@@ -21,6 +21,7 @@ import main
 from captioner.blip2.batches import CaptionCollator, CaptionDataset
 from captioner.blip2.loading import load_config, load_model, load_processor
 from captioner.blip2.lora import add_lora
+from captioner.blip2.vision import take_vision_out
 from captioner.data.captions import Example
 from captioner.fast import compile_kernels
 from captioner.fast.caption_loss import caption_nll, supports
@@ -28,7 +29,6 @@ from captioner.fast.generation import FastGenerator
 from captioner.fast.layers import spare_columns
 from captioner.fast.packing import PackedCollator, PackedSampler
 from captioner.fast.speed import FastStep, JoinedAdamW, join_weights, unpack_nf4
-from captioner.fast.vision_store import take_vision_out
 from captioner.training import trainer
 from captioner.training.checkpoints import hash_file
 from config import TrainConfig
