@@ -73,7 +73,7 @@ def copy_linear(linear: torch.nn.Module, weight: Tensor, bias: Tensor) -> None:
 def describe_lora(module: torch.nn.Module) -> list[tuple]:
     """What changes whenever LoRA below the module gives something else: what is on, and the versions of its weights.
 
-    torch's fused optimisers don't raise them; trainer.py does.
+    torch's fused optimisers don't raise them; CaptionTrainer does.
     """
     return [
         (

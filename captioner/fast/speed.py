@@ -332,7 +332,7 @@ class JoinedAdamW(torch.optim.AdamW):
 
 
 def use_fast_step(config: TrainConfig, model, device: torch.device) -> bool:
-    """Whether the fast step (see speed.py) is wanted and possible."""
+    """Whether FastStep is wanted and possible."""
     if config.fast_step == "off":
         return False
     obstacle = (
