@@ -31,10 +31,10 @@ from captioner.bdd100k.facts import Facts
 from captioner.bdd100k.label_files import read_labels
 from captioner.bdd100k.label_report import LabelReport
 from captioner.bdd100k.parsing import mark_caption, parse_caption
-from captioner.blip2.captioner import Captioner
 from captioner.data.captions import Example
 from captioner.data.images import find_pictures, index_images
 from captioner.data.splits import choose_examples, read_split
+from captioner.runtime.cli import import_bitsandbytes, without_collector
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write, explain_writing, lock_folder, name_run
 from captioner.runtime.processes import ask_main, find_place, go_on_alone
@@ -63,9 +63,17 @@ RESUMED = (
 # captioning
 
 
+def load_captioner(config: EvalConfig, pictures: int):
+    """The fine-tuned model, for so many pictures. Torch is imported here: who only scores captions does without."""
+    with without_collector():
+        import_bitsandbytes()  # before transformers and peft do
+        from captioner.fast.captioning import FastCaptioner
+    return FastCaptioner(config, pictures)
+
+
 def caption_examples(config: EvalConfig, examples: list[Example]) -> tuple[list[Prediction], dict[str, str]]:
     """Predictions for the examples, and the pictures that can't be read with the reason. Other processes end here."""
-    captioner, unreadable = Captioner(config, len(examples)), {}
+    captioner, unreadable = load_captioner(config, len(examples)), {}
     nearest = find_nearest(captioner, examples) if config.model_floors else {}
     references = {example.name: [example.caption] for example in examples}
 
@@ -96,7 +104,7 @@ def caption_examples(config: EvalConfig, examples: list[Example]) -> tuple[list[
     return predictions, unreadable
 
 
-def find_nearest(captioner: Captioner, examples: list[Example]) -> dict[str, str]:
+def find_nearest(captioner, examples: list[Example]) -> dict[str, str]:
     """{name: caption of the training picture whose image features are most like its own}."""
     training = ask_main(read_split, captioner.config.adapter, "train")
     features = {}
@@ -162,7 +170,7 @@ def caption_pictures(config: EvalConfig, run_dir: Path) -> None:
     pictures, finished = ask_main(start_pictures, config, run_dir)
     unreadable: dict[str, str] = {}
     if any(name not in finished for name, _ in pictures):
-        captioner, before = Captioner(config, len(pictures)), frozenset(finished)
+        captioner, before = load_captioner(config, len(pictures)), frozenset(finished)
         path = run_dir / "captions.jsonl" if find_place()[0] == 0 else Path(os.devnull)
         remedy = "the captions before are kept: see to the disk, then give the same command and --run-name again"
         with explain_writing(path, remedy), open(path, "a", encoding="utf-8") as file:

@@ -30,15 +30,17 @@ import torch
 from transformers import TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
-from captioner.blip2.batches import make_datasets
+from captioner.blip2.batches import CaptionCollator, make_datasets
 from captioner.blip2.captioning import make_generation_config
 from captioner.blip2.loading import check_model, load_model, load_processor, pick_device, pick_dtype
 from captioner.blip2.lora import add_lora
+from captioner.blip2.vision import start_reading, take_vision_out
 from captioner.data.captions import Example
 from captioner.data.reading import check_pictures
 from captioner.data.splits import TRAINED_ON, leave_out_unreadable, list_images, prepare_splits
-from captioner.fast.layers import draws_by_kernels, get_blip2
-from captioner.fast.speed import FastStep, has_room_to_unpack, join_weights, unpack_nf4, use_fast_step
+from captioner.fast.captioning import FastGreedyCaptioner
+from captioner.fast.speed import has_room_to_unpack, join_weights, unpack_nf4, use_fast_step
+from captioner.fast.trainer import speed_up
 from captioner.fast.vision_store import (
     compute_outputs,
     find_folder,
@@ -46,11 +48,10 @@ from captioner.fast.vision_store import (
     has_outputs,
     open_store,
     record_vision,
-    start_reading,
-    take_vision_out,
 )
 from captioner.publishing.hub import push_to_hub
 from captioner.publishing.merge import merge_adapter
+from captioner.publishing.model_card import write_model_card
 from captioner.runtime.files import lock_folder, name_run
 from captioner.runtime.processes import is_sharded
 from captioner.training.arguments import check_sharding, make_arguments, split_batch
@@ -63,7 +64,7 @@ from captioner.training.checkpoints import (
 )
 from captioner.training.dashboard import RunLog, ValidationCaptions, choose_wandb_mode, start_wandb
 from captioner.training.guards import gather
-from captioner.training.micro_batch import find_micro_batch
+from captioner.training.micro_batch import compute_loss, find_micro_batch
 from captioner.training.run import (
     describe_run,
     describe_state,
@@ -75,7 +76,7 @@ from captioner.training.run import (
     share,
     train_lora,
 )
-from captioner.training.trainer import gather_trainable
+from captioner.training.trainer import CaptionTrainer, RowCollator, gather_trainable
 
 SPARE_TOKENS = 16  # that generation may write beyond the longest training caption
 EVAL_BATCH, LEAN_EVAL_BATCH = 64, 16  # frames a validation pass, unless the user says how many
@@ -93,7 +94,8 @@ def keep_outputs(config, arguments, model_config, splits: dict[str, list[Example
 
 
 def publish(config: TrainConfig) -> None:
-    """What is made of the saved adapter: the merged model and the copy on the hub, where asked for."""
+    """What is made of the saved adapter: its model card; the merged model and the copy on the hub, where asked for."""
+    write_model_card(config.output)
     if config.merge:
         merged = config.output.with_name(config.output.name + "-merged")
         merge_adapter(config.output, merged)
@@ -151,20 +153,21 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
     model = load_model(config.model, config.load_in_4bit, device, checked=True)
     outputs, store = None, None
     if stored:
-        store = open_store(config, model, processor, write=arguments.process_index == 0)
-        vision = take_vision_out(model)
+        vision, settings = take_vision_out(model), model.config.vision_config
+        store = open_store(config, vision, settings, processor, write=arguments.process_index == 0)
     model = add_lora(model, config.lora_target, config.lora_rank, config.lora_alpha, config.lora_dropout)
     fast = use_fast_step(config, model, device)
+    trainer_class, collator, loss = CaptionTrainer, CaptionCollator(model.config), compute_loss
     if fast:
         if config.unpack_nf4 == "on" or (
             config.unpack_nf4 == "auto" and not config.gradient_checkpointing and has_room_to_unpack(model, device)
         ):
             print(f"NF4 values of {unpack_nf4(model)} layers are unpacked: more memory, fewer computations")
         join_weights(model)
+        trainer_class, collator, loss = speed_up(config, model)
     if stored:
         if fast and config.cuda_graphs and config.unpack_nf4 != "off":
             vision = record_vision(vision)
-        settings = model.config.vision_config
         outputs, found = compute_outputs(vision, settings, processor, wanted, store, len(images), ahead)
         if store is not None:
             print(store.describe())
@@ -196,7 +199,7 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
     state["model_commit"] = getattr(model.config, "_commit_hash", None)  # that the hub's name stood for
     state["micro_batch"] = (unfinished or {}).get("micro_batch") or config.per_device_train_batch_size
     if state["micro_batch"] is None:
-        fitting = find_micro_batch(model, datasets["train"], micro_batch_limit, device, pick_dtype(device), fast)
+        fitting = find_micro_batch(model, datasets["train"], micro_batch_limit, collator, loss)
         state["micro_batch"] = min(gather(fitting, arguments.world_size))
     steps = micro_batch_limit // state["micro_batch"]
     print(f"{config.train_batch_size} frames an optimiser step: {state['micro_batch']} a forward pass, {steps} passes")
@@ -204,23 +207,28 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
     wandb_run = start_wandb(wandb_mode, run_dir.name, state["config"]) if is_main else None
 
     def make_callbacks(done: int) -> list[TrainerCallback]:
+        if not is_main:
+            return []
         log = RunLog(run_dir, done, wandb_run)
-        return (
-            [ValidationCaptions(log, datasets["val"], config.val_captions, processor, generation), log]
-            if is_main
-            else []
-        )
+        count = min(config.val_captions, len(datasets["val"]))
+        caption = FastGreedyCaptioner(processor, generation, count)
+        return [ValidationCaptions(log, datasets["val"], count, caption), log]
 
-    def make_fast_step() -> FastStep | None:
-        if not fast:
-            return None
-        graphs = config.cuda_graphs and device.type == "cuda"
-        if config.gradient_checkpointing:  # which asks torch for its generator's state if that draws dropouts
-            graphs = graphs and draws_by_kernels(get_blip2(model).query_tokens, [config.lora_rank])
-        return FastStep(model, graphs)
+    def make_trainer(done: int) -> CaptionTrainer:
+        trainer = trainer_class(
+            model=model,
+            args=arguments,
+            train_dataset=datasets["train"],
+            eval_dataset=datasets["val"],
+            data_collator=RowCollator(collator, pin=outputs is not None and outputs.is_cuda),
+            length_window=config.length_window,
+        )
+        for callback in make_callbacks(done):
+            trainer.add_callback(callback)
+        return trainer
 
     try:
-        trainer, metrics = train_lora(config, arguments, state, model, datasets, make_callbacks, make_fast_step)
+        trainer, metrics = train_lora(config, arguments, state, model, make_trainer)
         if store is not None:
             store.close()
     finally:  # also when it was stopped, and in processes that have nothing to save

@@ -360,8 +360,8 @@ def make_trainable():
 
     from benchmarks.full_size import build_full_size_config
     from captioner.blip2.lora import add_lora
+    from captioner.blip2.vision import take_vision_out
     from captioner.fast.speed import join_weights
-    from captioner.fast.vision_store import take_vision_out
 
     torch.manual_seed(0)
     with torch.device("cuda"):

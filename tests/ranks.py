@@ -35,7 +35,7 @@ LAUNCH = ("-m", "accelerate.commands.launch", *BY_DDP, *PROCESSES)  # what Pytho
 SECONDS = 200  # that a script may take
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["ranks", "main", "eval", "generation", "tyro", "matplotlib.backends.backend_agg"])
+SERVER.set_forkserver_preload(["ranks", "main", "eval", "tyro", "matplotlib.backends.backend_agg"])
 
 
 @dataclass

@@ -7,6 +7,8 @@ import shutil
 import pytest
 from conftest import ROOT, call_script, start_script
 
+import eval
+from captioner.blip2.captioner import Captioner
 from captioner.data.splits import ride_of
 
 
@@ -15,12 +17,17 @@ def data_flags(drawn, checkpoint):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, drawn, tiny_checkpoint):
-    """A folder in which main.py has run, with wandb offline."""
-    cwd = tmp_path_factory.mktemp("trained")
+def training_flags(drawn, tiny_checkpoint):
     flags = ["--num-train-epochs", 2, "--dataloader-workers", 1, "--vision-store-gib", 0, "--wandb", "offline"]
     flags += ["--train-batch-size", 4, "--warmup-ratio", 0, "--learning-rate", 1e-2]
-    finished = call_script("main.py", *data_flags(drawn, tiny_checkpoint), *flags, "--run-name", "run", cwd=cwd)
+    return [*data_flags(drawn, tiny_checkpoint), *flags, "--run-name", "run"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, training_flags):
+    """A folder in which main.py has run, with wandb offline."""
+    cwd = tmp_path_factory.mktemp("trained")
+    finished = call_script("main.py", *training_flags, cwd=cwd)
     assert finished.returncode == 0, finished.stderr
     return cwd
 
@@ -46,6 +53,17 @@ def test_training_leaves_all_that_is_needed(trained, drawn):
     rides = [{ride_of(row["name"]) for row in rows if row["split"] == split} for split in ("train", "val", "test")]
     assert all(rides)
     assert not (rides[0] & rides[1] or rides[0] & rides[2] or rides[1] & rides[2])
+
+
+def test_a_finished_run_that_is_resumed_gets_its_model_card(trained, training_flags):
+    """As after a run that was killed between saving the adapter and writing its card."""
+    card = trained / "blip2-finetuned/README.md"
+    before = card.read_text()
+    card.unlink()
+    resumed = call_script("main.py", *training_flags, "--resume", cwd=trained)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "nothing is left to train" in resumed.stdout
+    assert card.read_text() == before
 
 
 def test_evaluation_writes_predictions_and_scores(trained):
@@ -75,6 +93,18 @@ def test_the_same_seed_gives_the_same_captions(trained):
         assert call_script("eval.py", "--num-samples", 2, "--run-name", name, cwd=trained).returncode == 0
     one, two = ((trained / f"logs/{name}/predictions.jsonl").read_text() for name in ("one", "two"))
     assert one == two
+
+
+def test_the_plain_captioner_gives_the_same_captions(trained, monkeypatch):
+    """That of blip2/, in whose place fast/ has one of its own; sampled, with what hides a picture and without."""
+    for flags in ([], ["--blank"]):
+        flags = ["--num-samples", 3, "--split", "train", "--batch-size", 2, "--max-new-tokens", 8, *flags]
+        assert call_script("eval.py", *flags, "--run-name", "fast-room", cwd=trained).returncode == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(eval, "load_captioner", Captioner)
+            assert call_script("eval.py", *flags, "--run-name", "plain-room", cwd=trained).returncode == 0
+        fast, plain = ((trained / f"logs/{name}-room/predictions.jsonl").read_bytes() for name in ("fast", "plain"))
+        assert fast == plain
 
 
 def test_fast_generation_gives_the_same_captions(trained):

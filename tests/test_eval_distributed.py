@@ -92,16 +92,13 @@ def test_own_pictures_are_captioned_the_same(trained, drawn, tmp_path):
 
 UNEQUAL = """
 import config, eval
-from captioner.blip2.captioner import Captioner
+from captioner.fast.captioning import FastCaptioner
 from captioner.runtime import cli, processes
 
-load = Captioner._load
-
-def load_with_room(self):
-    load(self)
+def measure_room(self):
     return ((4, 0), (2, 0))[processes.find_place()[0]]
 
-Captioner._load = load_with_room
+FastCaptioner._measure_room = measure_room
 cli.run_script(eval.main, config.parse_args(config.EvalConfig))
 """
 

@@ -58,7 +58,7 @@ def tokenize_captions(captions: Sequence[str], processor: Blip2Processor, max_to
 class CaptionDataset(Dataset):
     """Examples as {"index": place, "pixel_values": (3, S, S), "caption_ids": list of tokens with the end token}.
 
-    Once `features` holds the ViT's outputs (see vision_store.py), they stand in for the pixels.
+    Once `features` holds the ViT's outputs (see vision.py), they stand in for the pixels.
     """
 
     def __init__(self, examples: Sequence[Example], processor: Blip2Processor, max_tokens: int, end: int):

@@ -24,7 +24,7 @@ def make_generation_config(model_config, max_new_tokens: int) -> GenerationConfi
 def generate_captions(model, processor, pixel_values: Tensor, generation: GenerationConfig, **options) -> list[str]:
     """Captions of pixel_values (B, 3, S, S); `options` override `generation` (do_sample, temperature, ...).
 
-    Where the ViT's outputs (B, P, D) stand in for it (see vision_store.py), pixel_values are those.
+    Where the ViT's outputs (B, P, D) stand in for it (see vision.py), pixel_values are those.
     """
     prefix = torch.tensor([prefix_ids(model.config)], device=model.device).expand(len(pixel_values), -1)  # (B, Q+1)
     tokens = model.generate(
@@ -34,6 +34,16 @@ def generate_captions(model, processor, pixel_values: Tensor, generation: Genera
         generation_config=GenerationConfig(**{**generation.to_diff_dict(), **options}),
     )  # (B, Q+1+T): the prefix comes back too
     return decode_captions(processor, tokens[:, prefix.shape[1] :])
+
+
+class GreedyCaptioner:
+    """captioner(model, pixel_values) -> greedy captions, of a model that is being trained."""
+
+    def __init__(self, processor, generation: GenerationConfig):
+        self.processor, self.generation = processor, generation
+
+    def __call__(self, model, pixel_values: Tensor) -> list[str]:
+        return generate_captions(model, self.processor, pixel_values, self.generation, do_sample=False)
 
 
 def decode_captions(processor, tokens: Tensor) -> list[str]:

@@ -2,6 +2,7 @@
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Blip2ForConditionalGeneration
 
 # fc1 and fc2 name layers of the frozen ViT too, so LoRA's targets are expressions over whole module names.
 LORA_TARGETS = {
@@ -16,3 +17,8 @@ def add_lora(model, target: str, rank: int, alpha: int, dropout: float) -> PeftM
     lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS[target], bias="none")
     with torch.device(model.device):  # where first weights are drawn: a CPU takes a second for them
         return get_peft_model(model, lora)
+
+
+def get_blip2(model) -> Blip2ForConditionalGeneration:
+    """The BLIP-2 inside a PeftModel, with its LoRA layers; any other model as it is."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model

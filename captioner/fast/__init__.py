@@ -1,9 +1,9 @@
 """What exists for speed alone. The program gives the same without it, later.
 
-supports(model) -> bool                                      # caption_loss, generation: whether it is made for it
-FastStep(model, ...)(batch) -> loss                          # a training pass, with its gradients
-FastGenerator(model, ...).generate(images, length) -> tokens
-open_store(config, model, processor) -> VisionStore          # the ViT's outputs on disk
-compute_outputs(vision, ..., images, store) -> (N, P, D)     # and in memory
+use_fast_step(config, model, device) -> bool                 # speed: whether training by it is wanted and possible
+speed_up(config, model) -> Trainer's class, collator, loss   # trainer: in the place of CaptionTrainer and its own
+FastCaptioner(config, count)                                 # captioning: in the place of Captioner
+FastGreedyCaptioner(processor, generation, count)            # captioning: in the place of GreedyCaptioner
+compute_outputs(vision, ..., images, store) -> (N, P, D)     # vision_store: the ViT's outputs, kept
 start(config) -> process                                     # compile_kernels: compiles beside the imports
 """

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from captioner.blip2.batches import IGNORED
+from captioner.blip2.lora import get_blip2
 from captioner.fast.layers import (
     ATTENTION,
     Adapters,
     Rows,
     copy_lora,
     embed_images,
-    get_blip2,
     gpu_kernels,
     is_written_out,
     run_decoder,
@@ -40,6 +40,11 @@ def caption_nll(model, pixel_values: Tensor, **texts) -> Tensor:
     """
     lora = copy_lora(model)
     return text_nll(model, embed_pictures(model, pixel_values, lora), lora, **texts)
+
+
+def sum_nll(model, batch: dict[str, Tensor]) -> Tensor:
+    """The sum of caption_nll over the rows of a batch."""
+    return caption_nll(model, **batch).sum()
 
 
 @sdpa_kernel(ATTENTION)

@@ -70,7 +70,7 @@ def make_small_model(model_config, lora: tuple[str, int, int, float], device, dt
     from transformers import Blip2ForConditionalGeneration
 
     from captioner.blip2.lora import add_lora
-    from captioner.fast.vision_store import take_vision_out
+    from captioner.blip2.vision import take_vision_out
 
     model_config = copy.deepcopy(model_config)
     model_config.vision_config.num_hidden_layers = 1

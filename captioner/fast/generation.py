@@ -17,13 +17,13 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.nn import functional as F
 
+from captioner.blip2.lora import get_blip2
 from captioner.fast.layers import (
     Rows,
     apply_linears,
     copy_lora,
     embed_images,
     get_base,
-    get_blip2,
     gpu_kernels,
     group_linears,
     is_written_out,
@@ -73,7 +73,7 @@ def copy_linear(linear: torch.nn.Module, weight: Tensor, bias: Tensor) -> None:
 def describe_lora(module: torch.nn.Module) -> list[tuple]:
     """What changes whenever LoRA below the module gives something else: what is on, and the versions of its weights.
 
-    torch's fused optimisers don't raise them; trainer.py does.
+    torch's fused optimisers don't raise them; CaptionTrainer does.
     """
     return [
         (

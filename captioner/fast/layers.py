@@ -13,12 +13,13 @@ from typing import NamedTuple
 import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers import Blip2ForConditionalGeneration, OPTForCausalLM
+
+from captioner.blip2.lora import get_blip2
 
 try:
     from captioner.fast import gpu_kernels
@@ -44,11 +45,6 @@ class Adapters(NamedTuple):
     scale: float  # that each B has been multiplied by
     sites: dict[nn.Module, int]  # number of the place where a module drops values
     seed: Tensor  # (1,) int64 on the device
-
-
-def get_blip2(model) -> Blip2ForConditionalGeneration:
-    """The BLIP-2 inside a PeftModel, with its LoRA layers; any other model as it is."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def group_linears(layer) -> list[list[nn.Module]]:

@@ -1,9 +1,15 @@
-"""Batches without padding: rows one behind the other."""
+"""Batches without padding: rows one behind the other, in batches of about one size."""
+
+from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from captioner.blip2.batches import IGNORED, CaptionCollator
+from captioner.training.order import LengthSampler, shuffle
+
+T = TypeVar("T")
 
 PACKED_TO, SLOW = 8, 32  # positions of a packed batch are a multiple of the one and not of the other,
 SMALL = 1024  # and up to so many a multiple of twice the one
@@ -35,3 +41,48 @@ class PackedCollator(CaptionCollator):
             "starts": torch.tensor([*starts, len(labels) + padding]),  # (B+2,) of the rows and of what is behind them
             "longest": -(-longest // LONGEST_TO) * LONGEST_TO,
         }
+
+
+class PackedSampler(LengthSampler):
+    """LengthSampler for packed rows: a step has one frame of each range of lengths.
+
+    So all steps, and their halves and quarters too, have about the same number of positions.
+    """
+
+    def deal(self, rows: list[int], generator: torch.Generator) -> list[list[int]]:
+        count = len(rows) // self.batch_size
+        ranges = [rows[first : first + count] for first in range(0, len(rows), count or 1)]
+        return [spread(batch) for batch in self._deal_ranges(ranges, generator)]
+
+    def _deal_ranges(self, ranges: list[list[int]], generator: torch.Generator) -> list[list[int]]:
+        """Batches with one row of each range, sorted by length, whose sums of lengths are about the same.
+
+        The ranges that differ most come first. Every other one is dealt at random; of those between, the longest row
+        goes to the batch with the smallest sum so far.
+        """
+        batches: list[list[int]] = [[] for _ in ranges[0]] if ranges else []
+        widest_first = sorted(ranges, key=lambda part: self.lengths[part[0]] - self.lengths[part[-1]])
+        for place, part in enumerate(widest_first):
+            rows = shuffle(part, generator)
+            if place % 2:
+                batches.sort(key=self._count)
+                rows.sort(key=lambda row: -self.lengths[row])
+            for batch, row in zip(batches, rows, strict=True):
+                batch.append(row)
+        return [sorted(batch, key=lambda row: self.lengths[row]) for batch in batches]
+
+    def _count(self, batch: list[int]) -> int:
+        return sum(self.lengths[row] for row in batch)
+
+
+def spread(items: Sequence[T]) -> list[T]:
+    """Sorted items in an order in which each half, quarter and so on has about the same sum.
+
+    They are dealt out by the Thue-Morse sequence, in which neither half is always served first.
+    """
+    if len(items) < 2:
+        return list(items)
+    halves: tuple[list, list] = ([], [])
+    for place, item in enumerate(items):
+        halves[place.bit_count() % 2].append(item)
+    return spread(halves[0]) + spread(halves[1])

@@ -2,8 +2,8 @@
 
 Levers, each with a switch in config.py: NF4 weights unpacked once instead of at each use (unpack_nf4); weights of
 layers that read the same input side by side (join_weights); the launches of one forward and backward pass recorded once
-and replayed (FastStep); passes without padding (model.PackedCollator) of about one size (LengthSampler). With FastStep,
-LoRA's weights, gradients and AdamW's moments are one tensor each (JoinedAdamW).
+and replayed (FastStep); passes without padding (packing.PackedCollator) of about one size (packing.PackedSampler). With
+FastStep, LoRA's weights, gradients and AdamW's moments are one tensor each (JoinedAdamW). trainer.py trains with them.
 """
 
 import functools
@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captioner.blip2.loading import pick_dtype
+from captioner.blip2.lora import get_blip2
 from captioner.fast import caption_loss
 from captioner.fast.caption_loss import caption_nll, embed_pictures, text_nll
 from captioner.fast.layers import (
     bind_parts,
     copy_lora,
     get_base,
-    get_blip2,
     has_active_lora,
     has_kernel_rank,
     join_linears,
@@ -331,88 +331,8 @@ class JoinedAdamW(torch.optim.AdamW):
             self.state[weight] = {"step": whole["step"], **views}
 
 
-# --------------------------------------------------------------------------------------------------------------
-# order
-
-
-class LengthSampler(torch.utils.data.Sampler):
-    """Random order that suits the length of captions, for steps of `batch_size` frames.
-
-    Of `window` steps that follow each other in a random order, frames are sorted by length and dealt out. A step has
-    frames of about one length, against padding; or, where rows are `packed`, one of each range of lengths, so that all
-    steps, and their halves and quarters too, have about the same number of positions. Then steps are shuffled. The
-    order depends on seed and epoch alone, so that a run can go on within an epoch.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, window: int, seed: int, packed: bool = False):
-        self.lengths, self.batch_size, self.window, self.seed = lengths, batch_size, window, seed
-        self.packed, self.epoch = packed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = shuffle(range(len(self.lengths)), generator)
-        size = self.window * self.batch_size
-        for start in range(0, len(order), size):
-            part = order[start : start + size]
-            whole = len(part) - len(part) % self.batch_size
-            short = part[whole:]  # stays last
-            part = sorted(part[:whole], key=lambda row: self.lengths[row])
-            count = whole // self.batch_size
-            if self.packed:
-                ranges = [part[first : first + count] for first in range(0, whole, count or 1)]
-                batches = [spread(batch) for batch in self._deal(ranges, generator)]
-            else:
-                batches = [part[first : first + self.batch_size] for first in range(0, whole, self.batch_size)]
-            for batch in shuffle(batches, generator):
-                yield from batch
-            yield from short
-
-    def _deal(self, ranges: list[list[int]], generator: torch.Generator) -> list[list[int]]:
-        """Batches with one row of each range, sorted by length, whose sums of lengths are about the same.
-
-        The ranges that differ most come first. Every other one is dealt at random; of those between, the longest row
-        goes to the batch with the smallest sum so far.
-        """
-        batches: list[list[int]] = [[] for _ in ranges[0]] if ranges else []
-        widest_first = sorted(ranges, key=lambda part: self.lengths[part[0]] - self.lengths[part[-1]])
-        for place, part in enumerate(widest_first):
-            rows = shuffle(part, generator)
-            if place % 2:
-                batches.sort(key=self._count)
-                rows.sort(key=lambda row: -self.lengths[row])
-            for batch, row in zip(batches, rows, strict=True):
-                batch.append(row)
-        return [sorted(batch, key=lambda row: self.lengths[row]) for batch in batches]
-
-    def _count(self, batch: list[int]) -> int:
-        return sum(self.lengths[row] for row in batch)
-
-
-def spread(items: Sequence[T]) -> list[T]:
-    """Sorted items in an order in which each half, quarter and so on has about the same sum.
-
-    They are dealt out by the Thue-Morse sequence, in which neither half is always served first.
-    """
-    if len(items) < 2:
-        return list(items)
-    halves: tuple[list, list] = ([], [])
-    for place, item in enumerate(items):
-        halves[place.bit_count() % 2].append(item)
-    return spread(halves[0]) + spread(halves[1])
-
-
-def shuffle(items: Sequence[T], generator: torch.Generator) -> list[T]:
-    return [items[place] for place in torch.randperm(len(items), generator=generator).tolist()]
-
-
 def use_fast_step(config: TrainConfig, model, device: torch.device) -> bool:
-    """Whether the fast step (see speed.py) is wanted and possible."""
+    """Whether FastStep is wanted and possible."""
     if config.fast_step == "off":
         return False
     obstacle = (

@@ -12,9 +12,7 @@ Shapes: N pictures, B of them at once, S image side in pixels (224), P positions
 """
 
 import bisect
-import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -29,14 +27,12 @@ from pathlib import Path
 import PIL
 import psutil
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from captioner.blip2.batches import load_pixels
-from captioner.data.reading import BATCH, read_ahead, read_batches
-from captioner.fast.layers import get_blip2
+from captioner.blip2.vision import hash_picture, run_vision, start_reading
+from captioner.data.reading import read_ahead
 from captioner.fast.speed import has_room_to_unpack, record_graph, unpack_nf4
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write
@@ -51,20 +47,6 @@ PART = 2048  # pictures whose outputs may be in memory beside those that are kep
 RECORDING_ROOM = 6 * 2**30  # bytes of GPU memory that must be free to record the ViT
 SPARE_DISK = 0.1  # share of what is free on the disk that is left free
 STALE = 3600  # seconds after which a file that was not written to its end is taken for one of a killed run
-
-
-class StoredVision(torch.nn.Module):
-    """Stands in place of the ViT and passes on what the ViT gave before."""
-
-    def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        return BaseModelOutputWithPooling(last_hidden_state=pixel_values)  # (B, P, D)
-
-
-def take_vision_out(model) -> torch.nn.Module:
-    """The model's ViT, in whose place its outputs are taken from here on."""
-    blip2 = get_blip2(model)
-    vision, blip2.vision_model = blip2.vision_model, StoredVision()
-    return vision
 
 
 class RecordedVision(torch.nn.Module):
@@ -95,23 +77,6 @@ def record_vision(vision: torch.nn.Module) -> torch.nn.Module:
     device = vision.post_layernorm.weight.device
     has_room = has_room_to_unpack(vision, device) and torch.cuda.mem_get_info(device)[0] > RECORDING_ROOM
     return RecordedVision(vision) if has_room else vision
-
-
-def run_vision(vision, pixels: Tensor) -> Tensor:
-    """The ViT's outputs (B, P, D) for pixels (B, 3, S, S), BATCH pictures at a time.
-
-    A GPU may add up in another order for another number of rows: there, always BATCH pictures are computed, blank ones
-    among them, so that an output does not depend on how many pictures came with it.
-    """
-    weight, outputs = vision.post_layernorm.weight, []
-    for part in pixels.split(BATCH):
-        count = len(part)
-        if weight.is_cuda:
-            part = part.pin_memory().to(weight.device, non_blocking=True)  # the GPU goes on meanwhile
-            part = F.pad(part, (0, 0, 0, 0, 0, 0, 0, BATCH - count))
-        with torch.inference_mode():
-            outputs.append(vision(part.to(weight.dtype)).last_hidden_state[:count])
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -198,24 +163,6 @@ def compute_outputs(
     return outputs, unreadable
 
 
-def start_reading(
-    images: Sequence[Path],
-    processor,
-    dtype: torch.dtype,
-    side: int,
-    blank: bool = False,
-    hashes: bool = False,
-    pin: bool = False,
-) -> Iterator[tuple[Tensor, list[str | None], list[str | None]]]:
-    """What processes make of pictures from the call on, BATCH at a time; see load_pixels for `blank`.
-
-    (pixels (B, 3, S, S) of those that can be read, in pinned memory if wanted, why not for each of all, SHA-256 of the
-    bytes of each of all or None unless `hashes`).
-    """
-    read = functools.partial(_read, processor=processor, blank=blank, hashes=hashes)
-    return read_batches(read, images, functools.partial(_stack, dtype=dtype), 3 * side**2 * dtype.itemsize, pin)
-
-
 def has_outputs(folder: Path) -> bool:
     """Whether a store's folder has any file of outputs."""
     return next(folder.glob("*/*.bin"), None) is not None
@@ -238,20 +185,6 @@ def _sort_out(
         yield readable, pixels, unreadable, known
 
 
-def read_each(images: Sequence[Path], processor, dtype: torch.dtype, side: int, blank: bool) -> Iterator[Tensor | str]:
-    """Pixels (3, S, S) of each picture in order, or why it can't be read; see load_pixels for `blank`.
-
-    By processes, which start at the call.
-    """
-    batches = start_reading(images, processor, dtype, side, blank)
-    return itertools.chain.from_iterable(_list_each(pixels, reasons) for pixels, reasons, _ in batches)
-
-
-def _list_each(pixels: Tensor, reasons: list[str | None]) -> list[Tensor | str]:
-    readable = iter(pixels)
-    return [next(readable) if reason is None else reason for reason in reasons]
-
-
 def _leave_out(outputs: Tensor, kept: list[int]) -> Tensor:
     """The rows `kept`, which are moved up in place: there may be no room for a second tensor."""
     for place, row in enumerate(kept):
@@ -260,35 +193,8 @@ def _leave_out(outputs: Tensor, kept: list[int]) -> Tensor:
     return outputs[: len(kept)]
 
 
-def _read(image: Path, processor, blank: bool, hashes: bool) -> tuple[Tensor | str, str | None]:
-    """(3, S, S) pixel values, or why there are none; and the SHA-256 of the file, if wanted."""
-    sha256 = hash_picture(image) if hashes else None
-    try:
-        return load_pixels(image, processor, blank), sha256
-    except UserError as error:
-        return str(error), sha256
-
-
-def _stack(
-    read: list[tuple[Tensor | str, str | None]], dtype: torch.dtype
-) -> tuple[Tensor, list[str | None], list[str | None]]:
-    """(pixels of those that could be read, why not for each of all, SHA-256 of each of all)."""
-    pixels = [item.to(dtype) for item, _ in read if not isinstance(item, str)]
-    reasons = [item if isinstance(item, str) else None for item, _ in read]
-    return torch.stack(pixels) if pixels else torch.empty(0), reasons, [sha256 for _, sha256 in read]
-
-
 # --------------------------------------------------------------------------------------------------------------
 # on disk
-
-
-def hash_picture(image: Path) -> str | None:
-    """SHA-256 of the file's bytes; None if it can't be read: who decodes it says why."""
-    try:
-        with open(image, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
 
 
 def hash_weights(module: torch.nn.Module) -> str:
@@ -336,20 +242,19 @@ def find_folder(config, device: torch.device) -> Path | None:
     return Path("vision-store" if config.vision_store == "auto" else config.vision_store)
 
 
-def open_store(config, model, processor, write: bool = True) -> "VisionStore | None":
+def open_store(config, vision, vision_config, processor, write: bool = True) -> "VisionStore | None":
     """The store that --vision-store of main.py's or eval.py's `config` names; None if none is wanted."""
-    folder = find_folder(config, model.device)
+    weight = vision.post_layernorm.weight
+    folder = find_folder(config, weight.device)
     if folder is None:
         return None
-    blip2 = get_blip2(model)
-    vision, settings = blip2.vision_model, blip2.config.vision_config
-    about = describe_outputs(vision, settings, processor.image_processor)
+    about = describe_outputs(vision, vision_config, processor.image_processor)
     return VisionStore(
         folder,
         about,
-        shape_outputs(settings),
-        vision.post_layernorm.weight.dtype,
-        model.device,
+        shape_outputs(vision_config),
+        weight.dtype,
+        weight.device,
         config.vision_store_disk_gib if write else 0,
     )
 

@@ -17,8 +17,7 @@ from transformers import TrainerCallback
 
 from captioner.bdd100k.parsing import parse_caption, read_caption
 from captioner.blip2.batches import CaptionDataset
-from captioner.blip2.captioning import decode_captions, generate_captions
-from captioner.fast.generation import FastGenerator, max_batch, supports
+from captioner.blip2.captioning import GreedyCaptioner
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write, explain_writing
 from captioner.scoring.fact_metrics import measure_shares
@@ -27,7 +26,6 @@ from captioner.scoring.text_metrics import score, score_bleu
 REMEDY = "the checkpoints before are kept: see to the disk, then go on with --resume"
 SHOWN = 2  # captions of each epoch that go to the console
 WIDEST = 400  # characters of them
-ROOM = 256  # pictures that there must be memory for, so that training beside it keeps some
 PANELS = {  # title: {key of the records: its label}
     "loss (nats a token)": {"loss": "training", "eval_loss": "validation"},
     "right facts of validation captions": {
@@ -140,10 +138,8 @@ def start_wandb(mode: str, name: str, config: dict):
 class ValidationCaptions(TrainerCallback):
     """After each epoch: greedy captions of the first `count` validation pictures, and how right they are."""
 
-    def __init__(self, log: RunLog, dataset: CaptionDataset, count: int, processor, generation):
-        self.log, self.dataset, self.processor, self.generation = log, dataset, processor, generation
-        self.count = min(count, len(dataset))
-        self.generator: FastGenerator | None = None
+    def __init__(self, log: RunLog, dataset: CaptionDataset, count: int, caption: GreedyCaptioner):
+        self.log, self.dataset, self.count, self.caption = log, dataset, count, caption
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         if not self.count or not state.is_world_process_zero:
@@ -171,29 +167,12 @@ class ValidationCaptions(TrainerCallback):
         was_training, texts = model.training, []
         model.eval()
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        generator = self.make_generator(model)
         with torch.random.fork_rng(devices):
             for start in range(0, self.count, batch_size):
                 rows = [self.dataset[row] for row in range(start, min(start + batch_size, self.count))]
-                pixels = torch.stack([row["pixel_values"] for row in rows])
-                if generator is None:
-                    texts += generate_captions(model, self.processor, pixels, self.generation, do_sample=False)
-                else:
-                    tokens = generator.generate(pixels.to(generator.dtype), self.generation.max_new_tokens)
-                    texts += decode_captions(self.processor, tokens)
+                texts += self.caption(model, torch.stack([row["pixel_values"] for row in rows]))
         model.train(was_training)
         return texts
-
-    def make_generator(self, model) -> FastGenerator | None:
-        """The fast way to caption, on a CPU or a GPU with room for it. Weights and graphs stay until training ends."""
-        if self.generator is None and supports(model):
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-                free = torch.cuda.mem_get_info()[0]
-                if max_batch(model, self.generation.max_new_tokens, free) < max(ROOM, self.count):
-                    return None
-            self.generator = FastGenerator(model, self.count)
-        return self.generator
 
     def write(self, epoch: float, examples: Sequence, texts: list[str]) -> None:
         path = self.log.run_dir / "captions.md"

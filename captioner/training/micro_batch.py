@@ -1,11 +1,13 @@
 """How many frames fit into one forward pass."""
 
+from collections.abc import Callable
+
 import torch
 from accelerate.utils import send_to_device
+from torch import Tensor
 
 from captioner.blip2.batches import CaptionCollator, CaptionDataset
-from captioner.fast.caption_loss import caption_nll
-from captioner.fast.packing import PackedCollator
+from captioner.blip2.loading import pick_dtype
 
 CPU_MICRO_BATCH = 4  # frames a forward pass on a CPU, where more only take memory
 SPARE_MEMORY = 0.05  # share of a GPU that a micro-batch must leave free
@@ -16,15 +18,27 @@ def list_micro_batches(batch_size: int) -> list[int]:
     return [size for size in range(batch_size, 0, -1) if batch_size % size == 0]
 
 
-def find_micro_batch(model, dataset: CaptionDataset, batch_size: int, device, dtype, fast: bool) -> int:
-    """The most frames, of those that divide `batch_size`, whose forward and backward pass fit the device.
+def compute_loss(model, batch: dict[str, Tensor]) -> Tensor:
+    """The model's own, in the precision in which the Trainer has it."""
+    with torch.autocast(model.device.type, pick_dtype(model.device)):
+        return model(**batch).loss
 
-    Tried with the longest captions of the dataset; on a CPU the most up to CPU_MICRO_BATCH. Gradients are cleared.
+
+def find_micro_batch(
+    model,
+    dataset: CaptionDataset,
+    batch_size: int,
+    collator: CaptionCollator,
+    compute_loss: Callable[..., Tensor],
+) -> int:
+    """The most frames, of those that divide `batch_size`, whose forward and backward pass fit the model's device.
+
+    The pass is that of compute_loss(model, batch), of a batch as the collator makes it. Tried with the longest captions
+    of the dataset; on a CPU the most up to CPU_MICRO_BATCH. Gradients are cleared.
     """
-    sizes = list_micro_batches(batch_size)
+    sizes, device = list_micro_batches(batch_size), model.device
     if device.type == "cpu":
         return next(size for size in sizes if size <= CPU_MICRO_BATCH)
-    collator = (PackedCollator if fast else CaptionCollator)(model.config)
     longest = sorted(range(len(dataset)), key=lambda row: -len(dataset.caption_ids[row]))
     moments = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)  # bytes of AdamW's state
     total = torch.cuda.get_device_properties(device).total_memory
@@ -32,7 +46,7 @@ def find_micro_batch(model, dataset: CaptionDataset, batch_size: int, device, dt
     for size in sizes:
         rows = [dataset[longest[place % len(longest)]] for place in range(size)]
         torch.cuda.reset_peak_memory_stats(device)
-        if _fits(model.train(), send_to_device(collator(rows), device), dtype, fast):
+        if _fits(model.train(), send_to_device(collator(rows), device), compute_loss):
             peak = torch.cuda.max_memory_allocated(device)
             if peak + moments + outside <= (1 - SPARE_MEMORY) * total:
                 break
@@ -40,14 +54,9 @@ def find_micro_batch(model, dataset: CaptionDataset, batch_size: int, device, dt
     return size
 
 
-def _fits(model, batch: dict[str, torch.Tensor], dtype: torch.dtype, fast: bool) -> bool:
+def _fits(model, batch: dict[str, Tensor], compute_loss: Callable[..., Tensor]) -> bool:
     try:
-        if fast:
-            loss = caption_nll(model, **batch).sum()
-        else:
-            with torch.autocast("cuda", dtype):
-                loss = model(**batch).loss
-        loss.backward()
+        compute_loss(model, batch).backward()
         return True
     except torch.OutOfMemoryError:
         return False

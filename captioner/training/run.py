@@ -22,12 +22,9 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import TrainerState, TrainingArguments
 
-from captioner.blip2.batches import CaptionCollator
 from captioner.data.reading import LOADER_ERRORS, explain_dead_worker
 from captioner.data.run_record import read_run
 from captioner.data.splits import write_splits
-from captioner.fast.packing import PackedCollator
-from captioner.publishing.model_card import write_model_card
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write
 from captioner.training.arguments import set_micro_batch
@@ -41,7 +38,7 @@ from captioner.training.checkpoints import (
 )
 from captioner.training.guards import check_pickles
 from captioner.training.micro_batch import list_micro_batches
-from captioner.training.trainer import CaptionTrainer, Pace, RowCollator, Stopped
+from captioner.training.trainer import CaptionTrainer, Pace, Stopped
 from config import TrainConfig, config_to_json
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")  # whose versions a run records
@@ -50,14 +47,14 @@ T = TypeVar("T")
 
 
 def train_lora(
-    config, arguments, state, model, datasets, make_callbacks, make_fast_step
+    config: TrainConfig, arguments: TrainingArguments, state: dict, model, make_trainer: Callable[[int], CaptionTrainer]
 ) -> tuple[CaptionTrainer, dict]:
     """Train to the end, from the newest intact checkpoint on if there is one. Returns the Trainer and its metrics.
 
-    When the GPU's memory does not suffice, the micro-batch is halved and the effective batch kept.
+    make_trainer(done) gives a Trainer of the model with these arguments, `done` steps after the first. When the GPU's
+    memory does not suffice, the micro-batch is halved and the effective batch kept.
     """
     folder = checkpoint_folder(config.output)
-    features = datasets["train"].features
     start = {name: weight.detach().cpu().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     while True:
         share(arguments, functools.partial(write_state, folder, state))
@@ -66,26 +63,14 @@ def train_lora(
             check_pickles(checkpoint)
         done, steps = read_step(checkpoint) if checkpoint else (0, None)
         set_micro_batch(arguments, state["micro_batch"], config.train_batch_size)
-        fast_step = make_fast_step()
-        collator = (CaptionCollator if fast_step is None else PackedCollator)(model.config)
-        trainer = CaptionTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=datasets["train"],
-            eval_dataset=datasets["val"],
-            data_collator=RowCollator(collator, pin=features is not None and features.is_cuda),
-            fast_step=fast_step,
-            length_window=config.length_window,
-        )
-        for callback in make_callbacks(done):
-            trainer.add_callback(callback)
+        trainer = make_trainer(done)
         if checkpoint:
             print(f"goes on after step {done:,} of {steps:,}, from {checkpoint}")
         if done and done == steps:  # only the saving was left to do
             trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             trainer._load_best_model()
             return trainer, {}
-        batches = math.ceil(len(datasets["train"]) / (state["micro_batch"] * arguments.world_size))
+        batches = math.ceil(len(trainer.train_dataset) / (state["micro_batch"] * arguments.world_size))
         steps_per_epoch = math.ceil(batches / arguments.gradient_accumulation_steps)
         try:
             with Pace(config.save_minutes, steps_per_epoch, arguments.world_size) as trainer.pace:
@@ -163,7 +148,6 @@ def save_finetuned(output: Path, model, weights, processor, generation, splits, 
     (output / "scores.json").unlink(missing_ok=True)  # of an adapter that was here before
     with atomic_write(output / "run.json") as file:
         json.dump(run, file, indent=2)
-    write_model_card(output)
 
 
 def describe_state(config: TrainConfig, world_size: int) -> dict:

@@ -1,4 +1,4 @@
-"""The Trainer of main.py: what stops it, what it saves, and how many frames fit into one forward pass.
+"""The Trainer of main.py: what stops it and what it saves.
 
 Shapes: B rows, L positions, V vocabulary.
 """
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +25,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_pt_utils import nested_gather
 from transformers.trainer_utils import EvalLoopOutput
 
 from captioner.blip2.batches import IGNORED, CaptionCollator
 from captioner.data.reading import explain_dead_worker
-from captioner.fast.speed import FastStep, JoinedAdamW, LengthSampler
 from captioner.runtime.errors import UserError
 from captioner.training.checkpoints import check_disk, remove_old_checkpoints, seal_checkpoint, step_of
 from captioner.training.guards import check_same_weights, gather
+from captioner.training.order import LengthSampler
 
 WORKER_SECONDS = 5  # that a worker lives on after SIGTERM
 NAMED = 8  # frames of a bad batch that are named
@@ -40,6 +40,17 @@ NAMED = 8  # frames of a bad batch that are named
 
 class Stopped(Exception):
     """Training was asked to stop, and has saved its state."""
+
+
+class Step(NamedTuple):
+    """An optimiser step, before it has changed any weight."""
+
+    number: int
+    is_finite: torch.Tensor  # whether loss and gradient are numbers
+    loss: torch.Tensor  # of all its frames, in all processes
+    norm: torch.Tensor  # of the gradient
+    losses: torch.Tensor  # (P,) of its passes in this process
+    rows: list[torch.Tensor]  # of each pass, the places of its frames in the dataset
 
 
 class RowCollator:
@@ -76,50 +87,24 @@ class CaptionTrainer(Trainer):
     the two are on one scale, whatever the batch sizes.
     """
 
-    def __init__(self, *args, fast_step: FastStep | None = None, length_window: int = 0, **kwargs):
+    sampler_class = LengthSampler
+
+    def __init__(self, *args, length_window: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
-        self.fast_step, self.length_window = fast_step, length_window
+        self.length_window = length_window
         if self.is_fsdp_enabled:
             fit_fsdp(self.accelerator.state.fsdp_plugin, self.model)
         self.pace: Pace | None = None
         self._rows: list[torch.Tensor] = []  # of this optimiser step
         self._losses: list[torch.Tensor] = []
-        self._record: tuple | None = None  # of a logged step, that is yet to be written
         self._writer, self._writing = ThreadPoolExecutor(1), None  # of the newest checkpoint
         self._to_write: list[Callable] = []  # what is left to the writer
         self._abandoned = threading.Event()
-        self._unchecked: tuple | None = None  # what check_finite needs to know of the last step
 
-    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, learning_rate=None, **kwargs):
-        """With the fast step a record is written when the step after it has been launched: the GPU need not wait."""
-        self._write_record()
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
         if self._writing is not None and self._writing.done():
             self.finish_writing()  # what went wrong is told now
-        control, state = self.control, self.state
-        is_due = control.should_log and state.global_step > self._globalstep_last_logged
-        if is_due and self.fast_step is not None and not (control.should_evaluate or control.should_save):
-            loss = nested_gather(tr_loss, self.args.parallel_mode).mean()
-            values = send_to_cpu(torch.stack([loss, torch.as_tensor(grad_norm, device=loss.device)]))
-            tr_loss -= tr_loss
-            steps = state.global_step - self._globalstep_last_logged
-            self._record = (values, steps, learning_rate, state.global_step, state.epoch)
-            self._globalstep_last_logged, control.should_log = state.global_step, False
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, learning_rate=learning_rate, **kwargs)
-
-    def _write_record(self) -> None:
-        """Log what is due of an earlier step, as of then."""
-        if self._record is None:
-            return
-        (values, steps, learning_rate, *then), self._record = self._record, None
-        loss, norm = values().tolist()
-        self._total_loss_scalar += loss
-        state, is_due = self.state, self.control.should_log
-        now, (state.global_step, state.epoch) = (state.global_step, state.epoch), then
-        try:
-            self.log({"loss": loss / steps, "grad_norm": norm, "learning_rate": learning_rate})
-        finally:
-            state.global_step, state.epoch = now
-            self.control.should_log = is_due
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def floating_point_ops(self, inputs) -> int:
         """Not counted: Trainer would walk over all weights at each step, for longer than a GPU takes for some."""
@@ -127,32 +112,22 @@ class CaptionTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self._rows.append(inputs.pop("index"))
-        if self.fast_step is None:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        else:
-            if not model.training:  # after validation: to tell thousands of modules at each step would take long
-                model.train()
-            is_last = self.accelerator.sync_gradients
-            loss = self.fast_step(self._prepare_inputs(inputs), num_items_in_batch, is_last)
-            loss = loss * self.args.world_size  # as Trainer's own, which it averages over the processes
+        loss = self.run_pass(model, inputs, num_items_in_batch)
         self._losses.append(loss)
         return loss
 
+    def run_pass(self, model, inputs, num_items_in_batch) -> torch.Tensor:
+        """The loss of a batch, whose gradients are added to those of the step's passes before."""
+        return super().training_step(model, inputs, num_items_in_batch)
+
     def _prepare_for_training(self, *args):
-        """Called once before the first step. The fast step adds up gradients itself, so nothing is wrapped in DDP."""
+        """Called once before the first step."""
         self.model.train()  # all of it: a model is loaded for inference, and LoRA's wrapper alone is made to train
         if self.args.world_size > 1:  # only DDP would send the first process's weights to the others
             check_same_weights(self.model, self.args.world_size)
-        if self.fast_step is not None:
-            self.model.zero_grad = self.fast_step.zero_grad  # Trainer's walks over thousands of modules
-            prepare = self.accelerator.prepare_model
-            self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)  # what else it does stays
         return super()._prepare_for_training(*args)
 
     def create_optimizer(self, *args):
-        if self.fast_step is not None:
-            _, options = self.get_optimizer_cls_and_kwargs(self.args)  # AdamW's
-            self.optimizer_cls_and_kwargs = JoinedAdamW, options | {"fast_step": self.fast_step}
         optimizer = super().create_optimizer(*args)
         optimizer.register_step_post_hook(raise_versions)
         return optimizer
@@ -168,50 +143,41 @@ class CaptionTrainer(Trainer):
 
     def _clip_grad_norm(self, model):
         """Called once an optimiser step, after all gradients are there and before any weight has changed."""
-        losses = torch.stack(self._losses)  # (accumulation steps,)
-        total = losses.sum() / self.args.world_size  # of all processes: they all stop, or none
-        if self.fast_step is None:
-            norm = super()._clip_grad_norm(model)
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP's, of parts
-            if self.args.world_size > 1:
-                torch.distributed.all_reduce(total)
-        else:
-            total = self.fast_step.add_up(total)
-            norm = self.fast_step.clip(self.args.max_grad_norm)
+        losses = torch.stack(self._losses)
+        total, norm = self.clip_gradients(model, losses.sum() / self.args.world_size)
         finite = total.isfinite()
         if not self.args.fp16:  # with fp16 an infinite gradient is no accident: the scaler skips that step
             finite = finite & torch.as_tensor(norm).isfinite()
-        self.check_finite()
-        self._unchecked = (send_to_cpu(finite), self.state.global_step + 1, total, norm, losses, self._rows)
+        step = Step(self.state.global_step + 1, finite, total, norm, losses, self._rows)
         self._rows, self._losses = [], []
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
-        if self.fast_step is not None and optimizer.defaults.get("fused"):
-            # the GPU itself leaves the step out; to look now would have it wait until the next one is launched
-            optimizer.found_inf = 1 - finite.float()
-        else:
-            self.check_finite()
+        self.check_finite(step)
         return norm
 
-    def check_finite(self) -> None:
-        """Raise UserError, in all processes, if the last step's loss or gradient was no number.
+    def clip_gradients(self, model, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clip the step's gradients. Returns the sum of the losses of all processes, and the norm before.
 
-        It has not changed any weight then.
+        All processes get the same: they all stop, or none.
         """
-        if self._unchecked is None:
-            return
-        (is_finite, step, total, norm, losses, batches), self._unchecked = self._unchecked, None
-        if not is_finite():
-            passes = list(zip(losses.isfinite().tolist(), (rows.tolist() for rows in batches), strict=True))
+        norm = super()._clip_grad_norm(model)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP's, of parts
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(loss)
+        return loss, norm
+
+    def check_finite(self, step: Step) -> None:
+        """Raise UserError, in all processes, if the step's loss or gradient is no number."""
+        if not step.is_finite:
+            passes = list(zip(step.losses.isfinite().tolist(), (rows.tolist() for rows in step.rows), strict=True))
             passes = list(itertools.chain.from_iterable(gather(passes, self.args.world_size)))
             bad = [row for is_good, rows in passes for row in rows if not is_good]
             bad = bad or [row for _, rows in passes for row in rows]  # the gradient alone: of any of them
-            raise UserError(self._describe_bad_batch(step, total, norm, bad))
+            raise UserError(self._describe_bad_batch(step, bad))
 
-    def _describe_bad_batch(self, step, total, norm, rows) -> str:
+    def _describe_bad_batch(self, step: Step, rows: list[int]) -> str:
         names = [self.train_dataset.examples[row].name for row in rows]
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         return (
-            f"step {step}: the loss is {total:g} and the gradient norm {norm:g}, "
+            f"step {step.number}: the loss is {step.loss:g} and the gradient norm {step.norm:g}, "
             f"in the batch {', '.join(names[:NAMED])}{more}. Training stopped before that step; the last checkpoint is "
             f"kept in {self.args.output_dir}. Lower --learning-rate, look at those pictures, or use a GPU with bf16 "
             "(fp16 overflows in the Q-Former)"
@@ -222,19 +188,16 @@ class CaptionTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         lengths = [len(ids) for ids in self.train_dataset.caption_ids]
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthSampler(lengths, step, self.length_window, self.args.seed, packed=self.fast_step is not None)
+        return self.sampler_class(lengths, step, self.length_window, self.args.seed)
 
     def _get_eval_sampler(self, eval_dataset):
         """By length, against padding: the sum over the set is the same in any order."""
         lengths = [len(ids) for ids in eval_dataset.caption_ids]
-        if self.fast_step is not None:
-            return LengthSampler(lengths, self.args.eval_batch_size, len(lengths), self.args.seed, packed=True)
         return sorted(range(len(lengths)), key=lambda row: -lengths[row])
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        self.check_finite()
         model = self.model
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # sum of losses, tokens
@@ -258,9 +221,6 @@ class CaptionTrainer(Trainer):
 
     def _sum_losses(self, model, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """(B,) sums of the losses of each row's tokens, and (B,) how many these are."""
-        if self.fast_step is not None:
-            tokens = inputs["starts"].diff()[:-1] - model.config.num_query_tokens  # at each place but the image's
-            return self.fast_step.evaluate(inputs), tokens
         with self.compute_loss_context_manager():
             logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits  # (B, L, V)
         losses = [
@@ -273,7 +233,6 @@ class CaptionTrainer(Trainer):
         try:
             return super().train(*args, **kwargs)
         finally:
-            self._write_record()
             self.finish_writing()
 
     def finish_writing(self) -> None:
@@ -288,7 +247,6 @@ class CaptionTrainer(Trainer):
                 raise
 
     def _save_checkpoint(self, model, trial):
-        self.check_finite()
         self.finish_writing()
         folder = Path(self.args.output_dir)
         checkpoint = folder / f"checkpoint-{self.state.global_step}"

@@ -10,10 +10,11 @@ from transformers import Blip2ForConditionalGeneration, TopPLogitsWarper
 from benchmarks.full_size import build_full_size_config
 from captioner.blip2 import batches, captioning, lora
 from captioner.blip2 import loading as blip2
-from captioner.blip2.captioner import Captioner
+from captioner.blip2.lora import get_blip2
 from captioner.fast import generation
+from captioner.fast.captioning import FastCaptioner
 from captioner.fast.generation import FastGenerator, max_batch, pick_tokens, supports
-from captioner.fast.layers import copy_lora, embed_images, get_blip2, join_lora
+from captioner.fast.layers import copy_lora, embed_images, join_lora
 from captioner.runtime.errors import UserError
 from config import EvalConfig
 
@@ -291,7 +292,7 @@ def test_image_tokens_in_half_precision(tiny_checkpoint, monkeypatch, load_in_4b
     ],
 )
 def test_way_to_generate_is_chosen_by_room(tiny_checkpoint, room, batch_size, chosen):
-    captioner = Captioner.__new__(Captioner)  # without loading
+    captioner = FastCaptioner.__new__(FastCaptioner)  # without loading
     captioner.config, captioner.model = EvalConfig(fast_generation="on", batch_size=batch_size), load(tiny_checkpoint)
     if chosen is None:
         with pytest.raises(UserError, match=f"room for {room[1]} pictures"):

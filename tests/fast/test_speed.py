@@ -21,14 +21,14 @@ import main
 from captioner.blip2.batches import CaptionCollator, CaptionDataset
 from captioner.blip2.loading import load_config, load_model, load_processor
 from captioner.blip2.lora import add_lora
+from captioner.blip2.vision import take_vision_out
 from captioner.data.captions import Example
 from captioner.fast import compile_kernels
 from captioner.fast.caption_loss import caption_nll, supports
 from captioner.fast.generation import FastGenerator
 from captioner.fast.layers import spare_columns
-from captioner.fast.packing import PackedCollator
-from captioner.fast.speed import FastStep, JoinedAdamW, LengthSampler, join_weights, unpack_nf4
-from captioner.fast.vision_store import take_vision_out
+from captioner.fast.packing import PackedCollator, PackedSampler
+from captioner.fast.speed import FastStep, JoinedAdamW, join_weights, unpack_nf4
 from captioner.training import trainer
 from captioner.training.checkpoints import hash_file
 from config import TrainConfig
@@ -394,23 +394,10 @@ def test_another_adapter_leaves_the_joined_one_alone(tiny_checkpoint, packed):
     assert abs(caption_nll(model, **packed).sum() - loss) > 1e-3
 
 
-def test_a_batch_has_frames_of_about_one_length():
-    lengths = [7 * n % 101 for n in range(1000)]
-    sampler = LengthSampler(lengths, batch_size=16, window=10, seed=3)
-    order = list(sampler)
-    assert sorted(order) == list(range(1000)) and len(sampler) == 1000
-    assert list(sampler) == order
-    batches = [[lengths[row] for row in order[first : first + 16]] for first in range(0, 1000, 16)]
-    spreads = [max(batch) - min(batch) for batch in batches]
-    assert sorted(spreads)[len(spreads) // 2] < 20  # of 100
-    sampler.set_epoch(1)
-    assert list(sampler) != order and sorted(sampler) == list(range(1000))
-
-
 def test_packed_batches_have_about_one_size():
     """And their halves and quarters, which are passes and the shares of several GPUs."""
     lengths = [40 + (7 * n % 101) ** 2 // 100 for n in range(1000)]
-    sampler = LengthSampler(lengths, batch_size=16, window=100, seed=3, packed=True)
+    sampler = PackedSampler(lengths, batch_size=16, window=100, seed=3)
     order = list(sampler)
     assert sorted(order) == list(range(1000)) and list(sampler) == order
     for size in (16, 8, 4):
@@ -422,13 +409,13 @@ def test_packed_batches_have_about_one_size():
     sampler.set_epoch(1)
     assert list(sampler) != order and sorted(sampler) == list(range(1000))
     pairs = [set(), set()]  # of rows that are in one step, of an epoch in one window
-    small = LengthSampler(lengths[:160], batch_size=16, window=100, seed=3, packed=True)
+    small = PackedSampler(lengths[:160], batch_size=16, window=100, seed=3)
     for epoch in (0, 1):
         small.set_epoch(epoch)
         for step in zip(*[iter(small)] * 16, strict=True):
             pairs[epoch] |= set(itertools.combinations(sorted(step), 2))
     assert len(pairs[0] & pairs[1]) < 2 * len(pairs[0]) ** 2 / (160 * 159 / 2)  # by chance: half of it
-    assert list(LengthSampler([3, 1, 2], batch_size=16, window=10, seed=3, packed=True)) != [0, 1, 2]
+    assert list(PackedSampler([3, 1, 2], batch_size=16, window=10, seed=3)) != [0, 1, 2]
 
 
 @pytest.fixture(scope="module", params=["off", "on"])

@@ -17,9 +17,10 @@ from training_runs import hash_adapter, stop_at, train
 import eval
 from captioner.blip2.batches import load_pixels
 from captioner.blip2.loading import load_model, load_processor
+from captioner.blip2.vision import run_vision
 from captioner.data import reading, splits
 from captioner.fast import vision_store
-from captioner.fast.vision_store import HEADER, VisionStore, compute_outputs, describe_outputs, open_store, run_vision
+from captioner.fast.vision_store import HEADER, VisionStore, compute_outputs, describe_outputs, open_store
 from captioner.runtime.errors import UserError
 from config import EvalConfig, TrainConfig
 
@@ -96,7 +97,7 @@ def test_a_recorded_vit_gives_the_same(folder, tiny_checkpoint, processor, image
     assert vision_store.record_vision(vision) is vision  # a CPU waits for no launches
     monkeypatch.setattr(vision_store, "has_room_to_unpack", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**40, 2**40))
-    monkeypatch.setattr(vision_store, "BATCH", 4)
+    monkeypatch.setattr("captioner.blip2.vision.BATCH", 4)
     monkeypatch.setattr(reading, "BATCH", 4)  # five passes of one recording
     store, write = open_here(model, processor), VisionStore._write
     monkeypatch.setattr(VisionStore, "_write", lambda *args: time.sleep(0.02) or write(*args))
@@ -422,11 +423,12 @@ def test_the_header_holds_the_sum_of_what_follows(folder, model, processor, imag
 
 def test_it_is_for_gpus_unless_asked_for(folder, model, processor):
     config = SimpleNamespace(vision_store="auto", vision_store_disk_gib=1.0)
-    assert open_store(config, model, processor) is None
+    parts = (model.vision_model, model.config.vision_config, processor)
+    assert open_store(config, *parts) is None
     config.vision_store = "off"
-    assert open_store(config, model, processor) is None
+    assert open_store(config, *parts) is None
     config.vision_store = Path("store")
-    assert open_store(config, model, processor).root == Path("store")
+    assert open_store(config, *parts).root == Path("store")
     with pytest.raises(UserError, match="--vision-store-disk-gib -1"):
         TrainConfig(vision_store_disk_gib=-1)
     with pytest.raises(UserError, match="--vision-store-disk-gib -1"):

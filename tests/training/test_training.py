@@ -20,6 +20,7 @@ from captioner.fast import speed
 from captioner.runtime.errors import UserError
 from captioner.training import trainer
 from captioner.training.checkpoints import find_checkpoint
+from captioner.training.order import LengthSampler
 
 STEPS_PER_EPOCH = 3
 
@@ -106,6 +107,23 @@ def test_other_settings_are_refused_with_what_differs(folder, settings, undistur
 def test_resume_without_an_unfinished_run_is_refused(folder, settings):
     with pytest.raises(UserError, match="no unfinished run"):
         train(settings, resume=True)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# order
+
+
+def test_a_batch_has_frames_of_about_one_length():
+    lengths = [7 * n % 101 for n in range(1000)]
+    sampler = LengthSampler(lengths, batch_size=16, window=10, seed=3)
+    order = list(sampler)
+    assert sorted(order) == list(range(1000)) and len(sampler) == 1000
+    assert list(sampler) == order
+    batches = [[lengths[row] for row in order[first : first + 16]] for first in range(0, 1000, 16)]
+    spreads = [max(batch) - min(batch) for batch in batches]
+    assert sorted(spreads)[len(spreads) // 2] < 20  # of 100
+    sampler.set_epoch(1)
+    assert list(sampler) != order and sorted(sampler) == list(range(1000))
 
 
 # --------------------------------------------------------------------------------------------------------------

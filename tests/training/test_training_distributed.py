@@ -13,9 +13,9 @@ from ranks import BY_DDP, BY_FSDP, Ended, launch, start_ranks, start_server
 from safetensors.torch import load_file
 from training_runs import hash_adapter, train
 
-from captioner.fast.speed import LengthSampler
 from captioner.runtime.errors import UserError
 from captioner.training.checkpoints import find_checkpoint
+from captioner.training.order import LengthSampler
 
 STEPS_PER_EPOCH = 3
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
@@ -31,14 +31,15 @@ def on_step_end(self, args, state, control, **kwargs):
 training.Pace.on_step_end = on_step_end
 """
 NAN = """
-real = training.FastStep.__call__
+from captioner.fast import speed
+real = speed.FastStep.__call__
 calls = iter(range(1000))  # two a step
 def fail(self, *args):
     loss = real(self, *args)
     if rank == 1 and next(calls) == 2 * {steps} + 1:
         {what}
     return loss
-training.FastStep.__call__ = fail
+speed.FastStep.__call__ = fail
 """
 SENT_NAN = """
 from captioner.fast import speed
