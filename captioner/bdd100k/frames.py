@@ -165,7 +165,7 @@ def _decode_untyped(data: bytes | memoryview) -> tuple[list, bool]:
 def read_frame(
     raw: object, report: LabelReport, options: LabelOptions = DEFAULT_OPTIONS, wrapped: bool = False
 ) -> Frame:
-    """One raw frame, a JSON value or decoded by decode_frames, as Frame. Raises _BadFrame with the reason."""
+    """One raw frame, a JSON value or decoded by decode_frames, as Frame. Raises BadFrame with the reason."""
     if not isinstance(raw, _Frame):
         try:
             raw = msgspec.convert(raw, _Frame[str, Any])

@@ -17,10 +17,11 @@ from conftest import ROOT, SHARED, call_script, needs_real_samples
 from matplotlib.figure import Figure
 
 from captioner.bdd100k import label_files
-from captioner.bdd100k.facts import ObjectKind
+from captioner.bdd100k.facts import MAX_COUNT, ObjectKind
 from captioner.bdd100k.frames import (
     DEFAULT_OPTIONS,
     NEAR_DUPLICATE_IOU,
+    BadFrame,
     LabelOptions,
     _Box,
     _find_near_duplicates,
@@ -355,6 +356,14 @@ def test_options_change_what_is_counted():
     report = LabelReport()
     read_frame(frame(labels=twice), report)
     assert report.near_duplicates == 1
+
+
+def test_a_frame_may_have_many_objects_but_not_of_one_kind():
+    most = [{"category": "car"}] * MAX_COUNT
+    many = read_frame(frame(labels=[*most, {"category": "bus"}]), LabelReport())
+    assert many.facts.objects == {ObjectKind("car"): MAX_COUNT, ObjectKind("bus"): 1}
+    with pytest.raises(BadFrame, match=f"more than {MAX_COUNT} objects of one kind"):
+        read_frame(frame(labels=[*most, {"category": "car"}]), LabelReport())
 
 
 def test_near_duplicates_agree_with_all_pairs():

@@ -158,6 +158,12 @@ def test_seed_alone_decides_what_is_drawn(tiny_checkpoint, monkeypatch):
     assert torch.equal(FastGenerator(model, batch_size=16, bucket=128).generate(pixels, **options, seed=1), first)
 
 
+def test_more_tokens_than_the_model_has_positions_are_refused(tiny_checkpoint):
+    generator = FastGenerator(load(tiny_checkpoint), batch_size=3)
+    with pytest.raises(AssertionError, match=r"100000 new tokens, but OPT has \d+ positions"):
+        generator.generate(make_pixels(3), 100_000)
+
+
 def test_tiny_nucleus_is_greedy(tiny_checkpoint):
     model, pixels = load(tiny_checkpoint), make_pixels(3)
     generator = FastGenerator(model, batch_size=3)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from conftest import import_kernels
 from torch.utils.checkpoint import checkpoint
 from training_runs import stop_at, train
+from transformers.trainer_callback import CallbackHandler
 
 import main
 from captioner.blip2.batches import CaptionCollator, CaptionDataset
@@ -26,9 +27,9 @@ from captioner.data.captions import Example
 from captioner.fast import compile_kernels
 from captioner.fast.caption_loss import caption_nll, supports
 from captioner.fast.generation import FastGenerator
-from captioner.fast.layers import spare_columns
+from captioner.fast.layers import draws_by_kernels, spare_columns
 from captioner.fast.packing import PackedCollator, PackedSampler
-from captioner.fast.speed import FastStep, JoinedAdamW, join_weights, unpack_nf4
+from captioner.fast.speed import FastStep, JoinedAdamW, add_over_processes, join_weights, unpack_nf4
 from captioner.training import trainer
 from captioner.training.checkpoints import hash_file
 from config import TrainConfig
@@ -235,6 +236,23 @@ def test_unpacked_weights_have_the_same_values(tiny_checkpoint, packed):
     assert abs(caption_nll(unquantised, **packed).sum() - nf4[0]) > 1e-3  # NF4 it still is
 
 
+@pytest.mark.parametrize(("ranks", "by_kernels"), [([16, 32], True), ([16, 4], False)])
+def test_all_dropouts_come_from_the_seed_where_kernels_have_the_rank(kernels, ranks, by_kernels):
+    assert draws_by_kernels(torch.zeros(1), ranks) is by_kernels
+
+
+def test_gradients_are_added_up_over_processes_but_for_empty_ones():
+    assert add_over_processes([torch.ones(2)]) == []  # one process
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        waiting = add_over_processes([torch.ones(2), torch.empty(0)])
+        assert len(waiting) == 1
+        waiting[0].wait()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_room_beside_a_matrix_is_counted_in_values():
     assert spare_columns(torch.zeros(3, 8)[:, :5]) == 3 and spare_columns(torch.zeros(3, 8)) == 0
 
@@ -422,6 +440,7 @@ def test_packed_batches_have_about_one_size():
 def passes(request, tmp_path_factory, settings):
     """Of each pass of a run, with and without the fast step: all modules' modes, the versions of LoRA's weights."""
     modes, versions, real = [], [], trainer.CaptionTrainer.training_step
+    validated, on_prediction_step = [], CallbackHandler.on_prediction_step
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         versions.append([weight._version for weight in model.parameters() if weight.requires_grad])
@@ -429,22 +448,33 @@ def passes(request, tmp_path_factory, settings):
         modes.append({module.training for module in model.modules()})
         return loss
 
+    def note_validation(self, *args):
+        validated.append({module.training for module in self.model.modules()})
+        return on_prediction_step(self, *args)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("passes"))
         patch.setattr(trainer.CaptionTrainer, "training_step", training_step)
+        patch.setattr(CallbackHandler, "on_prediction_step", note_validation)
         train(settings, fast_step=request.param)
-    return modes, versions
+    return modes, validated, versions
 
 
 def test_all_modules_train_in_every_step(passes):
     """From the first step on, and after validation: OPT's own dropout, and gradient checkpointing, depend on it."""
-    modes, _ = passes
+    modes, _, _ = passes
     assert modes == [{True}] * 12  # passes of 6 steps
+
+
+def test_no_module_trains_in_validation(passes):
+    """Where dropout would add noise to the loss."""
+    _, validated, _ = passes
+    assert validated and set(map(frozenset, validated)) == {frozenset({False})}
 
 
 def test_each_step_raises_the_versions_of_weights(passes):
     """By which FastGenerator sees that LoRA was trained; torch's fused optimisers don't."""
-    _, versions = passes
+    _, _, versions = passes
     steps = versions[::2]  # each of two passes
     assert len(steps) == 6
     for before, after in itertools.pairwise(steps):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import fastjsonschema
 import pytest
@@ -62,6 +63,13 @@ def test_shuffled_predictions_fall_to_the_floor(references):
         assert own["low"] <= other["high"] and other["low"] <= own["high"], name
         assert own["value"] < 0.75
     assert scored["slices"][0]["scores"]["facts_f1"]["value"] <= scored["slices"][-1]["scores"]["facts_f1"]["value"]
+
+
+@pytest.mark.parametrize(("count", "note"), [(9, "9 pictures are too few"), (10, "10 pictures: .*between")])
+def test_a_note_says_how_far_the_figures_can_be_trusted(references, count, note):
+    few = dict(list(references.items())[:count])
+    scores = score_predictions(predict(few, lambda name, text: text.replace("car", "bus")), {}, resamples=50)
+    assert re.match(note, scores["notes"][0]), scores["notes"]
 
 
 def test_the_command_writes_what_the_schema_says(references, tmp_path):
