@@ -244,6 +244,16 @@ def test_merging_without_room_is_one_message(adapter, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_merge_that_fails_leaves_nothing(adapter, tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError("a fault")
+
+    monkeypatch.setattr(merge, "write_merged", fail)
+    with pytest.raises(UserError, match=r"can't be merged .*a fault"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
+
+
 def test_free_memory_is_known():
     assert 10**8 < merge.find_free_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
