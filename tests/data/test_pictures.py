@@ -8,7 +8,9 @@ from collections import namedtuple
 
 import pytest
 import torch
+from PIL import Image
 
+from captioner.data import images
 from captioner.data import reading as data_reading
 from captioner.data.reading import BATCH, one_ahead, read_ahead, read_batches
 from captioner.runtime.errors import UserError
@@ -98,3 +100,12 @@ def _complain(item):
 def test_a_process_that_fails_says_why(read, message):
     with pytest.raises(UserError, match=message):
         list(data_reading.read_batches(read, range(200), list))
+
+
+def test_a_picture_may_have_as_many_pixels_as_the_limit_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 64 * 36)
+    Image.new("RGB", (64, 36)).save(tmp_path / "most.png")
+    Image.new("RGB", (64, 37)).save(tmp_path / "more.png")
+    assert images.open_picture(tmp_path / "most.png").size == (64, 36)
+    with pytest.raises(UserError, match=r"more\.png: .*64 x 37 pixels, more than 2,304"):
+        images.open_picture(tmp_path / "more.png")

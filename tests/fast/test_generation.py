@@ -164,6 +164,18 @@ def test_more_tokens_than_the_model_has_positions_are_refused(tiny_checkpoint):
         generator.generate(make_pixels(3), 100_000)
 
 
+def test_the_whole_vocabulary_is_drawn_from_without_a_nucleus(tiny_checkpoint, monkeypatch):
+    """With top-p 1, however few tokens a nucleus may have: these two are the likeliest, and others are drawn too."""
+    monkeypatch.setattr(generation, "NUCLEUS", 2)
+    generator, pixels = FastGenerator(load(tiny_checkpoint), batch_size=3), make_pixels(3)
+
+    def draw(top_p: float) -> set[int]:
+        drawn = [generator.generate(pixels, 1, do_sample=True, top_p=top_p, seed=seed) for seed in range(8)]
+        return set(torch.cat(drawn).flatten().tolist())
+
+    assert len(draw(0.999)) <= 2 * 3 < len(draw(1.0))  # of three images
+
+
 def test_tiny_nucleus_is_greedy(tiny_checkpoint):
     model, pixels = load(tiny_checkpoint), make_pixels(3)
     generator = FastGenerator(model, batch_size=3)

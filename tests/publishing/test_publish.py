@@ -136,6 +136,20 @@ def test_scores_of_something_else_are_left_out(tmp_path, change):
     assert card.data.eval_results is None and "Not measured." in card.text
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"load_in_4bit": True}, "; the base model in NF4, as in training"),
+        ({"load_in_4bit": False}, "time; facts held against"),
+    ],
+)
+def test_card_says_how_captions_came_about(tmp_path, change, said):
+    write_json(tmp_path / "run.json", make_run(**change))
+    write_json(tmp_path / "scores.json", make_scores())
+    write_model_card(tmp_path)
+    assert said in ModelCard.load(tmp_path / "README.md").text
+
+
 @pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"config": {}}'])
 def test_card_of_a_damaged_run_is_one_message(tmp_path, content):
     if content is not None:
