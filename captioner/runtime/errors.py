@@ -1,5 +1,34 @@
-"""The error that a user can mend."""
+"""Errors: what the user can mend, and what must not end a run.
+
+raise UserError("--limit 1: must be 3 or more")
+commit = get_or_none(read_commit)                  # None where it fails
+with go_on_without("the model card"): ...          # a note where it fails
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
     """Something that the user can mend. The message names the thing, its value and the remedy."""
+
+
+def get_or_none(read: Callable[..., T], *args) -> T | None:
+    """What read(*args) returns, or None where it fails: for what only decorates a record."""
+    try:
+        return read(*args)
+    except Exception:  # whatever it is, a record without it is worth more than none
+        return None
+
+
+@contextmanager
+def go_on_without(what: str) -> Iterator[None]:
+    """Where the block fails, which only makes `what`, print a note: nothing that decorates a run may end it."""
+    try:
+        yield
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"note: {what} is left out ({lines[0][:200]})")
