@@ -142,7 +142,7 @@ class EvalConfig:
     demo: bool = False  # evaluate what `main.py --demo` trained
     adapter: Path = Path("blip2-finetuned")  # folder that main.py wrote
     predictions: Path | None = None  # score this file of name, prediction, references (JSON lines or CSV), no model
-    references: Path | None = None  # references of --predictions: a captions CSV or a predictions file
+    references: Path | None = None  # references of --predictions: a captions CSV, predictions, COCO's captions
     labels: tuple[Path, ...] = ()  # label files whose facts the captions are held against; none: as in the references
     compare: tuple[Path, Path] | None = None  # two predictions files: how they differ, and whether by chance
     images: tuple[Path, ...] = ()  # caption these pictures or folders; with --predictions: show them in the report
