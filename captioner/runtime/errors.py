@@ -2,7 +2,7 @@
 
 raise UserError("--limit 1: must be 3 or more")
 commit = get_or_none(read_commit)                  # None where it fails
-with go_on_without("the model card"): ...          # a note where it fails
+with go_on_without("model card"): ...              # a note where it fails
 """
 
 from collections.abc import Callable, Iterator
@@ -31,4 +31,4 @@ def go_on_without(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"note: {what} is left out ({lines[0][:200]})")
+        print(f"note: no {what} ({lines[0][:200]})")

@@ -164,7 +164,7 @@ def save_finetuned(output: Path, model, weights, processor, generation, splits, 
     (output / "scores.json").unlink(missing_ok=True)  # of an adapter that was here before
     with atomic_write(output / "run.json") as file:
         json.dump(run, file, indent=2)
-    with go_on_without("the model card"):
+    with go_on_without("model card"):
         write_model_card(output)
 
 

@@ -61,4 +61,9 @@ def test_an_adapter_is_saved_without_its_model_card(tmp_path, monkeypatch, capsy
     parts["model"].save_pretrained.side_effect = lambda folder, state_dict: folder.mkdir()
     run.save_finetuned(tmp_path, **parts, splits={}, run={"config": {}})
     assert (tmp_path / "run.json").is_file()
-    assert capsys.readouterr().out == "note: the model card is left out (not to be had)\n"
+    assert capsys.readouterr().out == "note: no model card (not to be had)\n"
+
+
+def test_workers_are_ended_where_there_is_no_signal_for_it(monkeypatch):
+    monkeypatch.delattr(signal, "SIGCHLD")
+    run.end_workers()
