@@ -66,7 +66,6 @@ RESUMED = (
 def caption_examples(config: EvalConfig, examples: list[Example]) -> tuple[list[Prediction], dict[str, str]]:
     """Predictions for the examples, and the pictures that can't be read with the reason. Other processes end here."""
     captioner, unreadable = Captioner(config, len(examples)), {}
-    nearest = find_nearest(captioner, examples) if config.model_floors else {}
     references = {example.name: [example.caption] for example in examples}
 
     def work(index: int, outputs) -> list[tuple[str, dict[str, str]]]:
@@ -76,15 +75,19 @@ def caption_examples(config: EvalConfig, examples: list[Example]) -> tuple[list[
         untuned = captioner.caption_untuned(index, outputs)
         return [(caption, {UNTUNED: text}) for caption, text in zip(captions, untuned, strict=True)]
 
-    predictions, start, ends = [], time.perf_counter(), []
-    for rows in captioner.map_batches([(e.name, e.image) for e in examples], work, unreadable):
-        ends.append((time.perf_counter(), len(predictions) + len(rows)))
-        for name, (caption, floors) in rows:
-            floors |= {NEAREST: nearest[name]} if nearest else {}
-            predictions.append(Prediction(name, caption, references[name], floors))
-    seconds = time.perf_counter() - start
-    _, processes = find_place()
-    captioner.finish()
+    predictions, ends = [], []
+    try:
+        nearest = find_nearest(captioner, examples) if config.model_floors else {}
+        start = time.perf_counter()
+        for rows in captioner.map_batches([(e.name, e.image) for e in examples], work, unreadable):
+            ends.append((time.perf_counter(), len(predictions) + len(rows)))
+            for name, (caption, floors) in rows:
+                floors |= {NEAREST: nearest[name]} if nearest else {}
+                predictions.append(Prediction(name, caption, references[name], floors))
+        seconds = time.perf_counter() - start
+        _, processes = find_place()
+    finally:
+        captioner.finish()
     go_on_alone()
     pace = f"{len(predictions):,} captions in {seconds:.1f} s, {len(predictions) / seconds:.1f} a second"
     if len(ends) > processes:  # in the first batch of each process the GPU's launches are recorded
@@ -165,14 +168,16 @@ def caption_pictures(config: EvalConfig, run_dir: Path) -> None:
         captioner, before = Captioner(config, len(pictures)), frozenset(finished)
         path = run_dir / "captions.jsonl" if find_place()[0] == 0 else Path(os.devnull)
         remedy = "the captions before are kept: see to the disk, then give the same command and --run-name again"
-        with explain_writing(path, remedy), open(path, "a", encoding="utf-8") as file:
-            for rows in captioner.map_batches(pictures, captioner.caption, unreadable, before):
-                for name, caption in rows:
-                    if name not in before:
-                        file.write(format_prediction(Prediction(name, caption, [])))
-                        finished[name] = caption
-                file.flush()
-        captioner.finish()
+        try:
+            with explain_writing(path, remedy), open(path, "a", encoding="utf-8") as file:
+                for rows in captioner.map_batches(pictures, captioner.caption, unreadable, before):
+                    for name, caption in rows:
+                        if name not in before:
+                            file.write(format_prediction(Prediction(name, caption, [])))
+                            finished[name] = caption
+                    file.flush()
+        finally:
+            captioner.finish()
     go_on_alone()
     captions = {name: finished[name] for name, _ in pictures if name in finished}
     with atomic_write(run_dir / "captions.csv") as file:

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+from unittest import mock
 
 import fastjsonschema
 import pytest
@@ -13,9 +14,11 @@ from hypothesis import strategies as st
 
 from captioner.bdd100k.parsing import read_caption
 from captioner.bdd100k.wording import describe
+from captioner.data.captions import Example
 from captioner.runtime.errors import UserError
 from captioner.scoring.predictions import Prediction, read_predictions, read_references, write_predictions
 from captioner.scoring.scores import compare_predictions, score_predictions
+from config import EvalConfig
 
 validate = fastjsonschema.compile(json.loads((ROOT / "tests/scores.schema.json").read_text()))
 
@@ -304,6 +307,20 @@ def test_references_without_a_fact_are_not_scored_on_facts(tmp_path):
         groups["classes"].get("car", {}).get("exact"),
     ]
     assert all(figure is None or figure["value"] is None for figure in figures)
+
+
+@pytest.mark.parametrize("work", ["caption_examples", "caption_pictures"])
+def test_what_a_captioner_has_open_is_closed_when_captioning_fails(tmp_path, monkeypatch, work):
+    import eval as evaluation
+
+    captioner = mock.Mock()
+    captioner.map_batches.side_effect = UserError("no memory")
+    monkeypatch.setattr(evaluation, "Captioner", lambda config, count: captioner)
+    monkeypatch.setattr(evaluation, "start_pictures", lambda config, run_dir: ([("a.jpg", tmp_path)], {}))
+    examples = [Example("a.jpg", tmp_path, "A car.")]
+    with pytest.raises(UserError, match="no memory"):
+        getattr(evaluation, work)(EvalConfig(), examples if work == "caption_examples" else tmp_path)
+    captioner.finish.assert_called_once()
 
 
 def test_few_pictures_are_said_to_be_few():
