@@ -3,6 +3,8 @@
 with lock_folder(output, "--output"), atomic_write(output / "a.json") as file: ...
 """
 
+import errno
+import functools
 import itertools
 import os
 from collections.abc import Iterator
@@ -16,6 +18,8 @@ try:
     import fcntl
 except ImportError:  # Windows: there folders are not locked
     fcntl = None
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # of Lustre, NFS and FUSE without locks
 
 
 @contextmanager
@@ -49,7 +53,7 @@ def lock_folder(folder: Path, flag: str) -> Iterator[None]:
 
     The kernel frees it when the process ends, however it ends. A folder that the run made and left empty is removed.
     """
-    if fcntl is None or os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0":
         yield
         return
     path = folder / ".lock"
@@ -78,15 +82,25 @@ def _open_locked(path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a")  # noqa: SIM115
         try:
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, "this system has no flock")
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
                 return file
         except FileNotFoundError:
             pass
-        except OSError:
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                _tell_unlocked(path.parent, error.strerror)
+                return file
             file.close()
             raise
         file.close()  # the run that had it has just removed it: what was locked is nobody's
+
+
+@functools.cache  # once
+def _tell_unlocked(folder: Path, reason: str) -> None:
+    print(f"note: {folder} can't be locked ({reason}): see that no other run writes there")
 
 
 _locks = set()

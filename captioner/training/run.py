@@ -218,8 +218,11 @@ def remove_checkpoints(output: Path) -> None:
 
 def end_workers() -> None:
     """Kill processes that decode ahead for steps that don't come: the interpreter would wait for them."""
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report them as crashed
+    child_ends = getattr(signal, "SIGCHLD", None)  # None: Windows, which has no such signal
+    if child_ends is not None:
+        before = signal.signal(child_ends, signal.SIG_DFL)  # torch would report them as crashed
     for worker in multiprocessing.active_children():
         worker.kill()
         worker.join()
-    signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)  # None: not one that Python set
+    if child_ends is not None:
+        signal.signal(child_ends, before or signal.SIG_DFL)  # None: not one that Python set

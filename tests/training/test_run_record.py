@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+import signal
 import subprocess
 from unittest import mock
 
