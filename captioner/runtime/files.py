@@ -74,6 +74,9 @@ def lock_folder(folder: Path, flag: str) -> Iterator[None]:
                 path.unlink()
                 for empty in made:
                     empty.rmdir()
+            while _named:
+                with suppress(OSError):
+                    _named.pop().rmdir()
 
 
 def _open_locked(path: Path):
@@ -104,6 +107,7 @@ def _tell_unlocked(folder: Path, reason: str) -> None:
 
 
 _locks = set()
+_named: list[Path] = []  # folders that name_run has made
 
 
 def _leave_locks() -> None:
@@ -135,10 +139,22 @@ def split_revision(model: str) -> tuple[str, str | None]:
 def name_run(config, suffix: str = "") -> Path:
     """The folder of a run in logs/: its --run-name, else date, time and suffix, and a number if there is such a folder.
 
-    There is one when two runs start within a second, and when the clock was set back, as it is each autumn.
+    There is one when two runs start within a second, and when the clock was set back, as it is each autumn. So the
+    folder is made here, by the main process; lock_folder removes it if nothing is written there.
     """
     if config.run_name:
         return Path("logs") / config.run_name
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     names = itertools.chain([stamp + suffix], (f"{stamp}-{number}{suffix}" for number in itertools.count(2)))
-    return next(folder for name in names if not (folder := Path("logs") / name).exists())
+    for folder in (Path("logs") / name for name in names):
+        if os.environ.get("RANK", "0") != "0":
+            return folder  # which the main process alone writes to
+        made = [parent for parent in (folder.parent, folder) if not parent.exists()]
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"{folder}: can't be written ({error.strerror}); start from a folder of your own") from None
+        _named.extend(made)
+        return folder

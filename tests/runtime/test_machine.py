@@ -20,8 +20,9 @@ from captioner.bdd100k.label_files import read_labels
 from captioner.bdd100k.label_report import LabelReport
 from captioner.runtime import cli, files, processes
 from captioner.runtime.errors import UserError
-from captioner.runtime.files import atomic_write, lock_folder
+from captioner.runtime.files import atomic_write, lock_folder, name_run
 from captioner.training.checkpoints import find_damage, hash_file, read_state
+from config import EvalConfig
 
 HOLD = """
 import multiprocessing, sys, time
@@ -245,3 +246,29 @@ def test_processes_read_where_cores_and_niceness_cannot_be_had(monkeypatch, lack
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     processes.step_back()
     assert processes.count_cores() == os.cpu_count()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the folder of a run
+
+
+def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_dir = name_run(EvalConfig(), "-eval")
+    assert run_dir.is_dir()
+    with lock_folder(run_dir, "--run-name"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_process_of_a_run_makes_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "1")
+    assert not name_run(EvalConfig()).exists()
+
+
+def test_a_logs_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").touch()
+    with pytest.raises(UserError, match=r"logs/.*: can't be written .* start from a folder of your own"):
+        name_run(EvalConfig())
