@@ -35,7 +35,7 @@ from captioner.blip2.captioner import Captioner
 from captioner.data.captions import Example
 from captioner.data.images import find_pictures, index_images
 from captioner.data.splits import choose_examples, read_split
-from captioner.runtime.errors import UserError
+from captioner.runtime.errors import UserError, escape_controls
 from captioner.runtime.files import atomic_write, explain_writing, lock_folder, name_run
 from captioner.runtime.processes import ask_main, find_place, go_on_alone
 from captioner.scoring.console import print_captions, print_comparison, print_left_out, print_scores
@@ -187,7 +187,7 @@ def caption_pictures(config: EvalConfig, run_dir: Path) -> None:
     write_report(run_dir / "report.html", f"{len(rows):,} captions", rows, dict(pictures), None)
     print_left_out(unreadable)
     for name, caption in list(captions.items())[: config.show]:
-        print(f"\n{name}\n  {caption}")
+        print(escape_controls(f"\n{name}\n  {caption}"))
     print(f"\n{len(captions):,} captions in {run_dir}: captions.csv, captions.jsonl, report.html")
     if not captions:
         raise UserError(f"none of the {len(pictures)} pictures can be read")

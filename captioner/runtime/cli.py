@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from captioner.runtime.errors import UserError
+from captioner.runtime.errors import UserError, escape_controls
 
 # On a CPU bitsandbytes warns at import that an optional kernel, which it would fetch from the hub, is not there.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -101,5 +101,5 @@ def _leave() -> None:
 
 def report_error(error: UserError) -> int:
     message = str(error).rpartition("UserError: ")[2].strip()  # torch wraps a worker's error in its traceback
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {escape_controls(message)}", file=sys.stderr)
     return 2

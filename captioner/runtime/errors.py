@@ -5,10 +5,12 @@ commit = get_or_none(read_commit)                  # None where it fails
 with go_on_without("model card"): ...              # a note where it fails
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+CONTROLS = re.compile("[\\0-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069]")
 T = TypeVar("T")
 
 
@@ -22,6 +24,11 @@ def get_or_none(read: Callable[..., T], *args) -> T | None:
         return read(*args)
     except Exception:  # whatever it is, a record without it is worth more than none
         return None
+
+
+def escape_controls(text: str) -> str:
+    r"""Text from anywhere, as it may go to a terminal: its control characters as \x1b, but for line ends and tabs."""
+    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 @contextmanager

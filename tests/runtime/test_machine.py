@@ -19,8 +19,11 @@ from training_runs import wait_for_lock
 from captioner.bdd100k.label_files import read_labels
 from captioner.bdd100k.label_report import LabelReport
 from captioner.runtime import cli, files, processes
+from captioner.runtime.cli import report_error
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write, lock_folder, name_run
+from captioner.scoring.console import print_captions, print_left_out
+from captioner.scoring.predictions import Prediction
 from captioner.training.checkpoints import find_damage, hash_file, read_state
 from config import EvalConfig
 
@@ -272,3 +275,17 @@ def test_a_logs_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
     (tmp_path / "logs").touch()
     with pytest.raises(UserError, match=r"logs/.*: can't be written .* start from a folder of your own"):
         name_run(EvalConfig())
+
+
+# --------------------------------------------------------------------------------------------------------------
+# names from anywhere
+
+
+def test_no_control_character_of_a_name_reaches_the_terminal(capsys):
+    name = "a\x1b]0;title\x07\x9b2J\u202egpj.jpg"
+    report_error(UserError(f"{name}:\n\tnot readable"))
+    print_left_out({name: f"{name}: not readable"})
+    print_captions([Prediction(name, name, [name])], 1)
+    out, err = capsys.readouterr()
+    assert not set("\x1b\x07\x9b\u202e") & set(out + err)
+    assert err.startswith("error: a\\x1b]0;title\\x07\\x9b2J\\u202egpj.jpg:\n\tnot") and "reference:  a\\x1b" in out
