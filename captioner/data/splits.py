@@ -118,7 +118,7 @@ def write_splits(path: Path, splits: dict[str, list[Example]]) -> None:
         writer = csv.writer(file)
         writer.writerow(SPLIT_COLUMNS)
         for split, examples in splits.items():
-            writer.writerows((e.name, split, e.image.resolve(), e.caption) for e in examples)
+            writer.writerows((e.name, split, e.image.absolute(), e.caption) for e in examples)
 
 
 def read_split(folder: Path, split: str) -> list[Example]:

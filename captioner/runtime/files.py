@@ -125,7 +125,8 @@ def is_inside(path: Path, folder: Path) -> bool:
     real, root = path.resolve(), folder.resolve()
     if real.is_relative_to(root):
         return True
-    return root.parent.name == "snapshots" and real.is_relative_to(root.parent.parent / "blobs")
+    snapshots = (parent for parent in (root, *root.parents) if parent.name == "snapshots")
+    return any(real.is_relative_to(folder.parent / "blobs") for folder in snapshots)
 
 
 def split_revision(model: str) -> tuple[str, str | None]:

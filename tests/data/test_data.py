@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captioner.data.captions import read_captions, write_captions
-from captioner.data.images import index_images, match_images
-from captioner.data.splits import ride_of, split_by_ride
+from captioner.data.captions import Example, read_captions, write_captions
+from captioner.data.images import find_pictures, index_images, match_images, open_picture, tell_once
+from captioner.data.splits import read_split, ride_of, split_by_ride, write_splits
 from captioner.runtime.errors import UserError
 
 SHARES = {"train": 0.6, "val": 0.28, "test": 0.12}
@@ -94,3 +94,77 @@ def test_a_folder_without_pictures_is_named(tmp_path):
         index_images(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         index_images(tmp_path / "missing")
+
+
+@pytest.fixture
+def told(capsys):
+    """What was printed; what is printed once is printed again."""
+    tell_once.cache_clear()
+    return lambda: capsys.readouterr().out
+
+
+LISTINGS = [index_images, lambda folder: dict(find_pictures([folder]))]
+
+
+@pytest.mark.parametrize("listing", LISTINGS)
+def test_links_that_lead_out_are_counted_and_named(tmp_path, told, listing):
+    (tmp_path / "scenes").mkdir()
+    (tmp_path / "scenes/a.jpg").touch()
+    (tmp_path / "subset").mkdir()
+    (tmp_path / "subset/a.jpg").symlink_to("../scenes/a.jpg")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train").symlink_to("../scenes")
+    for folder, link in (("subset", "a.jpg"), ("data", "train")):
+        with pytest.raises(
+            UserError, match=rf"1 pictures or folders are links.*give the folder.*{link} leads to .*scenes"
+        ):
+            listing(tmp_path / folder)
+        (tmp_path / folder / "b.png").touch()
+        assert list(listing(tmp_path / folder)) == ["b.png"]
+        assert "1 pictures or folders are links" in told()
+
+
+@pytest.mark.parametrize("listing", LISTINGS)
+def test_links_of_a_hub_snapshot_into_its_own_blobs_are_read(tmp_path, listing):
+    for repository in ("datasets--a--b", "datasets--c--d"):
+        images = tmp_path / repository / "snapshots/abc/data/images"
+        images.mkdir(parents=True)
+        (tmp_path / repository / "blobs").mkdir()
+        (tmp_path / repository / "blobs/1").touch()
+        (images / "own.jpg").symlink_to("../../../../blobs/1")
+        (images / "foreign.jpg").symlink_to(tmp_path / "datasets--a--b/blobs/1")
+    assert list(listing(images)) == ["own.jpg"]
+
+
+def test_a_picture_behind_a_link_is_in_the_split_by_its_own_name(tmp_path):
+    (tmp_path / "1").touch()
+    (tmp_path / "a.jpg").symlink_to("1")
+    write_splits(tmp_path / "split.csv", {"test": [Example("a.jpg", tmp_path / "a.jpg", "A car.")]})
+    assert [example.image for example in read_split(tmp_path, "test")] == [tmp_path / "a.jpg"]
+
+
+@pytest.mark.parametrize("listing", LISTINGS)
+def test_pictures_of_other_kinds_are_counted_and_named(tmp_path, told, listing):
+    for name in ("b.webp", "c.bmp", "d.TIFF", "._e.jpg", "notes.txt"):
+        (tmp_path / name).touch()
+    message = r"3 pictures of other kinds \(.webp, .bmp, .tiff\) are passed over: convert them"
+    with pytest.raises(UserError, match=message):
+        listing(tmp_path)
+    (tmp_path / "a.jfif").touch()
+    assert list(listing(tmp_path)) == ["a.jfif"]
+    assert "3 pictures of other kinds (.webp, .bmp, .tiff)" in told()
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"RIFF....WEBPVP8 ", "WebP"),
+        (b"....ftypheic", "HEIC"),
+        (b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
+        (b"<!DOCTYPE html>", "web page"),
+    ],
+)
+def test_what_only_has_the_name_of_a_jpeg_is_named(tmp_path, content, kind):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.jpg: not readable as a picture \(it is .*{kind}"):
+        open_picture(tmp_path / "a.jpg")
