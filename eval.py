@@ -101,7 +101,7 @@ def caption_examples(config: EvalConfig, examples: list[Example]) -> tuple[list[
 
 def find_nearest(captioner: Captioner, examples: list[Example]) -> dict[str, str]:
     """{name: caption of the training picture whose image features are most like its own}."""
-    training = ask_main(read_split, captioner.config.adapter, "train")
+    training = ask_main(read_split, captioner.config.adapter, "train", captioner.config.images_root)
     features = {}
     for part in (training, examples):
         pictures = [(example.name, example.image) for example in part]

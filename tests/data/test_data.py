@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from captioner.data.captions import Example, read_captions, write_captions
 from captioner.data.images import find_pictures, index_images, match_images, open_picture, tell_once
-from captioner.data.splits import read_split, ride_of, split_by_ride, write_splits
+from captioner.data.splits import choose_examples, read_split, ride_of, split_by_ride, write_splits
 from captioner.runtime.errors import UserError
+from config import EvalConfig
 
 SHARES = {"train": 0.6, "val": 0.28, "test": 0.12}
 rides = st.dictionaries(st.integers(0, 2**32 - 1), st.integers(1, 9), min_size=3, max_size=60)
@@ -37,8 +38,23 @@ def test_shares_are_those_of_the_reference():
 
 
 def test_two_rides_cannot_be_split():
-    with pytest.raises(UserError, match="2 rides"):
+    with pytest.raises(UserError, match=r"2 rides.*the part of its name before the first \"-\" \(a, b\)"):
         split_by_ride(["a-1.jpg", "a-2.jpg", "b-1.jpg"], SHARES, 42)
+
+
+@pytest.mark.parametrize("name", ["video{0}_frame_{1:04d}.jpg", "2021-05-{0:02d}_12-00-{1}.jpg", "{0}{1}-0.png"])
+def test_names_that_tell_no_ride_are_said_to_leak(name, capsys):
+    names = [name.format(video, frame) for video in range(4) for frame in range(9)]
+    try:
+        split_by_ride(names, SHARES, 42)
+        assert "note: 36 of 36 names" in capsys.readouterr().out
+    except UserError as error:
+        assert "the part of its name before the first" in str(error)
+
+
+def test_names_of_bdd100k_need_no_warning(capsys):
+    split_by_ride([f"0000000{ride}-00001ef{frame}.jpg" for ride in range(4) for frame in range(9)], SHARES, 42)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -168,3 +184,21 @@ def test_what_only_has_the_name_of_a_jpeg_is_named(tmp_path, content, kind):
     (tmp_path / "a.jpg").write_bytes(content)
     with pytest.raises(UserError, match=rf"a\.jpg: not readable as a picture \(it is .*{kind}"):
         open_picture(tmp_path / "a.jpg")
+
+
+def test_pictures_that_were_moved_are_found_in_their_new_folder(tmp_path, capsys):
+    examples = [Example(f"{name}.jpg", tmp_path / f"old/{name}.jpg", name) for name in "abc"]
+    write_splits(tmp_path / "split.csv", {"test": examples})
+    with pytest.raises(UserError, match=r"split\.csv: its pictures are gone, .*old/.*--images-root"):
+        choose_examples(EvalConfig(adapter=tmp_path))
+    (tmp_path / "new/deep").mkdir(parents=True)
+    (tmp_path / "new/d.jpg").touch()
+    config = EvalConfig(adapter=tmp_path, images_root=tmp_path / "new")
+    with pytest.raises(UserError, match=r"--images-root .*new: none of the 3 pictures"):
+        choose_examples(config)
+    for name in "ab":
+        (tmp_path / f"new/deep/{name}.jpg").touch()
+    assert sorted(choose_examples(config)) == [
+        Example(f"{name}.jpg", tmp_path / f"new/deep/{name}.jpg", name) for name in "ab"
+    ]
+    assert "1 of 3 pictures are not in" in capsys.readouterr().out
