@@ -7,12 +7,13 @@ import errno
 import functools
 import itertools
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from captioner.runtime.errors import UserError
+from captioner.runtime.errors import UserError, get_or_none
 
 try:
     import fcntl
@@ -127,6 +128,11 @@ def is_inside(path: Path, folder: Path) -> bool:
         return True
     snapshots = (parent for parent in (root, *root.parents) if parent.name == "snapshots")
     return any(real.is_relative_to(folder.parent / "blobs") for folder in snapshots)
+
+
+def measure_free(folder: Path) -> int | None:
+    """Bytes that are free on the disk of `folder`; None where that can't be found out."""
+    return get_or_none(lambda: shutil.disk_usage(folder).free)
 
 
 def split_revision(model: str) -> tuple[str, str | None]:

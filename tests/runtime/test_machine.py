@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from captioner.bdd100k.label_report import LabelReport
 from captioner.runtime import cli, files, processes
 from captioner.runtime.cli import report_error
 from captioner.runtime.errors import UserError
-from captioner.runtime.files import atomic_write, lock_folder, name_run
+from captioner.runtime.files import atomic_write, lock_folder, measure_free, name_run
 from captioner.scoring.console import print_captions, print_left_out
 from captioner.scoring.predictions import Prediction
 from captioner.training.checkpoints import find_damage, hash_file, read_state
@@ -249,6 +250,12 @@ def test_processes_read_where_cores_and_niceness_cannot_be_had(monkeypatch, lack
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     processes.step_back()
     assert processes.count_cores() == os.cpu_count()
+
+
+def test_free_space_that_cannot_be_found_out_is_none(tmp_path, monkeypatch):
+    assert measure_free(tmp_path) == shutil.disk_usage(tmp_path).free
+    monkeypatch.setattr(shutil, "disk_usage", refuse)
+    assert measure_free(tmp_path) is None
 
 
 # --------------------------------------------------------------------------------------------------------------
