@@ -101,9 +101,12 @@ def list_pictures(folder: Path) -> list[Path]:
                 found.append(path)
     passed_over = []
     if links:
+        counts = Counter("folders" if link.is_dir() else "pictures" for link in links)
+        target = links[0].resolve()
+        counted = " and ".join(f"{count:,} {kind}" for kind, count in counts.items())
         passed_over.append(
-            f"{len(links):,} pictures or folders are links that lead out of the folder and are passed over: give the "
-            f"folder that they lead to ({links[0].name} leads to {links[0].resolve()})"
+            f"{counted} are links that lead out of the folder and are passed over: give the folder that they lead to, "
+            f"{target if target.is_dir() else target.parent}"
         )
     if others:
         passed_over.append(
@@ -142,9 +145,11 @@ def match_images(captions: dict[str, str], images: dict[str, Path]) -> list[Exam
     missing = len(captions) - len(examples)
     if not examples:
         name = next(iter(captions), "none")
+        same = next((image for image in images if Path(image).stem == Path(name).stem), None)
+        remedy = "give the folder that belongs to the labels with --images"
         raise UserError(
             f"none of the {len(captions)} captioned frames has a picture: {name}, for one, is not among the "
-            f"{len(images)} pictures; give the folder that belongs to the labels with --images"
+            f"{len(images)} pictures; {f'{same} is: give both one suffix' if same else remedy}"
         )
     if missing:
         print(f"{missing:,} of {len(captions):,} captioned frames have no picture and are left out")

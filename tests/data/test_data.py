@@ -103,6 +103,8 @@ def test_captions_without_a_picture_are_counted(tmp_path, capsys):
     assert "1 of 2 captioned frames have no picture" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"none of the 1 captioned frames.*b\.jpg"):
         match_images({"b.jpg": "y"}, images)
+    with pytest.raises(UserError, match=r"a\.png, for one, is not .*; a\.jpg is: give both one suffix"):
+        match_images({"a.png": "y"}, images)
 
 
 def test_a_folder_without_pictures_is_named(tmp_path):
@@ -130,14 +132,13 @@ def test_links_that_lead_out_are_counted_and_named(tmp_path, told, listing):
     (tmp_path / "subset/a.jpg").symlink_to("../scenes/a.jpg")
     (tmp_path / "data").mkdir()
     (tmp_path / "data/train").symlink_to("../scenes")
-    for folder, link in (("subset", "a.jpg"), ("data", "train")):
-        with pytest.raises(
-            UserError, match=rf"1 pictures or folders are links.*give the folder.*{link} leads to .*scenes"
-        ):
+    for folder, kind in (("subset", "pictures"), ("data", "folders")):
+        message = rf"1 {kind} are links that lead out .*: give the folder that they lead to, {tmp_path / 'scenes'}$"
+        with pytest.raises(UserError, match=message):
             listing(tmp_path / folder)
         (tmp_path / folder / "b.png").touch()
         assert list(listing(tmp_path / folder)) == ["b.png"]
-        assert "1 pictures or folders are links" in told()
+        assert f"1 {kind} are links" in told()
 
 
 @pytest.mark.parametrize("listing", LISTINGS)
