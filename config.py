@@ -142,10 +142,11 @@ class EvalConfig:
     demo: bool = False  # evaluate what `main.py --demo` trained
     adapter: Path = Path("blip2-finetuned")  # folder that main.py wrote
     predictions: Path | None = None  # score this file of name, prediction, references (JSON lines or CSV), no model
-    references: Path | None = None  # references of --predictions: a captions CSV or a predictions file
+    references: Path | None = None  # references of --predictions: a captions CSV, predictions, COCO's captions
     labels: tuple[Path, ...] = ()  # label files whose facts the captions are held against; none: as in the references
     compare: tuple[Path, Path] | None = None  # two predictions files: how they differ, and whether by chance
     images: tuple[Path, ...] = ()  # caption these pictures or folders; with --predictions: show them in the report
+    images_root: Path | None = None  # folder with the split's pictures if they were moved; none: where they were
     model_floors: bool = False  # score the untuned model and the nearest training picture's caption as floors too
     base: bool = False  # caption with the model as it was before fine-tuning, the adapter left out
     blank: bool = False  # show black pictures instead: what scores then is said without looking
@@ -178,7 +179,14 @@ class EvalConfig:
         if self.compare and (self.predictions or self.labels or self.images or self.model_floors):
             raise UserError("--compare: goes with neither --predictions, --labels, --images nor --model-floors")
         if self.images and not self.predictions and (self.labels or self.model_floors):
-            raise UserError("--images: without --predictions, pictures are captioned only, and nothing is scored")
+            raise UserError(
+                "--images: without --predictions, pictures are captioned only, and nothing is scored; --images-root is "
+                "for the pictures of the split that were moved"
+            )
+        if self.images_root and (self.predictions or self.compare or self.images):
+            raise UserError(
+                "--images-root: goes with neither --predictions, --compare nor --images; only a split has a root"
+            )
         if self.predictions and (self.base or self.blank):
             raise UserError("--predictions: no model is loaded, so --base and --blank have nothing to act on")
         if self.references and not (self.predictions or self.compare):

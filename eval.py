@@ -35,7 +35,7 @@ from captioner.data.captions import Example
 from captioner.data.images import find_pictures, index_images
 from captioner.data.splits import choose_examples, read_split
 from captioner.runtime.cli import import_bitsandbytes, without_collector
-from captioner.runtime.errors import UserError
+from captioner.runtime.errors import UserError, escape_controls
 from captioner.runtime.files import atomic_write, explain_writing, lock_folder, name_run
 from captioner.runtime.processes import ask_main, find_place, go_on_alone
 from captioner.scoring.console import print_captions, print_comparison, print_left_out, print_scores
@@ -74,7 +74,6 @@ def load_captioner(config: EvalConfig, pictures: int):
 def caption_examples(config: EvalConfig, examples: list[Example]) -> tuple[list[Prediction], dict[str, str]]:
     """Predictions for the examples, and the pictures that can't be read with the reason. Other processes end here."""
     captioner, unreadable = load_captioner(config, len(examples)), {}
-    nearest = find_nearest(captioner, examples) if config.model_floors else {}
     references = {example.name: [example.caption] for example in examples}
 
     def work(index: int, outputs) -> list[tuple[str, dict[str, str]]]:
@@ -84,15 +83,19 @@ def caption_examples(config: EvalConfig, examples: list[Example]) -> tuple[list[
         untuned = captioner.caption_untuned(index, outputs)
         return [(caption, {UNTUNED: text}) for caption, text in zip(captions, untuned, strict=True)]
 
-    predictions, start, ends = [], time.perf_counter(), []
-    for rows in captioner.map_batches([(e.name, e.image) for e in examples], work, unreadable):
-        ends.append((time.perf_counter(), len(predictions) + len(rows)))
-        for name, (caption, floors) in rows:
-            floors |= {NEAREST: nearest[name]} if nearest else {}
-            predictions.append(Prediction(name, caption, references[name], floors))
-    seconds = time.perf_counter() - start
-    _, processes = find_place()
-    captioner.finish()
+    predictions, ends = [], []
+    try:
+        nearest = find_nearest(captioner, examples) if config.model_floors else {}
+        start = time.perf_counter()
+        for rows in captioner.map_batches([(e.name, e.image) for e in examples], work, unreadable):
+            ends.append((time.perf_counter(), len(predictions) + len(rows)))
+            for name, (caption, floors) in rows:
+                floors |= {NEAREST: nearest[name]} if nearest else {}
+                predictions.append(Prediction(name, caption, references[name], floors))
+        seconds = time.perf_counter() - start
+        _, processes = find_place()
+    finally:
+        captioner.finish()
     go_on_alone()
     pace = f"{len(predictions):,} captions in {seconds:.1f} s, {len(predictions) / seconds:.1f} a second"
     if len(ends) > processes:  # in the first batch of each process the GPU's launches are recorded
@@ -106,7 +109,7 @@ def caption_examples(config: EvalConfig, examples: list[Example]) -> tuple[list[
 
 def find_nearest(captioner, examples: list[Example]) -> dict[str, str]:
     """{name: caption of the training picture whose image features are most like its own}."""
-    training = ask_main(read_split, captioner.config.adapter, "train")
+    training = ask_main(read_split, captioner.config.adapter, "train", captioner.config.images_root)
     features = {}
     for part in (training, examples):
         pictures = [(example.name, example.image) for example in part]
@@ -173,14 +176,16 @@ def caption_pictures(config: EvalConfig, run_dir: Path) -> None:
         captioner, before = load_captioner(config, len(pictures)), frozenset(finished)
         path = run_dir / "captions.jsonl" if find_place()[0] == 0 else Path(os.devnull)
         remedy = "the captions before are kept: see to the disk, then give the same command and --run-name again"
-        with explain_writing(path, remedy), open(path, "a", encoding="utf-8") as file:
-            for rows in captioner.map_batches(pictures, captioner.caption, unreadable, before):
-                for name, caption in rows:
-                    if name not in before:
-                        file.write(format_prediction(Prediction(name, caption, [])))
-                        finished[name] = caption
-                file.flush()
-        captioner.finish()
+        try:
+            with explain_writing(path, remedy), open(path, "a", encoding="utf-8") as file:
+                for rows in captioner.map_batches(pictures, captioner.caption, unreadable, before):
+                    for name, caption in rows:
+                        if name not in before:
+                            file.write(format_prediction(Prediction(name, caption, [])))
+                            finished[name] = caption
+                    file.flush()
+        finally:
+            captioner.finish()
     go_on_alone()
     captions = {name: finished[name] for name, _ in pictures if name in finished}
     with atomic_write(run_dir / "captions.csv") as file:
@@ -190,7 +195,7 @@ def caption_pictures(config: EvalConfig, run_dir: Path) -> None:
     write_report(run_dir / "report.html", f"{len(rows):,} captions", rows, dict(pictures), None)
     print_left_out(unreadable)
     for name, caption in list(captions.items())[: config.show]:
-        print(f"\n{name}\n  {caption}")
+        print(escape_controls(f"\n{name}\n  {caption}"))
     print(f"\n{len(captions):,} captions in {run_dir}: captions.csv, captions.jsonl, report.html")
     if not captions:
         raise UserError(f"none of the {len(pictures)} pictures can be read")

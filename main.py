@@ -52,6 +52,7 @@ from captioner.fast.vision_store import (
 from captioner.publishing.hub import push_to_hub
 from captioner.publishing.merge import merge_adapter
 from captioner.publishing.model_card import write_model_card
+from captioner.runtime.errors import go_on_without
 from captioner.runtime.files import lock_folder, name_run
 from captioner.runtime.processes import is_sharded
 from captioner.training.arguments import check_sharding, make_arguments, split_batch
@@ -95,7 +96,8 @@ def keep_outputs(config, arguments, model_config, splits: dict[str, list[Example
 
 def publish(config: TrainConfig) -> None:
     """What is made of the saved adapter: its model card; the merged model and the copy on the hub, where asked for."""
-    write_model_card(config.output)
+    with go_on_without("model card"):
+        write_model_card(config.output)
     if config.merge:
         merged = config.output.with_name(config.output.name + "-merged")
         merge_adapter(config.output, merged)

@@ -428,8 +428,7 @@ def test_no_run_writes_over_one_of_the_same_second(folder, monkeypatch):
     monkeypatch.setattr(runtime_files, "datetime", type("Clock", (), {"now": staticmethod(lambda: moment)}))
     for expected in ("2026-10-25_02-30-00-eval", "2026-10-25_02-30-00-2-eval", "2026-10-25_02-30-00-3-eval"):
         run_dir = name_run(EvalConfig(), "-eval")
-        assert run_dir == Path("logs") / expected
-        run_dir.mkdir(parents=True)
+        assert run_dir == Path("logs") / expected and run_dir.is_dir()
 
 
 # --------------------------------------------------------------------------------------------------------------

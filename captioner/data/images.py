@@ -3,8 +3,10 @@
 picture = open_picture(Path("a.jpg"))       # upright, 8 bits, RGB
 """
 
+import functools
 import os
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,14 +14,27 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from captioner.data.captions import Example
-from captioner.runtime.errors import UserError
+from captioner.runtime.errors import UserError, escape_controls
 from captioner.runtime.files import is_inside
 from config import DEMO_DATA, TrainConfig
 
 FORMATS = ("JPEG", "PNG")  # decoders that are tried, whatever a file's name is
 MAX_PIXELS = 50_000_000  # of a picture; a BDD100K frame has 0.9 million
 DRAFT = (256, 256)  # pixels to which a JPEG is decoded at least when it is only checked
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png")
+OTHER_SUFFIXES = (
+    *(".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".ppm", ".tga"),
+    *(".dng", ".cr2", ".nef", ".arw"),
+)
+MAGIC = {  # how files begin that are often named .jpg
+    b"RIFF": "WebP",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"GIF8": "GIF",
+    b"version https://git-lfs": "a Git LFS pointer, fetch the file itself with git lfs pull",
+    b"<": "a web page or XML",
+}
 DEMO_IMAGES = DEMO_DATA / "images"
 
 
@@ -40,7 +55,21 @@ def open_picture(path: Path, draft: bool = False) -> Image.Image:
             ImageOps.exif_transpose(picture, in_place=True)
             return _to_rgb(picture)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not readable as a picture ({error}); remove it or fetch it again") from None
+        reason = name_kind(path) or error
+        raise UserError(f"{path}: not readable as a picture ({reason}); remove it or fetch it again") from None
+
+
+def name_kind(path: Path) -> str | None:
+    """What a file is that is no JPEG and no PNG; None if that is not known."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(32)
+    except OSError:
+        return None
+    kind = next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), None)
+    if start[4:8] == b"ftyp":
+        kind = "HEIC or AVIF"
+    return kind and f"it is {kind}: pictures must be JPEG or PNG"
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
@@ -50,23 +79,63 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def index_images(folder: Path) -> dict[str, Path]:
-    """{file name: path} of the pictures below `folder`. The first of equal names in alphabetical order counts.
+def list_pictures(folder: Path) -> list[Path]:
+    """The pictures below `folder`, in alphabetical order within each folder.
 
-    A link to a file outside of the folder is passed over.
+    What is passed over is printed: links that lead out of the folder, and pictures of kinds that are not read. Raises
+    UserError when there is nothing else.
     """
+    found, links, others = [], [], Counter()
+    for parent, folders, files in os.walk(folder):  # which enters no linked folder
+        folders.sort()
+        links += [path for path in (Path(parent, name) for name in folders) if leads_out(path, folder)]
+        for name in sorted(files):
+            path, suffix = Path(parent, name), os.path.splitext(name)[1].lower()
+            if suffix in OTHER_SUFFIXES:
+                others[suffix] += 1
+            elif suffix not in IMAGE_SUFFIXES or name.startswith("._"):  # ._: what macOS keeps beside a file
+                continue
+            elif leads_out(path, folder):
+                links.append(path)
+            else:
+                found.append(path)
+    passed_over = []
+    if links:
+        counts = Counter("folders" if link.is_dir() else "pictures" for link in links)
+        target = links[0].resolve()
+        counted = " and ".join(f"{count:,} {kind}" for kind, count in counts.items())
+        passed_over.append(
+            f"{counted} are links that lead out of the folder and are passed over: give the folder that they lead to, "
+            f"{target if target.is_dir() else target.parent}"
+        )
+    if others:
+        passed_over.append(
+            f"{others.total():,} pictures of other kinds ({', '.join(others)}) are passed over: convert them to "
+            "JPEG or PNG"
+        )
+    if not found:
+        raise UserError("; ".join([f"{folder}: no picture in this folder ({', '.join(IMAGE_SUFFIXES)})", *passed_over]))
+    for reason in passed_over:
+        tell_once(f"{folder}: {reason}")
+    return found
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    return path.is_symlink() and not is_inside(path, folder)
+
+
+@functools.cache
+def tell_once(note: str) -> None:
+    print(escape_controls(note))
+
+
+def index_images(folder: Path) -> dict[str, Path]:
+    """{file name: path} of the pictures below `folder`. The first of equal names in alphabetical order counts."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder with the pictures with --images, or try --demo")
     index: dict[str, Path] = {}
-    for parent, folders, files in os.walk(folder):
-        folders.sort()
-        for name in sorted(files):
-            path = Path(parent, name)
-            # os.walk enters no linked folder: only a file that is a link itself can lead out
-            if name.lower().endswith(IMAGE_SUFFIXES) and (not path.is_symlink() or is_inside(path, folder)):
-                index.setdefault(name, path)
-    if not index:
-        raise UserError(f"{folder}: no picture in this folder ({', '.join(IMAGE_SUFFIXES)})")
+    for path in list_pictures(folder):
+        index.setdefault(path.name, path)
     return index
 
 
@@ -76,9 +145,11 @@ def match_images(captions: dict[str, str], images: dict[str, Path]) -> list[Exam
     missing = len(captions) - len(examples)
     if not examples:
         name = next(iter(captions), "none")
+        same = next((image for image in images if Path(image).stem == Path(name).stem), None)
+        remedy = "give the folder that belongs to the labels with --images"
         raise UserError(
             f"none of the {len(captions)} captioned frames has a picture: {name}, for one, is not among the "
-            f"{len(images)} pictures; give the folder that belongs to the labels with --images"
+            f"{len(images)} pictures; {f'{same} is: give both one suffix' if same else remedy}"
         )
     if missing:
         print(f"{missing:,} of {len(captions):,} captioned frames have no picture and are left out")
@@ -102,11 +173,7 @@ def find_pictures(paths: Sequence[Path]) -> list[tuple[str, Path]]:
     pictures: dict[str, Path] = {}
     for path in paths:
         if path.is_dir():
-            below = [file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
-            below = [file for file in below if is_inside(file, path)]  # no link leads out of the folder
-            found = {str(file.relative_to(path)): file for file in sorted(below)}
-            if not found:
-                raise UserError(f"{path}: no picture in this folder ({', '.join(IMAGE_SUFFIXES)})")
+            found = {str(file.relative_to(path)): file for file in sorted(list_pictures(path)) if file.is_file()}
         elif path.is_file():
             found = {path.name: path}
         else:

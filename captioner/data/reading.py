@@ -6,7 +6,6 @@ for pictures in read_batches(open_picture, paths, list): ...     # by processes
 """
 
 import itertools
-import shutil
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from captioner.data.images import open_picture
 from captioner.runtime.errors import UserError
+from captioner.runtime.files import measure_free
 from captioner.runtime.processes import count_cores, count_processes, step_back
 
 T, R, B = TypeVar("T"), TypeVar("R"), TypeVar("B")
@@ -100,8 +100,8 @@ def read_batches(
     import torch  # here: who only opens pictures does without
 
     workers, answers = min(count_cores(), len(items) // BATCH), ALL_ANSWERS // count_processes()
-    if item_bytes and SHARED_MEMORY.is_dir():
-        room = shutil.disk_usage(SHARED_MEMORY).free // count_processes() // (BATCH * item_bytes)  # answers
+    if item_bytes and (free := measure_free(SHARED_MEMORY)) is not None:
+        room = free // count_processes() // (BATCH * item_bytes)  # answers
         workers, answers = min(workers, room // ANSWERS - 1), min(answers, room // 2)
     workers = max(workers, 0)
     loader = torch.utils.data.DataLoader(

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import itertools
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from config import EvalConfig, TrainConfig
 TRAINED_ON = ("train", "val")  # splits whose pictures training sees
 MAX_UNREADABLE = 0.05  # share of the pictures that may be unreadable
 LISTED = 10  # of them that are listed
+FRAME_NAME = re.compile(r"[0-9a-f]{8}-[0-9a-f]{8}(\.\w+)?")  # of BDD100K
 
 
 SPLIT_COLUMNS = ["name", "split", "image", "raw_caption"]  # of split.csv, which main.py writes and eval.py reads
@@ -38,7 +40,14 @@ def split_by_ride(names: Sequence[str], shares: Mapping[str, float], seed: int) 
         rides.setdefault(ride_of(name), []).append(name)
     if len(rides) < len(shares):
         raise UserError(
-            f"{len(names)} frames of {len(rides)} rides can't be split: {', '.join(shares)} need a ride each"
+            f"{len(names)} frames of {len(rides)} rides can't be split: {', '.join(shares)} need a ride each; the ride "
+            f'of a frame is the part of its name before the first "-" ({", ".join(list(rides)[:3])})'
+        )
+    if others := [name for name in names if not FRAME_NAME.fullmatch(name)]:
+        print(
+            f"note: {len(others):,} of {len(names):,} names, {others[0]} for one, aren't <8 hex>-<8 hex> as BDD100K's: "
+            'what is before the first "-" is taken for the ride, and a name without it for a ride of its own, so that '
+            "frames of one ride may be in two splits"
         )
     order = sorted(rides, key=lambda ride: hashlib.sha256(f"{seed}:{ride}".encode()).digest())
     ends = list(itertools.accumulate(shares.values()))
@@ -118,11 +127,11 @@ def write_splits(path: Path, splits: dict[str, list[Example]]) -> None:
         writer = csv.writer(file)
         writer.writerow(SPLIT_COLUMNS)
         for split, examples in splits.items():
-            writer.writerows((e.name, split, e.image.resolve(), e.caption) for e in examples)
+            writer.writerows((e.name, split, e.image.absolute(), e.caption) for e in examples)
 
 
-def read_split(folder: Path, split: str) -> list[Example]:
-    """The examples of a split that main.py wrote to `folder`."""
+def read_split(folder: Path, split: str, images_root: Path | None = None) -> list[Example]:
+    """The examples of a split that main.py wrote to `folder`; with the pictures below `images_root`, if given."""
     path = folder / "split.csv"
     if not path.is_file():
         raise UserError(f"{folder}: no fine-tuned model in it; train one with python main.py --output {folder}")
@@ -145,7 +154,18 @@ def read_split(folder: Path, split: str) -> list[Example]:
         raise UserError(f"{path}: not a split with columns {', '.join(SPLIT_COLUMNS)} ({error!r})") from None
     if not examples:
         raise UserError(f"{path}: no frame of the {split} split in it")
-    return examples
+    return examples if images_root is None else move_images(examples, images_root)
+
+
+def move_images(examples: list[Example], root: Path) -> list[Example]:
+    """The examples with the pictures of their names below `root`; those that have none there are left out, counted."""
+    images = index_images(root)
+    moved = [example._replace(image=images[example.name]) for example in examples if example.name in images]
+    if not moved:
+        raise UserError(f"--images-root {root}: none of the {len(examples):,} pictures of the split is in it")
+    if len(moved) < len(examples):
+        print(f"{len(examples) - len(moved):,} of {len(examples):,} pictures are not in {root} and are left out")
+    return moved
 
 
 def sample_examples(examples: list[Example], num_samples: int | str, seed: int) -> list[Example]:
@@ -158,4 +178,11 @@ def sample_examples(examples: list[Example], num_samples: int | str, seed: int) 
 
 
 def choose_examples(config: EvalConfig) -> list[Example]:
-    return sample_examples(read_split(config.adapter, config.split), config.num_samples, config.seed)
+    split = read_split(config.adapter, config.split, config.images_root)
+    examples = sample_examples(split, config.num_samples, config.seed)
+    if not any(example.image.exists() for example in examples):
+        raise UserError(
+            f"{config.adapter / 'split.csv'}: its pictures are gone, {examples[0].image} for one; give the folder "
+            "where they are now with --images-root"
+        )
+    return examples

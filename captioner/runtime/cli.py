@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from captioner.runtime.errors import UserError
+from captioner.runtime.errors import UserError, escape_controls
 
 # On a CPU bitsandbytes warns at import that an optional kernel, which it would fetch from the hub, is not there.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -48,10 +48,12 @@ def run_script(main, config) -> None:
     gc.enable()
     gc.freeze()  # what is imported stays, and need not be looked at
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # captions and names may hold what the terminal can't show
+        if hasattr(stream, "reconfigure"):  # not in a notebook
+            stream.reconfigure(errors="backslashreplace")  # captions and names may hold what the terminal can't show
     try:
         main(config)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as without a console on Windows
+            sys.stdout.flush()
     except UserError as error:
         sys.exit(report_error(error))
     except KeyboardInterrupt:
@@ -67,12 +69,15 @@ def run_script(main, config) -> None:
 
 def _has_lost_reader() -> bool:
     """Whether standard output goes into a pipe that is closed, as after `| head`; nothing is written to it then."""
-    look = select.poll()
-    look.register(sys.stdout, 0)
-    if not look.poll(0):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would complain once more at its end
-    return True
+    try:
+        look = select.poll()
+        look.register(sys.stdout, 0)
+        if look.poll(0):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would complain again at its end
+            return True
+    except (AttributeError, TypeError, ValueError, OSError):  # Windows has no poll, a notebook's output no file
+        pass
+    return False
 
 
 _DONE: list[bool] = []  # by run_script
@@ -88,7 +93,7 @@ def _leave() -> None:
     if _DONE:
         with suppress(TypeError, AttributeError):  # not on Windows
             ctypes.CDLL(None).fflush(None)  # what libraries in C have printed
-        with suppress(OSError):  # where nobody reads any more
+        with suppress(OSError, ValueError, AttributeError):  # where nobody reads any more
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
@@ -96,5 +101,5 @@ def _leave() -> None:
 
 def report_error(error: UserError) -> int:
     message = str(error).rpartition("UserError: ")[2].strip()  # torch wraps a worker's error in its traceback
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {escape_controls(message)}", file=sys.stderr)
     return 2

@@ -3,19 +3,24 @@
 with lock_folder(output, "--output"), atomic_write(output / "a.json") as file: ...
 """
 
+import errno
+import functools
 import itertools
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from captioner.runtime.errors import UserError
+from captioner.runtime.errors import UserError, get_or_none
 
 try:
     import fcntl
 except ImportError:  # Windows: there folders are not locked
     fcntl = None
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # of Lustre, NFS and FUSE without locks
 
 
 @contextmanager
@@ -49,7 +54,7 @@ def lock_folder(folder: Path, flag: str) -> Iterator[None]:
 
     The kernel frees it when the process ends, however it ends. A folder that the run made and left empty is removed.
     """
-    if fcntl is None or os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0":
         yield
         return
     path = folder / ".lock"
@@ -70,6 +75,9 @@ def lock_folder(folder: Path, flag: str) -> Iterator[None]:
                 path.unlink()
                 for empty in made:
                     empty.rmdir()
+            while _named:
+                with suppress(OSError):
+                    _named.pop().rmdir()
 
 
 def _open_locked(path: Path):
@@ -78,18 +86,29 @@ def _open_locked(path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a")  # noqa: SIM115
         try:
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, "this system has no flock")
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
                 return file
         except FileNotFoundError:
             pass
-        except OSError:
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                _tell_unlocked(path.parent, error.strerror)
+                return file
             file.close()
             raise
         file.close()  # the run that had it has just removed it: what was locked is nobody's
 
 
+@functools.cache  # once
+def _tell_unlocked(folder: Path, reason: str) -> None:
+    print(f"note: {folder} can't be locked ({reason}): see that no other run writes there")
+
+
 _locks = set()
+_named: list[Path] = []  # folders that name_run has made
 
 
 def _leave_locks() -> None:
@@ -107,7 +126,13 @@ def is_inside(path: Path, folder: Path) -> bool:
     real, root = path.resolve(), folder.resolve()
     if real.is_relative_to(root):
         return True
-    return root.parent.name == "snapshots" and real.is_relative_to(root.parent.parent / "blobs")
+    snapshots = (parent for parent in (root, *root.parents) if parent.name == "snapshots")
+    return any(real.is_relative_to(folder.parent / "blobs") for folder in snapshots)
+
+
+def measure_free(folder: Path) -> int | None:
+    """Bytes that are free on the disk of `folder`; None where that can't be found out."""
+    return get_or_none(lambda: shutil.disk_usage(folder).free)
 
 
 def split_revision(model: str) -> tuple[str, str | None]:
@@ -121,10 +146,22 @@ def split_revision(model: str) -> tuple[str, str | None]:
 def name_run(config, suffix: str = "") -> Path:
     """The folder of a run in logs/: its --run-name, else date, time and suffix, and a number if there is such a folder.
 
-    There is one when two runs start within a second, and when the clock was set back, as it is each autumn.
+    There is one when two runs start within a second, and when the clock was set back, as it is each autumn. So the
+    folder is made here, by the main process; lock_folder removes it if nothing is written there.
     """
     if config.run_name:
         return Path("logs") / config.run_name
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     names = itertools.chain([stamp + suffix], (f"{stamp}-{number}{suffix}" for number in itertools.count(2)))
-    return next(folder for name in names if not (folder := Path("logs") / name).exists())
+    for folder in (Path("logs") / name for name in names):
+        if os.environ.get("RANK", "0") != "0":
+            return folder  # which the main process alone writes to
+        made = [parent for parent in (folder.parent, folder) if not parent.exists()]
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"{folder}: can't be written ({error.strerror}); start from a folder of your own") from None
+        _named.extend(made)
+        return folder

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 from captioner.runtime.errors import UserError
 
@@ -18,7 +19,7 @@ NICE = 10  # of processes that read
 def step_back(worker: int = 0) -> None:
     """In a process that reads: Ctrl-C is for the main process to answer, which comes first where cores are few."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "nice"):  # not on Windows
+    with suppress(AttributeError, OSError):  # not on Windows
         os.nice(NICE)
 
 
@@ -33,7 +34,10 @@ def count_processes() -> int:
 
 
 def _count_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        return len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # not on Windows and macOS
+        return os.cpu_count() or 1
 
 
 def is_sharded() -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from captioner.runtime.errors import escape_controls
 from captioner.scoring.predictions import Prediction
 from captioner.scoring.scores import HEADLINES
 
@@ -10,7 +11,7 @@ from captioner.scoring.scores import HEADLINES
 def print_left_out(unreadable: dict[str, str]) -> None:
     if unreadable:
         print(f"{len(unreadable):,} pictures can't be read and are left out:")
-        print("\n".join(f"  {reason}" for reason in list(unreadable.values())[:10]))
+        print(escape_controls("\n".join(f"  {reason}" for reason in list(unreadable.values())[:10])))
 
 
 TITLES = {  # of the printed table, in the order of HEADLINES
@@ -67,9 +68,8 @@ def format_half(figure: dict, digits: int) -> str:
 
 def print_captions(predictions: Sequence[Prediction], count: int) -> None:
     for prediction in predictions[:count]:
-        print(f"\n{prediction.name}\n  prediction: {prediction.prediction}")
-        for reference in prediction.references:
-            print(f"  reference:  {reference}")
+        references = "".join(f"\n  reference:  {reference}" for reference in prediction.references)
+        print(escape_controls(f"\n{prediction.name}\n  prediction: {prediction.prediction}{references}"))
 
 
 def print_comparison(compared: dict, one: Path, other: Path) -> None:

@@ -1,13 +1,17 @@
 """Predictions files: captions by picture name, from any model, with the references that they are scored against.
 
-JSON lines, {"name": ..., "prediction": ..., "references": [...]} each, or CSV with the columns name, prediction and any
-number of columns whose title begins with "reference". References may also come from a file of their own.
+JSON lines, {"name": ..., "prediction": ..., "references": [...]} each, or a JSON array of such rows, or CSV with the
+columns name, prediction and any number of columns whose title begins with "reference". COCO's results and captions
+files are read too. References may also come from a file of their own.
 """
 
+import ast
 import csv
+import itertools
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -18,6 +22,8 @@ from captioner.runtime.files import atomic_write
 
 LISTED = 3  # names that a message gives as examples
 WANTED = 'must be {"name": TEXT, "prediction": TEXT, "references": [TEXT, ...]}'
+REFERENCE = re.compile(r"references?_?\d*")  # fields of a row that are references
+NO_TEXTS = ("nan", "none", "null", "<na>", "n/a")  # as which a missing value is written
 
 
 class Prediction(NamedTuple):
@@ -27,6 +33,13 @@ class Prediction(NamedTuple):
     prediction: str
     references: list[str]
     floors: Mapping[str, str] = MappingProxyType({})  # captions of the same picture to beat, by their origin
+
+
+class References(dict[str, list[str]]):
+    """References by name, and the names that stand behind the numbers of a COCO file."""
+
+    def __init__(self):
+        self.names: dict[int, str] = {}
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
@@ -49,16 +62,19 @@ def read_predictions(path: Path, references: dict[str, list[str]] | None = None)
     `references` by name, if given, replace those in the file. Raises UserError with the line for one that is malformed
     or whose name came before, and when nothing is left.
     """
-    read = _read_csv if path.suffix.lower() == ".csv" else _read_json_lines
     rows: dict[str, Prediction] = {}
-    for place, row in _open(path, read):
+    for place, row in _read_rows(path, {}):
         if row.prediction is None:
             raise UserError(f"{path}: has no column prediction; a captions CSV is given with --references")
+        if isinstance(row.name, int):
+            row = row._replace(name=_name_picture(row.name, getattr(references, "names", {}), place))
         if row.name in rows:
             raise UserError(f"{place}: {row.name[:80]} came before; each picture is scored once")
         rows[row.name] = row
     if not rows:
         raise UserError(f"{path}: no predictions in it")
+    if all(row.prediction.lstrip().startswith("[") and _parse_literal(row.prediction) for row in rows.values()):
+        raise UserError(f"{path}: its predictions are lists written as text; write the one text of each without [ ]")
     left_out: Counter[str] = Counter()
     if references is not None:
         left_out["references without a prediction"] = len(references.keys() - rows.keys())
@@ -74,26 +90,50 @@ def read_predictions(path: Path, references: dict[str, list[str]] | None = None)
     return scored, +left_out
 
 
-def read_references(path: Path) -> dict[str, list[str]]:
-    """{name: references} of a captions CSV (name,raw_caption) or a predictions file."""
-    references: dict[str, list[str]] = {}
-    read = _read_csv if path.suffix.lower() == ".csv" else _read_json_lines
-    for place, row in _open(path, read):
+def read_references(path: Path) -> References:
+    """{name: references} of a captions CSV (name,raw_caption), a predictions file, or a captions file of COCO."""
+    references = References()
+    for place, row in _read_rows(path, references.names):
         if row.references:
             if row.name in references:
-                raise UserError(f"{place}: {row.name[:80]} came before")
+                raise UserError(f"{place}: {str(row.name)[:80]} came before")
             references[row.name] = row.references
     if not references:
         raise UserError(f"{path}: no references in it")
     return references
 
 
-def _open(path: Path, read: Callable[[Iterable[str], Path], Iterator]) -> Iterator[tuple[str, Prediction]]:
+def _read_rows(path: Path, names: dict[int, str]) -> Iterator[tuple[str, Prediction]]:
+    """(place, row) of each row of a file; of a COCO file also {number: name} of its pictures, in `names`."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            yield from read(file, path)
+            if path.suffix.lower() == ".csv":
+                yield from _read_csv(file, path)
+                return
+            document = _parse_document(file.read())
+            if isinstance(document, dict) and "annotations" in document:
+                yield from _read_coco_captions(document, path, names)
+            elif isinstance(document, list):
+                for number, row in enumerate(document, start=1):
+                    place = f"{path}, row {number}"
+                    yield place, _make_prediction(row, place)
+            elif document is not None:
+                yield str(path), _make_prediction(document, f"{path}, line 1")
+            else:
+                file.seek(0)
+                yield from _read_json_lines(file, path)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: can't be read ({error}); it takes JSON lines or a CSV, in UTF-8") from None
+
+
+def _parse_document(text: str) -> dict | list | None:
+    """A file that is one JSON object or an array of objects; None for others, such as JSON lines."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    rows = document if isinstance(document, list) else [document]
+    return document if any(isinstance(row, dict) for row in rows) else None
 
 
 def _read_json_lines(file: Iterable[str], path: Path) -> Iterator[tuple[str, Prediction]]:
@@ -107,15 +147,100 @@ def parse_prediction(line: str, place: str) -> Prediction:
     """One JSON line. Raises UserError with the place."""
     try:
         row = json.loads(line)
-        prediction = Prediction(row["name"], row["prediction"], row.get("references", []), row.get("floors", {}))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: {WANTED} ({str(error)[:200]})") from None
-    if not isinstance(prediction.references, list) or not isinstance(prediction.floors, dict):
+    return _make_prediction(row, place)
+
+
+def _make_prediction(row, place: str) -> Prediction:
+    """A row of JSON types, of this project or of COCO's results, whose name is a number. Raises UserError."""
+    try:
+        from_coco = "name" not in row and {"image_id", "caption"} <= row.keys()
+        if from_coco:
+            row = {"name": row["image_id"], "prediction": row["caption"]}
+        references = [row[key] for key in row if REFERENCE.fullmatch(key)]
+        prediction = Prediction(row["name"], row["prediction"], [], row.get("floors", {}))
+        floors = [*prediction.floors.values()]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{place}: {WANTED} ({str(error)[:200]})") from None
+    for value in references:
+        prediction.references.extend(value if isinstance(value, list) else [value])
+    texts = [prediction.prediction, *prediction.references, *floors]
+    named = type(prediction.name) is str or (from_coco and type(prediction.name) is int)
+    if not named or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{place}: {WANTED}")
-    texts = [*prediction[:2], *prediction.references, *prediction.floors.values()]
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{place}: {WANTED}")
-    return prediction
+    return prediction._replace(references=_unpack_references(prediction.references, place))
+
+
+def _read_coco_captions(document: dict, path: Path, names: dict[int, str]) -> Iterator[tuple[str, Prediction]]:
+    """The references of COCO's {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}."""
+    references: dict[str, list[str]] = {}
+    try:
+        names |= {image["id"]: image["file_name"] for image in document["images"]}
+        for row in document["annotations"]:
+            references.setdefault(names[row["image_id"]], []).append(row["caption"])
+        if not all(isinstance(text, str) for text in itertools.chain(references, *references.values())):
+            raise TypeError("no text")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: a COCO file must have images with id and file_name, and annotations with the image_id of one of "
+            f"them and a caption ({error!r})"
+        ) from None
+    for name, texts in references.items():
+        yield str(path), Prediction(name, None, _unpack_references(texts, f"{path}, {name[:80]}"))
+
+
+def _name_picture(number: int, names: Mapping[int, str], place: str) -> str:
+    """The name of a picture that COCO's results give by number."""
+    if not names:
+        raise UserError(
+            f"{place}: COCO's results, image_id {number}: give the captions file that has the file_name of each "
+            'image_id with --references, or write lines of {"name": FILE NAME, "prediction": TEXT}'
+        )
+    return names.get(number, str(number))
+
+
+def _unpack_references(texts: Sequence[str], place: str) -> list[str]:
+    """The references in `texts`, some of which may be lists that pandas or a JSON writer has turned into text.
+
+    Raises UserError for what is no text and no such list either: it would be scored as if it were a caption.
+    """
+    references = []
+    for text in filter(str.strip, texts):
+        value = _parse_literal(text)
+        if value is None:
+            references.append(text)
+        elif isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+            references += filter(str.strip, value)
+        else:
+            raise UserError(
+                f"{place}: the references column holds {text[:80]!r}, a value written as text, no caption: give each "
+                "reference as it is, in a column of its own (reference, reference2 ...), or write JSON lines with "
+                '"references": [TEXT, ...]'
+            )
+    return references
+
+
+def _parse_literal(text: str):
+    """What `text` stands for if it is a value that JSON or Python has written as text; None for a caption.
+
+    What neither can have written, but is no caption either, such as a list of numpy's, is given as bytes.
+    """
+    text = text.strip()
+    unknown = text.encode(errors="backslashreplace")
+    if text.lower() in NO_TEXTS or text.startswith(("array(", "tensor(")):
+        return unknown
+    if not (text.startswith(("[", "{", "(", '"', "'", "b'", 'b"')) and text.endswith(("]", "}", ")", '"', "'"))):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        value = ast.literal_eval(text)
+        return value if repr(value) == text else unknown  # Python joins the texts of ['a' 'b'], which is numpy's
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return unknown if text.startswith("[") and text.endswith("]") else None
 
 
 def _read_csv(file: Iterable[str], path: Path) -> Iterator[tuple[str, Prediction]]:
@@ -130,7 +255,7 @@ def _read_csv(file: Iterable[str], path: Path) -> Iterator[tuple[str, Prediction
         place = f"{path}, line {reader.line_num}"
         if None in row or None in row.values():
             raise UserError(f"{place}: must have {len(columns)} fields")
-        references = [row[column] for column in reference_columns if row[column].strip()]
+        references = _unpack_references([row[column] for column in reference_columns], place)
         yield place, Prediction(row["name"], row.get("prediction"), references)
 
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from captioner.bdd100k.facts import Facts
 from captioner.bdd100k.parsing import mark_caption, parse_caption
 from captioner.data.images import FORMATS, MAX_PIXELS
+from captioner.runtime.errors import go_on_without
 from captioner.runtime.files import atomic_write
 from captioner.runtime.processes import step_back
 from captioner.scoring.fact_metrics import list_statements
@@ -89,9 +90,12 @@ def write_report(
     room = MAX_BYTES - len(template.encode()) - len(values["REPORT"]) - 6 * len(rows) - 2000  # 6: null, comma, space
     thumbnails = None
     if ahead is not None:
-        with suppress(EOFError, OSError):  # it was killed
+        with suppress(Exception):  # it was killed, or what it sent can't be read
             thumbnails = take_thumbnails(ahead.recv(), list(images.values()), paths, room)
-    thumbnails = thumbnails or make_thumbnails(paths, room)
+    if thumbnails is None:
+        thumbnails = Thumbnails([None] * len(paths), 0, 0, no_room=0)
+        with go_on_without(f"thumbnails in {path}"):
+            thumbnails = make_thumbnails(paths, room)
     values["PICTURES"] = json.dumps(thumbnails.pictures)
     values["FILE"] = to_script_json(count_pictures(paths, thumbnails))
     size = len(fill_template(template, {**values, "BYTES": " " * 12}).encode())
@@ -151,14 +155,16 @@ def to_script_json(value) -> str:
 def start_thumbnails(paths: Sequence[Path]) -> Connection | None:
     """Have a process make thumbnails, which sends them; None if the text of the page, yet to come, may need the room.
 
-    Threads would hold up the imports and launches of this process.
+    Threads would hold up the imports and launches of this process. None, too, where no process can be started.
     """
     if not paths or len(paths) * ROW_BYTES > MAX_BYTES / 5:
         return None
-    receiver, sender = Pipe(duplex=False)
-    Process(target=_send_thumbnails, args=(receiver, sender, paths), daemon=True).start()
-    sender.close()
-    return receiver
+    with suppress(OSError):
+        receiver, sender = Pipe(duplex=False)
+        with sender:
+            Process(target=_send_thumbnails, args=(receiver, sender, paths), daemon=True).start()
+        return receiver
+    return None
 
 
 def _send_thumbnails(receiver: Connection, sender: Connection, paths: Sequence[Path]) -> None:

@@ -25,7 +25,7 @@ from transformers import TrainerState, TrainingArguments
 from captioner.data.reading import LOADER_ERRORS, explain_dead_worker
 from captioner.data.run_record import read_run
 from captioner.data.splits import write_splits
-from captioner.runtime.errors import UserError
+from captioner.runtime.errors import UserError, get_or_none
 from captioner.runtime.files import atomic_write
 from captioner.training.arguments import set_micro_batch
 from captioner.training.checkpoints import (
@@ -42,6 +42,7 @@ from captioner.training.trainer import CaptionTrainer, Pace, Stopped
 from config import TrainConfig, config_to_json
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")  # whose versions a run records
+GIT_SECONDS = 10  # for git to answer
 FINISHED = ".checkpoints-of-a-finished-run"
 T = TypeVar("T")
 
@@ -160,20 +161,28 @@ def describe_state(config: TrainConfig, world_size: int) -> dict:
 
 
 def describe_run(state: dict, run_name: str, device: torch.device, results: dict) -> dict:
-    """What is needed to tell later how an adapter came about."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
+    """What is needed to tell later how an adapter came about; None for what can't be found out."""
     return {
         "run_name": run_name,
         **state,
         "results": results,
-        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
-        "python": platform.python_version(),
-        "git_commit": commit.stdout.strip() or None,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "versions": {package: get_or_none(importlib.metadata.version, package) for package in PACKAGES},
+        "python": get_or_none(platform.python_version),
+        "git_commit": get_or_none(read_commit),
+        "device": get_or_none(name_device, device),
         "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
+
+
+def read_commit() -> str | None:
+    """The commit of this program, if it lies in a git repository."""
+    command = ["git", "rev-parse", "--verify", "HEAD"]
+    options = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": GIT_SECONDS}
+    return subprocess.check_output(command, cwd=Path(__file__).parent, text=True, **options).strip() or None
+
+
+def name_device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
 
 
 def is_finished(config: TrainConfig) -> bool:
@@ -192,8 +201,11 @@ def remove_checkpoints(output: Path) -> None:
 
 def end_workers() -> None:
     """Kill processes that decode ahead for steps that don't come: the interpreter would wait for them."""
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report them as crashed
+    child_ends = getattr(signal, "SIGCHLD", None)  # None: Windows, which has no such signal
+    if child_ends is not None:
+        before = signal.signal(child_ends, signal.SIG_DFL)  # torch would report them as crashed
     for worker in multiprocessing.active_children():
         worker.kill()
         worker.join()
-    signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)  # None: not one that Python set
+    if child_ends is not None:
+        signal.signal(child_ends, before or signal.SIG_DFL)  # None: not one that Python set

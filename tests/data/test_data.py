@@ -4,10 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captioner.data.captions import read_captions, write_captions
-from captioner.data.images import index_images, match_images
-from captioner.data.splits import ride_of, split_by_ride
+from captioner.data.captions import Example, read_captions, write_captions
+from captioner.data.images import find_pictures, index_images, match_images, open_picture, tell_once
+from captioner.data.splits import choose_examples, read_split, ride_of, split_by_ride, write_splits
 from captioner.runtime.errors import UserError
+from config import EvalConfig
 
 SHARES = {"train": 0.6, "val": 0.28, "test": 0.12}
 rides = st.dictionaries(st.integers(0, 2**32 - 1), st.integers(1, 9), min_size=3, max_size=60)
@@ -37,8 +38,23 @@ def test_shares_are_those_of_the_reference():
 
 
 def test_two_rides_cannot_be_split():
-    with pytest.raises(UserError, match="2 rides"):
+    with pytest.raises(UserError, match=r"2 rides.*the part of its name before the first \"-\" \(a, b\)"):
         split_by_ride(["a-1.jpg", "a-2.jpg", "b-1.jpg"], SHARES, 42)
+
+
+@pytest.mark.parametrize("name", ["video{0}_frame_{1:04d}.jpg", "2021-05-{0:02d}_12-00-{1}.jpg", "{0}{1}-0.png"])
+def test_names_that_tell_no_ride_are_said_to_leak(name, capsys):
+    names = [name.format(video, frame) for video in range(4) for frame in range(9)]
+    try:
+        split_by_ride(names, SHARES, 42)
+        assert "note: 36 of 36 names" in capsys.readouterr().out
+    except UserError as error:
+        assert "the part of its name before the first" in str(error)
+
+
+def test_names_of_bdd100k_need_no_warning(capsys):
+    split_by_ride([f"0000000{ride}-00001ef{frame}.jpg" for ride in range(4) for frame in range(9)], SHARES, 42)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -87,6 +103,8 @@ def test_captions_without_a_picture_are_counted(tmp_path, capsys):
     assert "1 of 2 captioned frames have no picture" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"none of the 1 captioned frames.*b\.jpg"):
         match_images({"b.jpg": "y"}, images)
+    with pytest.raises(UserError, match=r"a\.png, for one, is not .*; a\.jpg is: give both one suffix"):
+        match_images({"a.png": "y"}, images)
 
 
 def test_a_folder_without_pictures_is_named(tmp_path):
@@ -94,3 +112,94 @@ def test_a_folder_without_pictures_is_named(tmp_path):
         index_images(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         index_images(tmp_path / "missing")
+
+
+@pytest.fixture
+def told(capsys):
+    """What was printed; what is printed once is printed again."""
+    tell_once.cache_clear()
+    return lambda: capsys.readouterr().out
+
+
+LISTINGS = [index_images, lambda folder: dict(find_pictures([folder]))]
+
+
+@pytest.mark.parametrize("listing", LISTINGS)
+def test_links_that_lead_out_are_counted_and_named(tmp_path, told, listing):
+    (tmp_path / "scenes").mkdir()
+    (tmp_path / "scenes/a.jpg").touch()
+    (tmp_path / "subset").mkdir()
+    (tmp_path / "subset/a.jpg").symlink_to("../scenes/a.jpg")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train").symlink_to("../scenes")
+    for folder, kind in (("subset", "pictures"), ("data", "folders")):
+        message = rf"1 {kind} are links that lead out .*: give the folder that they lead to, {tmp_path / 'scenes'}$"
+        with pytest.raises(UserError, match=message):
+            listing(tmp_path / folder)
+        (tmp_path / folder / "b.png").touch()
+        assert list(listing(tmp_path / folder)) == ["b.png"]
+        assert f"1 {kind} are links" in told()
+
+
+@pytest.mark.parametrize("listing", LISTINGS)
+def test_links_of_a_hub_snapshot_into_its_own_blobs_are_read(tmp_path, listing):
+    for repository in ("datasets--a--b", "datasets--c--d"):
+        images = tmp_path / repository / "snapshots/abc/data/images"
+        images.mkdir(parents=True)
+        (tmp_path / repository / "blobs").mkdir()
+        (tmp_path / repository / "blobs/1").touch()
+        (images / "own.jpg").symlink_to("../../../../blobs/1")
+        (images / "foreign.jpg").symlink_to(tmp_path / "datasets--a--b/blobs/1")
+    assert list(listing(images)) == ["own.jpg"]
+
+
+def test_a_picture_behind_a_link_is_in_the_split_by_its_own_name(tmp_path):
+    (tmp_path / "1").touch()
+    (tmp_path / "a.jpg").symlink_to("1")
+    write_splits(tmp_path / "split.csv", {"test": [Example("a.jpg", tmp_path / "a.jpg", "A car.")]})
+    assert [example.image for example in read_split(tmp_path, "test")] == [tmp_path / "a.jpg"]
+
+
+@pytest.mark.parametrize("listing", LISTINGS)
+def test_pictures_of_other_kinds_are_counted_and_named(tmp_path, told, listing):
+    for name in ("b.webp", "c.bmp", "d.TIFF", "._e.jpg", "notes.txt"):
+        (tmp_path / name).touch()
+    message = r"3 pictures of other kinds \(.webp, .bmp, .tiff\) are passed over: convert them"
+    with pytest.raises(UserError, match=message):
+        listing(tmp_path)
+    (tmp_path / "a.jfif").touch()
+    assert list(listing(tmp_path)) == ["a.jfif"]
+    assert "3 pictures of other kinds (.webp, .bmp, .tiff)" in told()
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"RIFF....WEBPVP8 ", "WebP"),
+        (b"....ftypheic", "HEIC"),
+        (b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
+        (b"<!DOCTYPE html>", "web page"),
+    ],
+)
+def test_what_only_has_the_name_of_a_jpeg_is_named(tmp_path, content, kind):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.jpg: not readable as a picture \(it is .*{kind}"):
+        open_picture(tmp_path / "a.jpg")
+
+
+def test_pictures_that_were_moved_are_found_in_their_new_folder(tmp_path, capsys):
+    examples = [Example(f"{name}.jpg", tmp_path / f"old/{name}.jpg", name) for name in "abc"]
+    write_splits(tmp_path / "split.csv", {"test": examples})
+    with pytest.raises(UserError, match=r"split\.csv: its pictures are gone, .*old/.*--images-root"):
+        choose_examples(EvalConfig(adapter=tmp_path))
+    (tmp_path / "new/deep").mkdir(parents=True)
+    (tmp_path / "new/d.jpg").touch()
+    config = EvalConfig(adapter=tmp_path, images_root=tmp_path / "new")
+    with pytest.raises(UserError, match=r"--images-root .*new: none of the 3 pictures"):
+        choose_examples(config)
+    for name in "ab":
+        (tmp_path / f"new/deep/{name}.jpg").touch()
+    assert sorted(choose_examples(config)) == [
+        Example(f"{name}.jpg", tmp_path / f"new/deep/{name}.jpg", name) for name in "ab"
+    ]
+    assert "1 of 3 pictures are not in" in capsys.readouterr().out

@@ -1,8 +1,12 @@
 """What the machine does to a run: full disks, folders that can't be written, two runs at once; files read back."""
 
+import errno
+import fcntl
+import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +19,14 @@ from training_runs import wait_for_lock
 
 from captioner.bdd100k.label_files import read_labels
 from captioner.bdd100k.label_report import LabelReport
+from captioner.runtime import cli, files, processes
+from captioner.runtime.cli import report_error
 from captioner.runtime.errors import UserError
-from captioner.runtime.files import atomic_write, lock_folder
+from captioner.runtime.files import atomic_write, lock_folder, measure_free, name_run
+from captioner.scoring.console import print_captions, print_left_out
+from captioner.scoring.predictions import Prediction
 from captioner.training.checkpoints import find_damage, hash_file, read_state
+from config import EvalConfig
 
 HOLD = """
 import multiprocessing, sys, time
@@ -152,3 +161,138 @@ def test_archive_with_a_damaged_name(tmp_path):
     path.write_bytes(path.read_bytes().replace("\u00e4".encode(), b"\xa9\xa9"))
     with pytest.raises(UserError, match=r"labels.zip: not readable as a zip archive"):
         list(read_labels([path], LabelReport()))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# what a machine may lack
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_folder_that_cannot_be_locked_is_used_and_that_is_said_once(tmp_path, monkeypatch, capsys, number):
+    def flock(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    files._tell_unlocked.cache_clear()
+    for _ in range(2):
+        with lock_folder(tmp_path / "run", "--output"):
+            (tmp_path / "run" / "a.txt").touch()
+    assert capsys.readouterr().out == (
+        f"note: {tmp_path / 'run'} can't be locked ({os.strerror(number)}): see that no other run writes there\n"
+    )
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["a.txt"]
+
+
+def test_a_folder_is_used_where_there_is_no_flock_at_all(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "fcntl", None)
+    files._tell_unlocked.cache_clear()
+    with lock_folder(tmp_path, "--output"):
+        pass
+    assert "can't be locked" in capsys.readouterr().out
+
+
+class NotebookStream(io.TextIOBase):
+    """As of ipykernel: without reconfigure() and fileno()."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+        return len(text)
+
+
+@pytest.fixture
+def ending(monkeypatch):
+    monkeypatch.setattr(cli.gc, "freeze", lambda: None)
+    yield
+    cli._DONE.clear()
+
+
+def test_a_script_runs_in_a_notebook(monkeypatch, ending):
+    monkeypatch.setattr(sys, "stdout", NotebookStream())
+    monkeypatch.setattr(sys, "stderr", NotebookStream())
+    cli.run_script(print, "done")
+    assert sys.stdout.text == "done\n"
+
+    def fail(_):
+        raise BrokenPipeError("of a worker")
+
+    with pytest.raises(BrokenPipeError):
+        cli.run_script(fail, None)
+
+
+def test_a_script_runs_without_streams(monkeypatch, ending):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    cli.run_script(lambda _: None, None)
+    monkeypatch.setattr(cli.os, "_exit", lambda code: None)
+    cli._leave()
+
+
+def test_a_broken_pipe_is_told_where_there_is_no_poll(monkeypatch, ending):
+    def fail(_):
+        raise BrokenPipeError("of a worker")
+
+    monkeypatch.delattr(cli.select, "poll")
+    with pytest.raises(BrokenPipeError):
+        cli.run_script(fail, None)
+
+
+def refuse(*args):
+    raise PermissionError(1, "Operation not permitted")
+
+
+@pytest.mark.parametrize("lacking", [True, False])
+def test_processes_read_where_cores_and_niceness_cannot_be_had(monkeypatch, lacking):
+    for name in ("nice", "sched_getaffinity"):
+        monkeypatch.delattr(os, name) if lacking else monkeypatch.setattr(os, name, refuse)
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    processes.step_back()
+    assert processes.count_cores() == os.cpu_count()
+
+
+def test_free_space_that_cannot_be_found_out_is_none(tmp_path, monkeypatch):
+    assert measure_free(tmp_path) == shutil.disk_usage(tmp_path).free
+    monkeypatch.setattr(shutil, "disk_usage", refuse)
+    assert measure_free(tmp_path) is None
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the folder of a run
+
+
+def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_dir = name_run(EvalConfig(), "-eval")
+    assert run_dir.is_dir()
+    with lock_folder(run_dir, "--run-name"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_process_of_a_run_makes_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "1")
+    assert not name_run(EvalConfig()).exists()
+
+
+def test_a_logs_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").touch()
+    with pytest.raises(UserError, match=r"logs/.*: can't be written .* start from a folder of your own"):
+        name_run(EvalConfig())
+
+
+# --------------------------------------------------------------------------------------------------------------
+# names from anywhere
+
+
+def test_no_control_character_of_a_name_reaches_the_terminal(capsys):
+    name = "a\x1b]0;title\x07\x9b2J\u202egpj.jpg"
+    report_error(UserError(f"{name}:\n\tnot readable"))
+    print_left_out({name: f"{name}: not readable"})
+    print_captions([Prediction(name, name, [name])], 1)
+    out, err = capsys.readouterr()
+    assert not set("\x1b\x07\x9b\u202e") & set(out + err)
+    assert err.startswith("error: a\\x1b]0;title\\x07\\x9b2J\\u202egpj.jpg:\n\tnot") and "reference:  a\\x1b" in out

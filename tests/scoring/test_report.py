@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 from conftest import skip_without
@@ -112,6 +113,20 @@ def test_pictures_that_are_not_there_or_broken_are_counted(drawn, tmp_path):
     counts = read_block(page, "file-data")
     assert [counts[key] for key in ("shown", "no_file", "unreadable", "no_room")] == [2, 2, 4, 0]
     assert [picture is not None for picture in read_block(page, "picture-data")] == [True] * 2 + [False] * 6
+
+
+def test_a_report_is_written_without_thumbnails_that_fail(drawn, tmp_path, monkeypatch, capsys):
+    def fail(*args, **options):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(report, "make_thumbnails", fail)
+    monkeypatch.setattr(report, "Process", mock.Mock(side_effect=BlockingIOError))
+    image = next((drawn / "images").iterdir())
+    assert report.start_thumbnails([image]) is None
+    path = tmp_path / "report.html"
+    report.write_report(path, "t", [ReportRow("a", [("A car.", "")], [], {}, None)], {"a": image}, None)
+    assert "A car." in path.read_text()
+    assert capsys.readouterr().out == f"note: no thumbnails in {path} (can't start new thread)\n"
 
 
 def test_thumbnails_are_upright_and_bare(tmp_path):

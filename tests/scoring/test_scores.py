@@ -1,8 +1,10 @@
 """scores.json: its schema, maxima and floors, speed of nothing, predictions from anywhere, comparisons."""
 
+import csv
 import json
 import random
 import re
+from unittest import mock
 
 import fastjsonschema
 import pytest
@@ -13,9 +15,11 @@ from hypothesis import strategies as st
 
 from captioner.bdd100k.parsing import read_caption
 from captioner.bdd100k.wording import describe
+from captioner.data.captions import Example
 from captioner.runtime.errors import UserError
 from captioner.scoring.predictions import Prediction, read_predictions, read_references, write_predictions
 from captioner.scoring.scores import compare_predictions, score_predictions
+from config import EvalConfig
 
 validate = fastjsonschema.compile(json.loads((ROOT / "tests/scores.schema.json").read_text()))
 
@@ -196,6 +200,100 @@ def test_a_bad_predictions_file_is_one_message(tmp_path, name, content, message)
     assert str(path) in str(error.value)
 
 
+TWO = ["It is a night scene. There's one car.", 'It is "dark". There is a car.']
+
+
+@pytest.mark.parametrize("write", [str, json.dumps, lambda texts: str(tuple(texts)), lambda texts: f" {texts} "])
+@pytest.mark.parametrize("name", ["p.csv", "p.jsonl", "p.json"])
+def test_references_in_a_list_that_was_written_as_text_are_read(tmp_path, write, name):
+    path = tmp_path / name
+    row = {"name": "a.jpg", "prediction": "A car.", "references": write(TWO)}
+    with open(path, "w", newline="") as file:
+        if name == "p.csv":
+            csv.writer(file).writerows([row, row.values()])
+        else:
+            json.dump([row] if name == "p.json" else row, file)
+    assert read_predictions(path)[0][0].references == TWO
+    assert read_references(path) == {"a.jpg": TWO}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "['A car.' 'A bus.']",
+            "['A car.', nan]",
+            "[{'caption': 'A car.'}]",
+            '{"caption": "A car."}',
+            "['A car.' ... 'A bus.']",
+        ),
+        *("array(['A car.'], dtype=object)", "b'A car.'", '"A car."', "nan", "None", "[1, 2]", "{'A car.'}"),
+    ],
+)
+@pytest.mark.parametrize("read", [read_predictions, read_references])
+def test_a_value_written_as_text_is_not_scored_as_a_reference(tmp_path, text, read):
+    path = tmp_path / "p.csv"
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([["name", "prediction", "references"], ["a.jpg", "A car.", text]])
+    with pytest.raises(UserError, match=r"p.csv, line 2: the references column holds .* column of its own"):
+        read(path)
+
+
+@pytest.mark.parametrize("text", ["(night) a car (parked)", '"Stop" says the sign, not "go"', "A car [sic]", "3 cars"])
+def test_captions_with_brackets_and_quotes_are_captions(tmp_path, text):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"name": "a.jpg", "prediction": text, "references": [text]}))
+    assert read_predictions(path)[0] == [Prediction("a.jpg", text, [text])]
+
+
+def test_predictions_that_are_lists_written_as_text_are_refused(tmp_path):
+    (tmp_path / "p.csv").write_text("name,prediction,reference\na.jpg,['A car.'],A car.\nb.jpg,['A' 'bus'],A bus.\n")
+    with pytest.raises(UserError, match=r"p.csv: its predictions are lists"):
+        read_predictions(tmp_path / "p.csv")
+
+
+COCO_RESULTS = [{"image_id": 7, "caption": "A bus."}, {"image_id": 5, "caption": "A car."}]
+COCO_CAPTIONS = {
+    "images": [{"id": 5, "file_name": "a.jpg"}, {"id": 7, "file_name": "b.jpg"}],
+    "annotations": [{"image_id": id, "caption": text} for id, text in [(5, "A car."), (7, "A bus."), (5, "One car.")]],
+}
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_results_and_captions_of_coco_are_read(tmp_path, indent):
+    (tmp_path / "r.json").write_text(json.dumps(COCO_RESULTS, indent=indent))
+    (tmp_path / "c.json").write_text(json.dumps(COCO_CAPTIONS, indent=indent))
+    references = read_references(tmp_path / "c.json")
+    assert references == {"a.jpg": ["A car.", "One car."], "b.jpg": ["A bus."]}
+    predictions, left_out = read_predictions(tmp_path / "r.json", references)
+    assert [(row.name, row.prediction) for row in predictions] == [("b.jpg", "A bus."), ("a.jpg", "A car.")]
+    assert not left_out
+
+
+def test_results_of_coco_need_the_names_of_their_pictures(tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps(COCO_RESULTS))
+    (tmp_path / "c.csv").write_text("name,raw_caption\na.jpg,A car.\n")
+    for references in (None, read_references(tmp_path / "c.csv")):
+        with pytest.raises(UserError, match=r"r.json, row 1: COCO's results, image_id 7: .* --references"):
+            read_predictions(tmp_path / "r.json", references)
+
+
+@pytest.mark.parametrize("change", [{"images": []}, {"annotations": [{"image_id": 5, "bbox": []}]}, {"images": None}])
+def test_a_file_of_coco_without_captions_is_named(tmp_path, change):
+    (tmp_path / "c.json").write_text(json.dumps(COCO_CAPTIONS | change))
+    with pytest.raises(UserError, match=r"c.json: a COCO file must have"):
+        read_references(tmp_path / "c.json")
+
+
+def test_an_array_of_rows_is_read_and_a_bad_row_is_named(tmp_path):
+    row = {"name": "a.jpg", "prediction": "A car.", "references": ["A car."]}
+    (tmp_path / "p.json").write_text(json.dumps([row, {**row, "name": "b.jpg"}], indent=1))
+    assert [found.name for found in read_predictions(tmp_path / "p.json")[0]] == ["a.jpg", "b.jpg"]
+    (tmp_path / "p.json").write_text(json.dumps([row, {**row, "name": 3}]))
+    with pytest.raises(UserError, match=r"p.json, row 2: must be"):
+        read_predictions(tmp_path / "p.json")
+
+
 def test_references_that_come_twice_are_refused(tmp_path):
     (tmp_path / "r.csv").write_text("name,raw_caption\na.jpg,x\na.jpg,y\n")
     with pytest.raises(UserError, match=r"r\.csv, line 3: a\.jpg came before"):
@@ -217,6 +315,20 @@ def test_references_without_a_fact_are_not_scored_on_facts(tmp_path):
         groups["classes"].get("car", {}).get("exact"),
     ]
     assert all(figure is None or figure["value"] is None for figure in figures)
+
+
+@pytest.mark.parametrize("work", ["caption_examples", "caption_pictures"])
+def test_what_a_captioner_has_open_is_closed_when_captioning_fails(tmp_path, monkeypatch, work):
+    import eval as evaluation
+
+    captioner = mock.Mock()
+    captioner.map_batches.side_effect = UserError("no memory")
+    monkeypatch.setattr(evaluation, "Captioner", lambda config, count: captioner)
+    monkeypatch.setattr(evaluation, "start_pictures", lambda config, run_dir: ([("a.jpg", tmp_path)], {}))
+    examples = [Example("a.jpg", tmp_path, "A car.")]
+    with pytest.raises(UserError, match="no memory"):
+        getattr(evaluation, work)(EvalConfig(), examples if work == "caption_examples" else tmp_path)
+    captioner.finish.assert_called_once()
 
 
 def test_few_pictures_are_said_to_be_few():

@@ -1,0 +1,70 @@
+"""What only decorates a run's record may be missing: the record holds null, and the adapter is saved."""
+
+import importlib.metadata
+import json
+import platform
+import signal
+import subprocess
+from unittest import mock
+
+import pytest
+import torch
+
+from captioner.training import run
+
+
+def describe() -> dict:
+    record = run.describe_run({}, "run", torch.device("cpu"), {})
+    json.dumps(record, allow_nan=False)
+    return record
+
+
+@pytest.mark.parametrize(
+    "git",
+    [None, "exit 128", "echo fatal; exit 1", "exit 0", "printf '\\377'", "sleep 30"],
+    ids=["absent", "no repository", "failing", "silent", "no text", "hanging"],
+)
+def test_a_record_is_written_without_a_commit(tmp_path, monkeypatch, git):
+    if git is not None:
+        (tmp_path / "git").write_text(f"#!/bin/sh\n{git}\n")
+        (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if git == "sleep 30" else str(tmp_path))
+    monkeypatch.setattr(run, "GIT_SECONDS", 0.2)
+    if git is None:
+        with pytest.raises(FileNotFoundError):
+            subprocess.run(["git"], check=False)
+    assert describe()["git_commit"] is None
+
+
+def test_the_commit_is_recorded_where_git_knows_it(tmp_path, monkeypatch):
+    (tmp_path / "git").write_text("#!/bin/sh\necho 0123abc\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert describe()["git_commit"] == "0123abc"
+
+
+def fail(*args):
+    raise RuntimeError("not to be had")
+
+
+def test_a_record_is_written_without_versions_and_device(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", fail)
+    monkeypatch.setattr(platform, "python_version", fail)
+    monkeypatch.setattr(platform, "processor", fail)
+    record = describe()
+    assert record["versions"] == dict.fromkeys(run.PACKAGES)
+    assert record["python"] is None and record["device"] is None
+
+
+def test_an_adapter_is_saved_without_its_model_card(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "write_model_card", fail)
+    parts = {name: mock.Mock() for name in ("model", "weights", "processor", "generation")}
+    parts["model"].save_pretrained.side_effect = lambda folder, state_dict: folder.mkdir()
+    run.save_finetuned(tmp_path, **parts, splits={}, run={"config": {}})
+    assert (tmp_path / "run.json").is_file()
+    assert capsys.readouterr().out == "note: no model card (not to be had)\n"
+
+
+def test_workers_are_ended_where_there_is_no_signal_for_it(monkeypatch):
+    monkeypatch.delattr(signal, "SIGCHLD")
+    run.end_workers()
