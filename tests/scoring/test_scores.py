@@ -323,7 +323,7 @@ def test_what_a_captioner_has_open_is_closed_when_captioning_fails(tmp_path, mon
 
     captioner = mock.Mock()
     captioner.map_batches.side_effect = UserError("no memory")
-    monkeypatch.setattr(evaluation, "Captioner", lambda config, count: captioner)
+    monkeypatch.setattr(evaluation, "load_captioner", lambda config, count: captioner)
     monkeypatch.setattr(evaluation, "start_pictures", lambda config, run_dir: ([("a.jpg", tmp_path)], {}))
     examples = [Example("a.jpg", tmp_path, "A car.")]
     with pytest.raises(UserError, match="no memory"):
