@@ -300,10 +300,12 @@ def _read_scene(attributes: dict[str, Any], report: LabelReport) -> tuple[str | 
 
 def _read_attribute(key: str, value: Any, table, report: LabelReport) -> str | None:
     """The value in our spelling; None for one that is absent or unknown."""
-    if value is None or value in table:
-        return value
+    if value is None:
+        return None
     if not isinstance(value, str):
         raise BadFrame(f"wrong type: Expected `str | null`, got {value!r:.40} - at `$.attributes.{key}`")
+    if value in table:
+        return value
     if (plain := value.strip().lower()) in table:
         return plain
     report.remarks[f"{key} {value[:40]!r} is unknown, taken as {UNDEFINED}"] += 1

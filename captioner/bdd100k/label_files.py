@@ -168,13 +168,22 @@ def plan_jobs(files: Sequence[Path]) -> list[_Job]:
             if _has_suffix(path.name, (".zip",)) and _read_head(path).startswith(b"PK"):
                 jobs += _plan_archive(path)
                 continue
+            cut = size > 2 * PIECE and not _has_suffix(path.name, (".gz",)) and _can_be_cut(path)
         except OSError as error:
             raise UserError(f"{path}: can't be read ({error.strerror}); see to the file") from None
-        if _has_suffix(path.name, (".gz",)) or size <= 2 * PIECE:
-            jobs.append(_Job(path, size))
-        else:
+        if cut:
             jobs += [_Job(path, min(PIECE, size - at), at, min(at + PIECE, size)) for at in range(0, size, PIECE)]
+        else:
+            jobs.append(_Job(path, size))
     return jobs
+
+
+def _can_be_cut(path: Path) -> bool:
+    """Whether a large file is an array of frames that begin with their name, or JSON lines of them."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        found = _BOUNDARY.search(data, 0, LOOKAHEAD)
+        is_object = data[:HEAD].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
+        return found is not None and (b"," in found[0]) != is_object
 
 
 def _plan_archive(path: Path) -> Iterator[_Job]:

@@ -128,3 +128,9 @@ def test_a_file_of_several_moments_says_that_the_first_is_used(tmp_path):
     frames, report = read(tmp_path, moments)
     assert frames["a.jpg"].objects == {ObjectKind("car"): 1}
     assert report.remarks == {"a file of several moments, of which the first is used": 1}
+
+
+@pytest.mark.parametrize("value", [3, {}, [], ["clear"], True])
+def test_a_scene_attribute_of_a_wrong_type_is_told(tmp_path, value):
+    with pytest.raises(UserError, match=r"(?s)wrong type: .*attributes\.weather"):
+        read(tmp_path, {"name": "a.jpg", "attributes": {**SCENE, "weather": value}, "labels": [CAR]})
