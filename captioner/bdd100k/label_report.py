@@ -17,7 +17,7 @@ class LabelReport:
     skipped: Counter[str] = field(default_factory=Counter)  # reason: frames
     listed: dict[str, list[str]] = field(default_factory=dict)  # reason: names of the first frames
     remarks: Counter[str] = field(default_factory=Counter)  # what is not as it should be, and not counted: times
-    choices: Counter[str] = field(default_factory=Counter)  # what an option leaves uncounted: times
+    choices: Counter[str] = field(default_factory=Counter)  # what is to be known, but no fault: times
     variants: Counter[str] = field(default_factory=Counter)
     attributes: dict[str, Counter[str]] = field(
         default_factory=lambda: defaultdict(Counter)

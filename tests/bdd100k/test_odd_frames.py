@@ -134,3 +134,10 @@ def test_a_file_of_several_moments_says_that_the_first_is_used(tmp_path):
 def test_a_scene_attribute_of_a_wrong_type_is_told(tmp_path, value):
     with pytest.raises(UserError, match=r"(?s)wrong type: .*attributes\.weather"):
         read(tmp_path, {"name": "a.jpg", "attributes": {**SCENE, "weather": value}, "labels": [CAR]})
+
+
+def test_attributes_that_are_all_labelled_undefined_are_captioned_and_told(tmp_path):
+    facts, report = read_one(tmp_path, [], dict.fromkeys(SCENE, "undefined"))
+    assert (facts.time_of_day, facts.weather, facts.scene) == ("undefined",) * 3
+    assert not report.remarks
+    assert "1 x timeofday, weather and scene all labelled undefined" in str(report)
