@@ -39,9 +39,9 @@ class DataConfig:
     class_names: Literal["file", "2018", "det20"] = "file"  # person (2018) or pedestrian (det20); file: as labelled
     lanes: bool = True  # count lanes and drivable areas like objects
     merge_duplicates: bool = False  # count boxes of one class that overlap by IoU > 0.85 once
-    min_box_size: float = 0.0  # pixels of its shorter side below which a box is not counted
+    min_box_size: float = 0.0  # pixels of its shorter side below which a box is not counted; lights show at any size
     without_scene: Literal["skip", "caption"] = "skip"  # frames with no scene attributes; caption: no first sentence
-    strict: bool = False  # stop at labels with any frame that can't be used, instead of leaving it out
+    strict: bool = False  # stop at labels with any frame that can't be used or any unknown class or value
 
 
 @dataclass(frozen=True)

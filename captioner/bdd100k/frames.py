@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Generic, Literal, TypeVar
@@ -23,6 +24,7 @@ from captioner.bdd100k.facts import (
     Frame,
     ObjectKind,
 )
+from captioner.bdd100k.file_kinds import name_format
 from captioner.bdd100k.label_report import LabelReport
 
 # Names that an image file may have: no folder, no control character, nothing that a CSV or a spreadsheet acts on.
@@ -33,8 +35,10 @@ _SYNONYMS = [
     ("person", "pedestrian"),
     ("bike", "bicycle"),
     ("motor", "motorcycle"),
-    ("drivable area", "drivable area", "area/drivable", "area/alternative"),
-]
+    ("drivable area", "drivable area", "area/drivable", "area/alternative", "direct", "alternative"),
+    ("lane", "lane", "crosswalk", "double other", "double white", "double yellow", "road curb", "single other",
+     "single white", "single yellow"),
+]  # fmt: skip
 _LIGHT_OF = {"g": "green", "y": "yellow", "r": "red", "green": "green", "yellow": "yellow", "red": "red"}
 _NO_LIGHT = ("none", "na", None)
 NEAR_DUPLICATE_IOU = 0.85  # above it two boxes of one class are taken for the same object boxed twice
@@ -47,8 +51,8 @@ class LabelOptions:
     class_names: ClassNames = "file"  # person (2018) or pedestrian (det20); file: as the file has them
     lanes: bool = True  # count lanes and drivable areas like objects
     merge_duplicates: bool = False  # count near-duplicate boxes once
-    min_box_size: float = 0.0  # pixels of the shorter side below which a box is not counted
-    without_scene: Literal["skip", "caption"] = "skip"  # frames with no scene attributes
+    min_box_size: float = 0.0  # pixels of the shorter side below which a box is not counted; lights show at any size
+    without_scene: Literal["skip", "caption"] = "skip"  # frames with none of timeofday, weather and scene
 
 
 DEFAULT_OPTIONS = LabelOptions()
@@ -59,11 +63,11 @@ class BadFrame(Exception):
 
 
 class BadFile(Exception):
-    """A file that is not JSON. `position` is the byte at which that shows, if known."""
+    """A file that is not JSON. `position` is the byte at which that shows, if known, `remedy` what helps."""
 
-    def __init__(self, reason: str, position: int | None = None):
+    def __init__(self, reason: str, position: int | None = None, remedy: str | None = None):
         super().__init__(reason)
-        self.position = position
+        self.position, self.remedy = position, remedy
 
 
 class _Box(msgspec.Struct, gc=False):
@@ -95,20 +99,14 @@ class _Label(msgspec.Struct, Generic[Category, Light], gc=False):
     box2d: _Box | None = None
 
 
-class _SceneAttributes(msgspec.Struct, gc=False):
-    timeofday: str | None = None
-    weather: str | None = None
-    scene: str | None = None
-
-
 class _Moment(msgspec.Struct, Generic[Category, Light], gc=False):
     objects: list[_Label[Category, Light]] | None = None
 
 
 class _Frame(msgspec.Struct, Generic[Category, Light], gc=False):
     name: str | None = None
-    attributes: _SceneAttributes | None = None
-    labels: list[_Label[Category, Light]] | None = None
+    attributes: dict[str, Any] | None = None
+    labels: list[_Label[Category, Light]] | msgspec.UnsetType | None = msgspec.UNSET
     frames: list[_Moment[Category, Light]] | None = None  # one file an image: objects are in frames[0]
 
 
@@ -125,10 +123,22 @@ class _Decoders:
     def decode(self, data: bytes | memoryview) -> tuple[list[_Frame], bool]:
         if re.match(rb"\s*\{", data) is None:
             return self.array.decode(data), False
-        frame = self.frame.decode(data)
-        if frame.name is None and frame.frames is not None:
+        frames = _decode_lines(self.frame, data)
+        if len(frames) == 1 and frames[0].name is None and frames[0].frames is not None:
             return self.wrapper.decode(data).frames, True
-        return [frame], False
+        return frames, False
+
+
+def _decode_lines(decoder: msgspec.json.Decoder, data: bytes | memoryview) -> list:
+    """The one value in `data`, or the objects of JSON lines."""
+    try:
+        return [decoder.decode(data)]
+    except msgspec.DecodeError as error:
+        trailing = re.search(r"trailing characters \(byte (\d+)\)", str(error))
+        first = bytes(data[: int(trailing[1]) - 1]).strip() if trailing else b""
+        if not first.startswith(b"{") or b"\n" in first:
+            raise
+        return decoder.decode_lines(data)
 
 
 _USUAL, _ANY = _Decoders(_UsualCategory, _UsualLight), _Decoders(str, Any)
@@ -137,57 +147,115 @@ _USUAL, _ANY = _Decoders(_UsualCategory, _UsualLight), _Decoders(str, Any)
 def decode_frames(data: bytes | memoryview) -> tuple[list, bool]:
     """The frames of one label file's bytes, and whether they were in a Scalabel wrapper.
 
-    Where a type is wrong anywhere, the frames come back as plain JSON values, to be judged one by one. Raises
-    _BadFile for bytes that are not JSON.
+    Where a type is wrong or a key missing, the frames come back as plain JSON values, to be judged one by one. Raises
+    BadFile for bytes that are not JSON.
     """
-    if bytes(data[:3]) == b"\xef\xbb\xbf":
-        data = data[3:]
+    mark = 3 if bytes(data[:3]) == b"\xef\xbb\xbf" else 0
     try:
         for decoders in (_USUAL, _ANY):
             with contextlib.suppress(msgspec.ValidationError):
-                return decoders.decode(data)
-        return _decode_untyped(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        byte = re.search(r"\(byte (\d+)\)", str(error))
-        raise BadFile(str(error), int(byte[1]) if byte else len(data)) from None
+                frames, wrapped = decoders.decode(data[mark:])
+                return _decode_untyped(data[mark:]) if any(map(_lacks_a_key, frames)) else (frames, wrapped)
+        return _decode_untyped(data[mark:])
+    except UnicodeDecodeError:
+        reason, position = _find_bad_text(data)
+        raise BadFile(reason, position) from None
+    except msgspec.DecodeError as error:
+        byte = re.search(r"\s*\(byte (\d+)\)", str(error))
+        if byte is None:
+            raise BadFile("it ends too early", len(data)) from None
+        late = "trailing characters" in str(error)  # of these the byte after the first is told
+        raise BadFile(str(error).replace(byte[0], ""), mark + int(byte[1]) - late) from None
     except RecursionError:
         raise BadFile("nested too deep", None) from None
 
 
-def _decode_untyped(data: bytes | memoryview) -> tuple[list, bool]:
-    value = msgspec.json.decode(data)
+def _find_bad_text(data: bytes | memoryview) -> tuple[str, int | None]:
+    """Why `data` is no UTF-8, and its byte."""
+    try:
+        str(data, "utf-8")
+    except UnicodeDecodeError as error:
+        return f"no UTF-8: {error.reason}", error.start
+    return "no UTF-8", None
+
+
+def _lacks_a_key(frame: _Frame) -> bool:
+    """Whether keys may be written in another case than ours, or the file be no labels."""
+    labels = frame.labels
+    if frame.name is None or (labels is msgspec.UNSET and frame.frames is None):
+        return True
+    return bool(labels) and labels[0].category is None
+
+
+_KEYS = ["name", "attributes", "labels", "frames", "objects", "timeofday", "weather", "scene"]
+_KEYS += ["category", "occluded", "truncated", "trafficLightColor", "box2d"]
+_KEYS = {key.lower(): key for key in _KEYS}
+
+
+def _spell_keys(value):
+    """A JSON value with the keys that are ours in our spelling: Name, timeOfDay, Traffic Light Color."""
+    if isinstance(value, list):
+        return [_spell_keys(item) for item in value]
     if isinstance(value, dict):
-        wrapped = "name" not in value and isinstance(value.get("frames"), list)
-        return (value["frames"], True) if wrapped else ([value], False)
+        return {_KEYS.get(re.sub(r"[\s_-]", "", key).lower(), key): _spell_keys(item) for key, item in value.items()}
+    return value
+
+
+def _decode_untyped(data: bytes | memoryview) -> tuple[list, bool]:
+    values = [_spell_keys(value) for value in _decode_lines(_UNTYPED, data)]
+    if len(values) > 1:
+        return values, False
+    [value] = values
+    if isinstance(value, dict):
+        wrapped = value.get("name") is None and isinstance(value.get("frames"), list)
+        return (value["frames"], True) if wrapped else (values, False)
     return (value, False) if isinstance(value, list) else ([], False)
 
 
+_UNTYPED = msgspec.json.Decoder()
+
+
 def read_frame(
-    raw: object, report: LabelReport, options: LabelOptions = DEFAULT_OPTIONS, wrapped: bool = False
+    raw: object,
+    report: LabelReport,
+    options: LabelOptions = DEFAULT_OPTIONS,
+    wrapped: bool = False,
+    used: Collection[str] = (),
 ) -> Frame:
-    """One raw frame, a JSON value or decoded by decode_frames, as Frame. Raises BadFrame with the reason."""
+    """One raw frame, a JSON value or decoded by decode_frames, as Frame. Raises BadFrame with the reason.
+
+    A frame whose name is in `used` is one too many.
+    """
+    value = raw
     if not isinstance(raw, _Frame):
         try:
             raw = msgspec.convert(raw, _Frame[str, Any])
         except (msgspec.ValidationError, RecursionError) as error:
             raise BadFrame(f"wrong type: {error}") from None
+    if raw.name is None:
+        found = name_format(value) if isinstance(value, dict) else None
+        raise BadFrame(f"{found}, not BDD100K's; {WANTED_FRAME}" if found else "no name")
     report.variants[_name_variant(raw, wrapped)] += 1
     name = _read_name(raw)
+    if name in used:
+        raise BadFrame("its name came before, the first frame of a name is used")
     labels = raw.labels
+    if labels is msgspec.UNSET:
+        labels = None
     if labels is None and raw.frames:
         labels = raw.frames[0].objects
-    attributes = (None, None, None)
-    if raw.attributes is not None:
-        attributes = (
-            _read_attribute("timeofday", raw.attributes.timeofday, TIMES_OF_DAY, report),
-            _read_attribute("weather", raw.attributes.weather, WEATHERS, report),
-            _read_attribute("scene", raw.attributes.scene, SCENES, report),
-        )
-    elif options.without_scene == "skip":
-        raise BadFrame("no scene attributes, as in tracking and segmentation sets")
-    return Frame(name, Facts.of_known(*attributes, *_read_objects(labels or [], report, options)))
+        if len(raw.frames) > 1:
+            report.remarks["a file of several moments, of which the first is used"] += 1
+    scene = _read_scene(raw.attributes or {}, report)
+    if scene == NO_SCENE and options.without_scene == "skip":
+        raise BadFrame("no scene attributes, as in tracking and segmentation sets; see --without-scene")
+    light, objects = _read_objects(labels or [], report, options)
+    if scene == NO_SCENE and light is None and not objects:
+        raise BadFrame("neither scene attributes nor objects, of which a caption could tell")
+    return Frame(name, Facts.of_known(*scene, light, objects))
 
 
+WANTED_FRAME = 'wanted are frames {"name", "attributes", "labels"}'
 _LIGHTS_OF_2018 = ("none", *LIGHTS)
 
 
@@ -209,8 +277,6 @@ def _name_variant(raw: _Frame, wrapped: bool) -> str:
 
 def _read_name(raw: _Frame) -> str:
     name = raw.name
-    if name is None:
-        raise BadFrame("no name")
     if raw.frames is not None and "." not in name:  # one file an image
         name += ".jpg"
     if not NAME.fullmatch(name):
@@ -218,20 +284,44 @@ def _read_name(raw: _Frame) -> str:
     return name
 
 
-def _read_attribute(key: str, value: str | None, table, report: LabelReport) -> str:
+_TABLES = {"timeofday": TIMES_OF_DAY, "weather": WEATHERS, "scene": SCENES}
+NO_SCENE = (None, None, None)
+
+
+def _read_scene(attributes: dict[str, Any], report: LabelReport) -> tuple[str | None, str | None, str | None]:
+    """Time of day, weather and scene: NO_SCENE if none of them can be used, else undefined where one can't."""
+    if not _TABLES.keys() <= attributes.keys():
+        attributes = _spell_keys(attributes)
+    values = tuple([_read_attribute(key, attributes.get(key), table, report) for key, table in _TABLES.items()])
+    if None not in values:
+        if values == (UNDEFINED,) * 3:
+            report.choices["timeofday, weather and scene all labelled undefined, captioned so"] += 1
+        return values
+    return NO_SCENE if values == NO_SCENE else tuple(value or UNDEFINED for value in values)
+
+
+def _read_attribute(key: str, value: Any, table, report: LabelReport) -> str | None:
+    """The value in our spelling; None for one that is absent or unknown."""
     if value is None:
-        return UNDEFINED
-    if value not in table:
-        report.remarks[f"{key} {value[:40]!r} is unknown, taken as {UNDEFINED}"] += 1
-        return UNDEFINED
-    return value
+        return None
+    if not isinstance(value, str):
+        raise BadFrame(f"wrong type: Expected `str | null`, got {value!r:.40} - at `$.attributes.{key}`")
+    if value in table:
+        return value
+    if (plain := value.strip().lower()) in table:
+        return plain
+    report.remarks[f"{key} {value[:40]!r} is unknown, taken as {UNDEFINED}"] += 1
+    return None
 
 
 @functools.lru_cache(maxsize=4096)
 def _class_of(category: str, names: ClassNames) -> str | None:
-    """The class of a category in any variant's name, under the name that is wanted; None for an unknown one."""
+    """The class of a category in any variant's name or case, under the name that is wanted; None for an unknown one."""
+    category = re.sub(r"[\s_]+", " ", category).strip().lower()
     if category.startswith("lane/"):
         return "lane"
+    if category == TRAFFIC_LIGHT:
+        return category
     for row in _SYNONYMS:
         if category in row:
             if names == "file":
@@ -248,10 +338,10 @@ class _Kinds(dict):
 
     def __missing__(self, look: tuple) -> ObjectKind | None:
         category, occluded, truncated = look
-        if category == TRAFFIC_LIGHT:  # in most frames
+        name = None if category is None else _class_of(category, self.names)
+        if name == TRAFFIC_LIGHT:  # in most frames
             self[look] = None
             return None
-        name = None if category is None else _class_of(category, self.names)
         if name is None or (name in AREAS and not self.lanes):
             return None
         self[look] = kind = ObjectKind(name, bool(occluded), bool(truncated))
@@ -269,9 +359,7 @@ def _read_objects(
     duplicates = _find_near_duplicates(labels)
     report.near_duplicates += len(duplicates)
     if options.merge_duplicates and duplicates:
-        labels = [
-            label for index, label in enumerate(labels) if index not in duplicates or label.category == TRAFFIC_LIGHT
-        ]
+        labels = [label for index, label in enumerate(labels) if index not in duplicates or _is_light(label)]
     if options.min_box_size:
         labels = _leave_out_small(labels, options.min_box_size, report)
     kinds, lights, counts = _kinds_of(options.class_names, options.lanes), set(), {}
@@ -279,16 +367,20 @@ def _read_objects(
         kind = kinds[category, occluded, truncated]
         if kind is not None:
             counts[kind] = counts.get(kind, 0) + count
-        elif category == TRAFFIC_LIGHT:
-            lights.add(_read_light(light, count, report))
         elif category is None:
             report.remarks["object without a category, not counted"] += count
-        elif _class_of(category, options.class_names) is None:
+        elif (name := _class_of(category, options.class_names)) == TRAFFIC_LIGHT:
+            lights.add(_read_light(light, count, report))
+        elif name is None:
             report.remarks[f"object of the unknown class {category[:40]!r}, not counted"] += count
     if len(labels) > MAX_COUNT and max(counts.values(), default=0) > MAX_COUNT:
         raise BadFrame(f"more than {MAX_COUNT} objects of one kind")
     status = next((light for light in LIGHTS if light in lights), None) if lights else None
     return status, counts
+
+
+def _is_light(label: _Label) -> bool:
+    return label.category is not None and _class_of(label.category, "file") == TRAFFIC_LIGHT
 
 
 def _tally(labels: list[_Label]) -> dict[tuple, int]:
@@ -314,13 +406,17 @@ def _unwrap_light(color: list | dict) -> object:
 
 
 def _leave_out_small(labels: list[_Label], min_size: float, report: LabelReport) -> list[_Label]:
+    """Labels without small boxes. Lights stay: they are not counted, and what they show holds at any size."""
+
     def is_small(label: _Label) -> bool:
         box = label.box2d
-        return box is not None and label.category is not None and min(box.x2 - box.x1, box.y2 - box.y1) < min_size
+        if box is None or label.category is None or min(box.x2 - box.x1, box.y2 - box.y1) >= min_size:
+            return False
+        return not _is_light(label)
 
     left = [label for label in labels if not is_small(label)]
     if len(left) < len(labels):
-        report.remarks[f"box smaller than {min_size:g} pixels, not counted"] += len(labels) - len(left)
+        report.choices[f"box smaller than {min_size:g} pixels, not counted"] += len(labels) - len(left)
     return left
 
 

@@ -5,12 +5,13 @@
         print(frame.name, frame.facts)
     print(report)
 
-Read are .json, .json.gz and .zip files and folders of them, in these layouts, which are told apart by what is in them:
-2018 arrays, one file an image, det_20 arrays, Scalabel dumps bare or wrapped, tracking and segmentation sets. A frame
-that can't be used is left out, counted with its reason and listed; a file that is damaged is an error.
+Read are .json, .jsonl, .json.gz and .zip files and folders of them, in these layouts, which are told apart by what is
+in them: 2018 arrays, one file an image, det_20 arrays, Scalabel dumps bare or wrapped, tracking and segmentation sets,
+JSON lines. A frame that can't be used is left out, counted with its reason and listed; a file that is damaged or no
+label file is an error.
 
 A large array is cut where a frame ends, and decoded piece by piece by all cores: memory stays small whatever the size.
-A wrong cut can't go unnoticed, since neither side of it would then be JSON.
+A wrong cut can't go unnoticed, since neither side of it would then be JSON: the file is then read as a whole.
 """
 
 import functools
@@ -26,25 +27,26 @@ import threading
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
 from captioner.bdd100k.facts import Facts, Frame
+from captioner.bdd100k.file_kinds import WANTED, name_kind
 from captioner.bdd100k.frames import DEFAULT_OPTIONS, BadFile, BadFrame, LabelOptions, _Frame, decode_frames, read_frame
 from captioner.bdd100k.label_report import LabelReport
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import is_inside
 
-LABEL_SUFFIXES = (".json", ".json.gz", ".zip")
-
+LABEL_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".zip")
 
 PIECE = 4 * 2**20  # bytes of a large array that are decoded at once
 LOOKAHEAD = 64 * 2**20  # bytes in which the next frame must begin for a file to be cut
-WHOLE = 256 * 2**20  # bytes up to which a file that can't be cut is decoded as a whole
-GZIP_LIMIT = 2 * 2**30  # bytes of a .json.gz when unpacked; BDD100K's largest label file has 1.4 GB
+HEAD = 4096  # bytes that tell what a file is
+GZIP_LIMIT = 2 * 2**30  # bytes of a .json.gz or a member when unpacked; BDD100K's largest label file has 1.4 GB
 
 T = TypeVar("T")
 
@@ -69,13 +71,14 @@ class _Job(NamedTuple):
     start: int = 0
     stop: int | None = None  # of a stretch; None: not a stretch
     members: tuple[_Member, ...] = ()  # of a .zip
+    skip: int = 0  # frames at the start that were read before
 
 
 class _Result(NamedTuple):
     frames: list  # or (name, what `convert` made of its facts)
     count: int  # of frames in, used or not
     report: LabelReport
-    error: tuple[str, int | None] | None = None  # reason and byte
+    error: str | None = None  # what follows the file's name
 
 
 def read_labels(
@@ -100,24 +103,17 @@ def read_labels(
             progress.update(job.size)
             if job.path in given_up:
                 continue
-            if result.error is not None:
-                result = _run_whole(job, result, consumed[job.path], options, convert)
+            if result.error and job.stop is not None:  # maybe only the cut was wrong
                 given_up.add(job.path)
+                result = run(job._replace(start=0, stop=None, skip=consumed[job.path]), used=seen)
+            elif not seen.isdisjoint(name for name, _ in result.frames):
+                result = run(job, used=seen)  # again without what came before, so that nothing of it is counted
+            if result.error:
+                raise UserError(f"{job.path}: {result.error}")
             consumed[job.path] += result.count
             report.merge(result.report)
-            names = {frame[0] for frame in result.frames}
-            if len(names) == len(result.frames) and seen.isdisjoint(names):  # mostly: no need to look at each
-                seen |= names
-                yield from result.frames
-                continue
-            for frame in result.frames:
-                name = frame[0]
-                if name in seen:
-                    report.frames -= 1
-                    report.skip("its name came before", name)
-                else:
-                    seen.add(name)
-                    yield frame
+            seen.update(name for name, _ in result.frames)
+            yield from result.frames
     if not seen:
         raise UserError(f"no usable frame in {', '.join(map(str, paths))}: {report}")
 
@@ -127,10 +123,12 @@ def find_label_files(paths: Sequence[Path]) -> list[Path]:
     files = []
     for path in paths:
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.name.endswith(LABEL_SUFFIXES) and file.is_file())
+            below = sorted(file for file in path.rglob("*") if not _is_hidden(file.relative_to(path).parts))
+            found = [file for file in below if _has_suffix(file.name, LABEL_SUFFIXES) and file.is_file()]
             found = [file for file in found if is_inside(file, path)]  # no link leads out of the folder
             if not found:
-                raise UserError(f"{path}: no .json file in this folder; --labels takes BDD100K label files or folders")
+                others = [file for file in below if file.is_file() and is_inside(file, path)]
+                raise UserError(f"{path}: no .json file in this folder{_describe_others(others)}; {WANTED}")
             files += found
         elif path.is_file():
             files.append(path)
@@ -139,32 +137,65 @@ def find_label_files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
+def _has_suffix(name: str, suffixes: tuple[str, ...]) -> bool:
+    return name.lower().endswith(suffixes)
+
+
+def _is_hidden(parts: Sequence[str]) -> bool:
+    """Whether a file is no one's labels: macOS's notes (._a.json, __MACOSX/), copies (.ipynb_checkpoints/), rubbish."""
+    return any(part == "__MACOSX" or (part.startswith(".") and part.strip(".")) for part in parts)
+
+
+def _describe_others(files: Sequence[Path]) -> str:
+    """What is there instead of label files: how many, and what the first one is."""
+    if not files:
+        return ""
+    kind = name_kind(_read_head(files[0]))
+    return f" but {len(files):,} others, as {files[0].name}" + (f" ({kind[0]})" if kind else "")
+
+
+def _read_head(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(HEAD)
+
+
 def plan_jobs(files: Sequence[Path]) -> list[_Job]:
     """Cut the files into jobs of about PIECE bytes."""
     jobs = []
     for path in files:
-        if path.suffix == ".zip":
-            jobs += _plan_archive(path)
-            continue
         try:
             size = path.stat().st_size
+            if _has_suffix(path.name, (".zip",)) and _read_head(path).startswith(b"PK"):
+                jobs += _plan_archive(path)
+                continue
+            cut = size > 2 * PIECE and not _has_suffix(path.name, (".gz",)) and _can_be_cut(path)
         except OSError as error:
             raise UserError(f"{path}: can't be read ({error.strerror}); see to the file") from None
-        if path.suffix == ".gz" or size <= 2 * PIECE:
-            jobs.append(_Job(path, size))
-        else:
+        if cut:
             jobs += [_Job(path, min(PIECE, size - at), at, min(at + PIECE, size)) for at in range(0, size, PIECE)]
+        else:
+            jobs.append(_Job(path, size))
     return jobs
+
+
+def _can_be_cut(path: Path) -> bool:
+    """Whether a large file is an array of frames that begin with their name, or JSON lines of them."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        found = _BOUNDARY.search(data, 0, LOOKAHEAD)
+        is_object = data[:HEAD].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
+        return found is not None and (b"," in found[0]) != is_object
 
 
 def _plan_archive(path: Path) -> Iterator[_Job]:
     try:
         with zipfile.ZipFile(path) as archive:
-            members = [info for info in archive.infolist() if info.filename.endswith(".json") and not info.is_dir()]
+            infos = [info for info in archive.infolist() if not _is_hidden(info.filename.split("/"))]
     except (zipfile.BadZipFile, OSError, UnicodeDecodeError, NotImplementedError) as error:
         raise UserError(f"{path}: not readable as a zip archive ({error}); is the download complete?") from None
+    members = [info for info in infos if _has_suffix(info.filename, (".json", ".jsonl"))]
     if not members:
-        raise UserError(f"{path}: no .json file in this archive")
+        others = ", ".join(info.filename for info in infos[:3] if not info.is_dir())
+        raise UserError(f"{path}: no .json file in this archive, but {others or 'nothing'}; {WANTED}")
     batch, size = [], 0
     for info in members:
         batch.append(
@@ -257,20 +288,82 @@ def _gather(processes: dict, count: int) -> Iterator[_Result]:
         yield early.pop(number)
 
 
-def _run_job(job: _Job, options: LabelOptions, convert: Callable[[Facts], T] | None) -> _Result:
-    report, frames, count = LabelReport(), [], 0
+def _run_job(
+    job: _Job, options: LabelOptions, convert: Callable[[Facts], T] | None, used: Collection[str] = ()
+) -> _Result:
+    """Read a job, without the frames whose names are in `used`."""
+    report, frames, count, used = LabelReport(), [], 0, set(used)
+    member = None
     try:
-        for data in _load_job(job):
-            raw_frames, wrapped = decode_frames(data)
-            if not raw_frames and job.stop is None:
-                raise BadFile("no frames in it; a BDD100K label file is a JSON array of frames")
-            frames += _read_frames(raw_frames, wrapped, options, report)
-            count += len(raw_frames)
+        with open(job.path, "rb") if job.members else nullcontext() as archive:
+            for member in job.members or (None,):
+                for raw_frames, wrapped in _decode(job, archive, member):
+                    frames += _read_frames(raw_frames, wrapped, options, report, used, member or job.path)
+                    count += len(raw_frames)
     except BadFile as error:
-        return _Result([], 0, report, (str(error), error.position))
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        return _Result([], 0, report, (f"can't be read: {error}", None))
+        return _Result([], 0, report, str(error))
+    except OSError as error:
+        return _Result([], 0, report, f"can't be read ({error.strerror or error}){_name(member)}; see to the file")
+    except EOFError:
+        return _Result([], 0, report, f"it ends too early{_name(member)}; is the download complete?")
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
+        return _Result([], 0, report, f"can't be unpacked ({error}){_name(member)}; fetch it again, or unpack it")
     return _finish(frames, count, report, convert)
+
+
+def _decode(job: _Job, archive, member: _Member | None) -> Iterator[tuple[list, bool]]:
+    """The frames of a stretch, a file or a member; what can't be cut is read as a whole, from where the cut failed.
+
+    Raises BadFile with all that is to be said, but of a stretch.
+    """
+    done = job.skip
+    for cut in (False,) if job.skip else (True, False):
+        data = None
+        try:
+            for data in _load(job, archive, member, cut):
+                raw_frames, wrapped = decode_frames(data)
+                raw_frames = raw_frames if cut else raw_frames[done:]
+                done += len(raw_frames)
+                yield raw_frames, wrapped
+            if done == 0 and job.stop is None:
+                raise BadFile("no frames in it; a BDD100K label file is a JSON array of frames", None, WANTED)
+            return
+        except BadFile as error:
+            if job.stop is not None:
+                raise
+            if not cut:
+                raise BadFile(_explain(error, data, member)) from None
+
+
+def _name(member: _Member | None) -> str:
+    return f" in its member {member.name}" if member else ""
+
+
+def _explain(error: BadFile, data, member: _Member | None) -> str:
+    """What is wrong with the file or member that holds `data`, and what helps."""
+    reason, at, remedy = str(error), "", error.remedy
+    if remedy is None and data is not None:
+        if error.position is not None:
+            at = f" at byte {error.position:,} of {len(data):,}"
+        remedy = "is the download complete?" if error.position == len(data) else "mend it there, or fetch it again"
+        if kind := name_kind(bytes(data[:HEAD])):
+            (reason, remedy), at = kind, ""
+    return f"not readable as JSON{_name(member)}{at} ({reason}); {remedy}"
+
+
+def _read_frames(
+    raw_frames: list, wrapped: bool, options: LabelOptions, report: LabelReport, used: set[str], file: Path | _Member
+) -> list[Frame]:
+    frames = []
+    for raw in raw_frames:
+        try:
+            frame = read_frame(raw, report, options, wrapped, used)
+            used.add(frame.name)
+            frames.append(frame)
+        except BadFrame as error:
+            name = raw.name if isinstance(raw, _Frame) else raw.get("name") if isinstance(raw, dict) else None
+            report.skip(str(error), f"in {file.name}" if name is None else name)
+    return frames
 
 
 def _finish(frames: list[Frame], count: int, report: LabelReport, convert) -> _Result:
@@ -278,69 +371,63 @@ def _finish(frames: list[Frame], count: int, report: LabelReport, convert) -> _R
     return _Result([(name, convert(facts)) for name, facts in frames] if convert else frames, count, report)
 
 
-def _read_frames(raw_frames: list, wrapped: bool, options: LabelOptions, report: LabelReport) -> list[Frame]:
-    frames = []
-    for raw in raw_frames:
-        try:
-            frames.append(read_frame(raw, report, options, wrapped))
-        except BadFrame as error:
-            name = raw.name if isinstance(raw, _Frame) else raw.get("name") if isinstance(raw, dict) else "?"
-            report.skip(str(error), name)
-    return frames
-
-
-def _run_whole(job: _Job, result: _Result, consumed: int, options, convert) -> _Result:
-    """Read a file again as a whole, from the frame `consumed` on, to know if only the cut was wrong."""
-    reason, position = result.error
-    try:
-        size = job.path.stat().st_size
-    except OSError as error:
-        raise UserError(f"{job.path}: can't be read any more ({error.strerror}); see to the file") from None
-    if job.stop is not None and size <= WHOLE:
-        try:
-            frames, wrapped = decode_frames(job.path.read_bytes())
-            report = LabelReport()
-            read = _read_frames(frames[consumed:], wrapped, options, report)
-            return _finish(read, len(frames) - consumed, report, convert)
-        except BadFile as error:
-            reason, position = str(error), error.position
-    elif position is not None:
-        position += job.start
-    at = f" at byte {position:,} of {size:,}" if position is not None else ""
-    raise UserError(f"{job.path}: not readable as JSON{at} ({reason}); is the download complete?")
-
-
-def _load_job(job: _Job) -> Iterator[bytes | memoryview]:
-    """The bytes of each label file of a job; of a stretch, the whole frames that start in it, as an array."""
-    if job.members:
-        with open(job.path, "rb") as archive:
-            for member in job.members:
-                yield _load_member(archive, member)
-    elif job.path.suffix == ".gz":
-        with gzip.open(job.path) as file:
-            data = file.read(GZIP_LIMIT + 1)
-        if len(data) > GZIP_LIMIT:
-            raise BadFile(f"unpacked it has more than {GZIP_LIMIT:,} bytes; unpack it first")
-        yield data
-    elif job.stop is None:
-        yield job.path.read_bytes()
-    else:
+def _load(job: _Job, archive, member: _Member | None, cut: bool) -> Iterator[bytes | bytearray | memoryview]:
+    """The bytes of a label file or member, in pieces if it is packed, large and to be cut; or of a stretch."""
+    if job.stop is not None:
         yield _load_stretch(job)
+    elif member is None:
+        with open(job.path, "rb") as file:
+            head = file.read(2)
+            if head == b"\x1f\x8b":
+                with gzip.open(job.path) as stream:
+                    yield from _unpack(stream, cut)
+            elif os.fstat(file.fileno()).st_size <= 2 * PIECE:
+                yield head + file.read()
+            else:
+                yield memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    elif member.flags & 1:
+        raise BadFile("it is encrypted", None, _UNPACK)
+    elif member.size > GZIP_LIMIT:
+        raise BadFile(f"it has {member.size:,} bytes, of a member {GZIP_LIMIT:,} are read", None, _UNPACK)
+    elif member.size <= 2 * PIECE and member.method in _DECOMPRESS:
+        yield _load_member(archive, member)
+    else:
+        with zipfile.ZipFile(job.path) as opened, opened.open(member.name) as stream:
+            yield from _unpack(stream, cut)
+
+
+_UNPACK = "unpack it and give the folder"
+
+
+def _unpack(stream, cut: bool) -> Iterator[bytearray]:
+    """What a packed file holds: as a whole, or cut where frames begin, each piece JSON of its own."""
+    data, size, searched = bytearray(), 0, PIECE
+    while chunk := stream.read(PIECE):
+        data += chunk
+        size += len(chunk)
+        if size > GZIP_LIMIT:
+            raise BadFile(f"unpacked it has more than {GZIP_LIMIT:,} bytes", None, _UNPACK)
+        if cut and len(data) >= 2 * PIECE:
+            if found := _BOUNDARY.search(data, searched):
+                is_array = b"," in found[0]
+                yield data[: found.start() + 1] + b"]" * is_array
+                data, searched = bytearray(b"[" * is_array) + data[found.end() :], PIECE
+            else:
+                searched = max(PIECE, len(data) - HEAD)
+    yield data
 
 
 def _load_member(archive, member: _Member) -> bytes:
     """One member of a zip archive, without opening the archive anew, which would read its whole directory again."""
-    if member.size > WHOLE or member.flags & 1 or member.method not in _DECOMPRESS:
-        raise BadFile(f"its member {member.name} is larger than {WHOLE:,} bytes, encrypted or packed unusually")
     archive.seek(member.offset)
     header = archive.read(zipfile.sizeFileHeader)
     if len(header) < zipfile.sizeFileHeader or header[:4] != zipfile.stringFileHeader:
-        raise BadFile(f"its member {member.name} is damaged")
+        raise BadFile("it is damaged", None, "fetch the archive again")
     name_length, extra_length = struct.unpack("<HH", header[26:30])
     archive.seek(name_length + extra_length, os.SEEK_CUR)
     data = _DECOMPRESS[member.method](archive.read(member.packed), member.size)
     if zlib.crc32(data) != member.crc:
-        raise BadFile(f"its member {member.name} is damaged")
+        raise BadFile("it is damaged", None, "fetch the archive again")
     return data
 
 
@@ -350,12 +437,12 @@ _DECOMPRESS = {
 }
 
 
-# Where a frame of an array ends and the next begins, if frames begin with their name, as all we know of do.
-_BOUNDARY = re.compile(rb'\}\s*,\s*(?=\{\s*"name"\s*:)')
+# Where a frame of an array or of JSON lines ends and the next begins, if frames begin with their name, as mostly.
+_BOUNDARY = re.compile(rb'\}(?:\s*,\s*|\s+)(?=\{\s*"name"\s*:)')
 
 
 def _load_stretch(job: _Job) -> memoryview:
-    """The frames whose boundary lies in [start, stop) of the file, as a JSON array of their own.
+    """The frames whose boundary lies in [start, stop) of the file, as a JSON array of their own, or as JSON lines.
 
     The file is mapped, not copied. The brackets are written over the commas that stood there, in a copy of those pages.
     """
@@ -370,11 +457,15 @@ def _load_stretch(job: _Job) -> memoryview:
         first = _find_boundary(data, job.start - base, job)
         if first is None or first.start() >= job.stop - base:
             return memoryview(b"[]")  # one long frame spans it all; a stretch before has it
-        start = first.end() - 1
-        data[start : start + 1] = b"["
+        start = first.end()
+        if b"," in first[0]:
+            start -= 1
+            data[start : start + 1] = b"["
     if end := _find_boundary(data, job.stop - base, job):
-        stop = end.start() + 2
-        data[stop - 1 : stop] = b"]"
+        stop = end.start() + 1
+        if b"," in end[0]:
+            stop += 1
+            data[stop - 1 : stop] = b"]"
     return memoryview(data)[start:stop]
 
 

@@ -16,7 +16,8 @@ class LabelReport:
     frames: int = 0
     skipped: Counter[str] = field(default_factory=Counter)  # reason: frames
     listed: dict[str, list[str]] = field(default_factory=dict)  # reason: names of the first frames
-    remarks: Counter[str] = field(default_factory=Counter)  # what was mended or not counted: times
+    remarks: Counter[str] = field(default_factory=Counter)  # what is not as it should be, and not counted: times
+    choices: Counter[str] = field(default_factory=Counter)  # what is to be known, but no fault: times
     variants: Counter[str] = field(default_factory=Counter)
     attributes: dict[str, Counter[str]] = field(
         default_factory=lambda: defaultdict(Counter)
@@ -53,7 +54,7 @@ class LabelReport:
         """Add what another process counted."""
         self.frames += other.frames
         self.near_duplicates += other.near_duplicates
-        for name in ("skipped", "remarks", "variants", "objects", "boxes_a_frame"):
+        for name in ("skipped", "remarks", "choices", "variants", "objects", "boxes_a_frame"):
             getattr(self, name).update(getattr(other, name))
         for name, counts in other.attributes.items():
             self.attributes[name].update(counts)
@@ -66,7 +67,7 @@ class LabelReport:
             "frames": self.frames,
             "variants": dict(self.variants),
             "left_out": {reason: {"frames": n, "first": self.listed[reason]} for reason, n in self.skipped.items()},
-            "remarks": dict(self.remarks),
+            "remarks": dict(self.remarks + self.choices),
             **{name: dict(counts.most_common()) for name, counts in self.attributes.items()},
             "objects": {kind.phrase: n for kind, n in self.objects.most_common()},
             "objects_a_frame": {str(n): frames for n, frames in sorted(self.boxes_a_frame.items())},
@@ -81,5 +82,5 @@ class LabelReport:
             names = self.listed.get(reason, [])
             more = ", ..." if count > 3 else ""
             lines.append(f"  {count:>9,} left out: {reason} ({', '.join(names[:3])}{more})")
-        lines += [f"  {count:>9,} x {remark}" for remark, count in self.remarks.most_common()]
+        lines += [f"  {count:>9,} x {remark}" for remark, count in (self.remarks + self.choices).most_common()]
         return "\n".join(lines)

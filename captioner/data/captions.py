@@ -94,5 +94,8 @@ def _caption_rows(config: DataConfig, labels, options: LabelOptions, report: Lab
     for name, caption in read_labels(labels, report, options, convert=functools.partial(describe, style=config.style)):
         report.caption_words[caption.count(" ") + 1] += 1  # words are one space apart
         yield name, caption
-    if config.strict and report.skipped:
-        raise UserError(f"--strict: {report.skipped.total():,} frames can't be used, nothing is written\n{report}")
+    if config.strict and (report.skipped or report.remarks):
+        raise UserError(
+            f"--strict: {report.skipped.total():,} frames can't be used, {report.remarks.total():,} values are "
+            f"unknown, nothing is written\n{report}"
+        )

@@ -196,7 +196,7 @@ def test_real_samples_have_these_captions():
         "There are 2 partially occluded cars. There is one traffic sign."
     )
     assert len(frames) == 4
-    assert report.skipped == {"its name came before": 1}
+    assert report.skipped == {"its name came before, the first frame of a name is used": 1}
 
 
 # --------------------------------------------------------------------------------------------------------------

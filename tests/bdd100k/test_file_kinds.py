@@ -1,0 +1,219 @@
+"""Files that people take for BDD100K's labels, or get instead of them: read, or named for what they are."""
+
+import gzip
+import io
+import json
+import lzma
+import pickle
+import tarfile
+import zipfile
+
+import pytest
+
+from captioner.bdd100k import label_files
+from captioner.bdd100k.label_files import read_labels
+from captioner.bdd100k.label_report import LabelReport
+from captioner.runtime.errors import UserError
+
+SCENE = {"timeofday": "night", "weather": "clear", "scene": "highway"}
+
+
+def list_frames(count, first=0):
+    names = (f"{number:08x}-{number:08x}.jpg" for number in range(first, first + count))
+    return [{"name": name, "attributes": SCENE, "labels": [{"category": "car"}] * 3} for name in names]
+
+
+FRAMES = list_frames(40)
+TEXT = json.dumps(FRAMES)
+LINES = "\n".join(map(json.dumps, FRAMES)) + "\n"
+REORDERED = json.dumps([dict(reversed(frame.items())) for frame in FRAMES])
+WRAPPED = json.dumps({"frames": FRAMES, "groups": None, "config": {"categories": [{"name": "car"}]}})
+
+
+def read(*paths):
+    report = LabelReport()
+    return [frame.name for frame in read_labels(paths, report)], report
+
+
+def pack(name, content):
+    """A zip archive of one member, in memory."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, content)
+    return file.getvalue()
+
+
+def pack_tar():
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("labels.json"))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("piece", [2**9, 2**11, 2**22])
+@pytest.mark.parametrize("text", [TEXT, LINES, LINES.replace("\n", "\r\n\r\n"), REORDERED, WRAPPED, "\ufeff" + LINES])
+@pytest.mark.parametrize("packed", ["labels.json", "labels.jsonl", "labels.json.gz", "gzip.json", "labels.ZIP"])
+def test_each_layout_is_read_whole_in_pieces_and_packed(tmp_path, monkeypatch, packed, text, piece):
+    monkeypatch.setattr(label_files, "PIECE", piece)
+    monkeypatch.setattr(label_files, "_run_jobs", map)
+    data = text.encode()
+    if packed == "labels.ZIP":
+        data = pack("a/labels.json", data)
+    elif packed in ("labels.json.gz", "gzip.json"):
+        data = gzip.compress(data)
+    (tmp_path / packed).write_bytes(data)
+    names, report = read(tmp_path / packed)
+    assert names == [frame["name"] for frame in FRAMES]
+    assert (report.frames, report.skipped.total()) == (40, 0)
+
+
+def test_large_members_are_read_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(label_files, "PIECE", 2**9)
+    sizes = []
+    real = label_files.decode_frames
+    monkeypatch.setattr(label_files, "decode_frames", lambda data: sizes.append(len(data)) or real(data))
+    (tmp_path / "labels.zip").write_bytes(pack("labels.json", TEXT))
+    assert len(read(tmp_path / "labels.zip")[0]) == 40
+    assert max(sizes) < 4 * 2**9 < len(TEXT)
+
+
+def test_a_member_that_is_too_large_is_named_with_its_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(label_files, "GZIP_LIMIT", 1000)
+    (tmp_path / "labels.zip").write_bytes(pack("labels.json", TEXT))
+    with pytest.raises(UserError, match=rf"labels\.json \(it has {len(TEXT):,} bytes.*unpack it and give the folder"):
+        read(tmp_path / "labels.zip")
+
+
+NAMED = {
+    "UTF-16": [TEXT.encode("utf-16"), TEXT.encode("utf-16-le"), TEXT.encode("utf-16-be"), b"\xff\xfe"],
+    "UTF-32": [TEXT.encode("utf-32"), TEXT.encode("utf-32-le"), TEXT.encode("utf-32-be")],
+    "Git LFS pointer": [b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1450000000\n"],
+    "git-annex pointer": [b"/annex/objects/MD5E-s1--0.json\n", b"../.git/annex/objects/a/b/MD5E-s1--0.json"],
+    "empty": [b"", b" \n"],
+    "zero bytes": [bytes(5000)],
+    "AppleDouble": [b"\0\5\x16\7\0\2\0\0Mac OS X        "],
+    "zip archive": [pack("a.json", TEXT)],
+    "tar archive": [pack_tar()],
+    "7z archive": [b"7z\xbc\xaf\x27\x1c\0\4"],
+    "RAR archive": [b"Rar!\x1a\x07\1\0"],
+    "zstd": [b"\x28\xb5\x2f\xfd\4\0"],
+    "bzip2": [b"BZh91AY&SY"],
+    "packed by xz": [lzma.compress(b"[]")],
+    "JPEG": [b"\xff\xd8\xff\xe0\0\x10JFIF"],
+    "PNG": [b"\x89PNG\r\n\x1a\n"],
+    "picture": [b"GIF89a", b"RIFF\x10\0\0\0WEBPVP8 ", b"\0\0\0\x18ftypheic", b"II*\0\x08\0\0\0"],
+    "video": [b"\0\0\0\x20ftypisom", b"\x1aE\xdf\xa3"],
+    "Parquet": [b"PAR1\x15\4\x15"],
+    "Arrow": [b"ARROW1\0\0"],
+    "HDF5": [b"\x89HDF\r\n\x1a\n"],
+    "NumPy": [b"\x93NUMPY\1\0"],
+    "pickle": [pickle.dumps(FRAMES, protocol) for protocol in (2, 4, 5)],
+    "SQLite": [b"SQLite format 3\0"],
+    "web page": [b"<!DOCTYPE html>\n<title>Log in</title>", b"\n<html><head>", b"<!-- x --><HTML>"],
+    "Pascal VOC's": [b"<annotation>\n<folder>", b'<?xml version="1.0"?>\n<annotation>'],
+    "XML": [b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', b"<svg>"],
+    "YOLO's": [b"0 0.5 0.5 0.1 0.1\n", b"2 .5 .5 .25 1\r\n11 0 1 1e-3 .2\r\n"],
+    "CSV": [b"name,raw_caption\na.jpg,x\n", b"a;b;c\n1;2;3\n", b"name\tlabel\nx\ty\n"],
+    "YAML": [b"name: a.jpg\nlabels:\n", b"# note\n---\na: 1\n", b"- name: a\n"],
+    "TOML": [b"[labels]\nname = 1\n", b"name = 'a'\n"],
+    "Python's notation": [b"[{'name': 'a.jpg'}]", b"{'name': 1}"],
+    "COCO's format": [b'{"info": {}, "images": [], "annotations": [], "categories": [{"name": "car"}]}'],
+    "COCO's results": [b'[{"image_id": 1, "category_id": 2, "bbox": [1, 2, 3, 4], "score": 0.5}]'],
+    "LabelMe": [b'{"version": "5", "shapes": [], "imagePath": "a.jpg"}'],
+    "metadata file of the hub": [b'{"file_name": "a.jpg", "text": "x"}\n{"file_name": "b.jpg", "text": "y"}\n'],
+    "server's message": [b'{"code": 401, "message": "Unauthenticated"}'],
+}
+
+
+@pytest.mark.parametrize("name", ["labels.json", "labels.json.gz", "labels.zip"])
+@pytest.mark.parametrize(
+    ("what", "data"), [pytest.param(what, data, id=what) for what, samples in NAMED.items() for data in samples]
+)
+def test_what_is_no_label_file_is_named_for_what_it_is(tmp_path, what, data, name):
+    data = pack("a/b.json", data) if name == "labels.zip" else gzip.compress(data) if name.endswith("gz") else data
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError) as raised:
+        read(tmp_path / name)
+    assert what in str(raised.value) and name in str(raised.value)
+    assert "complete" not in str(raised.value)
+    if name == "labels.zip":
+        assert "b.json" in str(raised.value)
+
+
+@pytest.mark.parametrize("text", [TEXT, LINES, WRAPPED])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("name", ["labels.json", "labels.json.gz", "labels.zip"])
+@pytest.mark.parametrize("piece", [2**9, 2**22])
+def test_damage_is_told_with_its_byte_and_only_a_short_file_is_called_incomplete(
+    tmp_path, monkeypatch, piece, name, mark, text
+):
+    monkeypatch.setattr(label_files, "PIECE", piece)
+    monkeypatch.setattr(label_files, "_run_jobs", map)
+    data = mark + text.encode()
+    at = data.index(b'"category"', len(data) // 2)
+
+    def fail(data):
+        packed = {"labels.json": bytes, "labels.json.gz": gzip.compress, "labels.zip": lambda x: pack("m.json", x)}
+        (tmp_path / name).write_bytes(packed[name](data))
+        with pytest.raises(UserError) as raised:
+            read(tmp_path / name)
+        return str(raised.value)
+
+    for odd in (b"?", b'"\xff'):
+        damaged = data[:at] + odd + data[at + len(odd) :]
+        error = fail(damaged)
+        assert f"at byte {at + len(odd) - 1:,} of {len(data):,}" in error and "complete" not in error
+        assert ("m.json" in error) == (name == "labels.zip")
+    error = fail(data[:at])
+    assert f"at byte {at:,} of {at:,}" in error and "is the download complete?" in error
+
+
+def test_hidden_files_and_those_of_macos_are_passed_over(tmp_path):
+    (tmp_path / "labels").mkdir()
+    copies = {"labels.json": TEXT, "._labels.json": "\0\5\x16\7", "__MACOSX/labels.json": "x", ".old/labels.json": "x"}
+    with zipfile.ZipFile(tmp_path / "labels.zip", "w") as archive:
+        for name, text in copies.items():
+            archive.writestr(name, text)
+            (tmp_path / "labels" / name).parent.mkdir(exist_ok=True)
+            (tmp_path / "labels" / name).write_text(text)
+    for name in ("labels", "labels.zip"):
+        names, report = read(tmp_path / name)
+        assert (len(names), report.skipped.total()) == (40, 0)
+
+
+@pytest.mark.parametrize(
+    ("file", "data", "what"),
+    [
+        ("a.txt", b"0 0.5 0.5 0.1 0.1\n", "YOLO's"),
+        ("a.xml", b"<annotation>", "VOC's"),
+        ("a.parquet", b"PAR1", "Parquet"),
+    ],
+)
+def test_a_folder_of_other_labels_is_named(tmp_path, file, data, what):
+    (tmp_path / file).write_bytes(data)
+    with pytest.raises(UserError, match=rf"no \.json file in this folder.*{file} .*{what}"):
+        read(tmp_path)
+
+
+def test_a_foreign_file_beside_labels_is_left_out_and_named(tmp_path):
+    (tmp_path / "labels.json").write_text(TEXT)
+    (tmp_path / "coco.json").write_text('{"images": [], "annotations": []}')
+    names, report = read(tmp_path)
+    assert len(names) == 40
+    [(reason, listed)] = report.listed.items()
+    assert "COCO's format" in reason and listed == ["in coco.json"]
+
+
+@pytest.mark.parametrize("piece", [2**9, 2**22])
+def test_a_frame_whose_name_repeats_is_counted_once(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(label_files, "PIECE", piece)
+    monkeypatch.setattr(label_files, "_run_jobs", map)
+    (tmp_path / "a.json").write_text(TEXT)
+    twice = [{**frame, "attributes": {**SCENE, "weather": "snowy"}} for frame in FRAMES[:7]]
+    (tmp_path / "b.json").write_text(json.dumps(twice + list_frames(5, 100) + list_frames(2, 100)))
+    names, report = read(tmp_path)
+    assert len(names) == len(set(names)) == report.frames == 45
+    assert report.skipped == {"its name came before, the first frame of a name is used": 9}
+    assert report.attributes["weather"] == {"clear": 45}
+    assert report.objects.total() == 3 * 45
+    assert report.boxes_a_frame == {3: 45}

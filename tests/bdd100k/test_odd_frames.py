@@ -1,0 +1,143 @@
+"""Frames that lack what a caption needs, or write it otherwise: read, or left out with the reason."""
+
+import json
+
+import pytest
+from conftest import call_script
+
+from captioner.bdd100k.facts import ObjectKind
+from captioner.bdd100k.frames import LabelOptions
+from captioner.bdd100k.label_files import read_labels
+from captioner.bdd100k.label_report import LabelReport
+from captioner.data.captions import read_captions
+from captioner.runtime.errors import UserError
+
+SCENE = {"timeofday": "night", "weather": "clear", "scene": "highway"}
+CAR = {"category": "car"}
+
+
+def read(folder, *frames, **options):
+    file = folder / "labels.json"
+    file.write_text(json.dumps(list(frames)))
+    report = LabelReport()
+    return {frame.name: frame.facts for frame in read_labels([file], report, LabelOptions(**options))}, report
+
+
+def read_one(folder, labels, attributes=SCENE, **options):
+    frames, report = read(folder, {"name": "a.jpg", "attributes": attributes, "labels": labels}, **options)
+    return frames["a.jpg"], report
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [{}, None, {"ego": "x"}, {"weather": None, "scene": None}, {"weather": "frogs", "scene": "", "timeofday": None}],
+)
+def test_a_frame_with_no_usable_scene_attribute_is_a_frame_without_scene(tmp_path, attributes):
+    without = {"name": "b.jpg", "attributes": attributes, "labels": [CAR]}
+    frames, report = read(tmp_path, {"name": "a.jpg", "attributes": SCENE, "labels": []}, without)
+    assert frames.keys() == {"a.jpg"}
+    [(reason, count)] = report.skipped.items()
+    assert "no scene attributes" in reason and count == 1
+    frames, _ = read(tmp_path, without, without_scene="caption")
+    assert (frames["b.jpg"].scene, frames["b.jpg"].objects) == (None, {ObjectKind("car"): 1})
+    with pytest.raises(UserError, match=r"(?s)no usable frame in .* no scene attributes"):
+        read(tmp_path, without)
+
+
+def test_one_scene_attribute_is_enough(tmp_path):
+    facts, _ = read_one(tmp_path, [], {"weather": "rainy"})
+    assert (facts.time_of_day, facts.weather, facts.scene) == ("undefined", "rainy", "undefined")
+
+
+@pytest.mark.parametrize("spell", [str.upper, str.title, lambda key: f"{key[0]}_{key[1:]}", lambda key: f" {key}"])
+def test_keys_and_values_in_other_cases_are_read(tmp_path, spell):
+    def respell(value):
+        if isinstance(value, dict):
+            return {spell(key): respell(item) for key, item in value.items()}
+        return [respell(item) for item in value] if isinstance(value, list) else value
+
+    light = {"category": "Traffic Light", "attributes": {"trafficLightColor": "Red"}}
+    labels = [{"category": "CAR", "attributes": {"occluded": True}}, {"category": "traffic_sign"}, light]
+    attributes = {"timeofday": "Night", "weather": "CLEAR", "scene": "City Street "}
+    frames, report = read(tmp_path, respell({"name": "a.jpg", "attributes": attributes, "labels": labels}))
+    facts = frames["a.jpg"]
+    assert (facts.time_of_day, facts.weather, facts.scene) == ("night", "clear", "city street")
+    assert facts.traffic_light == "red"
+    assert facts.objects == {ObjectKind("car", occluded=True): 1, ObjectKind("traffic sign"): 1}
+    assert not report.remarks
+
+
+@pytest.mark.parametrize("labels", [[], None, [{"category": "van"}], [{"category": "traffic light"}]])
+def test_a_frame_with_neither_scene_nor_object_has_no_caption(tmp_path, labels):
+    bare = {"name": "b.jpg", "labels": labels}
+    frames, report = read(tmp_path, {"name": "a.jpg", "labels": [CAR]}, bare, without_scene="caption")
+    assert frames.keys() == {"a.jpg"}
+    assert list(report.skipped) == ["neither scene attributes nor objects, of which a caption could tell"]
+
+
+@pytest.mark.parametrize("size", [0, 10, 1000])
+def test_small_boxes_are_not_counted_and_their_lights_still_show(tmp_path, size):
+    box = {"x1": 0, "y1": 0, "x2": 5, "y2": 5}
+    red = {"category": "traffic light", "attributes": {"trafficLightColor": "red"}, "box2d": box}
+    green = {"category": "traffic light", "attributes": {"trafficLightColor": "green"}, "box2d": {**box, "x2": 500}}
+    facts, report = read_one(tmp_path, [red, green, {**CAR, "box2d": box}], min_box_size=size)
+    assert facts.traffic_light == "red"
+    assert facts.objects == ({} if size else {ObjectKind("car"): 1})
+    assert not report.remarks
+
+
+@pytest.mark.parametrize(
+    ("label", "attributes", "named"),
+    [
+        ({"category": "van"}, {}, "2 x object of the unknown class 'van'"),
+        ({"category": None}, {}, "2 x object without a category"),
+        ({"category": "traffic light", "attributes": {"trafficLightColor": "mauve"}}, {}, "unknown colour 'mauve'"),
+        (CAR, {"weather": "frogs"}, "weather 'frogs' is unknown"),
+    ],
+)
+def test_strict_refuses_what_is_unknown_and_counts_it(tmp_path, label, attributes, named):
+    labels, output = tmp_path / "labels.json", tmp_path / "o.csv"
+    labels.write_text(json.dumps([{"name": "a.jpg", "attributes": {**SCENE, **attributes}, "labels": [label] * 2}]))
+    args = ("--labels", labels, "--output", output, "--run-name", tmp_path / "run")
+    run = call_script("bdd100k_data_pipeline.py", *args, "--strict")
+    assert run.returncode == 2
+    assert named in run.stderr
+    assert not output.exists()
+    assert call_script("bdd100k_data_pipeline.py", *args).returncode == 0
+
+
+def test_strict_accepts_known_classes_in_other_cases_and_small_boxes(tmp_path):
+    labels, output = tmp_path / "labels.json", tmp_path / "o.csv"
+    small = {"category": "Car", "box2d": {"x1": 0, "y1": 0, "x2": 1, "y2": 1}}
+    labels.write_text(json.dumps([{"name": "a.jpg", "attributes": SCENE, "labels": [{"category": "Car"}, small]}]))
+    args = ("--labels", labels, "--output", output, "--run-name", tmp_path / "run", "--min-box-size", 5)
+    run = call_script("bdd100k_data_pipeline.py", *args, "--strict")
+    assert run.returncode == 0, run.stderr
+    assert read_captions(output)["a.jpg"].endswith("There is one car.")
+
+
+@pytest.mark.parametrize("category", ["crosswalk", "single white", "lane/road curb", "direct", "area/alternative"])
+def test_classes_of_lane_and_drivable_files_are_read(tmp_path, category):
+    facts, report = read_one(tmp_path, [{"category": category}])
+    assert set(facts.objects) <= {ObjectKind("lane"), ObjectKind("drivable area")} and facts.objects
+    assert not report.remarks
+
+
+def test_a_file_of_several_moments_says_that_the_first_is_used(tmp_path):
+    moments = {"name": "a", "attributes": SCENE, "frames": [{"objects": [CAR]}, {"objects": [CAR, CAR]}]}
+    frames, report = read(tmp_path, moments)
+    assert frames["a.jpg"].objects == {ObjectKind("car"): 1}
+    assert report.remarks == {"a file of several moments, of which the first is used": 1}
+
+
+@pytest.mark.parametrize("value", [3, {}, [], ["clear"], True])
+def test_a_scene_attribute_of_a_wrong_type_is_told(tmp_path, value):
+    with pytest.raises(UserError, match=r"(?s)wrong type: .*attributes\.weather"):
+        read(tmp_path, {"name": "a.jpg", "attributes": {**SCENE, "weather": value}, "labels": [CAR]})
+
+
+def test_attributes_that_are_all_labelled_undefined_are_captioned_and_told(tmp_path):
+    facts, report = read_one(tmp_path, [], dict.fromkeys(SCENE, "undefined"))
+    assert (facts.time_of_day, facts.weather, facts.scene) == ("undefined",) * 3
+    assert not report.remarks
+    assert "1 x timeofday, weather and scene all labelled undefined" in str(report)
