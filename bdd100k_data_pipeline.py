@@ -10,6 +10,7 @@ from collections import Counter
 from captioner.bdd100k.census import draw_census, print_census
 from captioner.data.captions import caption_labels, find_labels, read_captions
 from captioner.runtime.cli import run_script
+from captioner.runtime.errors import go_on_without
 from captioner.runtime.files import lock_folder, name_run, split_revision
 from config import DEMO_FOLDER, PipelineConfig, TrainConfig, parse_args
 
@@ -37,8 +38,9 @@ def main(config: PipelineConfig) -> None:
         if config.census:
             tokens, tokenizer = count_tokens(list(read_captions(config.output).values()))
             print_census(report, tokens, tokenizer)
-            draw_census(report, tokens, run_dir / "census.png")
-            print(f"census drawn in {run_dir / 'census.png'}")
+            with go_on_without(f"picture in {run_dir / 'census.png'}"):
+                draw_census(report, tokens, run_dir / "census.png")
+                print(f"census drawn in {run_dir / 'census.png'}")
 
 
 if __name__ == "__main__":

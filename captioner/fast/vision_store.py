@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -35,7 +34,7 @@ from captioner.blip2.vision import hash_picture, run_vision, start_reading
 from captioner.data.reading import read_ahead
 from captioner.fast.speed import has_room_to_unpack, record_graph, unpack_nf4
 from captioner.runtime.errors import UserError
-from captioner.runtime.files import atomic_write
+from captioner.runtime.files import atomic_write, measure_free
 from captioner.runtime.processes import count_cores
 
 MAGIC = b"blip2vit"
@@ -308,8 +307,9 @@ class VisionStore:
                     Path(file).unlink(missing_ok=True)
                 else:
                     used += about_file.st_size
-        free = shutil.disk_usage(self.folder).free * (1 - SPARE_DISK)
-        self.room = min(limit_gib * 2**30 - used, free)
+        free = measure_free(self.folder)
+        room = math.inf if free is None else free * (1 - SPARE_DISK)
+        self.room = min(limit_gib * 2**30 - used, room)
 
     def _give_up(self, why: str) -> None:
         """Write no more, and say why."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from captioner.publishing.model_card import ADAPTER, read_json, read_run, take_names
 from captioner.runtime.errors import UserError
-from captioner.runtime.files import atomic_write, split_revision
+from captioner.runtime.files import atomic_write, measure_free, split_revision
 
 MERGED = "merged.json"  # what tells a folder that merge_adapter wrote from any other
 MERGING_MARGIN = 1_000_000_000  # bytes beside the weights; a model of 3.2 GB took 0.3 GB more than that in memory
@@ -111,9 +111,9 @@ def count_parameters(source: str) -> int:
 def check_room(output: Path, size: int) -> None:
     """Raise UserError unless a model of `size` bytes can be written at `output`, and be held in memory."""
     parent = next(parent for parent in output.parents if parent.exists())
-    disk, memory = shutil.disk_usage(parent).free, find_free_memory()
+    disk, memory = measure_free(parent), find_free_memory()
     need = size + MERGING_MARGIN
-    if disk < need:
+    if disk is not None and disk < need:
         raise UserError(
             f"{parent}: {disk / 1e9:.1f} GB free, the merged model needs {need / 1e9:.1f} GB; free some space, or "
             "merge into a folder elsewhere"

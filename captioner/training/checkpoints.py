@@ -14,7 +14,7 @@ from pathlib import Path
 
 from captioner.data.captions import Example
 from captioner.runtime.errors import UserError
-from captioner.runtime.files import atomic_write
+from captioner.runtime.files import atomic_write, measure_free
 
 MANIFEST = "manifest.json"
 UNREADABLE = (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError)  # what damaged files lead to
@@ -117,8 +117,8 @@ def read_step(checkpoint: Path) -> tuple[int, int]:
 
 def check_disk(folder: Path, need: int, what: str) -> None:
     """Raise UserError unless `need` bytes are free where `folder` is."""
-    free = shutil.disk_usage(folder).free
-    if free < need:
+    free = measure_free(folder)
+    if free is not None and free < need:
         raise UserError(
             f"{folder}: {free / 1e6:,.0f} MB free, {what} needs {need / 1e6:,.0f} MB; the checkpoints before are kept: "
             "free some space, then go on with --resume"

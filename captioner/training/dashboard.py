@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from captioner.bdd100k.parsing import parse_caption, read_caption
 from captioner.blip2.batches import CaptionDataset
 from captioner.blip2.captioning import GreedyCaptioner
-from captioner.runtime.errors import UserError
+from captioner.runtime.errors import UserError, go_on_without
 from captioner.runtime.files import atomic_write, explain_writing
 from captioner.scoring.fact_metrics import measure_shares
 from captioner.scoring.text_metrics import score, score_bleu
@@ -94,17 +94,22 @@ class RunLog(TrainerCallback):
         self.last = (time.perf_counter(), state.global_step)  # without the checkpoint
 
     def draw(self) -> None:
-        """Have a thread draw the curves so far; raises what went wrong the last time."""
-        if self.drawing is not None:
-            self.drawing.result()
+        """Have a thread draw the curves so far."""
+        self.finish_drawing()
         self.drawing = self.drawer.submit(plot_dashboard, list(self.records), self.run_dir / "dashboard.png")
+
+    def finish_drawing(self) -> None:
+        if self.drawing is not None:
+            with go_on_without("curves in dashboard.png"):
+                self.drawing.result()
 
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             self.draw()
-            self.drawing.result()
+            self.finish_drawing()
             if self.wandb_run is not None:
-                self.wandb_run.finish()
+                with go_on_without("end of the wandb run"):
+                    self.wandb_run.finish()
 
 
 def read_records(path: Path, done: int) -> list[dict]:
@@ -126,9 +131,9 @@ def start_wandb(mode: str, name: str, config: dict):
     """A wandb run, or None when it is not wanted or can't be had: that must not keep anybody from training."""
     if mode == "disabled":
         return None
-    import wandb
-
     try:
+        import wandb
+
         return wandb.init(project="blip2-bdd100k", name=name, config=config, mode=mode, dir=".")
     except Exception as error:  # its failures have no class in common
         print(f"wandb can't be used, training goes on without ({error})")

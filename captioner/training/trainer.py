@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import shutil
 import signal
 import threading
 import time
@@ -30,6 +29,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from captioner.blip2.batches import IGNORED, CaptionCollator
 from captioner.data.reading import explain_dead_worker
 from captioner.runtime.errors import UserError
+from captioner.runtime.files import measure_free
 from captioner.training.checkpoints import check_disk, remove_old_checkpoints, seal_checkpoint, step_of
 from captioner.training.guards import check_same_weights, gather
 from captioner.training.order import LengthSampler
@@ -314,10 +314,11 @@ def explain_checkpoint(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(checkpoint.parent).free / 1e6  # which torch's own message does not tell
+        free = measure_free(checkpoint.parent)  # which torch's own message does not tell
+        told = "" if free is None else f"; {free / 1e6:,.0f} MB are free"
         raise explain_dead_worker(error) or UserError(
-            f"{checkpoint.parent}: the checkpoint of step {step_of(checkpoint)} can't be written ({error}; "
-            f"{free:,.0f} MB are free); the ones before are kept: see to the disk, then go on with --resume"
+            f"{checkpoint.parent}: the checkpoint of step {step_of(checkpoint)} can't be written ({error}"
+            f"{told}); the ones before are kept: see to the disk, then go on with --resume"
         ) from None
 
 

@@ -3,14 +3,18 @@
 import importlib.metadata
 import json
 import platform
+import shutil
 import signal
 import subprocess
+import sys
 from unittest import mock
 
 import pytest
 import torch
 
-from captioner.training import run
+import main
+from captioner.training import checkpoints, dashboard, run
+from config import TrainConfig
 
 
 def describe() -> dict:
@@ -57,10 +61,11 @@ def test_a_record_is_written_without_versions_and_device(monkeypatch):
 
 
 def test_an_adapter_is_saved_without_its_model_card(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "write_model_card", fail)
+    monkeypatch.setattr(main, "write_model_card", fail)
     parts = {name: mock.Mock() for name in ("model", "weights", "processor", "generation")}
     parts["model"].save_pretrained.side_effect = lambda folder, state_dict: folder.mkdir()
     run.save_finetuned(tmp_path, **parts, splits={}, run={"config": {}})
+    main.publish(TrainConfig(output=tmp_path))
     assert (tmp_path / "run.json").is_file()
     assert capsys.readouterr().out == "note: no model card (not to be had)\n"
 
@@ -68,3 +73,24 @@ def test_an_adapter_is_saved_without_its_model_card(tmp_path, monkeypatch, capsy
 def test_workers_are_ended_where_there_is_no_signal_for_it(monkeypatch):
     monkeypatch.delattr(signal, "SIGCHLD")
     run.end_workers()
+
+
+def test_training_goes_on_where_curves_and_wandb_fail(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dashboard, "plot_dashboard", fail)
+    log = dashboard.RunLog(tmp_path, wandb_run=mock.Mock(finish=fail))
+    log.draw()
+    log.on_train_end(None, mock.Mock(is_world_process_zero=True), None)
+    assert capsys.readouterr().out.splitlines() == [
+        *["note: no curves in dashboard.png (not to be had)"] * 2,
+        "note: no end of the wandb run (not to be had)",
+    ]
+
+
+def test_training_goes_on_without_wandb(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert dashboard.start_wandb("offline", "run", {}) is None
+
+
+def test_a_checkpoint_is_written_where_free_space_is_not_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", fail)
+    checkpoints.check_disk(tmp_path, 10**18, "a checkpoint")
