@@ -13,6 +13,7 @@ traceback are written to CORPUS/TARGET-findings, the run goes on, and the exit c
 import argparse
 import contextlib
 import gzip
+import importlib
 import io
 import json
 import os
@@ -29,7 +30,12 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", TQDM_DISABLE="1")
 
-MODULES = ("captions", "checkpoints", "config", "data", "eval", "labels", "main", "model", "predictions", "publish")
+MODULES = (
+    *("captioner.bdd100k.facts", "captioner.bdd100k.parsing", "captioner.bdd100k.frames"),
+    *("captioner.bdd100k.label_files", "captioner.data.captions", "captioner.data.splits", "captioner.blip2.loading"),
+    *("captioner.scoring.predictions", "captioner.training.checkpoints", "captioner.publishing.model_card"),
+    *("config", "eval", "main"),
+)
 SCRATCH = "/dev/shm" if Path("/dev/shm").is_dir() else None  # files in memory: a disk would take most of the time
 LONGEST = 4096  # bytes of an input
 SLOW = 20  # seconds for one input, beyond which it is a finding
@@ -250,7 +256,7 @@ def fuzz(target: str, corpus: Path, findings: Path, flags: list[str]) -> None:
     atheris.enabled_hooks.add("str")
     with atheris.instrument_imports(include=list(MODULES), enable_loader_override=False):
         for module in MODULES:
-            __import__(module)
+            importlib.import_module(module)
     known = set()
 
     def test_one_input(data: bytes) -> None:
