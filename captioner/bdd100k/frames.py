@@ -155,7 +155,7 @@ def decode_frames(data: bytes | memoryview) -> tuple[list, bool]:
         for decoders in (_USUAL, _ANY):
             with contextlib.suppress(msgspec.ValidationError):
                 frames, wrapped = decoders.decode(data[mark:])
-                return _decode_untyped(data[mark:]) if any(map(_lacks_a_key, frames)) else (frames, wrapped)
+                return _decode_untyped(data[mark:]) if _lack_a_key(frames) else (frames, wrapped)
         return _decode_untyped(data[mark:])
     except UnicodeDecodeError:
         reason, position = _find_bad_text(data)
@@ -179,12 +179,14 @@ def _find_bad_text(data: bytes | memoryview) -> tuple[str, int | None]:
     return "no UTF-8", None
 
 
-def _lacks_a_key(frame: _Frame) -> bool:
-    """Whether keys may be written in another case than ours, or the file be no labels."""
-    labels = frame.labels
-    if frame.name is None or (labels is msgspec.UNSET and frame.frames is None):
+def _lack_a_key(frames: list[_Frame]) -> bool:
+    """Whether keys may be written in another case than ours, or the file be no labels.
+
+    A frame may be without labels, as long as not all are.
+    """
+    if any(frame.name is None or (frame.labels and frame.labels[0].category is None) for frame in frames):
         return True
-    return bool(labels) and labels[0].category is None
+    return all(frame.labels is msgspec.UNSET and frame.frames is None for frame in frames)
 
 
 _KEYS = ["name", "attributes", "labels", "frames", "objects", "timeofday", "weather", "scene"]

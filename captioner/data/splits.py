@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import itertools
+import os
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -180,7 +181,7 @@ def sample_examples(examples: list[Example], num_samples: int | str, seed: int) 
 def choose_examples(config: EvalConfig) -> list[Example]:
     split = read_split(config.adapter, config.split, config.images_root)
     examples = sample_examples(split, config.num_samples, config.seed)
-    if not any(example.image.exists() for example in examples):
+    if not any(os.path.exists(example.image) for example in examples):  # False too where it may not be looked
         raise UserError(
             f"{config.adapter / 'split.csv'}: its pictures are gone, {examples[0].image} for one; give the folder "
             "where they are now with --images-root"

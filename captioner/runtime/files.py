@@ -158,10 +158,11 @@ def name_run(config, suffix: str = "") -> Path:
             return folder  # which the main process alone writes to
         made = [parent for parent in (folder.parent, folder) if not parent.exists()]
         try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
         except OSError as error:
+            if isinstance(error, FileExistsError) and os.path.lexists(folder):
+                continue  # not what is in the place of logs/
             raise UserError(f"{folder}: can't be written ({error.strerror}); start from a folder of your own") from None
         _named.extend(made)
         return folder

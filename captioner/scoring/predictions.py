@@ -7,6 +7,7 @@ files are read too. References may also come from a file of their own.
 
 import ast
 import csv
+import io
 import itertools
 import json
 import re
@@ -110,7 +111,8 @@ def _read_rows(path: Path, names: dict[int, str]) -> Iterator[tuple[str, Predict
             if path.suffix.lower() == ".csv":
                 yield from _read_csv(file, path)
                 return
-            document = _parse_document(file.read())
+            text = file.read()  # once: it may be a pipe
+            document = _parse_document(text)
             if isinstance(document, dict) and "annotations" in document:
                 yield from _read_coco_captions(document, path, names)
             elif isinstance(document, list):
@@ -120,8 +122,7 @@ def _read_rows(path: Path, names: dict[int, str]) -> Iterator[tuple[str, Predict
             elif document is not None:
                 yield str(path), _make_prediction(document, f"{path}, line 1")
             else:
-                file.seek(0)
-                yield from _read_json_lines(file, path)
+                yield from _read_json_lines(io.StringIO(text, newline=""), path)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: can't be read ({error}); it takes JSON lines or a CSV, in UTF-8") from None
 

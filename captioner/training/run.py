@@ -146,7 +146,8 @@ def save_finetuned(output: Path, model, weights, processor, generation, splits, 
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    (output / "scores.json").unlink(missing_ok=True)  # of an adapter that was here before
+    for name in ("scores.json", "README.md"):  # of an adapter that was here before
+        (output / name).unlink(missing_ok=True)
     with atomic_write(output / "run.json") as file:
         json.dump(run, file, indent=2)
 

@@ -6,7 +6,7 @@ import pytest
 from conftest import call_script
 
 from captioner.bdd100k.facts import ObjectKind
-from captioner.bdd100k.frames import LabelOptions
+from captioner.bdd100k.frames import LabelOptions, decode_frames
 from captioner.bdd100k.label_files import read_labels
 from captioner.bdd100k.label_report import LabelReport
 from captioner.data.captions import read_captions
@@ -141,3 +141,10 @@ def test_attributes_that_are_all_labelled_undefined_are_captioned_and_told(tmp_p
     assert (facts.time_of_day, facts.weather, facts.scene) == ("undefined",) * 3
     assert not report.remarks
     assert "1 x timeofday, weather and scene all labelled undefined" in str(report)
+
+
+def test_a_frame_without_labels_leaves_the_fast_way_to_the_others():
+    """Writers that leave out empty keys are common; plain JSON values take fifty times as long."""
+    raw = [{"name": "a.jpg", "attributes": {"weather": "clear"}}, {"name": "b.jpg", "labels": [{"category": "car"}]}]
+    frames, _ = decode_frames(json.dumps(raw).encode())
+    assert [frame.name for frame in frames] == ["a.jpg", "b.jpg"] and not isinstance(frames[0], dict)

@@ -296,3 +296,9 @@ def test_no_control_character_of_a_name_reaches_the_terminal(capsys):
     out, err = capsys.readouterr()
     assert not set("\x1b\x07\x9b\u202e") & set(out + err)
     assert err.startswith("error: a\\x1b]0;title\\x07\\x9b2J\\u202egpj.jpg:\n\tnot") and "reference:  a\\x1b" in out
+
+
+def test_a_link_to_nowhere_in_the_place_of_logs_is_an_error(folder):
+    Path("logs").symlink_to(folder / "nowhere")
+    with pytest.raises(UserError, match=r"logs/.*can't be written"):
+        name_run(EvalConfig())

@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import random
 import re
+import threading
 from unittest import mock
 
 import fastjsonschema
@@ -345,3 +347,13 @@ def test_a_floor_can_not_take_the_place_of_another_set(floors):
 
 def test_long_blanks_are_read_in_no_time():
     assert read_caption("a." + " " * 1_000_000).unread == ["a."]
+
+
+def test_predictions_are_read_from_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "p.jsonl")
+    row = json.dumps({"name": "a.jpg", "prediction": "There is one car.", "references": ["There is one car."]}) + "\n"
+    writer = threading.Thread(target=lambda: (tmp_path / "p.jsonl").write_text(row + row.replace("a.jpg", "b.jpg")))
+    writer.start()
+    predictions, _ = read_predictions(tmp_path / "p.jsonl")
+    writer.join()
+    assert [prediction.name for prediction in predictions] == ["a.jpg", "b.jpg"]
