@@ -54,7 +54,7 @@ from captioner.publishing.merge import merge_adapter
 from captioner.publishing.model_card import write_model_card
 from captioner.runtime.errors import go_on_without
 from captioner.runtime.files import lock_folder, name_run
-from captioner.runtime.processes import is_sharded
+from captioner.runtime.processes import ask_main, gather, go_on_alone, is_sharded
 from captioner.training.arguments import check_sharding, make_arguments, split_batch
 from captioner.training.checkpoints import (
     checkpoint_folder,
@@ -64,7 +64,6 @@ from captioner.training.checkpoints import (
     refuse_changes,
 )
 from captioner.training.dashboard import RunLog, ValidationCaptions, choose_wandb_mode, start_wandb
-from captioner.training.guards import gather
 from captioner.training.micro_batch import compute_loss, find_micro_batch
 from captioner.training.run import (
     describe_run,
@@ -74,7 +73,6 @@ from captioner.training.run import (
     prepare_output,
     remove_checkpoints,
     save_finetuned,
-    share,
     train_lora,
 )
 from captioner.training.trainer import CaptionTrainer, RowCollator, gather_trainable
@@ -83,15 +81,11 @@ SPARE_TOKENS = 16  # that generation may write beyond the longest training capti
 EVAL_BATCH, LEAN_EVAL_BATCH = 64, 16  # frames a validation pass, unless the user says how many
 
 
-def keep_outputs(config, arguments, model_config, splits: dict[str, list[Example]], device: torch.device) -> bool:
+def keep_outputs(config, model_config, splits: dict[str, list[Example]], device: torch.device) -> bool:
     """Whether memory has room for the ViT's outputs of what is trained on, in each process."""
     pictures = len(list_images(splits, TRAINED_ON))
     vision, dtype = model_config.vision_config, pick_dtype(device)
-    return all(
-        gather(
-            fits_memory(vision, dtype, pictures, config.vision_store_gib, device.type == "cuda"), arguments.world_size
-        )
-    )
+    return all(gather(fits_memory, vision, dtype, pictures, config.vision_store_gib, device.type == "cuda"))
 
 
 def publish(config: TrainConfig) -> None:
@@ -114,32 +108,31 @@ def main(config: TrainConfig, compiling: subprocess.Popen | None = None) -> None
 def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
     start = time.perf_counter()
     transformers_logging.set_verbosity_error()
-    if config.resume and is_finished(config):
-        print(f"the run in {config.output} is finished, nothing is left to train")
-        publish(config)
-        return
     if is_sharded():
         check_sharding(config)
     wandb_mode = choose_wandb_mode(config.wandb)
     device = pick_device()
     arguments = make_arguments(config, device)
-    micro_batch_limit = split_batch(config, arguments.world_size)
+    micro_batch_limit = split_batch(config, arguments.world_size)  # by now the processes are joined
+    if config.resume and ask_main(is_finished, config):
+        print(f"the run in {config.output} is finished, nothing is left to train")
+        go_on_alone()
+        publish(config)
+        return
     set_seed(config.seed)  # before LoRA draws its first weights
     model_config = check_model(config.model, config.load_in_4bit, device)  # before hours of download
 
-    unfinished = None if config.overwrite else read_state(checkpoint_folder(config.output))
-    run_dir = Path(unfinished["run_dir"]) if unfinished else share(arguments, functools.partial(name_run, config))
-    splits = share(arguments, functools.partial(prepare_splits, config, run_dir))
+    unfinished = None if config.overwrite else ask_main(read_state, checkpoint_folder(config.output))
+    run_dir = Path(unfinished["run_dir"]) if unfinished else ask_main(name_run, config)
+    splits = ask_main(prepare_splits, config, run_dir)
     state = describe_state(config, arguments.world_size)
-    unfinished = share(
-        arguments, functools.partial(find_unfinished, config.output, state, config.resume, config.overwrite)
-    )
-    share(arguments, functools.partial(prepare_output, config.output))
-    stored = keep_outputs(config, arguments, model_config, splits, device)
+    unfinished = ask_main(find_unfinished, config.output, state, config.resume, config.overwrite)
+    ask_main(prepare_output, config.output)
+    stored = keep_outputs(config, model_config, splits, device)
     for_eval = stored and find_folder(config, device) is not None  # eval.py finds the test split's outputs on disk
     decoded_later = (*TRAINED_ON, *["test"] * for_eval) if stored else ()  # for the ViT
     unchecked = list_images(splits, [split for split in splits if split not in decoded_later])
-    unreadable = share(arguments, functools.partial(check_pictures, unchecked))
+    unreadable = ask_main(check_pictures, unchecked)
     if not stored:
         splits = leave_out_unreadable(splits, unreadable)  # before the model is fetched
 
@@ -175,7 +168,7 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
             print(store.describe())
         del vision, ahead
         gc.collect()  # now, not when memory is short
-        for reasons in gather(found, arguments.world_size):
+        for reasons in gather(lambda: found):
             unreadable |= reasons
         splits = leave_out_unreadable(splits, unreadable)
         print("the frozen ViT's outputs are stored: it is not needed in training")
@@ -201,8 +194,8 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
     state["model_commit"] = getattr(model.config, "_commit_hash", None)  # that the hub's name stood for
     state["micro_batch"] = (unfinished or {}).get("micro_batch") or config.per_device_train_batch_size
     if state["micro_batch"] is None:
-        fitting = find_micro_batch(model, datasets["train"], micro_batch_limit, collator, loss)
-        state["micro_batch"] = min(gather(fitting, arguments.world_size))
+        search = (find_micro_batch, model, datasets["train"], micro_batch_limit, collator, loss)
+        state["micro_batch"] = min(gather(*search))
     steps = micro_batch_limit // state["micro_batch"]
     print(f"{config.train_batch_size} frames an optimiser step: {state['micro_batch']} a forward pass, {steps} passes")
     is_main = arguments.process_index == 0

@@ -10,10 +10,15 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
+from typing import TypeVar
 
 from captioner.runtime.errors import UserError
 
 NICE = 10  # of processes that read
+WAITING = 6 * 3600  # seconds that processes wait for the first, which may have a data set to fetch
+
+T = TypeVar("T")
 
 
 def step_back(worker: int = 0) -> None:
@@ -56,11 +61,11 @@ def find_place() -> tuple[int, int]:
     import torch
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=WAITING))
     return state.process_index, state.num_processes
 
 
-def gather(work: Callable, *args) -> list:
+def gather(work: Callable[..., T], *args) -> list[T]:
     """What work(*args) returns in each process, in their order, in all of them; each must come to this call.
 
     A UserError in any of them ends them all: the first that has it raises it, the others leave without a word. On any
@@ -83,7 +88,7 @@ def gather(work: Callable, *args) -> list:
     return [result for result, _ in gathered]
 
 
-def ask_main(work: Callable, *args):
+def ask_main(work: Callable[..., T], *args) -> T:
     """What work(*args) returns in the main process, which alone calls it."""
     is_main = find_place()[0] == 0
     return gather(lambda: work(*args) if is_main else None)[0]

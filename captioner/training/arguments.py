@@ -7,10 +7,9 @@ from transformers import TrainingArguments
 
 from captioner.blip2.loading import pick_dtype
 from captioner.runtime.errors import UserError
+from captioner.runtime.processes import WAITING
 from captioner.training.checkpoints import checkpoint_folder
 from config import TrainConfig
-
-WAITING = 6 * 3600  # seconds that processes wait for the first, which may have a data set to fetch
 
 
 def make_arguments(config: TrainConfig, device: torch.device) -> TrainingArguments:

@@ -8,21 +8,13 @@ import torch
 from transformers.trainer_pt_utils import safe_globals
 
 from captioner.runtime.errors import UserError
+from captioner.runtime.processes import gather
 
 
-def gather(value, world_size: int) -> list:
-    """The values of all processes."""
-    if world_size == 1:
-        return [value]
-    values = [None] * world_size
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def check_same_weights(model, world_size: int) -> None:
+def check_same_weights(model) -> None:
     """Raise UserError unless the trainable weights are the same in all processes, to the last bit."""
     weights = [weight.detach().flatten().cpu() for weight in model.parameters() if weight.requires_grad]
-    digests = gather(hashlib.sha256(torch.cat(weights).view(torch.uint8).numpy()).hexdigest(), world_size)
+    digests = gather(lambda: hashlib.sha256(torch.cat(weights).view(torch.uint8).numpy()).hexdigest())
     different = [place for place, digest in enumerate(digests) if digest != digests[0]]
     if different:
         raise UserError(

@@ -1,6 +1,5 @@
 """A training run: trained to its end, described, saved."""
 
-import functools
 import gc
 import importlib.metadata
 import json
@@ -15,10 +14,8 @@ import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import TrainerState, TrainingArguments
 
@@ -27,6 +24,7 @@ from captioner.data.run_record import read_run
 from captioner.data.splits import write_splits
 from captioner.runtime.errors import UserError, get_or_none
 from captioner.runtime.files import atomic_write
+from captioner.runtime.processes import ask_main
 from captioner.training.arguments import set_micro_batch
 from captioner.training.checkpoints import (
     checkpoint_folder,
@@ -44,7 +42,6 @@ from config import TrainConfig, config_to_json
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")  # whose versions a run records
 GIT_SECONDS = 10  # for git to answer
 FINISHED = ".checkpoints-of-a-finished-run"
-T = TypeVar("T")
 
 
 def train_lora(
@@ -58,8 +55,8 @@ def train_lora(
     folder = checkpoint_folder(config.output)
     start = {name: weight.detach().cpu().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     while True:
-        share(arguments, functools.partial(write_state, folder, state))
-        checkpoint = share(arguments, functools.partial(find_checkpoint, folder))
+        ask_main(write_state, folder, state)
+        checkpoint = ask_main(find_checkpoint, folder)
         if checkpoint:
             check_pickles(checkpoint)
         done, steps = read_step(checkpoint) if checkpoint else (0, None)
@@ -102,14 +99,6 @@ def train_lora(
         for name, weight in model.named_parameters():
             if name in start:
                 weight.data.copy_(start[name])
-
-
-def share(arguments: TrainingArguments, find: Callable[[], T]) -> T:
-    """What `find` gives in the main process, in all processes."""
-    found = [find() if arguments.process_index == 0 else None]
-    if arguments.world_size > 1:
-        broadcast_object_list(found)
-    return found[0]
 
 
 def prepare_output(output: Path) -> None:

@@ -30,8 +30,9 @@ from captioner.blip2.batches import IGNORED, CaptionCollator
 from captioner.data.reading import explain_dead_worker
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import measure_free
+from captioner.runtime.processes import gather
 from captioner.training.checkpoints import check_disk, remove_old_checkpoints, seal_checkpoint, step_of
-from captioner.training.guards import check_same_weights, gather
+from captioner.training.guards import check_same_weights
 from captioner.training.order import LengthSampler
 
 WORKER_SECONDS = 5  # that a worker lives on after SIGTERM
@@ -124,7 +125,7 @@ class CaptionTrainer(Trainer):
         """Called once before the first step."""
         self.model.train()  # all of it: a model is loaded for inference, and LoRA's wrapper alone is made to train
         if self.args.world_size > 1:  # only DDP would send the first process's weights to the others
-            check_same_weights(self.model, self.args.world_size)
+            check_same_weights(self.model)
         return super()._prepare_for_training(*args)
 
     def create_optimizer(self, *args):
@@ -168,7 +169,7 @@ class CaptionTrainer(Trainer):
         """Raise UserError, in all processes, if the step's loss or gradient is no number."""
         if not step.is_finite:
             passes = list(zip(step.losses.isfinite().tolist(), (rows.tolist() for rows in step.rows), strict=True))
-            passes = list(itertools.chain.from_iterable(gather(passes, self.args.world_size)))
+            passes = list(itertools.chain.from_iterable(gather(lambda: passes)))
             bad = [row for is_good, rows in passes for row in rows if not is_good]
             bad = bad or [row for _, rows in passes for row in rows]  # the gradient alone: of any of them
             raise UserError(self._describe_bad_batch(step, bad))
@@ -376,7 +377,7 @@ class Pace(TrainerCallback):
 
     def after_save(self) -> None:
         self.saved, self.asked = time.monotonic(), None
-        if any(gather(self.signal is not None, self.world_size)):
+        if any(gather(lambda: self.signal is not None)):
             raise Stopped
 
 

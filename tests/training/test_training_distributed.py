@@ -65,8 +65,14 @@ def add_lora(*args):
     return real(*args)
 main.add_lora = add_lora
 """
-
-
+ONE_LOOKS = """
+from captioner.training import run
+def refuse(*args):
+    raise AssertionError("the first process looks for all")
+if rank == 1:
+    main.read_state = main.find_unfinished = main.is_finished = run.find_checkpoint = run.write_state = refuse
+main.publish = lambda config: open(f"published-by-{rank}", "w").close()
+"""
 FSDP = """
 import accelerate.state
 from accelerate.utils import DistributedType
@@ -169,16 +175,20 @@ def test_two_processes_match_one(folder, train_one, train_two, target, micro_bat
 
 
 def test_two_stopped_processes_go_on_to_the_same_adapter(folder, train_two):
-    """With dropout; the signal reaches one of them, and both stop."""
+    """With dropout; the signal reaches one of them, and both stop. What goes on and what is published, one decides."""
     flags = ("--lora-dropout", 0.1, "--learning-rate", 1e-2, "--length-window", 1)
     done = train_two("undisturbed", *flags)
     assert done.returncode == 0, done.err[-3000:]
     stopped = train_two("stopped", *flags, patch=STOP)
     assert stopped.returncode != 0 and "saved after step 4 of 6" in stopped.out
     assert find_checkpoint(Path("stopped/blip2-finetuned/checkpoints")).name == "checkpoint-4"
-    resumed = train_two("stopped", *flags)
+    resumed = train_two("stopped", *flags, patch=ONE_LOOKS)
     assert resumed.returncode == 0 and "goes on after step 4 of 6" in resumed.out, resumed.err[-3000:]
     assert hash_adapter(Path("stopped")) == hash_adapter(Path("undisturbed"))
+    Path("stopped/published-by-0").unlink()
+    finished = train_two("stopped", *flags, "--resume", None, patch=ONE_LOOKS)
+    assert finished.codes == [0, 0] and "nothing is left to train" in finished.out, finished.err[-3000:]
+    assert [path.name for path in Path("stopped").glob("published-*")] == ["published-by-0"]
 
 
 @pytest.mark.parametrize("what", ["loss = loss * float('nan')", slow("self.flat[0] = float('nan')"), slow("")])
