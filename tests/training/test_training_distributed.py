@@ -65,6 +65,14 @@ def add_lora(*args):
     return real(*args)
 main.add_lora = add_lora
 """
+OUT_OF_MEMORY = """
+real = training.Trainer.training_step
+def training_step(self, model, inputs, *args):
+    if len(inputs["labels"]) > 1:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    return real(self, model, inputs, *args)
+training.Trainer.training_step = training_step
+"""
 ONE_LOOKS = """
 from captioner.training import run
 def refuse(*args):
@@ -200,6 +208,15 @@ def test_nan_in_one_process_stops_both(folder, train_two, what):
         [message] = err.split("error: step 4: the loss is ")[1:]
         assert message.count(".jpg") == (1 if "loss" in what else 4)
     assert find_checkpoint(Path("two/blip2-finetuned/checkpoints")).name == "checkpoint-3"
+
+
+@pytest.mark.slow
+def test_two_processes_out_of_memory_end_with_the_remedy(folder, train_two):
+    """One alone would go on with fewer frames a pass, and could not agree with the other about it."""
+    flags = ("--fast-step", "off", "--per-device-train-batch-size", 2)
+    done = train_two("two", *flags, patch=OUT_OF_MEMORY)
+    assert done.codes == [2, 2]
+    assert all("out of GPU memory with 2 frames" in err and "--gradient-checkpointing" in err for err in done.errs)
 
 
 def test_processes_with_other_weights_are_refused(folder, train_two):
