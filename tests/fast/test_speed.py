@@ -246,9 +246,10 @@ def test_gradients_are_added_up_over_processes_but_for_empty_ones():
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        waiting = add_over_processes([torch.ones(2), torch.empty(0)])
-        assert len(waiting) == 1
-        waiting[0].wait()
+        waiting = add_over_processes([torch.ones(2), torch.ones(3), torch.empty(0)])
+        assert len(waiting) == 2
+        for work in waiting:
+            work.wait()
     finally:
         torch.distributed.destroy_process_group()
 
