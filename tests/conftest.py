@@ -145,6 +145,21 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def figures(monkeypatch) -> list:
+    """A list that gets each matplotlib figure that is saved."""
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+
+    def keep(figure, *args, **how):
+        figures.append(figure)
+        save(figure, *args, **how)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures
+
+
+@pytest.fixture
 def root() -> None:
     """For what only root can do: become somebody else, mount a file system."""
     if os.getuid() != 0:

@@ -14,7 +14,6 @@ import zipfile
 import pandas as pd
 import pytest
 from conftest import ROOT, SHARED, call_script, needs_real_samples
-from matplotlib.figure import Figure
 
 from captioner.bdd100k import label_files
 from captioner.bdd100k.facts import MAX_COUNT, ObjectKind
@@ -397,11 +396,7 @@ def test_strict_and_frames_without_a_scene(tmp_path):
     assert read_captions(output)["b.jpg"] == "There is one car."
 
 
-def test_census_is_printed_and_drawn(tmp_path, monkeypatch):
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *args, **how: (figures.append(figure), save(figure, *args, **how))
-    )
+def test_census_is_printed_and_drawn(tmp_path, figures):
     file = tmp_path / "labels.json"
     file.write_text(json.dumps(drawn_frames(30)))
     run_dir = tmp_path / "run"

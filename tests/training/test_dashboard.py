@@ -1,22 +1,6 @@
 """What a run shows of itself: the curves."""
 
-import pytest
-from matplotlib.figure import Figure
-
 from captioner.training.dashboard import PANELS, plot_dashboard
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """A list that gets each figure that is saved."""
-    figures, save = [], Figure.savefig
-
-    def keep(figure, *args, **how):
-        figures.append(figure)
-        save(figure, *args, **how)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return figures
 
 
 def test_each_panel_has_its_curves(figures, tmp_path):
