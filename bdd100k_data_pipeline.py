@@ -38,7 +38,7 @@ def main(config: PipelineConfig) -> None:
         if config.census:
             tokens, tokenizer = count_tokens(list(read_captions(config.output).values()))
             print_census(report, tokens, tokenizer)
-            with go_on_without(f"picture in {run_dir / 'census.png'}"):
+            with go_on_without(f"image in {run_dir / 'census.png'}"):
                 draw_census(report, tokens, run_dir / "census.png")
                 print(f"census drawn in {run_dir / 'census.png'}")
 

@@ -29,7 +29,7 @@ BASE_MODEL = "Salesforce/blip2-opt-2.7b@59a1ef6c1e5117b3f65523d1c6066825bcf315e3
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where labels and pictures come from and how captions are worded."""
+    """Where labels and images come from and how captions are worded."""
 
     demo: bool = False  # use the drawn scenes and the small model that ship with the project: CPU, no network
     labels: tuple[Path, ...] = ()  # BDD100K label files or folders; none: those of the Kaggle data set
@@ -60,7 +60,7 @@ class PipelineConfig(DataConfig):
 class TrainConfig(DataConfig):
     """Fine-tune BLIP-2 with QLoRA on captions made from BDD100K labels."""
 
-    images: Path | None = None  # folder with the pictures, searched to any depth; none: the Kaggle data set's
+    images: Path | None = None  # folder with the images, searched to any depth; none: the Kaggle data set's
     captions: Path = Path("bdd100k_captions.csv")  # captions CSV, written anew from the labels
     output: Path = Path("blip2-finetuned")  # folder of the adapter, processor, settings and split
     limit: int | None = None  # use at most this many frames; none: all
@@ -89,7 +89,7 @@ class TrainConfig(DataConfig):
     cuda_graphs: bool = True  # with the fast step on a GPU: record the launches of a pass once and replay them
     unpack_nf4: Literal["auto", "on", "off"] = "auto"  # with the fast step: NF4 values in 16 bits; auto: if room for 3x
     length_window: int = 50  # steps among which frames are dealt out by length, against padding; 0: random order
-    dataloader_workers: int = 4  # processes that decode pictures; 0: the main process
+    dataloader_workers: int = 4  # processes that decode images; 0: the main process
 
     train_share: float = 0.6  # share of the frames for training; whole rides only
     val_share: float = 0.28  # share of the frames for validation; what is left is the test split
@@ -102,7 +102,7 @@ class TrainConfig(DataConfig):
     merge: bool = False  # also write <output>-merged: the model with the adapter merged in, unquantised
     push_to_hub: str | None = None  # name of a private repository on the Hugging Face hub to upload the adapter to
     logging_steps: int = 10  # optimiser steps between two logged losses
-    val_captions: int = 16  # validation pictures captioned and scored after each epoch; 0: none
+    val_captions: int = 16  # validation images captioned and scored after each epoch; 0: none
     run_name: str | None = None  # name of the folder in logs/ and of the wandb run; none: date and time
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online if logged in, else disabled
 
@@ -137,7 +137,7 @@ class TrainConfig(DataConfig):
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Caption test pictures with the fine-tuned model and score the captions; or caption any pictures."""
+    """Caption test images with the fine-tuned model and score the captions; or caption any images."""
 
     demo: bool = False  # evaluate what `main.py --demo` trained
     adapter: Path = Path("blip2-finetuned")  # folder that main.py wrote
@@ -145,18 +145,18 @@ class EvalConfig:
     references: Path | None = None  # references of --predictions: a captions CSV, predictions, COCO's captions
     labels: tuple[Path, ...] = ()  # label files whose facts the captions are held against; none: as in the references
     compare: tuple[Path, Path] | None = None  # two predictions files: how they differ, and whether by chance
-    images: tuple[Path, ...] = ()  # caption these pictures or folders; with --predictions: show them in the report
-    images_root: Path | None = None  # folder with the split's pictures if they were moved; none: where they were
-    model_floors: bool = False  # score the untuned model and the nearest training picture's caption as floors too
+    images: tuple[Path, ...] = ()  # caption these images or folders; with --predictions: show them in the report
+    images_root: Path | None = None  # folder with the split's images if they were moved; none: where they were
+    model_floors: bool = False  # score the untuned model and the nearest training image's caption as floors too
     base: bool = False  # caption with the model as it was before fine-tuning, the adapter left out
-    blank: bool = False  # show black pictures instead: what scores then is said without looking
+    blank: bool = False  # show black images instead: what scores then is said without looking
     split: Literal["train", "val", "test"] = "test"  # frames to draw the sample from
     num_samples: int | Literal["all"] = 20  # random frames to caption
     greedy: bool = False  # take the likeliest token each time instead of sampling
     temperature: float = 0.7  # of sampling
     top_p: float = 0.9  # share of the probability that sampling draws from
     max_new_tokens: int | None = None  # longest caption in tokens; none: as saved in training
-    batch_size: int | None = None  # pictures captioned at once; none: up to 512 in the fast way, 16 otherwise
+    batch_size: int | None = None  # images captioned at once; none: up to 512 in the fast way, 16 otherwise
     fast_generation: Literal["auto", "on", "off"] = "auto"  # OPT in 16 bits, by CUDA graphs; auto: on a GPU with room
     vision_store: Literal["auto", "off"] | Path = "auto"  # kept ViT outputs, as in main.py
     vision_store_disk_gib: float = 20.0  # GiB up to which that folder is filled
@@ -180,8 +180,8 @@ class EvalConfig:
             raise UserError("--compare: goes with neither --predictions, --labels, --images nor --model-floors")
         if self.images and not self.predictions and (self.labels or self.model_floors):
             raise UserError(
-                "--images: without --predictions, pictures are captioned only, and nothing is scored; --images-root is "
-                "for the pictures of the split that were moved"
+                "--images: without --predictions, images are captioned only, and nothing is scored; --images-root is "
+                "for the images of the split that were moved"
             )
         if self.images_root and (self.predictions or self.compare or self.images):
             raise UserError(

@@ -1,11 +1,11 @@
-"""Caption test pictures with the fine-tuned model and score the captions; or caption any pictures.
+"""Caption test images with the fine-tuned model and score the captions; or caption any images.
 
-    python eval.py                                   # 20 random test pictures, sampled at temperature 0.7
+    python eval.py                                   # 20 random test images, sampled at temperature 0.7
     python eval.py --num-samples all --greedy        # the whole test split
     python eval.py --demo                            # what main.py --demo trained
     python eval.py --predictions predictions.jsonl   # score captions from anywhere, no model needed
     python eval.py --compare a.jsonl b.jsonl         # do two models differ?
-    python eval.py --images my_pictures/             # caption pictures without references
+    python eval.py --images my_images/             # caption images without references
     accelerate launch --num_processes 4 eval.py ...  # the same captions, by four GPUs
 
 Predictions are written first, to logs/<run>/predictions.jsonl, and scored from there: scores.json and report.html.
@@ -32,7 +32,7 @@ from captioner.bdd100k.label_files import read_labels
 from captioner.bdd100k.label_report import LabelReport
 from captioner.bdd100k.parsing import mark_caption, parse_caption
 from captioner.data.captions import Example
-from captioner.data.images import find_pictures, index_images
+from captioner.data.images import find_images, index_images
 from captioner.data.splits import choose_examples, read_split
 from captioner.runtime.cli import import_bitsandbytes, without_collector
 from captioner.runtime.errors import UserError, escape_controls
@@ -52,7 +52,7 @@ from captioner.scoring.report import ReportRow, make_rows, start_thumbnails, wri
 from captioner.scoring.scores import compare_predictions, score_predictions
 from config import config_to_json
 
-UNTUNED, NEAREST = "the untuned model", "nearest training picture"  # floors that need a model
+UNTUNED, NEAREST = "the untuned model", "nearest training image"  # floors that need a model
 RESUMED = (
     *("adapter", "base", "blank", "greedy", "temperature", "top_p", "max_new_tokens", "seed", "batch_size"),
     "fast_generation",
@@ -63,16 +63,16 @@ RESUMED = (
 # captioning
 
 
-def load_captioner(config: EvalConfig, pictures: int):
-    """The fine-tuned model, for so many pictures. Torch is imported here: who only scores captions does without."""
+def load_captioner(config: EvalConfig, images: int):
+    """The fine-tuned model, for so many images. Torch is imported here: who only scores captions does without."""
     with without_collector():
         import_bitsandbytes()  # before transformers and peft do
         from captioner.fast.captioning import FastCaptioner
-    return FastCaptioner(config, pictures)
+    return FastCaptioner(config, images)
 
 
 def caption_examples(config: EvalConfig, examples: list[Example]) -> tuple[list[Prediction], dict[str, str]]:
-    """Predictions for the examples, and the pictures that can't be read with the reason. Other processes end here."""
+    """Predictions for the examples, and the images that can't be read with the reason. Other processes end here."""
     captioner, unreadable = load_captioner(config, len(examples)), {}
     references = {example.name: [example.caption] for example in examples}
 
@@ -103,17 +103,17 @@ def caption_examples(config: EvalConfig, examples: list[Example]) -> tuple[list[
         pace += f" ({(total - before) / (last - first):.1f} after the first batch)"
     print(pace + captioner.describe_memory())
     if not predictions:
-        raise UserError(f"none of the {len(examples)} pictures can be read: {next(iter(unreadable.values()))}")
+        raise UserError(f"none of the {len(examples)} images can be read: {next(iter(unreadable.values()))}")
     return predictions, unreadable
 
 
 def find_nearest(captioner, examples: list[Example]) -> dict[str, str]:
-    """{name: caption of the training picture whose image features are most like its own}."""
+    """{name: caption of the training image whose image features are most like its own}."""
     training = ask_main(read_split, captioner.config.adapter, "train", captioner.config.images_root)
     features = {}
     for part in (training, examples):
-        pictures = [(example.name, example.image) for example in part]
-        for rows in captioner.map_batches(pictures, lambda _, outputs: captioner.encode(outputs), {}):
+        images = [(example.name, example.image) for example in part]
+        for rows in captioner.map_batches(images, lambda _, outputs: captioner.encode(outputs), {}):
             features |= rows
     known = [example for example in training if example.name in features]
     table = np.stack([features[example.name] for example in known])  # (N, D)
@@ -122,7 +122,7 @@ def find_nearest(captioner, examples: list[Example]) -> dict[str, str]:
 
 
 # --------------------------------------------------------------------------------------------------------------
-# pictures without references
+# images without references
 
 
 def read_finished(path: Path, config: EvalConfig) -> dict[str, str]:
@@ -153,32 +153,32 @@ def read_finished(path: Path, config: EvalConfig) -> dict[str, str]:
     return {row.name: row.prediction for row in rows}
 
 
-def start_pictures(config: EvalConfig, run_dir: Path) -> tuple[list[tuple[str, Path]], dict[str, str]]:
-    """The pictures of --images as (name, file), and {name: caption} of those that an earlier run did."""
-    pictures = find_pictures(config.images)
+def start_images(config: EvalConfig, run_dir: Path) -> tuple[list[tuple[str, Path]], dict[str, str]]:
+    """The images of --images as (name, file), and {name: caption} of those that an earlier run did."""
+    images = find_images(config.images)
     run_dir.mkdir(parents=True, exist_ok=True)
     finished = read_finished(run_dir / "captions.jsonl", config)
     if finished:
-        done = sum(name in finished for name, _ in pictures)
-        print(f"{done:,} of {len(pictures):,} pictures were captioned before")
-    return pictures, finished
+        done = sum(name in finished for name, _ in images)
+        print(f"{done:,} of {len(images):,} images were captioned before")
+    return images, finished
 
 
-def caption_pictures(config: EvalConfig, run_dir: Path) -> None:
-    """Caption the pictures of --images, to captions.jsonl as it goes, then captions.csv and the gallery.
+def caption_images(config: EvalConfig, run_dir: Path) -> None:
+    """Caption the images of --images, to captions.jsonl as it goes, then captions.csv and the gallery.
 
     A run that goes on has the batches of one that was never stopped, and so the same captions, as long as the same
-    pictures are there and can be read. Of a batch that was half written, all is generated again and the rest written.
+    images are there and can be read. Of a batch that was half written, all is generated again and the rest written.
     """
-    pictures, finished = ask_main(start_pictures, config, run_dir)
+    images, finished = ask_main(start_images, config, run_dir)
     unreadable: dict[str, str] = {}
-    if any(name not in finished for name, _ in pictures):
-        captioner, before = load_captioner(config, len(pictures)), frozenset(finished)
+    if any(name not in finished for name, _ in images):
+        captioner, before = load_captioner(config, len(images)), frozenset(finished)
         path = run_dir / "captions.jsonl" if find_place()[0] == 0 else Path(os.devnull)
         remedy = "the captions before are kept: see to the disk, then give the same command and --run-name again"
         try:
             with explain_writing(path, remedy), open(path, "a", encoding="utf-8") as file:
-                for rows in captioner.map_batches(pictures, captioner.caption, unreadable, before):
+                for rows in captioner.map_batches(images, captioner.caption, unreadable, before):
                     for name, caption in rows:
                         if name not in before:
                             file.write(format_prediction(Prediction(name, caption, [])))
@@ -187,18 +187,18 @@ def caption_pictures(config: EvalConfig, run_dir: Path) -> None:
         finally:
             captioner.finish()
     go_on_alone()
-    captions = {name: finished[name] for name, _ in pictures if name in finished}
+    captions = {name: finished[name] for name, _ in images if name in finished}
     with atomic_write(run_dir / "captions.csv") as file:
         rows = [("name", "prediction"), *captions.items()]
         csv.writer(file).writerows([text.encode(errors="backslashreplace").decode() for text in row] for row in rows)
     rows = [ReportRow(name, mark_caption(text, Facts(), ""), [], {}, None) for name, text in captions.items()]
-    write_report(run_dir / "report.html", f"{len(rows):,} captions", rows, dict(pictures), None)
+    write_report(run_dir / "report.html", f"{len(rows):,} captions", rows, dict(images), None)
     print_left_out(unreadable)
     for name, caption in list(captions.items())[: config.show]:
         print(escape_controls(f"\n{name}\n  {caption}"))
     print(f"\n{len(captions):,} captions in {run_dir}: captions.csv, captions.jsonl, report.html")
     if not captions:
-        raise UserError(f"none of the {len(pictures)} pictures can be read")
+        raise UserError(f"none of the {len(images)} images can be read")
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def read_facts(config: EvalConfig, predictions: Sequence[Prediction]) -> tuple[l
     scored = [prediction for prediction in predictions if prediction.name in labelled]
     if not scored:
         names = name_examples([prediction.name for prediction in predictions])
-        raise UserError(f"--labels {config.labels[0]}: none of the captioned pictures is in it ({names})")
+        raise UserError(f"--labels {config.labels[0]}: none of the captioned images is in it ({names})")
     left_out = Counter({"predictions without labels": len(predictions) - len(scored)})
     return scored, [labelled[prediction.name] for prediction in scored], +left_out
 
@@ -231,19 +231,17 @@ def evaluate(config: EvalConfig, run_dir: Path) -> None:
         predictions, unreadable = caption_examples(config, examples)
         write_predictions(predictions_file, predictions)
         signature = {"split": config.split, "decoding": describe_decoding(config)}
-        signature |= {"model": "base" if config.base else "fine-tuned"} | (
-            {"pictures": "black"} if config.blank else {}
-        )
+        signature |= {"model": "base" if config.base else "fine-tuned"} | ({"images": "black"} if config.blank else {})
     else:
         predictions_file, signature = config.predictions, {"split": "unknown", "decoding": "unknown"}
         for path in config.images:
-            images |= dict(find_pictures([path]))
+            images |= dict(find_images([path]))
             if path.is_dir():
                 images |= index_images(path)  # by the bare file name too
         references = read_references(config.references) if config.references else None
     read, left_out = read_predictions(predictions_file, references)
     predictions, facts, unlabelled = read_facts(config, read)
-    left_out += unlabelled + Counter({"unreadable pictures": len(unreadable)})
+    left_out += unlabelled + Counter({"unreadable images": len(unreadable)})
     signature["facts"] = "labels" if config.labels else "references"
     try:
         scores = score_predictions(predictions, signature, facts)
@@ -254,7 +252,7 @@ def evaluate(config: EvalConfig, run_dir: Path) -> None:
     with atomic_write(run_dir / "scores.json") as file:
         json.dump(scores, file, indent=1, allow_nan=False)
     origin = ", ".join(signature.values()) if config.predictions is None else config.predictions.name
-    title = f"{len(predictions):,} pictures, {origin}"
+    title = f"{len(predictions):,} images, {origin}"
     write_report(run_dir / "report.html", title, make_rows(predictions, facts), images, scores, thumbnails)
     print_captions(predictions, config.show)
     print_left_out(unreadable)
@@ -267,13 +265,13 @@ def evaluate(config: EvalConfig, run_dir: Path) -> None:
 
 
 def add_to_adapter(adapter: Path, scores: dict) -> None:
-    """Keep the scores beside the adapter and in its model card, unless some of more pictures are there."""
+    """Keep the scores beside the adapter and in its model card, unless some of more images are there."""
     from captioner.publishing.model_card import read_scores, write_model_card
 
     try:
         before = read_scores(adapter)
         if before is not None and before["n"] > scores["n"]:
-            print(f"{adapter / 'README.md'} keeps its scores, of {before['n']:,} pictures")
+            print(f"{adapter / 'README.md'} keeps its scores, of {before['n']:,} images")
             return
         with atomic_write(adapter / "scores.json") as file:
             json.dump(scores, file, indent=1, allow_nan=False)
@@ -312,7 +310,7 @@ def main(config: EvalConfig) -> None:
         if config.compare is not None:
             compare(config, run_dir)
         elif config.images and config.predictions is None:
-            caption_pictures(config, run_dir)
+            caption_images(config, run_dir)
         else:
             evaluate(config, run_dir)
 

@@ -4,7 +4,7 @@
     python main.py --demo                                           # drawn scenes, small model, CPU
     python main.py --labels LABELS.json --images FOLDER --model FOLDER
 
-Labels become captions, captions and pictures a train, a validation and a test split with no ride in two of them;
+Labels become captions, captions and images a train, a validation and a test split with no ride in two of them;
 LoRA is trained on the NF4 model with the Hugging Face Trainer; the adapter with the best validation loss is saved
 with its processor, generation settings, configuration and split, for eval.py or plain peft.
 """
@@ -36,7 +36,7 @@ from captioner.blip2.loading import check_model, load_model, load_processor, pic
 from captioner.blip2.lora import add_lora
 from captioner.blip2.vision import start_reading, take_vision_out
 from captioner.data.captions import Example
-from captioner.data.reading import check_pictures
+from captioner.data.reading import check_images
 from captioner.data.splits import TRAINED_ON, leave_out_unreadable, list_images, prepare_splits
 from captioner.fast.captioning import FastGreedyCaptioner
 from captioner.fast.speed import has_room_to_unpack, join_weights, unpack_nf4, use_fast_step
@@ -83,9 +83,9 @@ EVAL_BATCH, LEAN_EVAL_BATCH = 64, 16  # frames a validation pass, unless the use
 
 def keep_outputs(config, model_config, splits: dict[str, list[Example]], device: torch.device) -> bool:
     """Whether memory has room for the ViT's outputs of what is trained on, in each process."""
-    pictures = len(list_images(splits, TRAINED_ON))
+    images = len(list_images(splits, TRAINED_ON))
     vision, dtype = model_config.vision_config, pick_dtype(device)
-    return all(gather(fits_memory, vision, dtype, pictures, config.vision_store_gib, device.type == "cuda"))
+    return all(gather(fits_memory, vision, dtype, images, config.vision_store_gib, device.type == "cuda"))
 
 
 def publish(config: TrainConfig) -> None:
@@ -132,7 +132,7 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
     for_eval = stored and find_folder(config, device) is not None  # eval.py finds the test split's outputs on disk
     decoded_later = (*TRAINED_ON, *["test"] * for_eval) if stored else ()  # for the ViT
     unchecked = list_images(splits, [split for split in splits if split not in decoded_later])
-    unreadable = ask_main(check_pictures, unchecked)
+    unreadable = ask_main(check_images, unchecked)
     if not stored:
         splits = leave_out_unreadable(splits, unreadable)  # before the model is fetched
 

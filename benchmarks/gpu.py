@@ -34,7 +34,7 @@ from benchmarks.results import record
 from demo.draw import draw_scene, list_labels, name_image, sample_scene
 
 ROOT = Path(__file__).parent.parent
-PICTURES, SIZE, QUALITY = 200, (1280, 720), 90  # that are drawn; frames beyond show them again
+IMAGES, SIZE, QUALITY = 200, (1280, 720), 90  # that are drawn; frames beyond show them again
 SCENES_A_FRAME = 4  # at most, whose labels a frame has
 REFERENCE_LENGTH = 114  # positions to which the reference pads
 NEW_TOKENS = 75  # of a caption: a model with random weights writes on to the last
@@ -67,15 +67,15 @@ def make_data(folder: Path, frames: int) -> None:
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     drawn = []
-    for seed in range(min(PICTURES, frames)):
+    for seed in range(min(IMAGES, frames)):
         drawn.append(folder / f"drawn{seed}.jpg")
         draw_scene(seed)[0].resize(SIZE).save(drawn[-1], quality=QUALITY)
-    bodies = [make_labels(index) for index in range(min(PICTURES, frames))]
+    bodies = [make_labels(index) for index in range(min(IMAGES, frames))]
     labels = []
     for index in range(frames):
         labels.append({"name": name_image(index), **bodies[index % len(bodies)]})
-        picture = drawn[index % len(drawn)].read_bytes()  # what follows its end makes a file of its own of it
-        (images / name_image(index)).write_bytes(picture + index.to_bytes(8))
+        image = drawn[index % len(drawn)].read_bytes()  # what follows its end makes a file of its own of it
+        (images / name_image(index)).write_bytes(image + index.to_bytes(8))
     (folder / "labels.json").write_text(json.dumps(labels))
 
 
@@ -292,10 +292,10 @@ def run_as_reference(args, steps: int = 12, warmup: int = 3, captions: int = 4) 
             return len(frames)
 
         def __getitem__(self, index):
-            picture = Image.open(args.folder / "images" / frames[index]["name"]).convert("RGB")
+            image = Image.open(args.folder / "images" / frames[index]["name"]).convert("RGB")
             text = describe(read_frame(frames[index], LabelReport()).facts)
             options = {"padding": "max_length", "truncation": True, "max_length": REFERENCE_LENGTH}
-            row = processor(images=picture, text=text, return_tensors="pt", **options)
+            row = processor(images=image, text=text, return_tensors="pt", **options)
             row = {name: value[0] for name, value in row.items()}
             return row | {"labels": row["input_ids"].clone()}
 
@@ -474,7 +474,7 @@ def main() -> None:
         leave(float(sys.argv[2]), sys.argv[4:])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="for model, pictures and results")
+    parser.add_argument("--folder", type=Path, required=True, help="for model, images and results")
     parser.add_argument("--model", type=Path, help="another BLIP-2; none: one of full size is made in FOLDER")
     parser.add_argument("--frames", type=int, default=10_000)
     parser.add_argument("--epochs", type=float, default=5.0)

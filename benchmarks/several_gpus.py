@@ -4,11 +4,11 @@
     python -m benchmarks.several_gpus --folder FOLDER --record         # and put the table into benchmarks/RESULTS.md
     python -m benchmarks.several_gpus --folder FOLDER --parts nf4 --processes 2 4   # one part, by two GPUs and by four
 
-FOLDER gets the full-size model with random weights and the pictures of benchmarks.gpu. What is timed are main.py and
+FOLDER gets the full-size model with random weights and the images of benchmarks.gpu. What is timed are main.py and
 eval.py themselves, started by accelerate launch.
 
 Parts: `nf4` and `bf16` train with 64 frames a step, each process with a whole model, beside each GPU alone; `fsdp`
-trains in bf16 with the weights spread by fsdp.yaml; `captions` captions 3,072 pictures; `losses` compares the losses of
+trains in bf16 with the weights spread by fsdp.yaml; `captions` captions 3,072 images; `losses` compares the losses of
 the first 20 steps, all dropouts being 0, since processes draw other random numbers than one.
 """
 
@@ -123,7 +123,7 @@ def measure_captions(args) -> Iterator[Row]:
 
 
 def write_test_split(args) -> None:
-    """Make all pictures the test split of the adapter."""
+    """Make all images the test split of the adapter."""
     with open(args.folder / "captions.csv", encoding="utf-8", newline="") as file:
         texts = {row["name"]: row["raw_caption"] for row in itertools.islice(csv.DictReader(file), args.frames)}
     with open(args.folder / ADAPTER / "split.csv", "w", encoding="utf-8", newline="") as file:
@@ -169,10 +169,10 @@ def copy_without_dropout(model: Path, folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="for model, pictures and results")
+    parser.add_argument("--folder", type=Path, required=True, help="for model, images and results")
     parser.add_argument("--model", type=Path, help="another BLIP-2; none: one of full size is made in FOLDER")
     parser.add_argument("--processes", type=int, nargs="+", default=[2], help="numbers of GPUs, each with a process")
-    parser.add_argument("--frames", type=int, default=3072, help="pictures that are captioned")
+    parser.add_argument("--frames", type=int, default=3072, help="images that are captioned")
     parser.add_argument("--batch-size", type=int, default=64, help="frames an optimiser step, over all GPUs")
     parser.add_argument("--steps", type=int, default=24, help="of each epoch of training, at least")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)

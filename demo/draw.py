@@ -1,11 +1,11 @@
 """Draw driving scenes with labels in the layout of BDD100K's 2018 release, so that the demo needs no download.
 
     python -m demo.draw --count 1000 --out scenes              scenes/images/*.jpg and scenes/labels.json
-    python -m demo.draw --count 24 --contact-sheet sheet.png   one picture of many scenes, to look at
+    python -m demo.draw --count 24 --contact-sheet sheet.png   one image of many scenes, to look at
 
 A seed decides everything about its scene. Placing comes first, in metres, and the labels are read off that geometry;
 painting comes second and decides nothing that a label says. An object is either clear of all others or covered by
-a nearer one to a share between COVERED's (occluded), and either wholly inside the picture or cut by its left or right
+a nearer one to a share between COVERED's (occluded), and either wholly inside the image or cut by its left or right
 border by a share between CUT's (truncated): a label never hangs on a few pixels.
 """
 
@@ -28,10 +28,10 @@ from tqdm import tqdm
 
 Colour = tuple[int, int, int]
 Pair = tuple[float, float]
-Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels of the saved picture
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels of the saved image
 
-VERSION = 1  # bump whenever a seed's picture or labels change
-SIZE = (480, 270)  # width and height of a saved picture, in pixels
+VERSION = 1  # bump whenever a seed's image or labels change
+SIZE = (480, 270)  # width and height of a saved image, in pixels
 FINE = 2  # everything is painted FINE times larger and then reduced, which smooths the edges
 WIDE, HIGH = SIZE[0] * FINE, SIZE[1] * FINE
 
@@ -109,7 +109,7 @@ SNOW, WHITE, BLACK, STEEL, MAST, GLASS = parse_colours("f1f5fa ffffff 1d2027 9aa
 WARM, TAIL, BEAM, RED, AMBER, BLUE, GREEN = parse_colours("ffd98a e8302a fff6dc ce2626 fac428 2660c8 16764e")
 # fmt: on
 
-# ---- flat pictures: (colour, or share of the object's own colour; corners) ----
+# ---- flat images: (colour, or share of the object's own colour; corners) ----
 Art = list[tuple[Colour | float, list[Pair]]]
 
 
@@ -343,7 +343,7 @@ def shade(colour: Colour, factor: float) -> Colour:
 
 @functools.lru_cache(maxsize=18)
 def make_sky(weather: str, time: str) -> Image.Image:
-    """(WIDE, HIGH) picture of the sky's gradient; below the horizon it goes on in the lowest colour."""
+    """(WIDE, HIGH) image of the sky's gradient; below the horizon it goes on in the lowest colour."""
     rows = np.clip(np.arange(HIGH) / (HIGH * 0.45), 0, 1)
     stops = np.array(parse_colours(SKIES[weather][time]), float)
     column = np.stack([np.interp(rows, (0, 0.55, 1), stops[:, i]) for i in range(3)], axis=1)  # (HIGH, 3)
@@ -382,7 +382,7 @@ def make_drops(snowy: bool, variant: int) -> Image.Image:
 
 
 class Canvas:
-    """The fine picture with its camera and its light; places and sizes are in metres."""
+    """The fine image with its camera and its light; places and sizes are in metres."""
 
     def __init__(self, scene: Scene):
         self.scene, self.rng = scene, scene.rng
@@ -445,7 +445,7 @@ class Canvas:
         self.draw.polygon(near, self.tint(colour, z))
 
     def art(self, art: Art, x: float, h: float, z: float, colour=WHITE, scale: Pair = (1, 1), lit=False) -> None:
-        """A flat picture with its origin at (x, h, z)."""
+        """A flat image with its origin at (x, h, z)."""
         for paint, shape in art:
             paint = shade(colour, paint) if isinstance(paint, float) else paint
             self.bar(paint, x, z, [(dx * scale[0], h + dh * scale[1]) for dx, dh in shape], lit)
@@ -806,7 +806,7 @@ PAINTERS = {
 
 
 def paint_scene(scene: Scene) -> Image.Image:
-    """RGB picture of SIZE of a placed scene."""
+    """RGB image of SIZE of a placed scene."""
     c = Canvas(scene)
     paint_sky(c)
     paint_ground(c)
@@ -836,7 +836,7 @@ def list_labels(scene: Scene) -> list[dict]:
     labels.append(("drivable area", {"areaType": "direct"}, make_poly(area, closed=True)))
     for x, style, kind in scene.lines:
         facts = {"laneDirection": "parallel", "laneStyle": style, "laneType": kind}
-        ends = [scene.project(x, 0, max(6.5, abs(x) * 1.8)), scene.project(x, 0, 60)]  # inside the picture
+        ends = [scene.project(x, 0, max(6.5, abs(x) * 1.8)), scene.project(x, 0, 60)]  # inside the image
         labels.append(("lane", facts, make_poly(ends, closed=False)))
     made = {"manualShape": True, "manualAttributes": True}
     return [{"category": c, "attributes": a, **made, **shape, "id": i} for i, (c, a, shape) in enumerate(labels)]
@@ -854,7 +854,7 @@ def name_image(seed: int) -> str:
 
 
 def draw_scene(seed: int) -> tuple[Image.Image, dict]:
-    """The picture of a seed, RGB of SIZE, and its frame in BDD100K's 2018 layout with boxes in pixels."""
+    """The image of a seed, RGB of SIZE, and its frame in BDD100K's 2018 layout with boxes in pixels."""
     scene = sample_scene(seed)
     attributes = {"weather": scene.weather, "scene": scene.place, "timeofday": scene.time}
     frame = {"name": name_image(seed), "attributes": attributes, "timestamp": 10000, "labels": list_labels(scene)}
@@ -888,7 +888,7 @@ def draw_dataset(folder: Path, seeds: Sequence[int], workers: int | None = None)
 
 
 def draw_frames(images: Path, seeds: Sequence[int], workers: int | None) -> Iterator[str]:
-    """The JSON of each seed's frame, once its picture is on disk."""
+    """The JSON of each seed's frame, once its image is on disk."""
     write = functools.partial(write_scene, images)
     workers = min(workers or os.cpu_count() or 1, len(seeds))
     if workers <= 1:
@@ -917,8 +917,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=12, help="number of scenes")
     parser.add_argument("--first-seed", type=int, default=0, help="seed of the first scene; the others follow")
-    parser.add_argument("--out", type=Path, help="folder for the pictures and their labels")
-    parser.add_argument("--contact-sheet", type=Path, help="file for one picture of all scenes")
+    parser.add_argument("--out", type=Path, help="folder for the images and their labels")
+    parser.add_argument("--contact-sheet", type=Path, help="file for one image of all scenes")
     parser.add_argument("--workers", type=int, help="processes to draw with (default: all cores)")
     args = parser.parse_args()
     if not (args.out or args.contact_sheet):

@@ -1,10 +1,10 @@
-"""Makes demo/base: a small BLIP-2 that has seen drawn scenes, as the real one has seen the web's pictures.
+"""Makes demo/base: a small BLIP-2 that has seen drawn scenes, as the real one has seen the web's images.
 
     python -m demo.pretrain                  # one GPU, minutes; writes demo/base and demo/pretrain.json
     python -m demo.pretrain --only-draw      # the part that needs cores and no GPU; the next run takes it from there
 
 Its captions are worded otherwise than ours and shorter ("rainy night, highway, red light, 3 cars, 1 hidden bus"), so
-fine-tuning has our wording to teach. Beside them the language model reads plain English sentences without pictures,
+fine-tuning has our wording to teach. Beside them the language model reads plain English sentences without images,
 as OPT had read English before. No scene that is drawn here occurs in the demo's own train, validation or test split.
 Deterministic: the same device and torch give the same weights again, whose hash is in the log.
 
@@ -193,22 +193,22 @@ def draw_small(seed: int) -> tuple[bytes, str]:
 
 
 def draw_scenes(seeds: range, folder: Path) -> tuple[np.ndarray, list[str]]:
-    """(N, S, S, 3) uint8 pictures and their N web captions; kept in `folder` for the next run."""
+    """(N, S, S, 3) uint8 images and their N web captions; kept in `folder` for the next run."""
     kept = folder / f"scenes-v{VERSION}-{seeds.start}-{len(seeds)}"
-    pictures_file, captions_file = kept.with_suffix(".npy"), kept.with_suffix(".json")
+    images_file, captions_file = kept.with_suffix(".npy"), kept.with_suffix(".json")
     if captions_file.exists():
-        return np.load(pictures_file, mmap_mode="r"), json.loads(captions_file.read_text())
+        return np.load(images_file, mmap_mode="r"), json.loads(captions_file.read_text())
     folder.mkdir(parents=True, exist_ok=True)
     shape = (len(seeds), SIDE, SIDE, 3)
-    pictures, captions = np.lib.format.open_memmap(pictures_file, "w+", np.uint8, shape), []
+    images, captions = np.lib.format.open_memmap(images_file, "w+", np.uint8, shape), []
     with multiprocessing.Pool() as pool:
         drawn = pool.imap(draw_small, seeds, chunksize=64)
-        for row, (picture, caption) in enumerate(tqdm(drawn, total=len(seeds), desc="drawing", mininterval=10)):
-            pictures[row] = np.frombuffer(picture, np.uint8).reshape(SIDE, SIDE, 3)
+        for row, (image, caption) in enumerate(tqdm(drawn, total=len(seeds), desc="drawing", mininterval=10)):
+            images[row] = np.frombuffer(image, np.uint8).reshape(SIDE, SIDE, 3)
             captions.append(caption)
-    with atomic_write(captions_file) as file:  # last: it says that the pictures are complete
+    with atomic_write(captions_file) as file:  # last: it says that the images are complete
         json.dump(captions, file)
-    return pictures, captions
+    return images, captions
 
 
 class SceneBatches:
@@ -245,7 +245,7 @@ class PixelNormaliser:
 
 
 class EnglishBatches:
-    """Random batches of sentences without pictures, for the language model alone."""
+    """Random batches of sentences without images, for the language model alone."""
 
     def __init__(self, processor, model, device, count: int = 20_000):
         rng = random.Random(1)

@@ -106,7 +106,7 @@ def build_tiny_checkpoint(folder: Path) -> None:
     model = build_model(processor, side=32, width=64, layers=(2, 2, 2))
     for name, weight in model.named_parameters():
         if name.endswith("weight") and weight.dim() > 1 and "embed_" not in name:
-            # keeps the variance, so that the picture reaches the text
+            # keeps the variance, so that the image reaches the text
             torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
     model.half().save_pretrained(folder)
     processor.save_pretrained(folder)

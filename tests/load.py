@@ -1,9 +1,9 @@
-"""Whether memory grows with the work: eval.py on many pictures, the pipeline and eval.py on many rows.
+"""Whether memory grows with the work: eval.py on many images, the pipeline and eval.py on many rows.
 
-    python -m tests.load --folder /tmp/load                       # 10,000 pictures, 70,000 rows; minutes
-    python -m tests.load --folder /tmp/load --pictures 600 --rows 2000
+    python -m tests.load --folder /tmp/load                       # 10,000 images, 70,000 rows; minutes
+    python -m tests.load --folder /tmp/load --images 600 --rows 2000
 
-The model is the tests' tiny one, the pictures are hard links to a few drawn ones. The resident memory of each script
+The model is the tests' tiny one, the images are hard links to a few drawn ones. The resident memory of each script
 and its processes is sampled each second; load.png in the folder draws it, and a line is printed for each script.
 Growth is told of the captioning: the last sample before the report is made less the first after half of the captions.
 The rows of a CSV are all kept until they are scored. Exit code 1 if captioning grows by more than LIMIT_MB.
@@ -24,8 +24,8 @@ from typing import NamedTuple
 import psutil
 
 ROOT = Path(__file__).parent.parent
-LIMIT_MB = 32  # that captioning may grow in its second half; a picture's pixels alone would be more, were they kept
-DRAWN = 12  # different pictures
+LIMIT_MB = 32  # that captioning may grow in its second half; an image's pixels alone would be more, were they kept
+DRAWN = 12  # different images
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
 
 
@@ -98,16 +98,16 @@ def train_adapter(folder: Path) -> list[dict]:
 
 
 def caption_many(folder: Path, count: int, interval: float) -> Load:
-    pictures = folder / "pictures"
-    pictures.mkdir(exist_ok=True)
+    images = folder / "images"
+    images.mkdir(exist_ok=True)
     drawn = sorted((folder / "drawn/images").iterdir())
     for number in range(count):
-        if not (path := pictures / f"{number:08x}-00000000.jpg").exists():
+        if not (path := images / f"{number:08x}-00000000.jpg").exists():
             os.link(drawn[number % len(drawn)], path)
-    flags = ["--images", pictures, "--max-new-tokens", 8, "--batch-size", 16, "--run-name", "captions"]
+    flags = ["--images", images, "--max-new-tokens", 8, "--batch-size", 16, "--run-name", "captions"]
     watched = folder / "logs/captions/captions.jsonl"
     watched.unlink(missing_ok=True)
-    return watch(f"captioning {count:,} pictures", [ROOT / "eval.py", *flags], folder, watched, interval)
+    return watch(f"captioning {count:,} images", [ROOT / "eval.py", *flags], folder, watched, interval)
 
 
 def convert_many(folder: Path, frames: list[dict], count: int, interval: float) -> Load:
@@ -155,14 +155,14 @@ def draw(path: Path, loads: list[Load]) -> None:
 def main(arguments: list[str] | None = None, tell: Callable = print) -> list[Load]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--pictures", type=int, default=10_000)
-    parser.add_argument("--rows", type=int, default=70_000, help="0: pictures alone")
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--rows", type=int, default=70_000, help="0: images alone")
     parser.add_argument("--interval", type=float, default=1.0, help="seconds between two samples")
     args = parser.parse_args(arguments)
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     frames = train_adapter(folder)
-    loads = [caption_many(folder, args.pictures, args.interval)]
+    loads = [caption_many(folder, args.images, args.interval)]
     tell(loads[-1], flush=True)
     if args.rows:
         loads.append(convert_many(folder, frames, args.rows, args.interval))

@@ -320,7 +320,7 @@ class HubHandler(LoopbackHandler):
             os.close(self.connection.detach())  # at once, with a reset, where a server would take its leave
 
 
-PICTURES = {
+IMAGES = {
     "b1c66a42-6f7d68ca.jpg": "val",
     "0000f77c-6257be58.jpg": "train/trainA",
     "0000f77c-62c2a288.jpg": "train/trainB",
@@ -330,15 +330,15 @@ PICTURES = {
 
 
 def draw_dataset_files() -> dict[str, bytes]:
-    """A few pictures and labels in the layout of the Kaggle data set: {path: bytes}."""
-    picture = io.BytesIO()
-    Image.new("RGB", (32, 18), "grey").save(picture, "JPEG")
-    files = {f"{IMAGE_FOLDER}/{folder}/{name}": picture.getvalue() for name, folder in PICTURES.items()}
+    """A few images and labels in the layout of the Kaggle data set: {path: bytes}."""
+    image = io.BytesIO()
+    Image.new("RGB", (32, 18), "grey").save(image, "JPEG")
+    files = {f"{IMAGE_FOLDER}/{folder}/{name}": image.getvalue() for name, folder in IMAGES.items()}
     attributes = {"weather": "clear", "scene": "highway", "timeofday": "night"}
     for subset, path in LABEL_FILES.items():
         frames = [
             {"name": name, "attributes": attributes, "timestamp": 10000, "labels": []}
-            for name, folder in PICTURES.items()
+            for name, folder in IMAGES.items()
             if folder.startswith(subset) and "conflicted" not in name
         ]
         files[path] = json.dumps(frames, indent=4).encode()

@@ -1,4 +1,4 @@
-"""The embedded default, as a newcomer runs it: main.py --demo, then eval.py --demo, on pictures never seen."""
+"""The embedded default, as a newcomer runs it: main.py --demo, then eval.py --demo, on images never seen."""
 
 import json
 
@@ -32,7 +32,7 @@ def read_scores(cwd, name):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """Scores of the fine-tuned model, of the base, and of the fine-tuned model with black pictures."""
+    """Scores of the fine-tuned model, of the base, and of the fine-tuned model with black images."""
     cwd = tmp_path_factory.mktemp("demo")
     assert "adapter saved to blip2-finetuned-demo" in run("main.py", cwd=cwd)
     scores = {}
@@ -66,7 +66,7 @@ def test_the_base_knows_another_wording(demo):
 
 
 @pytest.mark.slow
-def test_without_the_picture_nothing_is_known(demo):
+def test_without_the_image_nothing_is_known(demo):
     blank, floors = demo["blank"]["scores"], demo["blank"]["floors"].values()
     for name in ("time_of_day", "weather", "scene", "traffic_light", "objects_f1"):
         assert blank["facts"][name] <= max(floor["facts"][name] for floor in floors) + 0.1

@@ -17,7 +17,7 @@ WIDTH, HEIGHT = draw.SIZE
 
 @pytest.fixture(scope="module")
 def frames() -> list[dict]:
-    """300 frames without their pictures."""
+    """300 frames without their images."""
     scenes = [draw.sample_scene(seed) for seed in range(300)]
     keys = ("weather", "scene", "timeofday")
     return [
@@ -41,7 +41,7 @@ def measure_covered(box: tuple, nearer: list[tuple]) -> float:
     return covered.mean()
 
 
-def test_a_seed_always_gives_the_same_picture_and_frame():
+def test_a_seed_always_gives_the_same_image_and_frame():
     for seed in (0, 7, 2**32 - 1):
         (image, frame), (again, frame_again) = draw.draw_scene(seed), draw.draw_scene(seed)
         assert image.size == draw.SIZE and image.mode == "RGB"
@@ -141,7 +141,7 @@ def test_every_value_and_count_is_common(frames):
         assert min(counter.values()) >= 0.03 * len(frames), (category, counter)
 
 
-def read_pictures(folder: Path) -> dict[str, bytes]:
+def read_images(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "images").iterdir()}
 
 
@@ -151,17 +151,17 @@ def test_a_dataset_is_the_same_from_one_process_as_from_two_and_drawn_once(tmp_p
     assert labels == tmp_path / "one" / "labels.json"
     written = json.loads(labels.read_text())
     assert written == [draw.draw_scene(seed)[1] for seed in seeds]
-    pictures = read_pictures(tmp_path / "one")
-    assert set(pictures) == {frame["name"] for frame in written}
+    images = read_images(tmp_path / "one")
+    assert set(images) == {frame["name"] for frame in written}
 
     other = draw.draw_dataset(tmp_path / "two", seeds, workers=2)
-    assert other.read_bytes() == labels.read_bytes() and read_pictures(tmp_path / "two") == pictures
+    assert other.read_bytes() == labels.read_bytes() and read_images(tmp_path / "two") == images
 
     drawn = []
     monkeypatch.setattr(draw, "paint_scene", lambda scene, paint=draw.paint_scene: drawn.append(1) or paint(scene))
     draw.draw_dataset(tmp_path / "one", seeds, workers=1)
     assert not drawn
-    next((tmp_path / "one" / "images").iterdir()).unlink()  # a lost picture, other seeds, a new version: drawn again
+    next((tmp_path / "one" / "images").iterdir()).unlink()  # a lost image, other seeds, a new version: drawn again
     draw.draw_dataset(tmp_path / "one", seeds, workers=1)
     draw.draw_dataset(tmp_path / "one", seeds[:2], workers=1)
     monkeypatch.setattr(draw, "VERSION", draw.VERSION + 1)

@@ -79,9 +79,9 @@ def test_evaluation_writes_predictions_and_scores(trained):
     assert scores["n"] == 2
     for group in ("corpus_bleu", "reference_bleu"):
         assert set(scores["scores"][group]) == {f"BLEU-{n}" for n in range(1, 5)}
-    assert set(scores["floors"]) == {"most frequent caption", "best constant caption", "another picture's caption"}
+    assert set(scores["floors"]) == {"most frequent caption", "best constant caption", "another image's caption"}
     assert "split:train|decoding:T0.7-p0.9-seed42" in scores["signatures"]["corpus_bleu"]
-    assert not (trained / "blip2-finetuned/scores.json").exists()  # they are of pictures that it was trained on
+    assert not (trained / "blip2-finetuned/scores.json").exists()  # they are of images that it was trained on
     for text in ("BLEU-1", "BLEU-4", "prediction:", "reference:", "facts F1"):
         assert text in finished.stdout
     flags = ["--predictions", "logs/scored/predictions.jsonl", "--run-name", "again"]
@@ -100,7 +100,7 @@ def test_the_same_seed_gives_the_same_captions(trained):
 
 
 def test_the_plain_captioner_gives_the_same_captions(trained, monkeypatch):
-    """That of blip2/, in whose place fast/ has one of its own; sampled, with what hides a picture and without."""
+    """That of blip2/, in whose place fast/ has one of its own; sampled, with what hides an image and without."""
     for flags in ([], ["--blank"]):
         flags = ["--num-samples", 3, "--split", "train", "--batch-size", 2, "--max-new-tokens", 8, *flags]
         assert call_script("eval.py", *flags, "--run-name", "fast-room", cwd=trained).returncode == 0
@@ -121,16 +121,16 @@ def test_fast_generation_gives_the_same_captions(trained):
     assert slow == fast
 
 
-def test_model_card_has_the_scores_of_most_pictures(trained):
+def test_model_card_has_the_scores_of_most_images(trained):
     from captioner.publishing.model_card import write_model_card
 
     adapter = trained / "blip2-finetuned"
     (adapter / "scores.json").unlink(missing_ok=True)
     write_model_card(adapter)  # other tests score it too
-    for flags in (["--blank"], []):  # black pictures say nothing of the adapter
+    for flags in (["--blank"], []):  # black images say nothing of the adapter
         finished = call_script("eval.py", "--num-samples", 1, *flags, "--run-name", "card", cwd=trained)
         assert finished.returncode == 0, finished.stderr
-        assert ("1 pictures of the test split" in (adapter / "README.md").read_text()) == (not flags)
+        assert ("1 images of the test split" in (adapter / "README.md").read_text()) == (not flags)
     scores = json.loads((adapter / "scores.json").read_text())
     (adapter / "scores.json").write_text(json.dumps(scores | {"n": 100}))
     assert "keeps its scores" in call_script("eval.py", "--num-samples", 1, "--run-name", "card", cwd=trained).stdout
@@ -142,25 +142,25 @@ def test_floors_that_need_a_model(trained):
     finished = call_script("eval.py", *flags, "--run-name", "floors", cwd=trained)
     assert finished.returncode == 0, finished.stderr
     rows = [json.loads(line) for line in (trained / "logs/floors/predictions.jsonl").read_text().splitlines()]
-    for row in rows:  # a training picture is nearest to itself
-        assert row["floors"]["nearest training picture"] == row["references"][0]
+    for row in rows:  # a training image is nearest to itself
+        assert row["floors"]["nearest training image"] == row["references"][0]
         assert row["floors"]["the untuned model"] != row["prediction"]
     floors = json.loads((trained / "logs/floors/scores.json").read_text())["floors"]
-    assert floors["nearest training picture"]["facts"]["whole_caption"]["value"] == 1
+    assert floors["nearest training image"]["facts"]["whole_caption"]["value"] == 1
     assert "the untuned model" in floors
 
 
-def test_own_pictures_are_captioned(trained, drawn, tmp_path):
+def test_own_images_are_captioned(trained, drawn, tmp_path):
     """Captioned to CSV, JSON lines and gallery; what can't be read is listed; a run that was stopped goes on."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     (folder / "deeper").mkdir(parents=True)
-    for number, picture in enumerate(sorted((drawn / "images").iterdir())[:4]):
-        shutil.copy(picture, folder / "deeper" / f"{number}.jpg" if number % 2 else folder / f"{number}.jpg")
-    (folder / "broken.jpg").write_bytes(b"no picture")
+    for number, image in enumerate(sorted((drawn / "images").iterdir())[:4]):
+        shutil.copy(image, folder / "deeper" / f"{number}.jpg" if number % 2 else folder / f"{number}.jpg")
+    (folder / "broken.jpg").write_bytes(b"no image")
     flags = ["--images", folder, "--greedy", "--run-name", "own", "--batch-size", 1]
     finished = call_script("eval.py", *flags, cwd=trained)
     assert finished.returncode == 0, finished.stderr
-    assert "1 pictures can't be read" in finished.stdout and "broken.jpg" in finished.stdout
+    assert "1 images can't be read" in finished.stdout and "broken.jpg" in finished.stdout
     lines = (trained / "logs/own/captions.jsonl").read_text().splitlines()
     captions = {json.loads(line)["name"]: json.loads(line)["prediction"] for line in lines}
     assert set(captions) == {"0.jpg", "2.jpg", "deeper/1.jpg", "deeper/3.jpg"}
@@ -171,7 +171,7 @@ def test_own_pictures_are_captioned(trained, drawn, tmp_path):
     (trained / "logs/own/captions.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:30])  # killed as it wrote
     again = call_script("eval.py", *flags, cwd=trained)
     assert again.returncode == 0, again.stderr
-    assert "2 of 5 pictures were captioned before" in again.stdout
+    assert "2 of 5 images were captioned before" in again.stdout
     assert (trained / "logs/own/captions.jsonl").read_text().splitlines() == lines
     for content in ("", "{"):
         (trained / "logs/own/settings.json").write_text(content)
@@ -232,7 +232,7 @@ def bad_inputs(drawn, checkpoint, empty):
         "labels missing": (["--labels", "nothing.json", "--images", images, "--model", model], "nothing.json"),
         "images missing": (["--labels", labels, "--images", "nothing", "--model", model], "nothing"),
         "images not given": (["--labels", labels, "--model", model], "--images"),
-        "no picture": (["--labels", labels, "--images", empty, "--model", model], "no picture"),
+        "no image": (["--labels", labels, "--images", empty, "--model", model], "no image"),
         "model missing": (["--labels", labels, "--images", images, "--model", "./nothing"], "./nothing"),
         "model not on disk": (["--labels", labels, "--images", images], "Salesforce/blip2-opt-2.7b"),
         "wandb not logged in": (["--demo", "--wandb", "online"], "wandb login"),
@@ -251,16 +251,16 @@ def test_bad_input_is_one_message(tmp_path, drawn, tiny_checkpoint, case):
     assert {path.name for path in tmp_path.iterdir()} <= {"empty"}  # nothing written
 
 
-def test_unreadable_picture_is_one_message(tmp_path, drawn, tiny_checkpoint):
+def test_unreadable_image_is_one_message(tmp_path, drawn, tiny_checkpoint):
     """When too many are: before anything is trained."""
     shutil.copytree(drawn / "images", tmp_path / "images")
-    for picture in (tmp_path / "images").iterdir():
-        picture.write_bytes(picture.read_bytes()[:500])
+    for image in (tmp_path / "images").iterdir():
+        image.write_bytes(image.read_bytes()[:500])
     flags = ["--labels", drawn / "labels.json", "--images", tmp_path / "images", "--model", tiny_checkpoint]
     failed = call_script("main.py", *flags, "--dataloader-workers", 1, "--vision-store-gib", 0, cwd=tmp_path)
     assert failed.returncode == 2
     [line] = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
-    assert "not readable as a picture" in line
+    assert "not readable as an image" in line
     assert "Traceback" not in failed.stderr
 
 
@@ -311,11 +311,11 @@ def test_official_val_is_held_out(tmp_path, monkeypatch):
     from config import TrainConfig
     from demo.draw import draw_scene
 
-    pictures, frames = zip(*(draw_scene(seed) for seed in range(12)), strict=True)
+    images, frames = zip(*(draw_scene(seed) for seed in range(12)), strict=True)
     same_ride = {**frames[5], "name": frames[11]["name"].split("-")[0] + "-00000000.jpg"}
     (tmp_path / "images").mkdir()
     for frame in [*frames, same_ride]:
-        pictures[0].save(tmp_path / "images" / frame["name"])
+        images[0].save(tmp_path / "images" / frame["name"])
     (tmp_path / "train.json").write_text(json.dumps([*frames[:8], same_ride]))
     (tmp_path / "val.json").write_text(json.dumps(frames[8:]))
     monkeypatch.setattr(

@@ -30,7 +30,7 @@ def evaluate(cwd, name, *flags, start=start_ranks):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, drawn, tiny_checkpoint):
-    """A folder in which main.py has run; one training picture can't be read any more."""
+    """A folder in which main.py has run; one training image can't be read any more."""
     cwd = tmp_path_factory.mktemp("trained")
     shutil.copytree(drawn / "images", cwd / "images")
     flags = ["--labels", drawn / "labels.json", "--images", cwd / "images", "--model", tiny_checkpoint]
@@ -42,7 +42,7 @@ def trained(tmp_path_factory, drawn, tiny_checkpoint):
         training = [row["image"] for row in csv.DictReader(file) if row["split"] == "train"]
     assert len(training) >= 6
     with open(training[1], "wb") as file:
-        file.write(b"no picture")
+        file.write(b"no image")
     return cwd
 
 
@@ -60,22 +60,22 @@ def test_sampled_captions_are_the_same(trained):
 
 @pytest.mark.slow
 def test_greedy_captions_and_floors_are_the_same(trained):
-    """By the real launcher. One batch for two processes; the picture that can't be read is left out of both."""
+    """By the real launcher. One batch for two processes; the image that can't be read is left out of both."""
     flags = ["--split", "train", "--num-samples", "all", "--batch-size", 16, "--greedy", "--model-floors", *SHORT]
     one, two, output = evaluate(trained, "greedy", *flags, start=launch)
     predictions = (one / "predictions.jsonl").read_bytes()
     assert (two / "predictions.jsonl").read_bytes() == predictions
     rows = [json.loads(line) for line in predictions.splitlines()]
-    assert all(row["floors"]["nearest training picture"] == row["references"][0] for row in rows)
-    assert output.count("1 pictures can't be read") == 1
-    assert json.loads((two / "scores.json").read_text())["left_out"] == {"unreadable pictures": 1}
+    assert all(row["floors"]["nearest training image"] == row["references"][0] for row in rows)
+    assert output.count("1 images can't be read") == 1
+    assert json.loads((two / "scores.json").read_text())["left_out"] == {"unreadable images": 1}
 
 
-def test_own_pictures_are_captioned_the_same(trained, drawn, tmp_path):
-    """Seven pictures of which one can't be read, in batches of two; one process goes on with what two began."""
-    for number, picture in enumerate(sorted((drawn / "images").iterdir())[:6]):
-        shutil.copy(picture, tmp_path / f"{number}.jpg")
-    (tmp_path / "1b.jpg").write_bytes(b"no picture")
+def test_own_images_are_captioned_the_same(trained, drawn, tmp_path):
+    """Seven images of which one can't be read, in batches of two; one process goes on with what two began."""
+    for number, image in enumerate(sorted((drawn / "images").iterdir())[:6]):
+        shutil.copy(image, tmp_path / f"{number}.jpg")
+    (tmp_path / "1b.jpg").write_bytes(b"no image")
     flags = ["--images", tmp_path, "--batch-size", 2, *SHORT]
     one, two, output = evaluate(trained, "own", *flags)
     assert output.count("6 captions in ") == 1
@@ -86,7 +86,7 @@ def test_own_pictures_are_captioned_the_same(trained, drawn, tmp_path):
     lines = captions.splitlines(keepends=True)
     (two / "captions.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:20])  # stopped within the third batch
     again = call_script("eval.py", *flags, "--run-name", "two-own", cwd=trained)
-    assert again.returncode == 0 and "4 of 7 pictures were captioned before" in again.stdout, again.stderr
+    assert again.returncode == 0 and "4 of 7 images were captioned before" in again.stdout, again.stderr
     assert (two / "captions.jsonl").read_bytes() == captions
 
 

@@ -87,8 +87,8 @@ def kaggle_files(tmp_path_factory) -> dict[str, bytes]:
     from demo.draw import draw_dataset
 
     labels = draw_dataset(tmp_path_factory.mktemp("drawn"), range(SCENES), workers=1)
-    pictures = (labels.parent / "images").iterdir()
-    files = {f"{IMAGE_FOLDER}/val/{picture.name}": picture.read_bytes() for picture in pictures}
+    images = (labels.parent / "images").iterdir()
+    files = {f"{IMAGE_FOLDER}/val/{image.name}": image.read_bytes() for image in images}
     return files | {LABEL_FILES["val"]: labels.read_bytes(), LABEL_FILES["train"]: b"[]", PADDING: os.urandom(3 << 20)}
 
 

@@ -1,4 +1,4 @@
-"""Memory does not grow with the pictures: tests/load.py in short."""
+"""Memory does not grow with the images: tests/load.py in short."""
 
 import load
 import pytest
@@ -6,7 +6,7 @@ import pytest
 
 @pytest.mark.slow
 def test_captioning_does_not_grow(tmp_path):
-    [captioned] = load.main(["--folder", str(tmp_path), "--pictures", "400", "--rows", "0", "--interval", "0.1"])
+    [captioned] = load.main(["--folder", str(tmp_path), "--images", "400", "--rows", "0", "--interval", "0.1"])
     assert sum(sample.done > 0 for sample in captioned.samples) > 10, "sampled while it captioned"
     assert captioned.growth() < load.LIMIT_MB
     assert (tmp_path / "load.png").stat().st_size > 5000

@@ -202,7 +202,7 @@ def test_disk_fills_up_while_the_adapter_is_saved(folder, settings, undisturbed,
 
 @pytest.mark.slow
 def test_disk_of_the_logs_fills_up(folder, settings, undisturbed, mount):
-    """With captions of the validation pictures, which leave no trace in the adapter."""
+    """With captions of the validation images, which leave no trace in the adapter."""
     mount(folder / "logs", "64k")
     real = dashboard.RunLog.on_step_end
 
@@ -236,22 +236,22 @@ def test_full_disk_names_the_log(tmp_path, file):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory, scenes) -> Path:
-    """20 pictures that other tests of this file may not change."""
-    return Path(shutil.copytree(scenes / "images", tmp_path_factory.mktemp("own") / "pictures"))
+def images(tmp_path_factory, scenes) -> Path:
+    """20 images that other tests of this file may not change."""
+    return Path(shutil.copytree(scenes / "images", tmp_path_factory.mktemp("own") / "images"))
 
 
-def caption_own(undisturbed, pictures, **changes) -> Path:
+def caption_own(undisturbed, images, **changes) -> Path:
     """What eval.py --images does with the adapter; the folder that it writes."""
-    options = {"images": (pictures,), "adapter": undisturbed[1] / OUTPUT, "run_name": "own", "max_new_tokens": 8}
+    options = {"images": (images,), "adapter": undisturbed[1] / OUTPUT, "run_name": "own", "max_new_tokens": 8}
     config = EvalConfig(**options | {"batch_size": 4} | changes)
     evaluation.main(config)
     return name_run(config)
 
 
-def test_disk_fills_up_while_pictures_are_captioned(folder, undisturbed, pictures, mount, monkeypatch, capsys):
+def test_disk_fills_up_while_images_are_captioned(folder, undisturbed, images, mount, monkeypatch, capsys):
     """The captions before are kept, and the same command goes on behind them."""
-    whole = caption_own(undisturbed, pictures, run_name="whole")
+    whole = caption_own(undisturbed, images, run_name="whole")
     mount(folder / "logs/own", "2m")
     real = captioner.Captioner.caption
 
@@ -264,12 +264,12 @@ def test_disk_fills_up_while_pictures_are_captioned(folder, undisturbed, picture
         patch.setattr(captioner.Captioner, "caption", caption)
         # the first two batches leave a page of the disk that the third has to begin another of
         patch.setattr(evaluation, "format_prediction", lambda row: format_long(row))
-        caption_own(undisturbed, pictures)
+        caption_own(undisturbed, images)
     assert not Path("logs/own/captions.csv").exists()
     Path("logs/own/filler").unlink()
     capsys.readouterr()
-    caption_own(undisturbed, pictures)
-    assert "of 20 pictures were captioned before" in capsys.readouterr().out
+    caption_own(undisturbed, images)
+    assert "of 20 images were captioned before" in capsys.readouterr().out
     assert Path("logs/own/captions.csv").read_bytes() == (whole / "captions.csv").read_bytes()
 
 
@@ -303,10 +303,10 @@ def test_disk_fills_up_while_eval_writes(folder, undisturbed, mount, file):
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_picture_vanishes_in_training(folder, settings, undisturbed, pictures, workers):
-    """The picture is named; once it is back the run goes on."""
+def test_an_image_vanishes_in_training(folder, settings, undisturbed, images, workers):
+    """The image is named; once it is back the run goes on."""
     options = {"images": Path("images"), "dataloader_workers": workers, "vision_store_gib": 0.0}
-    shutil.copytree(pictures, "images")
+    shutil.copytree(images, "images")
     real = training_run.train_lora
 
     def train_lora(*args):
@@ -322,26 +322,26 @@ def test_a_picture_vanishes_in_training(folder, settings, undisturbed, pictures,
     assert train(settings, resume=True, **options) == undisturbed[0]
 
 
-def test_a_picture_vanishes_before_the_fingerprint(tmp_path):
+def test_an_image_vanishes_before_the_fingerprint(tmp_path):
     with pytest.raises(UserError, match=r"a\.jpg: can't be read any more \(No such file"):
         fingerprint_data({"train": [Example("a.jpg", tmp_path / "a.jpg", "")]})
 
 
-def test_a_picture_vanishes_while_others_are_captioned(folder, undisturbed, pictures, capsys):
+def test_an_image_vanishes_while_others_are_captioned(folder, undisturbed, images, capsys):
     """Counted and named; the others get their captions."""
-    shutil.copytree(pictures, "images")
-    real = data_images.find_pictures
+    shutil.copytree(images, "images")
+    real = data_images.find_images
 
-    def find_pictures(paths):
+    def find_images(paths):
         found = real(paths)
         found[3][1].unlink()
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "find_pictures", find_pictures)
+        patch.setattr(evaluation, "find_images", find_images)
         caption_own(undisturbed, Path("images"))
     said = capsys.readouterr().out
-    assert "1 pictures can't be read" in said and "No such file" in said and "19 captions in" in said
+    assert "1 images can't be read" in said and "No such file" in said and "19 captions in" in said
 
 
 @pytest.mark.parametrize("size", [2**23, 64])
@@ -460,10 +460,10 @@ def test_two_evaluations_start_at_once_under_one_name(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["main.py", "eval.py"])
-def test_launched_processes_are_refused_a_folder_that_is_held(folder, settings, undisturbed, pictures, script):
+def test_launched_processes_are_refused_a_folder_that_is_held(folder, settings, undisturbed, images, script):
     """Both of them end, and one tells why."""
     held = {"main.py": OUTPUT, "eval.py": Path("logs/run")}[script]
-    own = {"images": (pictures,), "adapter": undisturbed[1] / OUTPUT, "run_name": "run"}
+    own = {"images": (images,), "adapter": undisturbed[1] / OUTPUT, "run_name": "run"}
     with lock_folder(held, "--output"):
         run = start(settings if script == "main.py" else own, script, *map(str, LAUNCH))
         _, error = run.communicate(timeout=300)
@@ -503,7 +503,7 @@ def test_a_killed_worker_of_the_training_data_is_noticed(folder, settings, undis
         time.sleep(0.01)
     _, error = run.communicate()
     assert killed and run.returncode == 2, error
-    assert "error: a process that reads pictures was killed" in error and "--dataloader-workers" in error
+    assert "error: a process that reads images was killed" in error and "--dataloader-workers" in error
     assert "Traceback" not in error
     assert find_checkpoint(CHECKPOINTS) is not None
     assert train(settings, **options, resume=True) == undisturbed[0]
@@ -530,7 +530,7 @@ def test_a_worker_dies_while_a_checkpoint_is_written(folder, settings, monkeypat
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
 
     monkeypatch.setattr(trainer.Trainer, "_save_checkpoint", save)
-    with pytest.raises(UserError, match="a process that reads pictures was killed"):
+    with pytest.raises(UserError, match="a process that reads images was killed"):
         train(settings)
 
 

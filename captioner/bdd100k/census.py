@@ -1,4 +1,4 @@
-"""What labels hold, as tables and as a picture."""
+"""What labels hold, as tables and as an image."""
 
 from collections import Counter
 from pathlib import Path
@@ -39,7 +39,7 @@ def summarise(counts: Counter[int]) -> str:
 
 
 def draw_census(report: LabelReport, tokens: Counter[int], path: Path) -> None:
-    """What the labels hold, as a picture."""
+    """What the labels hold, as an image."""
     import matplotlib
 
     matplotlib.use("Agg")

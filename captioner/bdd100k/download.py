@@ -1,4 +1,4 @@
-"""BDD100K from Kaggle: the label files alone, or the whole data set with its pictures.
+"""BDD100K from Kaggle: the label files alone, or the whole data set with its images.
 
 kagglehub downloads, resumes and caches; this module adds what it leaves to its caller:
 
@@ -76,7 +76,7 @@ def fetch_labels(dataset: str, subset: Literal["val", "train", "both"]) -> list[
 
 
 def fetch_images(dataset: str) -> Path:
-    """Fetch the whole data set, for kagglehub can't fetch a folder of it, and return the folder with its pictures.
+    """Fetch the whole data set, for kagglehub can't fetch a folder of it, and return the folder with its images.
 
     That is `bdd100k/bdd100k/images/100k` in the set or, where it has none, the set's own folder. A cached set is not
     fetched again. `dataset` is a handle with its version, owner/name/versions/2. Raises UserError if the disk has less

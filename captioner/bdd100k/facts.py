@@ -113,7 +113,7 @@ class Facts:
 
 
 class Frame(NamedTuple):
-    """One labelled picture. `name` is the file name of its image."""
+    """One labelled image. `name` is the file name of its image."""
 
     name: str
     facts: Facts

@@ -26,11 +26,11 @@ _SIGNATURES = [
     (rb"\xfd7zXZ\0", "it is packed by xz", _UNPACK),
     (rb"\x04\x22\x4d\x18", "it is packed by lz4", _UNPACK),
     (rb"\x1f[\x9d\xa0]", "it is packed by compress", _UNPACK),
-    # pictures and other documents
-    (rb"\xff\xd8\xff", "it is a JPEG picture", WANTED),
-    (rb"\x89PNG", "it is a PNG picture", WANTED),
-    (rb"(?s)GIF8|BM.{4}\0{4}|II\*\0|MM\0\*|RIFF.{4}WEBP", "it is a picture", WANTED),
-    (rb"(?s).{4}ftyp(hei|hev|mif1|avif)", "it is a picture", WANTED),
+    # images and other documents
+    (rb"\xff\xd8\xff", "it is a JPEG image", WANTED),
+    (rb"\x89PNG", "it is a PNG image", WANTED),
+    (rb"(?s)GIF8|BM.{4}\0{4}|II\*\0|MM\0\*|RIFF.{4}WEBP", "it is an image", WANTED),
+    (rb"(?s).{4}ftyp(hei|hev|mif1|avif)", "it is an image", WANTED),
     (rb"(?s).{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI", "it is a video", WANTED),
     (rb"%PDF", "it is a PDF document", WANTED),
     (rb"\xd0\xcf\x11\xe0", "it is an Office document", WANTED),

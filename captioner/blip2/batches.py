@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import Blip2Processor
 
 from captioner.data.captions import Example
-from captioner.data.images import open_picture
+from captioner.data.images import open_image
 from captioner.data.splits import TRAINED_ON
 from config import TrainConfig
 
@@ -20,16 +20,16 @@ IGNORED = -100  # label of a position that carries no loss
 
 
 def load_pixels(image: Path, processor: Blip2Processor, blank: bool = False) -> Tensor:
-    """(3, S, S) pixel values of a picture file, or of a black picture of its size.
+    """(3, S, S) pixel values of an image file, or of a black image of its size.
 
-    The same numbers as the processor gives, which copies the picture several times on its way.
+    The same numbers as the processor gives, which copies the image several times on its way.
     """
-    picture, prepare = open_picture(image), processor.image_processor
+    opened, prepare = open_image(image), processor.image_processor
     if blank:
-        picture = Image.new("RGB", picture.size)
+        opened = Image.new("RGB", opened.size)
     if not (prepare.do_resize and prepare.do_rescale and prepare.do_normalize and "height" in prepare.size):
-        return prepare(picture, return_tensors="pt")["pixel_values"][0]
-    small = np.asarray(picture.resize((prepare.size["width"], prepare.size["height"]), prepare.resample))  # (S, S, 3)
+        return prepare(opened, return_tensors="pt")["pixel_values"][0]
+    small = np.asarray(opened.resize((prepare.size["width"], prepare.size["height"]), prepare.resample))  # (S, S, 3)
     values = list_values(prepare)
     return torch.from_numpy(np.stack([values[channel].take(small[:, :, channel]) for channel in range(3)]))
 
@@ -37,7 +37,7 @@ def load_pixels(image: Path, processor: Blip2Processor, blank: bool = False) -> 
 @functools.cache
 def list_values(image_processor) -> np.ndarray:
     """(3, 256) pixel values that the processor makes of each level of each channel."""
-    levels = np.arange(256, dtype=np.uint8).reshape(1, 256, 1).repeat(3, axis=2)  # a picture of 256 x 1
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 256, 1).repeat(3, axis=2)  # an image of 256 x 1
     made = image_processor(Image.fromarray(levels), do_resize=False, return_tensors="np")["pixel_values"][
         0
     ]  # (3, 1, 256)
@@ -110,7 +110,7 @@ class CaptionCollator:
 def make_datasets(
     config: TrainConfig, splits: dict[str, list[Example]], processor, model_config, outputs: torch.Tensor | None
 ) -> dict[str, CaptionDataset]:
-    """What is trained on, with the ViT's `outputs` (N, P, D) of all its pictures in order, if they are stored."""
+    """What is trained on, with the ViT's `outputs` (N, P, D) of all its images in order, if they are stored."""
     datasets, start = {}, 0
     for split in TRAINED_ON:
         dataset = CaptionDataset(splits[split], processor, config.max_caption_tokens, end_token(model_config))

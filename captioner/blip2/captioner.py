@@ -16,14 +16,14 @@ from captioner.runtime.errors import UserError
 from captioner.runtime.processes import find_place, gather
 from config import EvalConfig
 
-SLOW_BATCH = 16  # pictures captioned at once, unless --batch-size says how many
+SLOW_BATCH = 16  # images captioned at once, unless --batch-size says how many
 
 
 class Captioner:
     """The fine-tuned model with its processor and settings, in each process."""
 
-    def __init__(self, config: EvalConfig, pictures: int):
-        """`pictures` are to be captioned."""
+    def __init__(self, config: EvalConfig, images: int):
+        """`images` are to be captioned."""
         self.config = config
         gather(self._load)
         self.options = {"do_sample": not config.greedy}
@@ -32,7 +32,7 @@ class Captioner:
         if config.max_new_tokens is not None:
             self.options["max_new_tokens"] = config.max_new_tokens
         self.batch_size = config.batch_size or SLOW_BATCH
-        self._prepare(pictures)
+        self._prepare(images)
         place, processes = find_place()
         if place == 0 and processes > 1:
             print(f"captioning in {processes} processes")
@@ -43,31 +43,31 @@ class Captioner:
         self.model, self.processor, self.generation = load_finetuned(config.adapter, pick_device(), config.base)
         self.vision = take_vision_out(self.model)
 
-    def _prepare(self, pictures: int) -> None:
+    def _prepare(self, images: int) -> None:
         """Called in all processes, once each has its model: for what a faster way to caption has to make ready."""
 
     def map_batches(
         self,
-        pictures: Sequence[tuple[str, Path]],
+        images: Sequence[tuple[str, Path]],
         work: Callable,
         unreadable: dict[str, str],
         finished: Collection[str] = frozenset(),
     ) -> Iterator[list[tuple]]:
         """Rows (name, result) of batch after batch, the same in every process.
 
-        A batch is `batch_size` pictures in a row. work(index of the batch, outputs of the ViT (B, P, D)) gives the B
+        A batch is `batch_size` images in a row. work(index of the batch, outputs of the ViT (B, P, D)) gives the B
         results of those that can be read; the others go into `unreadable` with why. Of N processes the r-th works on
-        batches r, r + N, ...; after N batches the results are exchanged. Batches with no picture to do that is not in
+        batches r, r + N, ...; after N batches the results are exchanged. Batches with no image to do that is not in
         `finished` are passed over.
         """
         place, processes = find_place()
         size = self.batch_size
-        batches = [(index, pictures[size * index : size * (index + 1)]) for index in range(-(-len(pictures) // size))]
+        batches = [(index, images[size * index : size * (index + 1)]) for index in range(-(-len(images) // size))]
         batches = [(index, batch) for index, batch in batches if any(name not in finished for name, _ in batch)]
         total = sum(len(batch) for _, batch in batches)
         mine = [batch for _, batch in batches[place::processes]]
         reading = one_ahead(self._read_batches(mine, self._read_all([image for batch in mine for _, image in batch])))
-        with tqdm(total=total, desc="captioning", unit="picture", disable=place > 0) as progress:
+        with tqdm(total=total, desc="captioning", unit="image", disable=place > 0) as progress:
             for first in range(0, len(batches), processes):
                 now = batches[first : first + processes]
                 index = now[place][0] if place < len(now) else None
@@ -77,7 +77,7 @@ class Captioner:
                 progress.update(sum(len(batch) for _, batch in now))
 
     def _read_all(self, images: Sequence[Path]) -> Iterator:
-        """What the ViT reads of each picture, or why it can't be read: by processes, which start at the call."""
+        """What the ViT reads of each image, or why it can't be read: by processes, which start at the call."""
         dtype, side = self.vision.post_layernorm.weight.dtype, self.model.config.vision_config.image_size
         return read_each(images, self.processor, dtype, side, self.config.blank)  # pixels (3, S, S)
 

@@ -49,7 +49,7 @@ def pick_dtype(device: torch.device) -> torch.dtype:
 
 
 def load_processor(source: str | Path) -> Blip2Processor:
-    """The processor of a checkpoint; pictures are prepared with Pillow, so torchvision is not needed."""
+    """The processor of a checkpoint; images are prepared with Pillow, so torchvision is not needed."""
     return load_pretrained(Blip2Processor, source, backend="pil")
 
 

@@ -1,6 +1,6 @@
-"""The frozen ViT by itself: pictures to pixels, by processes, and pixels to its outputs.
+"""The frozen ViT by itself: images to pixels, by processes, and pixels to its outputs.
 
-Shapes: B pictures at once, S image side in pixels (224), P positions of the ViT (257), D its width (1408).
+Shapes: B images at once, S image side in pixels (224), P positions of the ViT (257), D its width (1408).
 """
 
 import functools
@@ -35,10 +35,10 @@ def take_vision_out(model) -> torch.nn.Module:
 
 
 def run_vision(vision, pixels: Tensor) -> Tensor:
-    """The ViT's outputs (B, P, D) for pixels (B, 3, S, S), BATCH pictures at a time.
+    """The ViT's outputs (B, P, D) for pixels (B, 3, S, S), BATCH images at a time.
 
-    A GPU may add up in another order for another number of rows: there, always BATCH pictures are computed, blank ones
-    among them, so that an output does not depend on how many pictures came with it.
+    A GPU may add up in another order for another number of rows: there, always BATCH images are computed, blank ones
+    among them, so that an output does not depend on how many images came with it.
     """
     weight, outputs = vision.post_layernorm.weight, []
     for part in pixels.split(BATCH):
@@ -60,7 +60,7 @@ def start_reading(
     hashes: bool = False,
     pin: bool = False,
 ) -> Iterator[tuple[Tensor, list[str | None], list[str | None]]]:
-    """What processes make of pictures from the call on, BATCH at a time; see load_pixels for `blank`.
+    """What processes make of images from the call on, BATCH at a time; see load_pixels for `blank`.
 
     (pixels (B, 3, S, S) of those that can be read, in pinned memory if wanted, why not for each of all, SHA-256 of the
     bytes of each of all or None unless `hashes`).
@@ -70,7 +70,7 @@ def start_reading(
 
 
 def read_each(images: Sequence[Path], processor, dtype: torch.dtype, side: int, blank: bool) -> Iterator[Tensor | str]:
-    """Pixels (3, S, S) of each picture in order, or why it can't be read; see load_pixels for `blank`.
+    """Pixels (3, S, S) of each image in order, or why it can't be read; see load_pixels for `blank`.
 
     By processes, which start at the call.
     """
@@ -85,7 +85,7 @@ def _list_each(pixels: Tensor, reasons: list[str | None]) -> list[Tensor | str]:
 
 def _read(image: Path, processor, blank: bool, hashes: bool) -> tuple[Tensor | str, str | None]:
     """(3, S, S) pixel values, or why there are none; and the SHA-256 of the file, if wanted."""
-    sha256 = hash_picture(image) if hashes else None
+    sha256 = hash_image(image) if hashes else None
     try:
         return load_pixels(image, processor, blank), sha256
     except UserError as error:
@@ -101,7 +101,7 @@ def _stack(
     return torch.stack(pixels) if pixels else torch.empty(0), reasons, [sha256 for _, sha256 in read]
 
 
-def hash_picture(image: Path) -> str | None:
+def hash_image(image: Path) -> str | None:
     """SHA-256 of the file's bytes; None if it can't be read: who decodes it says why."""
     try:
         with open(image, "rb") as file:

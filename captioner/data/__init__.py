@@ -4,6 +4,6 @@ caption_labels(config, paths, output, run_dir) -> report     # labels to a capti
 read_captions(path) -> {name: caption}
 match_images(captions, {name: path}) -> examples
 split_by_ride(names, shares, seed) -> {split: names}
-open_picture(path) -> PIL image                              # upright, 8 bits, RGB
+open_image(path) -> PIL image                              # upright, 8 bits, RGB
 read_batches(read, items, collate) -> batches                # by processes, in order
 """

@@ -21,7 +21,7 @@ CSV_HEADER = ["name", "raw_caption"]
 
 
 class Example(NamedTuple):
-    """A picture and its caption."""
+    """An image and its caption."""
 
     name: str
     image: Path

@@ -1,8 +1,8 @@
 """Many images at once: by threads or by processes, in order.
 
-unreadable = check_pictures([Path("a.jpg")])   # {path: why}
-for picture in read_ahead(open_picture, paths): ...              # by threads
-for pictures in read_batches(open_picture, paths, list): ...     # by processes
+unreadable = check_images([Path("a.jpg")])   # {path: why}
+for image in read_ahead(open_image, paths): ...              # by threads
+for images in read_batches(open_image, paths, list): ...     # by processes
 """
 
 import itertools
@@ -15,24 +15,24 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from captioner.data.images import open_picture
+from captioner.data.images import open_image
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import measure_free
 from captioner.runtime.processes import count_cores, count_processes, step_back
 
 T, R, B = TypeVar("T"), TypeVar("R"), TypeVar("B")
-AHEAD = 256  # pictures that are read before they are asked for
-BATCH = 32  # pictures that a process reads for one answer
+AHEAD = 256  # images that are read before they are asked for
+BATCH = 32  # images that a process reads for one answer
 ANSWERS, MORE_ANSWERS = 2, 8  # of a process that may wait to be asked for: at least, and where there is room
 ALL_ANSWERS = 128  # that may wait on a machine, but for at least ANSWERS of each process: 1.2 GB for BLIP-2
 SHARED_MEMORY = Path("/dev/shm")  # where answers of processes wait
 LOADER_ERRORS = (UserError, RuntimeError, EOFError, ConnectionError)  # that explain_dead_worker may know
 
 
-def check_pictures(paths: Sequence[Path]) -> dict[Path, str]:
-    """{path: why} of the pictures that can't be read. All of each is decoded, on all cores."""
+def check_images(paths: Sequence[Path]) -> dict[Path, str]:
+    """{path: why} of the images that can't be read. All of each is decoded, on all cores."""
     unreadable = {}
-    with tqdm(total=len(paths), desc="checking pictures", unit="picture") as bar:
+    with tqdm(total=len(paths), desc="checking images", unit="image") as bar:
         reasons = itertools.chain.from_iterable(read_batches(_check, paths, list))
         for path, reason in zip(paths, reasons, strict=True):
             if reason is not None:
@@ -97,7 +97,7 @@ def read_batches(
     processes, as in a container, fewer work. `pin`: a thread copies tensors to memory that a GPU reads by itself.
     Raises UserError when one of the processes was killed.
     """
-    import torch  # here: who only opens pictures does without
+    import torch  # here: who only opens images does without
 
     workers, answers = min(count_cores(), len(items) // BATCH), ALL_ANSWERS // count_processes()
     if item_bytes and (free := measure_free(SHARED_MEMORY)) is not None:
@@ -143,7 +143,7 @@ def _explain_loader(error: Exception) -> UserError | None:
     if cut or (isinstance(error, RuntimeError) and text.startswith(signs)):
         reason = (text or repr(error)).splitlines()[0]
         return UserError(
-            f"a process that reads pictures was killed ({reason}): mostly for want of memory or of shared memory "
+            f"a process that reads images was killed ({reason}): mostly for want of memory or of shared memory "
             f"({SHARED_MEMORY}); free some, or read with fewer (--dataloader-workers)"
         )
     return None
@@ -151,7 +151,7 @@ def _explain_loader(error: Exception) -> UserError | None:
 
 def _check(path: Path) -> str | None:
     try:
-        open_picture(path, draft=True)
+        open_image(path, draft=True)
     except UserError as error:
         return str(error)
     return None

@@ -7,7 +7,7 @@ from captioner.runtime.errors import UserError
 
 
 def read_run(folder: Path) -> dict:
-    """What main.py wrote about its run: configuration, pictures, versions."""
+    """What main.py wrote about its run: configuration, images, versions."""
     try:
         run = json.loads((folder / "run.json").read_text())
         if not isinstance(run, dict) or not isinstance(run.get("config"), dict):

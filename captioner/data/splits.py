@@ -11,13 +11,13 @@ from pathlib import Path
 
 from captioner.bdd100k.frames import NAME
 from captioner.data.captions import Example, caption_labels, find_labels, read_captions
-from captioner.data.images import IMAGE_SUFFIXES, find_images, index_images, match_images
+from captioner.data.images import IMAGE_SUFFIXES, find_image_folder, index_images, match_images
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write
 from config import EvalConfig, TrainConfig
 
-TRAINED_ON = ("train", "val")  # splits whose pictures training sees
-MAX_UNREADABLE = 0.05  # share of the pictures that may be unreadable
+TRAINED_ON = ("train", "val")  # splits whose images training sees
+MAX_UNREADABLE = 0.05  # share of the images that may be unreadable
 LISTED = 10  # of them that are listed
 FRAME_NAME = re.compile(r"[0-9a-f]{8}-[0-9a-f]{8}(\.\w+)?")  # of BDD100K
 
@@ -65,9 +65,9 @@ def split_by_ride(names: Sequence[str], shares: Mapping[str, float], seed: int) 
 
 
 def prepare_splits(config: TrainConfig, run_dir: Path) -> dict[str, list[Example]]:
-    """Labels -> captions CSV -> examples with pictures -> {split: examples}."""
+    """Labels -> captions CSV -> examples with images -> {split: examples}."""
     labels = find_labels(config)
-    images = index_images(find_images(config))
+    images = index_images(find_image_folder(config))
     shares = {"train": config.train_share, "val": config.val_share}
     held_out: list[Example] = []
     if config.held_out == "val":
@@ -97,12 +97,12 @@ def caption_held_out(config: TrainConfig, images: dict[str, Path], run_dir: Path
 
 
 def list_images(splits: dict[str, list[Example]], names: Iterable[str]) -> list[Path]:
-    """The pictures of the splits of those names, in their order."""
+    """The images of the splits of those names, in their order."""
     return [example.image for name in names for example in splits[name]]
 
 
 def leave_out_unreadable(splits: dict[str, list[Example]], unreadable: dict[Path, str]) -> dict[str, list[Example]]:
-    """The splits without the `unreadable` pictures {path: why}, which are counted and listed.
+    """The splits without the `unreadable` images {path: why}, which are counted and listed.
 
     Raises UserError when they are more than MAX_UNREADABLE of all.
     """
@@ -110,7 +110,7 @@ def leave_out_unreadable(splits: dict[str, list[Example]], unreadable: dict[Path
     if unreadable:
         listed = [unreadable[example.image] for example in everything if example.image in unreadable][:LISTED]
         reasons = "\n".join(f"  {reason}" for reason in listed)
-        told = f"{len(unreadable):,} of {len(everything):,} pictures can't be read"
+        told = f"{len(unreadable):,} of {len(everything):,} images can't be read"
         if len(unreadable) > MAX_UNREADABLE * len(everything):
             first = reasons.splitlines()[0].strip()
             raise UserError(f"{told}, more than {MAX_UNREADABLE:.0%}: is the data set complete? The first: {first}")
@@ -132,7 +132,7 @@ def write_splits(path: Path, splits: dict[str, list[Example]]) -> None:
 
 
 def read_split(folder: Path, split: str, images_root: Path | None = None) -> list[Example]:
-    """The examples of a split that main.py wrote to `folder`; with the pictures below `images_root`, if given."""
+    """The examples of a split that main.py wrote to `folder`; with the images below `images_root`, if given."""
     path = folder / "split.csv"
     if not path.is_file():
         raise UserError(f"{folder}: no fine-tuned model in it; train one with python main.py --output {folder}")
@@ -140,7 +140,7 @@ def read_split(folder: Path, split: str, images_root: Path | None = None) -> lis
         with open(path, encoding="utf-8", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["split"] == split]
             examples = [Example(row["name"], Path(row["image"]), row["raw_caption"]) for row in rows]
-            for example in examples:  # the folder may be somebody else's, and the report shows the picture
+            for example in examples:  # the folder may be somebody else's, and the report shows the image
                 suffix = example.image.suffix.lower()
                 if (
                     not NAME.fullmatch(example.name)
@@ -148,8 +148,8 @@ def read_split(folder: Path, split: str, images_root: Path | None = None) -> lis
                     or suffix not in IMAGE_SUFFIXES
                 ):
                     raise UserError(
-                        f"{path}: {example.name[:80]!r} with the picture {str(example.image)[:200]!r} is no frame's; "
-                        "the picture must have the frame's name: train again with python main.py"
+                        f"{path}: {example.name[:80]!r} with the image {str(example.image)[:200]!r} is no frame's; "
+                        "the image must have the frame's name: train again with python main.py"
                     )
     except (OSError, KeyError, TypeError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a split with columns {', '.join(SPLIT_COLUMNS)} ({error!r})") from None
@@ -159,13 +159,13 @@ def read_split(folder: Path, split: str, images_root: Path | None = None) -> lis
 
 
 def move_images(examples: list[Example], root: Path) -> list[Example]:
-    """The examples with the pictures of their names below `root`; those that have none there are left out, counted."""
+    """The examples with the images of their names below `root`; those that have none there are left out, counted."""
     images = index_images(root)
     moved = [example._replace(image=images[example.name]) for example in examples if example.name in images]
     if not moved:
-        raise UserError(f"--images-root {root}: none of the {len(examples):,} pictures of the split is in it")
+        raise UserError(f"--images-root {root}: none of the {len(examples):,} images of the split is in it")
     if len(moved) < len(examples):
-        print(f"{len(examples) - len(moved):,} of {len(examples):,} pictures are not in {root} and are left out")
+        print(f"{len(examples) - len(moved):,} of {len(examples):,} images are not in {root} and are left out")
     return moved
 
 
@@ -183,7 +183,7 @@ def choose_examples(config: EvalConfig) -> list[Example]:
     examples = sample_examples(split, config.num_samples, config.seed)
     if not any(os.path.exists(example.image) for example in examples):  # False too where it may not be looked
         raise UserError(
-            f"{config.adapter / 'split.csv'}: its pictures are gone, {examples[0].image} for one; give the folder "
+            f"{config.adapter / 'split.csv'}: its images are gone, {examples[0].image} for one; give the folder "
             "where they are now with --images-root"
         )
     return examples

@@ -39,7 +39,7 @@ def caption_nll(model, pixel_values: Tensor, **texts) -> Tensor:
     The sum over rows divided by the tokens is Blip2ForConditionalGeneration's loss.
     """
     lora = copy_lora(model)
-    return text_nll(model, embed_pictures(model, pixel_values, lora), lora, **texts)
+    return text_nll(model, embed_pixels(model, pixel_values, lora), lora, **texts)
 
 
 def sum_nll(model, batch: dict[str, Tensor]) -> Tensor:
@@ -48,8 +48,8 @@ def sum_nll(model, batch: dict[str, Tensor]) -> Tensor:
 
 
 @sdpa_kernel(ATTENTION)
-def embed_pictures(model, pixel_values: Tensor, lora: Adapters) -> Tensor:
-    """The image tokens (B, Q, H) of pictures; the frozen ViT runs without gradients."""
+def embed_pixels(model, pixel_values: Tensor, lora: Adapters) -> Tensor:
+    """The image tokens (B, Q, H) of images; the frozen ViT runs without gradients."""
     blip = get_blip2(model)
     with torch.no_grad():
         vision = blip.vision_model(pixel_values=pixel_values).last_hidden_state  # (B, P, D)
@@ -60,7 +60,7 @@ def embed_pictures(model, pixel_values: Tensor, lora: Adapters) -> Tensor:
 def text_nll(
     model, image: Tensor, lora: Adapters, input_ids: Tensor, labels: Tensor, starts: Tensor, longest: int, **_
 ) -> Tensor:
-    """caption_nll of a batch whose pictures' tokens are image (B, Q, H).
+    """caption_nll of a batch whose images' tokens are image (B, Q, H).
 
     What stands behind the last row counts as a row of its own, whose tokens are not predicted.
     """

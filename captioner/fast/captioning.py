@@ -10,19 +10,19 @@ from torch import Tensor
 
 from captioner.blip2.captioner import SLOW_BATCH, Captioner
 from captioner.blip2.captioning import GreedyCaptioner, decode_captions
-from captioner.blip2.vision import hash_picture, read_each, run_vision
+from captioner.blip2.vision import hash_image, read_each, run_vision
 from captioner.data.reading import read_ahead
 from captioner.fast.generation import CHUNK, FastGenerator, max_batch, round_up, supports
 from captioner.fast.vision_store import open_store
 from captioner.runtime.errors import UserError
 from captioner.runtime.processes import gather
 
-FAST_BATCH = 512  # pictures captioned at once, unless --batch-size says how many
-ROOM = 256  # pictures that there must be memory for, so that training beside it keeps some
+FAST_BATCH = 512  # images captioned at once, unless --batch-size says how many
+ROOM = 256  # images that there must be memory for, so that training beside it keeps some
 
 
 class FastGreedyCaptioner(GreedyCaptioner):
-    """GreedyCaptioner of up to `count` pictures at once, faster where the model and the GPU's memory allow it.
+    """GreedyCaptioner of up to `count` images at once, faster where the model and the GPU's memory allow it.
 
     Copies of the weights, and graphs, stay until it goes.
     """
@@ -57,12 +57,12 @@ class FastCaptioner(Captioner):
         self.store = None if self.config.blank else open_store(self.config, self.vision, settings, self.processor)
         self.longest = self.config.max_new_tokens or self.generation.max_new_tokens
 
-    def _prepare(self, pictures: int) -> None:
+    def _prepare(self, images: int) -> None:
         sizes = gather(self._measure_room)  # batches are of one size in all processes, which share them out
-        gather(self._make_generator, *map(min, zip(*sizes, strict=True)), pictures)
+        gather(self._make_generator, *map(min, zip(*sizes, strict=True)), images)
 
     def _measure_room(self) -> tuple[int, int]:
-        """For how many pictures at once FastGenerator has room, 0 if it can't be: with copies of the weights, and
+        """For how many images at once FastGenerator has room, 0 if it can't be: with copies of the weights, and
         without."""
         if not supports(self.model):
             return 0, 0
@@ -73,7 +73,7 @@ class FastCaptioner(Captioner):
         with_copies, without = (max_batch(self.model, self.longest, free, copies) for copies in (True, False))
         return with_copies, min(without, CHUNK)
 
-    def _make_generator(self, with_copies: int, without: int, pictures: int) -> None:
+    def _make_generator(self, with_copies: int, without: int, images: int) -> None:
         """Choose the batch size, and the fast way to generate where that is wanted and possible."""
         self.batch_size, self.generator = self.config.batch_size or SLOW_BATCH, None
         wanted = self.config.fast_generation
@@ -85,14 +85,14 @@ class FastCaptioner(Captioner):
         if size is None:
             most = FAST_BATCH if copies else SLOW_BATCH
             size = min(most, 1 << max(fitting, 1).bit_length() - 1)  # a power of 2
-            size = min(size, round_up(math.ceil(pictures / math.ceil(pictures / size)), 8))  # the last one too
+            size = min(size, round_up(math.ceil(images / math.ceil(images / size)), 8))  # the last one too
         if size <= fitting:
             self.batch_size, self.generator = size, FastGenerator(self.model, size, copies=copies)
         elif wanted == "on" and not supports(self.model):
             raise UserError("--fast-generation on: not made for this language model; use --fast-generation auto")
         elif wanted == "on":
             raise UserError(
-                f"--fast-generation on: the GPU has room for {fitting} pictures at once in this way; take a "
+                f"--fast-generation on: the GPU has room for {fitting} images at once in this way; take a "
                 "--batch-size of no more, or --fast-generation auto"
             )
 
@@ -103,7 +103,7 @@ class FastCaptioner(Captioner):
         """
         store, side = self.store, self.model.config.vision_config.image_size
         how = (self.processor, self.vision.post_layernorm.weight.dtype, side, self.config.blank)
-        sums = [None] * len(images) if store is None else list(read_ahead(hash_picture, images, at_once=32))
+        sums = [None] * len(images) if store is None else list(read_ahead(hash_image, images, at_once=32))
         is_stored = [store is not None and store.has(sha256) for sha256 in sums]
         stored = read_ahead(store.load, itertools.compress(sums, is_stored), 2 * self.batch_size) if store else iter(())
         decoded = read_each([image for image, there in zip(images, is_stored, strict=True) if not there], *how)

@@ -75,7 +75,7 @@ def make_small_model(model_config, lora: tuple[str, int, int, float], device, dt
     model_config = copy.deepcopy(model_config)
     model_config.vision_config.num_hidden_layers = 1
     model_config.text_config.num_hidden_layers = 2  # the first may need no gradient of what it reads
-    looking = model_config.qformer_config.cross_attention_frequency  # of so many layers one looks at the picture
+    looking = model_config.qformer_config.cross_attention_frequency  # of so many layers one looks at the image
     model_config.qformer_config.num_hidden_layers = looking if qformer else 0
     torch.set_default_dtype(dtype)
     with torch.device(device):
@@ -86,7 +86,7 @@ def make_small_model(model_config, lora: tuple[str, int, int, float], device, dt
 
 
 def make_outputs(model):
-    """(P, D) what the ViT might give for a picture."""
+    """(P, D) what the ViT might give for an image."""
     import torch
 
     from captioner.fast.vision_store import shape_outputs

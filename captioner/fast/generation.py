@@ -1,6 +1,6 @@
-"""Captions of many pictures at once: OPT written out, with a cache of fixed size and one CUDA graph for a step.
+"""Captions of many images at once: OPT written out, with a cache of fixed size and one CUDA graph for a step.
 
-transformers' generate() launches some 1,500 kernels for each token, and a GPU that captions hundreds of pictures waits
+transformers' generate() launches some 1,500 kernels for each token, and a GPU that captions hundreds of images waits
 for them. Here a step is captured once and then replayed as a whole, and rows whose caption has ended leave the batch.
 
 Shapes: B rows of a batch, n rows that are still decoded, Q image tokens a row, T tokens that are fed at once, N new
@@ -34,10 +34,10 @@ from captioner.fast.layers import (
 from captioner.fast.speed import record_graph
 
 BUCKET = 32  # positions by which the part of the cache that is read grows
-CHUNK = 128  # pictures that ViT, Q-Former and the prefix's pass take at once
+CHUNK = 128  # images that ViT, Q-Former and the prefix's pass take at once
 NUCLEUS = 1024  # most likely tokens among which top-p draws
 CHECK_EVERY = 8  # steps between two looks at whether every caption has ended: each look waits for the GPU
-WORKSPACE = 3 * 2**30  # bytes that passes of CHUNK pictures through a full-size model, and the graphs, take
+WORKSPACE = 3 * 2**30  # bytes that passes of CHUNK images through a full-size model, and the graphs, take
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def pick_tokens(logits: Tensor, temperature: float, top_p: float, noise: Tensor)
 
 
 class FastGenerator:
-    """Captions batches of up to `batch_size` pictures with a model that `supports` accepts, in eval mode.
+    """Captions batches of up to `batch_size` images with a model that `supports` accepts, in eval mode.
 
     Keeps a copy of OPT's linear layers, unquantised and with LoRA added (5 GB for OPT-2.7B in bf16), a cache of
     batch_size rows, and the graphs, all of which later calls use again. Without `copies` each step unpacks the layers
@@ -189,7 +189,7 @@ class FastGenerator:
         `seed`, on the batch and on the device, and on no call before.
         """
         rows = len(pixel_values)
-        assert 0 < rows <= self.batch_size, f"{rows} pictures in a batch of {self.batch_size}"
+        assert 0 < rows <= self.batch_size, f"{rows} images in a batch of {self.batch_size}"
         self._make_room(max_new_tokens)
         self._take_weights()
         choice = (temperature, top_p) if do_sample else None

@@ -18,7 +18,7 @@ from torch import Tensor
 from captioner.blip2.loading import pick_dtype
 from captioner.blip2.lora import get_blip2
 from captioner.fast import caption_loss
-from captioner.fast.caption_loss import caption_nll, embed_pictures, text_nll
+from captioner.fast.caption_loss import caption_nll, embed_pixels, text_nll
 from captioner.fast.layers import (
     bind_parts,
     copy_lora,
@@ -224,7 +224,7 @@ class FastStep:
     def _learn(self, batch: dict[str, Tensor]) -> tuple[Tensor, Callable | None]:
         """The loss, and gradients of the language model's LoRA, which are written, not added."""
         lora = copy_lora(self.model)
-        image = embed_pictures(self.model, batch["pixel_values"], lora)
+        image = embed_pixels(self.model, batch["pixel_values"], lora)
         read = image.detach().requires_grad_()
         loss = text_nll(self.model, read, lora, **batch).sum() / batch["tokens"]
 

@@ -1,14 +1,14 @@
 """The frozen ViT's outputs: computed once, kept in memory through training and on disk from run to run.
 
-The ViT has neither LoRA nor dropout, so it gives the same for a picture each time. main.py keeps the outputs of all
-training and validation pictures in memory and takes the ViT out of the model. With a folder, both scripts also read
-from disk what an earlier run has written there, instead of decoding the picture and running the ViT.
+The ViT has neither LoRA nor dropout, so it gives the same for an image each time. main.py keeps the outputs of all
+training and validation images in memory and takes the ViT out of the model. With a folder, both scripts also read
+from disk what an earlier run has written there, instead of decoding the image and running the ViT.
 
-A file on disk is found by the SHA-256 of its picture's bytes, in a folder for each ViT, precision and way to prepare
-pictures. It is used only if its header names both and holds the SHA-256 of what follows; else it is deleted, and the
+A file on disk is found by the SHA-256 of its image's bytes, in a folder for each ViT, precision and way to prepare
+images. It is used only if its header names both and holds the SHA-256 of what follows; else it is deleted, and the
 output computed anew.
 
-Shapes: N pictures, B of them at once, S image side in pixels (224), P positions of the ViT (257), D its width (1408).
+Shapes: N images, B of them at once, S image side in pixels (224), P positions of the ViT (257), D its width (1408).
 """
 
 import bisect
@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from captioner.blip2.vision import hash_picture, run_vision, start_reading
+from captioner.blip2.vision import hash_image, run_vision, start_reading
 from captioner.data.reading import read_ahead
 from captioner.fast.speed import has_room_to_unpack, record_graph, unpack_nf4
 from captioner.runtime.errors import UserError
@@ -38,18 +38,18 @@ from captioner.runtime.files import atomic_write, measure_free
 from captioner.runtime.processes import count_cores
 
 MAGIC = b"blip2vit"
-FORM = 1  # of the files, and of the way in which load_pixels() makes numbers of a picture: a new one makes all new
-HEADER = len(MAGIC) + 3 * 32  # bytes: MAGIC, and the SHA-256 of model and settings, of the picture, of the output
+FORM = 1  # of the files, and of the way in which load_pixels() makes numbers of an image: a new one makes all new
+HEADER = len(MAGIC) + 3 * 32  # bytes: MAGIC, and the SHA-256 of model and settings, of the image, of the output
 VISION_SETTINGS = ("image_size", "patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")
 WRITERS = 4  # threads that write
-PART = 2048  # pictures whose outputs may be in memory beside those that are kept, until they are written: 1.5 GB
+PART = 2048  # images whose outputs may be in memory beside those that are kept, until they are written: 1.5 GB
 RECORDING_ROOM = 6 * 2**30  # bytes of GPU memory that must be free to record the ViT
 SPARE_DISK = 0.1  # share of what is free on the disk that is left free
 STALE = 3600  # seconds after which a file that was not written to its end is taken for one of a killed run
 
 
 class RecordedVision(torch.nn.Module):
-    """A ViT on a GPU whose passes of BATCH pictures are a CUDA graph: it waits for their launches else.
+    """A ViT on a GPU whose passes of BATCH images are a CUDA graph: it waits for their launches else.
 
     It is recorded at the first pass. NF4 values are unpacked then, which changes no digit (see speed.unpack_nf4).
     """
@@ -83,18 +83,18 @@ def record_vision(vision: torch.nn.Module) -> torch.nn.Module:
 
 
 def shape_outputs(vision_config) -> tuple[int, int]:
-    """(P, D) of a picture's output."""
+    """(P, D) of an image's output."""
     return (vision_config.image_size // vision_config.patch_size) ** 2 + 1, vision_config.hidden_size
 
 
-def fits_memory(vision_config, dtype: torch.dtype, pictures: int, limit_gib: float | None, cuda: bool) -> bool:
-    """Whether the outputs of so many pictures take no more than `limit_gib` GiB of memory.
+def fits_memory(vision_config, dtype: torch.dtype, images: int, limit_gib: float | None, cuda: bool) -> bool:
+    """Whether the outputs of so many images take no more than `limit_gib` GiB of memory.
 
     None stands for a quarter of the free memory with a GPU and for 0 without.
     """
     if limit_gib is None:
         limit_gib = psutil.virtual_memory().available / 4 / 2**30 if cuda else 0
-    return pictures * math.prod(shape_outputs(vision_config)) * dtype.itemsize <= limit_gib * 2**30
+    return images * math.prod(shape_outputs(vision_config)) * dtype.itemsize <= limit_gib * 2**30
 
 
 def pick_place(size: int, device: torch.device) -> torch.device:
@@ -112,11 +112,11 @@ def compute_outputs(
     kept: int | None = None,
     ahead: Iterator | None = None,
 ) -> tuple[Tensor, dict[Path, str]]:
-    """(the ViT's outputs (N, P, D) of the pictures that can be read, in order; {path: why} of the others).
+    """(the ViT's outputs (N, P, D) of the images that can be read, in order; {path: why} of the others).
 
     What `store` has is read from there, the rest is computed, and written there by threads, which may take longer.
-    `kept`: outputs of the first so many pictures; those of the others only go into the store. `ahead`: what
-    start_reading() gave for the same pictures, when nothing was stored.
+    `kept`: outputs of the first so many images; those of the others only go into the store. `ahead`: what
+    start_reading() gave for the same images, when nothing was stored.
     """
     kept = len(images) if kept is None else kept
     shape, weight, side = shape_outputs(vision_config), vision.post_layernorm.weight, vision_config.image_size
@@ -124,7 +124,7 @@ def compute_outputs(
     outputs = torch.empty(kept, *shape, dtype=dtype, device=place)
     sums: list[str | None] = [None] * len(images)
     missing, unreadable, not_kept = list(range(len(images))), {}, 0
-    with tqdm(total=len(images), desc="encoding pictures", unit="picture") as progress:
+    with tqdm(total=len(images), desc="encoding images", unit="image") as progress:
         if store is not None and ahead is None:
             missing = []
             for row, (sums[row], found) in enumerate(read_ahead(store.look_up, images, at_once=8)):
@@ -170,7 +170,7 @@ def has_outputs(folder: Path) -> bool:
 def _sort_out(
     places: Sequence[int], images: Sequence[Path], reading: Iterator
 ) -> Iterator[tuple[list[int], Tensor, dict[Path, str], dict[int, str]]]:
-    """Of pictures at `places` in `images`, some at a time, as start_reading() gives them:
+    """Of images at `places` in `images`, some at a time, as start_reading() gives them:
 
     (places of those that can be read, their pixels (B, 3, S, S), {path: why} of the others, {place: SHA-256}).
     """
@@ -215,15 +215,15 @@ def _view_bytes(tensor: Tensor):
 
 
 def describe_outputs(vision, vision_config, image_processor) -> dict:
-    """What a picture's output depends on, as JSON types."""
+    """What an image's output depends on, as JSON types."""
     weight = vision.post_layernorm.weight
-    pictures = {name: value for name, value in image_processor.to_dict().items() if not name.endswith("_type")}
+    images = {name: value for name, value in image_processor.to_dict().items() if not name.endswith("_type")}
     return {
         "form": FORM,
         "weights": hash_weights(vision),
         "dtype": str(weight.dtype),
         "vision": {name: getattr(vision_config, name) for name in VISION_SETTINGS},
-        "pictures": {name: value for name, value in pictures.items() if not name.endswith("processor_class")},
+        "images": {name: value for name, value in images.items() if not name.endswith("processor_class")},
     }
 
 
@@ -279,9 +279,9 @@ class VisionStore:
         self.root, self.folder = folder, folder / self.key.hex()[:32]
         self.shape, self.dtype, self.device = shape, dtype, device
         self.payload = math.prod(shape) * dtype.itemsize  # bytes
-        self.known: set[str] = set()  # SHA-256 of the pictures whose outputs are there, or will be
+        self.known: set[str] = set()  # SHA-256 of the images whose outputs are there, or will be
         self.damaged: list[Path] = []
-        self.found = self.asked = 0  # pictures whose output was there, and all
+        self.found = self.asked = 0  # images whose output was there, and all
         self.room = -math.inf  # bytes that may be written; -inf: none, and that has been said
         self.trouble: str | None = None  # of a thread that wrote
         self.pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="vision-store")
@@ -317,16 +317,16 @@ class VisionStore:
         print(f"{self.root}: outputs of the frozen ViT are kept there no more ({why}); training and captions go on")
 
     def look_up(self, image: Path) -> tuple[str | None, Tensor | None]:
-        """(SHA-256 of the picture's bytes, its output (P, D) on the CPU), None for what is not there."""
-        sha256 = hash_picture(image)
+        """(SHA-256 of the image's bytes, its output (P, D) on the CPU), None for what is not there."""
+        sha256 = hash_image(image)
         return sha256, None if sha256 is None else self.load(sha256)
 
     def has(self, sha256: str | None) -> bool:
-        """Whether there is a file for the picture of that SHA-256, intact or not."""
+        """Whether there is a file for the image of that SHA-256, intact or not."""
         return sha256 is not None and self._name(sha256).is_file()
 
     def load(self, sha256: str) -> Tensor | None:
-        """The output (P, D) for the picture of that SHA-256; None if it is not there, or not as it was written."""
+        """The output (P, D) for the image of that SHA-256; None if it is not there, or not as it was written."""
         path = self._name(sha256)
         try:
             with open(path, "rb") as file:
@@ -344,7 +344,7 @@ class VisionStore:
         return output.view(self.dtype).view(self.shape)
 
     def save(self, sums: Sequence[str | None], outputs: Sequence[Tensor]) -> None:
-        """Write each picture's output (P, D), by threads, which read it where it is: it must not change before wait().
+        """Write each image's output (P, D), by threads, which read it where it is: it must not change before wait().
 
         An output on the GPU must have been made on the current stream, one in pinned memory be copied there.
         """
@@ -398,12 +398,12 @@ class VisionStore:
         return MAGIC + self.key + bytes.fromhex(sha256) + hashlib.sha256(payload).digest()
 
     def count(self, found: int, asked: int) -> None:
-        """So many pictures were asked for, and of so many the output was there."""
+        """So many images were asked for, and of so many the output was there."""
         self.found, self.asked = self.found + found, self.asked + asked
 
     def describe(self) -> str:
         damaged = f"; {len(self.damaged):,} were damaged, and are computed anew" if self.damaged else ""
-        return f"{self.root} had the frozen ViT's outputs of {self.found:,} of {self.asked:,} pictures{damaged}"
+        return f"{self.root} had the frozen ViT's outputs of {self.found:,} of {self.asked:,} images{damaged}"
 
     def wait(self) -> None:
         """Until all that was to be saved is written."""

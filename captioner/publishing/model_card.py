@@ -228,7 +228,7 @@ def format_setting(value) -> str:
 
 
 def describe_results(run: dict, scores: dict | None) -> str:
-    """Headline scores with intervals, floors on the same pictures beside them."""
+    """Headline scores with intervals, floors on the same images beside them."""
     if scores is None:
         return "Not measured."
     sets = {"this model": scores["scores"], **{f"floor: {name}": groups for name, groups in scores["floors"].items()}}
@@ -238,7 +238,7 @@ def describe_results(run: dict, scores: dict | None) -> str:
         rows.append([title, *(format_figure(groups.get(group, {}).get(name)) for groups in sets.values())])
     text = (
         f"{describe_scoring(run, scores)} In brackets 95 % bootstrap intervals. Floors are what captions score that "
-        f"need no fine-tuning, on the same pictures.\n\n{make_table(['', *sets], rows)}"
+        f"need no fine-tuning, on the same images.\n\n{make_table(['', *sets], rows)}"
     )
     lines = [f"- {note}" for note in scores.get("notes", [])]
     if left_out := scores.get("left_out"):
@@ -249,9 +249,9 @@ def describe_results(run: dict, scores: dict | None) -> str:
 
 
 def describe_scoring(run: dict, scores: dict) -> str:
-    """Which pictures were captioned, and how."""
+    """Which images were captioned, and how."""
     config = scores.get("config", {})
-    said = f"{scores['n']:,} pictures"
+    said = f"{scores['n']:,} images"
     if "split" in config:
         said += f" of the {config['split']} split"
     if config.get("split") == "train":
@@ -303,9 +303,9 @@ def describe_limits(run: dict, scores: dict | None) -> str:
     demo = run["config"].get("demo")
     trained_on = "drawn scenes: of photographs nothing it says can be relied on" if demo else "BDD100K's frames"
     lines = [
-        f"- Trained on {trained_on}. Pictures of other kinds were not measured.",
+        f"- Trained on {trained_on}. Images of other kinds were not measured.",
         "- It says what the labels hold and nothing else: no distances, no motion, no intentions.",
-        "- It describes pictures. It was neither made nor tested to steer a vehicle or to warn anybody.",
+        "- It describes images. It was neither made nor tested to steer a vehicle or to warn anybody.",
     ]
     if not demo:
         lines.append(
@@ -321,7 +321,7 @@ def describe_limits(run: dict, scores: dict | None) -> str:
     for item in stating[:WORST_SLICES]:
         figure = format_figure(item["scores"]["facts_f1"])
         lines.append(
-            f"- Among the worst slices: {item['by']} {item['value']}, {item['n']:,} pictures, facts F1 {figure}."
+            f"- Among the worst slices: {item['by']} {item['value']}, {item['n']:,} images, facts F1 {figure}."
         )
     if classes := scores["scores"].get("classes"):
         rows = [[name, *(format_figure(groups.get(key)) for key in CLASS_SCORES)] for name, groups in classes.items()]

@@ -10,7 +10,7 @@ from captioner.scoring.scores import HEADLINES
 
 def print_left_out(unreadable: dict[str, str]) -> None:
     if unreadable:
-        print(f"{len(unreadable):,} pictures can't be read and are left out:")
+        print(f"{len(unreadable):,} images can't be read and are left out:")
         print(escape_controls("\n".join(f"  {reason}" for reason in list(unreadable.values())[:10])))
 
 
@@ -29,7 +29,7 @@ TITLES = {  # of the printed table, in the order of HEADLINES
 
 def print_scores(scores: dict) -> None:
     """Headline scores with half the width of their intervals, and the floors beneath."""
-    print(f"\n{scores['n']:,} pictures. Shares of right facts, F1 for facts and objects; ± half the 95 % interval")
+    print(f"\n{scores['n']:,} images. Shares of right facts, F1 for facts and objects; ± half the 95 % interval")
     print(f"{'':<26}" + "".join(f"{title:>10}" for title in TITLES.values()))
     own = {name: scores["scores"][group][name] for name, group in HEADLINES.items()}
     digits = {name: choose_digits(figure) for name, figure in own.items()}
@@ -73,10 +73,10 @@ def print_captions(predictions: Sequence[Prediction], count: int) -> None:
 
 
 def print_comparison(compared: dict, one: Path, other: Path) -> None:
-    print(f"A {one}\nB {other}\n{compared['n']:,} pictures that both captioned")
+    print(f"A {one}\nB {other}\n{compared['n']:,} images that both captioned")
     for name, count in (("A", compared["only_in_one"]), ("B", compared["only_in_other"])):
         if count:
-            print(f"{count:,} pictures only {name} captioned are left out")
+            print(f"{count:,} images only {name} captioned are left out")
     print(f"{'':<18}{'A':>9}{'B':>9}{'B - A':>9}   {'95 % interval':<18}{'p':>7}")
     for name, row in compared["scores"].items():
         values = f"{row['one']:>9.3f}{row['other']:>9.3f}{row['difference']:>+9.3f}"

@@ -1,4 +1,4 @@
-"""Predictions files: captions by picture name, from any model, with the references that they are scored against.
+"""Predictions files: captions by image name, from any model, with the references that they are scored against.
 
 JSON lines, {"name": ..., "prediction": ..., "references": [...]} each, or a JSON array of such rows, or CSV with the
 columns name, prediction and any number of columns whose title begins with "reference". COCO's results and captions
@@ -33,7 +33,7 @@ class Prediction(NamedTuple):
     name: str
     prediction: str
     references: list[str]
-    floors: Mapping[str, str] = MappingProxyType({})  # captions of the same picture to beat, by their origin
+    floors: Mapping[str, str] = MappingProxyType({})  # captions of the same image to beat, by their origin
 
 
 class References(dict[str, list[str]]):
@@ -68,9 +68,9 @@ def read_predictions(path: Path, references: dict[str, list[str]] | None = None)
         if row.prediction is None:
             raise UserError(f"{path}: has no column prediction; a captions CSV is given with --references")
         if isinstance(row.name, int):
-            row = row._replace(name=_name_picture(row.name, getattr(references, "names", {}), place))
+            row = row._replace(name=_name_image(row.name, getattr(references, "names", {}), place))
         if row.name in rows:
-            raise UserError(f"{place}: {row.name[:80]} came before; each picture is scored once")
+            raise UserError(f"{place}: {row.name[:80]} came before; each image is scored once")
         rows[row.name] = row
     if not rows:
         raise UserError(f"{path}: no predictions in it")
@@ -105,7 +105,7 @@ def read_references(path: Path) -> References:
 
 
 def _read_rows(path: Path, names: dict[int, str]) -> Iterator[tuple[str, Prediction]]:
-    """(place, row) of each row of a file; of a COCO file also {number: name} of its pictures, in `names`."""
+    """(place, row) of each row of a file; of a COCO file also {number: name} of its images, in `names`."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             if path.suffix.lower() == ".csv":
@@ -191,8 +191,8 @@ def _read_coco_captions(document: dict, path: Path, names: dict[int, str]) -> It
         yield str(path), Prediction(name, None, _unpack_references(texts, f"{path}, {name[:80]}"))
 
 
-def _name_picture(number: int, names: Mapping[int, str], place: str) -> str:
-    """The name of a picture that COCO's results give by number."""
+def _name_image(number: int, names: Mapping[int, str], place: str) -> str:
+    """The name of an image that COCO's results give by number."""
     if not names:
         raise UserError(
             f"{place}: COCO's results, image_id {number}: give the captions file that has the file_name of each "

@@ -1,6 +1,6 @@
-"""report.html: the scores, their intervals, and every picture with its captions, in one file that loads nothing.
+"""report.html: the scores, their intervals, and every image with its captions, in one file that loads nothing.
 
-    write_report(Path("logs/run/report.html"), "200 test pictures", rows, images, scores)
+    write_report(Path("logs/run/report.html"), "200 test images", rows, images, scores)
 
 report_template.html is the page. This module fills in what it shows, as JSON that the page's script puts on the screen
 as text and never as HTML, and a policy under which the browser neither runs any other script nor asks for anything.
@@ -43,29 +43,29 @@ MAX_BYTES = 50_000_000  # of the whole file; the thumbnails take what the text l
 SIDES = (480, 400, 320, 288, 256, 232, 208, 192, 176, 160, 144, 128, 112, 80)
 QUALITIES = (80, 76, 72, 70, 68, 66, 64, 62, 60, 57, 54, 51, 48, 40)
 THUMBNAILS = tuple(zip(SIDES, QUALITIES, strict=True))
-ROW_BYTES = 4000  # of a picture's text, for which start_thumbnails leaves room: the demo's takes 1,100
-SAMPLE = 48  # pictures by whose size it is judged whether all will fit
+ROW_BYTES = 4000  # of an image's text, for which start_thumbnails leaves room: the demo's takes 1,100
+SAMPLE = 48  # images by whose size it is judged whether all will fit
 
 Pieces = list[tuple[str, str]]  # (text, verdict), one of VERDICTS; the texts together are the caption
 
 
 class ReportRow(NamedTuple):
-    """A picture's captions, cut into pieces with verdicts. "invented" is for predictions, "missing" for references."""
+    """An image's captions, cut into pieces with verdicts. "invented" is for predictions, "missing" for references."""
 
     name: str
     prediction: Pieces
     references: list[Pieces]
     slices: dict[str, str]  # facts of the reference to filter by, such as {"weather": "rainy"}
-    score: float | None  # F1 of the picture's facts, 0 to 1; None without a reference
+    score: float | None  # F1 of the image's facts, 0 to 1; None without a reference
 
 
 class Thumbnails(NamedTuple):
-    """Pictures in the order of the rows: base64 of a JPEG, or None."""
+    """Images in the order of the rows: base64 of a JPEG, or None."""
 
-    pictures: list[str | None]
+    images: list[str | None]
     side: int  # pixels of the longest side, at most
     quality: int  # JPEG's, 1 to 95
-    no_room: int  # pictures left out because even the smallest thumbnails don't fit
+    no_room: int  # images left out because even the smallest thumbnails don't fit
 
 
 def write_report(
@@ -78,7 +78,7 @@ def write_report(
 ) -> int:
     """Write the page to `path` and return its size in bytes, which is MAX_BYTES at most unless the text alone is more.
 
-    `images` is {row name: picture file}; a row without one, or with one that can't be read, gets no picture. `ahead` is
+    `images` is {row name: image file}; a row without one, or with one that can't be read, gets no image. `ahead` is
     what start_thumbnails gave for the files of `images`: taken if there is room for it.
     `scores` is what eval.py writes to scores.json; None: a gallery of captions alone. Raises UserError when `path`
     can't be written, ValueError for a verdict that is not in VERDICTS and for NaN, which JSON has no word for.
@@ -96,8 +96,8 @@ def write_report(
         thumbnails = Thumbnails([None] * len(paths), 0, 0, no_room=0)
         with go_on_without(f"thumbnails in {path}"):
             thumbnails = make_thumbnails(paths, room)
-    values["PICTURES"] = json.dumps(thumbnails.pictures)
-    values["FILE"] = to_script_json(count_pictures(paths, thumbnails))
+    values["IMAGES"] = json.dumps(thumbnails.images)
+    values["FILE"] = to_script_json(count_images(paths, thumbnails))
     size = len(fill_template(template, {**values, "BYTES": " " * 12}).encode())
     page = fill_template(template, {**values, "BYTES": f"{size:12}"})
     with atomic_write(path) as file:
@@ -111,7 +111,7 @@ def fill_template(template: str, values: Mapping[str, str]) -> str:
 
 
 def write_policy(template: str) -> str:
-    """The Content-Security-Policy of the page: its own style and script by their hashes, pictures in it, no more."""
+    """The Content-Security-Policy of the page: its own style and script by their hashes, images in it, no more."""
     [style] = re.findall(r"<style>(.*?)</style>", template, re.DOTALL)
     [script] = re.findall(r"<script>(.*?)</script>", template, re.DOTALL)
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
@@ -149,7 +149,7 @@ def to_script_json(value) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------
-# pictures
+# images
 
 
 def start_thumbnails(paths: Sequence[Path]) -> Connection | None:
@@ -179,14 +179,14 @@ def take_thumbnails(
     made: Thumbnails, files: Sequence[Path], paths: Sequence[Path | None], room: int
 ) -> Thumbnails | None:
     """Of the thumbnails of `files` those of `paths`; None if these take more than `room` bytes, or some had no room."""
-    by_file = dict(zip(files, made.pictures, strict=True))
-    pictures = [by_file.get(path) for path in paths]
-    fits = not made.no_room and sum(len(picture or "") for picture in pictures) <= room
-    return made._replace(pictures=pictures) if fits else None
+    by_file = dict(zip(files, made.images, strict=True))
+    images = [by_file.get(path) for path in paths]
+    fits = not made.no_room and sum(len(image or "") for image in images) <= room
+    return made._replace(images=images) if fits else None
 
 
 def make_thumbnails(paths: Sequence[Path | None], room: int, quiet: bool = False) -> Thumbnails:
-    """Thumbnails of the pictures, as large as go into `room` bytes together. A picture that can't be read is None."""
+    """Thumbnails of the images, as large as go into `room` bytes together. An image that can't be read is None."""
     found = [path for path in paths if path is not None]
     sample = random.Random(0).sample(found, min(SAMPLE, len(found)))
     for side, quality in THUMBNAILS:
@@ -195,10 +195,10 @@ def make_thumbnails(paths: Sequence[Path | None], room: int, quiet: bool = False
         if expected > 0.97 * room and (side, quality) != THUMBNAILS[-1]:
             continue
         made = make_all_thumbnails(paths, side, quality, quiet)
-        if sum(len(picture or "") for picture in made) <= room:
+        if sum(len(image or "") for image in made) <= room:
             break
-    pictures = keep_first(made, room)
-    return Thumbnails(pictures, side, quality, no_room=pictures.count(None) - made.count(None))
+    images = keep_first(made, room)
+    return Thumbnails(images, side, quality, no_room=images.count(None) - made.count(None))
 
 
 def make_all_thumbnails(paths: Sequence[Path | None], side: int, quality: int, quiet: bool) -> list[str | None]:
@@ -207,7 +207,7 @@ def make_all_thumbnails(paths: Sequence[Path | None], side: int, quality: int, q
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads do: Pillow lets go of the lock while it works
         made = pool.map(make, paths)
-        return list(tqdm(made, desc="thumbnails", total=len(paths), unit="picture", disable=quiet))
+        return list(tqdm(made, desc="thumbnails", total=len(paths), unit="image", disable=quiet))
 
 
 def make_thumbnail(path: Path, side: int, quality: int) -> str | None:
@@ -224,23 +224,23 @@ def make_thumbnail(path: Path, side: int, quality: int) -> str | None:
         upright = ImageOps.exif_transpose(small)
         upright.info = {}  # a comment would be copied
         upright.save(buffer, "JPEG", quality=quality, optimize=True)
-    except Exception:  # Pillow raises all sorts for broken files, and no picture is worth the report
+    except Exception:  # Pillow raises all sorts for broken files, and no image is worth the report
         return None
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def keep_first(pictures: list[str | None], room: int) -> list[str | None]:
-    """The pictures up to where `room` bytes are full, None for the others."""
+def keep_first(images: list[str | None], room: int) -> list[str | None]:
+    """The images up to where `room` bytes are full, None for the others."""
     kept = []
-    for picture in pictures:
-        room -= len(picture or "")
-        kept.append(picture if room >= 0 else None)
+    for image in images:
+        room -= len(image or "")
+        kept.append(image if room >= 0 else None)
     return kept
 
 
-def count_pictures(paths: Sequence[Path | None], thumbnails: Thumbnails) -> dict[str, int]:
-    """What the page's last lines tell of its pictures."""
-    missing, no_file = thumbnails.pictures.count(None), paths.count(None)
+def count_images(paths: Sequence[Path | None], thumbnails: Thumbnails) -> dict[str, int]:
+    """What the page's last lines tell of its images."""
+    missing, no_file = thumbnails.images.count(None), paths.count(None)
     return {
         "shown": len(paths) - missing,
         "no_file": no_file,

@@ -3,7 +3,7 @@
     scores = score_predictions(predictions, signature={"split": "test", "decoding": "greedy"})
 
 Every figure is {"value", "low", "high"} with a 95 % bootstrap interval. Beside the predictions' own stand those of
-floors on the same pictures, and the same figures for slices of the pictures, worst first.
+floors on the same images, and the same figures for slices of the images, worst first.
 """
 
 import itertools
@@ -32,8 +32,8 @@ HEADLINES = {  # score: its group; what slices, the printed table and comparison
 }
 SLICED_BY = {"time of day": "time_of_day", "weather": "weather", "scene": "scene", "traffic light": "traffic_light"}
 OBJECT_BINS = (0, 1, 5, 10, 15, 20)  # smallest number of objects in each slice
-FEW = 10  # pictures, below which a bootstrap says nothing
-SMALL_SLICE = 5  # pictures, below which a slice is not scored
+FEW = 10  # images, below which a bootstrap says nothing
+SMALL_SLICE = 5  # images, below which a slice is not scored
 ZOO = "BDD100K model zoo, image tagging, github.com/SysCV/bdd100k-models"
 PUBLISHED = [  # what others reach on the BDD100K val set; drawn scenes are another matter
     {
@@ -69,7 +69,7 @@ def score_predictions(
     }
     for name in dict.fromkeys(itertools.chain.from_iterable(prediction.floors for prediction in predictions)):
         if name in sets or not all(name in prediction.floors for prediction in predictions):
-            raise ValueError(f"the floor {name!r} must have a caption for each picture, and a name of its own")
+            raise ValueError(f"the floor {name!r} must have a caption for each image, and a name of its own")
         sets[name] = [prediction.floors[name] for prediction in predictions]
     readings = {name: [read_caption(text) for text in texts] for name, texts in sets.items()}
     measured = text_metrics.measure_texts(references, sets)
@@ -113,15 +113,13 @@ def make_notes(n: int, scores: dict, measured: Measured) -> list[str]:
         if facts.get(name, {}).get("value") is not None
     }
     if n < FEW:
-        notes.append(
-            f"{n} pictures are too few for intervals and p-values: they come out too narrow; score more pictures"
-        )
+        notes.append(f"{n} images are too few for intervals and p-values: they come out too narrow; score more images")
     elif widths:
         widest = max(widths, key=widths.get)
         low, high = facts[widest]["low"], facts[widest]["high"]
         notes.append(
-            f"{n} pictures: {widest.replace('_', ' ')} is known to lie between {low:.2f} and {high:.2f}, the widest of "
-            f"the intervals" + (", too wide to tell models apart; score more pictures" if widths[widest] > 0.1 else "")
+            f"{n} images: {widest.replace('_', ' ')} is known to lie between {low:.2f} and {high:.2f}, the widest of "
+            f"the intervals" + (", too wide to tell models apart; score more images" if widths[widest] > 0.1 else "")
         )
         notes.append(f"where all {n} are right, up to {min(3 / n, 1):.1%} of others may still be wrong (rule of three)")
     if "meteor" not in measured:
@@ -139,7 +137,7 @@ def tabulate_confusion(readings: Sequence[Reading], facts: Sequence[Facts]) -> d
 
 
 def slice_names(facts: Facts) -> dict[str, str]:
-    """The slices that a picture is in, {what by: value}, going by its labels."""
+    """The slices that an image is in, {what by: value}, going by its labels."""
     names = {by: getattr(facts, slot) or "none" for by, slot in SLICED_BY.items()}
     total = sum(facts.objects.values())
     place = max(i for i, smallest in enumerate(OBJECT_BINS) if smallest <= total)
@@ -149,7 +147,7 @@ def slice_names(facts: Facts) -> dict[str, str]:
 
 
 def score_slices(measured: Measured, names: Sequence[dict[str, str]], counts: np.ndarray) -> list[dict]:
-    """Headline scores of each slice of SMALL_SLICE pictures or more, that with the fewest right facts first."""
+    """Headline scores of each slice of SMALL_SLICE images or more, that with the fewest right facts first."""
     rows: dict[tuple[str, str], list[int]] = {}
     for row, slices in enumerate(names):
         for item in slices.items():
@@ -197,14 +195,14 @@ def compare_predictions(
     seed: int = text_metrics.BOOTSTRAP_SEED,
     resamples: int = text_metrics.RESAMPLES,
 ) -> dict:
-    """Headline scores of two systems on the pictures that both captioned, their differences and p-values.
+    """Headline scores of two systems on the images that both captioned, their differences and p-values.
 
-    References are those of `one`. Raises ValueError when they share no picture.
+    References are those of `one`. Raises ValueError when they share no image.
     """
     others = {prediction.name: prediction for prediction in other}
     pairs = [(prediction, others[prediction.name]) for prediction in one if prediction.name in others]
     if not pairs:
-        raise ValueError("the two files share no picture")
+        raise ValueError("the two files share no image")
     references = [first.references for first, _ in pairs]
     facts = [parse_caption(row[0]) for row in references]
     sets = {"one": [first.prediction for first, _ in pairs], "other": [second.prediction for _, second in pairs]}
@@ -218,7 +216,7 @@ def compare_predictions(
     return {
         "schema": SCHEMA_VERSION,
         "n": len(pairs),
-        "notes": [f"{len(pairs)} pictures are too few for intervals and p-values"] if len(pairs) < FEW else [],
+        "notes": [f"{len(pairs)} images are too few for intervals and p-values"] if len(pairs) < FEW else [],
         "only_in_one": len(one) - len(pairs),
         "only_in_other": len(other) - len(pairs),
         "resamples": resamples,

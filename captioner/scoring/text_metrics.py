@@ -408,10 +408,10 @@ CANDIDATES = 300  # distinct references that are tried as the best constant capt
 
 
 def make_floors(references: Sequence[Sequence[str]], seed: int) -> dict[str, list[str]]:
-    """Predictions that need no look at the picture.
+    """Predictions that need no look at the image.
 
-    The most frequent reference; of many references the one that, said of every picture, has the highest BLEU-4; and
-    another picture's reference, which is left out when there is one picture only.
+    The most frequent reference; of many references the one that, said of every image, has the highest BLEU-4; and
+    another image's reference, which is left out when there is one image only.
     """
     first = [row[0] for row in references]
     floors = {
@@ -424,7 +424,7 @@ def make_floors(references: Sequence[Sequence[str]], seed: int) -> dict[str, lis
     another = [""] * len(first)
     for here, there in zip(order, order[1:] + order[:1], strict=True):  # one round through all: nobody gets its own
         another[here] = first[there]
-    return {**floors, "another picture's caption": another}
+    return {**floors, "another image's caption": another}
 
 
 def find_best_constant(references: Sequence[Sequence[str]], seed: int) -> str:

@@ -130,7 +130,7 @@ def check_disk(folder: Path, need: int, what: str) -> None:
 
 
 def fingerprint_data(splits: dict[str, list[Example]]) -> dict:
-    """What the splits hold, as JSON types: frames of each, and a SHA-256 over names, captions and picture sizes."""
+    """What the splits hold, as JSON types: frames of each, and a SHA-256 over names, captions and image sizes."""
     digest = hashlib.sha256()
     for split, examples in splits.items():
         for e in examples:

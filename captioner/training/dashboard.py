@@ -1,7 +1,7 @@
 """What a training run shows of itself, in logs/<run>/ and in wandb.
 
 metrics.jsonl has a record for each logged step and each epoch, captions.md what the model said of a few validation
-pictures after each epoch, dashboard.png the curves of it all.
+images after each epoch, dashboard.png the curves of it all.
 """
 
 import json
@@ -44,7 +44,7 @@ PANELS = {  # title: {key of the records: its label}
 
 
 class RunLog(TrainerCallback):
-    """Keeps what the Trainer logs: each record at once as a JSON line and in wandb, the curves as a picture.
+    """Keeps what the Trainer logs: each record at once as a JSON line and in wandb, the curves as an image.
 
     With `done` > 0, steps that an earlier process took, its records up to there are kept and the run goes on.
     """
@@ -141,7 +141,7 @@ def start_wandb(mode: str, name: str, config: dict):
 
 
 class ValidationCaptions(TrainerCallback):
-    """After each epoch: greedy captions of the first `count` validation pictures, and how right they are."""
+    """After each epoch: greedy captions of the first `count` validation images, and how right they are."""
 
     def __init__(self, log: RunLog, dataset: CaptionDataset, count: int, caption: GreedyCaptioner):
         self.log, self.dataset, self.count, self.caption = log, dataset, count, caption

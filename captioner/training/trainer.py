@@ -180,7 +180,7 @@ class CaptionTrainer(Trainer):
         return (
             f"step {step.number}: the loss is {step.loss:g} and the gradient norm {step.norm:g}, "
             f"in the batch {', '.join(names[:NAMED])}{more}. Training stopped before that step; the last checkpoint is "
-            f"kept in {self.args.output_dir}. Lower --learning-rate, look at those pictures, or use a GPU with bf16 "
+            f"kept in {self.args.output_dir}. Lower --learning-rate, look at those images, or use a GPU with bf16 "
             "(fp16 overflows in the Q-Former)"
         )
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from loopback import DATASET, PICTURES, KaggleServer, draw_dataset_files, zip_files
+from loopback import DATASET, IMAGES, KaggleServer, draw_dataset_files, zip_files
 
 from captioner.bdd100k import download
 from captioner.bdd100k.download import IMAGE_FOLDER, LABEL_FILES, fetch_images, fetch_labels
@@ -50,7 +50,7 @@ def assert_whole(server: KaggleServer, images: Path) -> None:
     assert images == root / IMAGE_FOLDER
     for path, content in server.files.items():
         assert (root / path).read_bytes() == content, path
-    assert sorted(index_images(images)) == sorted(PICTURES)
+    assert sorted(index_images(images)) == sorted(IMAGES)
     assert not list(server.cache.rglob("*.archive"))
 
 
@@ -315,15 +315,15 @@ def list_outside(folder: Path, cache: Path) -> list[Path]:
 
 def test_members_of_an_archive_stay_in_its_folder(server, tmp_path):
     """Names that climb or are absolute, and a link: what comes of them lies in the set's folder, none of it a link."""
-    picture = server.files[f"{IMAGE_FOLDER}/val/b1c66a42-6f7d68ca.jpg"]
-    (tmp_path / "secret.jpg").write_bytes(picture)
+    image = server.files[f"{IMAGE_FOLDER}/val/b1c66a42-6f7d68ca.jpg"]
+    (tmp_path / "secret.jpg").write_bytes(image)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name in ("../../../../../climbed.jpg", f"{tmp_path}/absolute.jpg", f"{IMAGE_FOLDER}/a.jpg"):
-            archive.writestr(name, picture)
+            archive.writestr(name, image)
         archive.writestr(make_link(f"{IMAGE_FOLDER}/link.jpg"), f"{tmp_path}/secret.jpg")
         archive.writestr(make_link(f"{IMAGE_FOLDER}/folder"), f"{tmp_path}")
-        archive.writestr(f"{IMAGE_FOLDER}/val/b.jpg", picture)
+        archive.writestr(f"{IMAGE_FOLDER}/val/b.jpg", image)
     server.archive = buffer.getvalue()
     images = fetch_images(DATASET)
     assert list_outside(tmp_path, server.cache) == [tmp_path / "secret.jpg"]

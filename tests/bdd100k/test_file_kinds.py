@@ -101,7 +101,7 @@ NAMED = {
     "packed by xz": [lzma.compress(b"[]")],
     "JPEG": [b"\xff\xd8\xff\xe0\0\x10JFIF"],
     "PNG": [b"\x89PNG\r\n\x1a\n"],
-    "picture": [b"GIF89a", b"RIFF\x10\0\0\0WEBPVP8 ", b"\0\0\0\x18ftypheic", b"II*\0\x08\0\0\0"],
+    "image": [b"GIF89a", b"RIFF\x10\0\0\0WEBPVP8 ", b"\0\0\0\x18ftypheic", b"II*\0\x08\0\0\0"],
     "video": [b"\0\0\0\x20ftypisom", b"\x1aE\xdf\xa3"],
     "Parquet": [b"PAR1\x15\4\x15"],
     "Arrow": [b"ARROW1\0\0"],

@@ -120,7 +120,7 @@ def test_caption_learnt_by_heart_is_generated_and_stops(dataset, lora, processor
     fit(lora, batch)
     settings = captioning.make_generation_config(lora.config, max_new_tokens=100)
     captions = captioning.generate_captions(lora, processor, batch["pixel_values"], settings, do_sample=False)
-    assert captions == CAPTIONS  # two pictures, two captions: the image matters, and both stop long before 100 tokens
+    assert captions == CAPTIONS  # two images, two captions: the image matters, and both stop long before 100 tokens
 
 
 def test_a_batch_equals_its_rows(dataset, lora, processor):
@@ -205,14 +205,14 @@ def test_model_from_the_hub_without_network():
 @pytest.mark.parametrize("blank", [False, True])
 def test_pixels_are_those_of_the_processor(drawn, processor, blank):
     for path in sorted((drawn / "images").iterdir())[:3]:
-        picture = Image.open(path).convert("RGB")
-        picture = Image.new("RGB", picture.size) if blank else picture
-        expected = processor.image_processor(picture, return_tensors="pt")["pixel_values"][0]
+        image = Image.open(path).convert("RGB")
+        image = Image.new("RGB", image.size) if blank else image
+        expected = processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
         assert torch.equal(batches.load_pixels(path, processor, blank), expected)
 
 
-def test_unreadable_picture_is_named(tmp_path, processor):
+def test_unreadable_image_is_named(tmp_path, processor):
     bad = tmp_path / "bad.jpg"
-    bad.write_text("no picture")
-    with pytest.raises(UserError, match=r"bad\.jpg: not readable as a picture"):
+    bad.write_text("no image")
+    with pytest.raises(UserError, match=r"bad\.jpg: not readable as an image"):
         batches.load_pixels(bad, processor)

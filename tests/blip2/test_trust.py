@@ -159,7 +159,7 @@ def test_a_pickle_in_a_checkpoint_does_not_run(folder, settings, stopped, tmp_pa
 
 def test_no_link_leads_out_of_a_folder(tmp_path, drawn):
     from captioner.bdd100k.label_files import find_label_files
-    from captioner.data.images import find_pictures, index_images
+    from captioner.data.images import find_images, index_images
 
     (tmp_path / "data").mkdir()
     secret = shutil.copy(next((drawn / "images").iterdir()), tmp_path / "secret.jpg")
@@ -169,7 +169,7 @@ def test_no_link_leads_out_of_a_folder(tmp_path, drawn):
     (tmp_path / "data/a.json").write_text("[]")
     (tmp_path / "data/b.json").symlink_to("/etc/passwd")
     assert sorted(index_images(tmp_path / "data")) == ["inner.jpg", "mine.jpg"]
-    assert sorted(name for name, _ in find_pictures([tmp_path / "data"])) == ["inner.jpg", "mine.jpg"]
+    assert sorted(name for name, _ in find_images([tmp_path / "data"])) == ["inner.jpg", "mine.jpg"]
     assert [file.name for file in find_label_files([tmp_path / "data"])] == ["a.json"]
 
 
@@ -194,12 +194,12 @@ def test_a_bomb_of_labels_is_not_unpacked(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_hostile_pictures_take_little_time_and_memory(tmp_path):
-    import hostile_pictures as hostile
+def test_hostile_images_take_little_time_and_memory(tmp_path):
+    import hostile_images as hostile
 
-    found = {path.name: hostile.measure(path) for path in hostile.make_pictures(tmp_path)}
+    found = {path.name: hostile.measure(path) for path in hostile.make_images(tmp_path)}
     assert all(one["seconds"] < hostile.LIMIT_SECONDS and one["mb"] < hostile.LIMIT_MB for one in found.values()), found
-    assert found["65500-wide.jpg"]["mb"] > 40, "the meter sees a picture of 46 million pixels"
+    assert found["65500-wide.jpg"]["mb"] > 40, "the meter sees an image of 46 million pixels"
     read = {name for name, one in found.items() if one["outcome"].startswith("read")}
     assert {"whole.jpg", "png-named.jpg", "animated.png", "65500-wide.jpg"} == read
     refused = {name for name, one in found.items() if one["outcome"] == "refused"}

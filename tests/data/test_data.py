@@ -1,11 +1,11 @@
-"""Splits by ride, the captions CSV and the index of pictures."""
+"""Splits by ride, the captions CSV and the index of images."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from captioner.data.captions import Example, read_captions, write_captions
-from captioner.data.images import find_pictures, index_images, match_images, open_picture, tell_once
+from captioner.data.images import find_images, index_images, match_images, open_image, tell_once
 from captioner.data.splits import choose_examples, read_split, ride_of, split_by_ride, write_splits
 from captioner.runtime.errors import UserError
 from config import EvalConfig
@@ -88,7 +88,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_pictures_are_found_at_any_depth(tmp_path):
+def test_images_are_found_at_any_depth(tmp_path):
     for name in ("train/trainB/b.jpg", "train/trainA/a.jpg", "z/a.jpg", "notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -96,19 +96,19 @@ def test_pictures_are_found_at_any_depth(tmp_path):
     assert index == {"a.jpg": tmp_path / "train/trainA/a.jpg", "b.jpg": tmp_path / "train/trainB/b.jpg"}
 
 
-def test_captions_without_a_picture_are_counted(tmp_path, capsys):
+def test_captions_without_an_image_are_counted(tmp_path, capsys):
     (tmp_path / "a.jpg").touch()
     images = index_images(tmp_path)
     assert [example.name for example in match_images({"a.jpg": "x", "b.jpg": "y"}, images)] == ["a.jpg"]
-    assert "1 of 2 captioned frames have no picture" in capsys.readouterr().out
+    assert "1 of 2 captioned frames have no image" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"none of the 1 captioned frames.*b\.jpg"):
         match_images({"b.jpg": "y"}, images)
     with pytest.raises(UserError, match=r"a\.png, for one, is not .*; a\.jpg is: give both one suffix"):
         match_images({"a.png": "y"}, images)
 
 
-def test_a_folder_without_pictures_is_named(tmp_path):
-    with pytest.raises(UserError, match="no picture"):
+def test_a_folder_without_images_is_named(tmp_path):
+    with pytest.raises(UserError, match="no image"):
         index_images(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         index_images(tmp_path / "missing")
@@ -121,7 +121,7 @@ def told(capsys):
     return lambda: capsys.readouterr().out
 
 
-LISTINGS = [index_images, lambda folder: dict(find_pictures([folder]))]
+LISTINGS = [index_images, lambda folder: dict(find_images([folder]))]
 
 
 @pytest.mark.parametrize("listing", LISTINGS)
@@ -132,7 +132,7 @@ def test_links_that_lead_out_are_counted_and_named(tmp_path, told, listing):
     (tmp_path / "subset/a.jpg").symlink_to("../scenes/a.jpg")
     (tmp_path / "data").mkdir()
     (tmp_path / "data/train").symlink_to("../scenes")
-    for folder, kind in (("subset", "pictures"), ("data", "folders")):
+    for folder, kind in (("subset", "images"), ("data", "folders")):
         message = rf"1 {kind} are links that lead out .*: give the folder that they lead to, {tmp_path / 'scenes'}$"
         with pytest.raises(UserError, match=message):
             listing(tmp_path / folder)
@@ -153,7 +153,7 @@ def test_links_of_a_hub_snapshot_into_its_own_blobs_are_read(tmp_path, listing):
     assert list(listing(images)) == ["own.jpg"]
 
 
-def test_a_picture_behind_a_link_is_in_the_split_by_its_own_name(tmp_path):
+def test_an_image_behind_a_link_is_in_the_split_by_its_own_name(tmp_path):
     (tmp_path / "1").touch()
     (tmp_path / "a.jpg").symlink_to("1")
     write_splits(tmp_path / "split.csv", {"test": [Example("a.jpg", tmp_path / "a.jpg", "A car.")]})
@@ -161,15 +161,15 @@ def test_a_picture_behind_a_link_is_in_the_split_by_its_own_name(tmp_path):
 
 
 @pytest.mark.parametrize("listing", LISTINGS)
-def test_pictures_of_other_kinds_are_counted_and_named(tmp_path, told, listing):
+def test_images_of_other_kinds_are_counted_and_named(tmp_path, told, listing):
     for name in ("b.webp", "c.bmp", "d.TIFF", "._e.jpg", "notes.txt"):
         (tmp_path / name).touch()
-    message = r"3 pictures of other kinds \(.webp, .bmp, .tiff\) are passed over: convert them"
+    message = r"3 images of other kinds \(.webp, .bmp, .tiff\) are passed over: convert them"
     with pytest.raises(UserError, match=message):
         listing(tmp_path)
     (tmp_path / "a.jfif").touch()
     assert list(listing(tmp_path)) == ["a.jfif"]
-    assert "3 pictures of other kinds (.webp, .bmp, .tiff)" in told()
+    assert "3 images of other kinds (.webp, .bmp, .tiff)" in told()
 
 
 @pytest.mark.parametrize(
@@ -183,23 +183,23 @@ def test_pictures_of_other_kinds_are_counted_and_named(tmp_path, told, listing):
 )
 def test_what_only_has_the_name_of_a_jpeg_is_named(tmp_path, content, kind):
     (tmp_path / "a.jpg").write_bytes(content)
-    with pytest.raises(UserError, match=rf"a\.jpg: not readable as a picture \(it is .*{kind}"):
-        open_picture(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match=rf"a\.jpg: not readable as an image \(it is .*{kind}"):
+        open_image(tmp_path / "a.jpg")
 
 
-def test_pictures_that_were_moved_are_found_in_their_new_folder(tmp_path, capsys):
+def test_images_that_were_moved_are_found_in_their_new_folder(tmp_path, capsys):
     examples = [Example(f"{name}.jpg", tmp_path / f"old/{name}.jpg", name) for name in "abc"]
     write_splits(tmp_path / "split.csv", {"test": examples})
-    with pytest.raises(UserError, match=r"split\.csv: its pictures are gone, .*old/.*--images-root"):
+    with pytest.raises(UserError, match=r"split\.csv: its images are gone, .*old/.*--images-root"):
         choose_examples(EvalConfig(adapter=tmp_path))
     (tmp_path / "new/deep").mkdir(parents=True)
     (tmp_path / "new/d.jpg").touch()
     config = EvalConfig(adapter=tmp_path, images_root=tmp_path / "new")
-    with pytest.raises(UserError, match=r"--images-root .*new: none of the 3 pictures"):
+    with pytest.raises(UserError, match=r"--images-root .*new: none of the 3 images"):
         choose_examples(config)
     for name in "ab":
         (tmp_path / f"new/deep/{name}.jpg").touch()
     assert sorted(choose_examples(config)) == [
         Example(f"{name}.jpg", tmp_path / f"new/deep/{name}.jpg", name) for name in "ab"
     ]
-    assert "1 of 3 pictures are not in" in capsys.readouterr().out
+    assert "1 of 3 images are not in" in capsys.readouterr().out

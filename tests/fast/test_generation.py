@@ -23,7 +23,7 @@ NEW_TOKENS = 60  # positions 9 to 68: five buckets of 16
 
 
 def load(checkpoint, load_in_4bit=False, with_lora=False):
-    """A model whose captions differ by picture; `with_lora` adds matrices that change them."""
+    """A model whose captions differ by image; `with_lora` adds matrices that change them."""
     torch.manual_seed(0)
     model = blip2.load_model(checkpoint, load_in_4bit, CPU)
     if with_lora:
@@ -313,7 +313,7 @@ def test_way_to_generate_is_chosen_by_room(tiny_checkpoint, room, batch_size, ch
     captioner = FastCaptioner.__new__(FastCaptioner)  # without loading
     captioner.config, captioner.model = EvalConfig(fast_generation="on", batch_size=batch_size), load(tiny_checkpoint)
     if chosen is None:
-        with pytest.raises(UserError, match=f"room for {room[1]} pictures"):
+        with pytest.raises(UserError, match=f"room for {room[1]} images"):
             captioner._make_generator(*room, 1024)
     else:
         captioner._make_generator(*room, 1024)

@@ -64,7 +64,7 @@ def fill(model, processor, images, **options):
 
 
 def count_computed(monkeypatch):
-    """A list that gets the number of pictures each time that the ViT runs."""
+    """A list that gets the number of images each time that the ViT runs."""
     counts, real = [], run_vision
 
     def run(vision, pixels):
@@ -149,16 +149,16 @@ def trained(tmp_path_factory, settings):
 def test_training_gives_the_same_adapter(folder, settings, trained, capsys):
     without = hash_adapter(trained)
     assert train(settings, **STORED) == without
-    assert "store had the frozen ViT's outputs of 0 of 20 pictures" in capsys.readouterr().out
+    assert "store had the frozen ViT's outputs of 0 of 20 images" in capsys.readouterr().out
     assert train(settings, **STORED, logging_steps=2) == without
     said = capsys.readouterr().out
-    assert "store had the frozen ViT's outputs of 20 of 20 pictures" in said
+    assert "store had the frozen ViT's outputs of 20 of 20 images" in said
     assert said.count("frames, split by ride") == 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_unreadable_pictures_are_left_out_as_without(folder, settings, scenes, trained, capsys, split):
+def test_unreadable_images_are_left_out_as_without(folder, settings, scenes, trained, capsys, split):
     shutil.copytree(scenes / "images", "images")
     rows = (line.split(",") for line in (trained / "blip2-finetuned/split.csv").read_text().splitlines())
     bad = next(Path("images", row[0]) for row in rows if row[1] == split)
@@ -170,16 +170,16 @@ def test_unreadable_pictures_are_left_out_as_without(folder, settings, scenes, t
             capsys.readouterr()
             adapter = train(settings, images=Path("images"), **changes)
             said = capsys.readouterr().out
-            told = said.partition("1 of 20 pictures can't be read")[2].partition("split by ride")[0]
+            told = said.partition("1 of 20 images can't be read")[2].partition("split by ride")[0]
             assert bad.name in told and bad.name not in Path("blip2-finetuned/split.csv").read_text()
             results.append((adapter, told))
         assert results[0] == results[1] == results[2]
         patch.setattr(splits, "MAX_UNREADABLE", 0.04)
-        with pytest.raises(UserError, match=r"1 of 20 pictures can't be read, more than 4%.*" + bad.name):
+        with pytest.raises(UserError, match=r"1 of 20 images can't be read, more than 4%.*" + bad.name):
             train(settings, images=Path("images"), **STORED)
 
 
-def test_other_settings_are_refused_before_pictures_are_encoded(folder, settings, capsys):
+def test_other_settings_are_refused_before_images_are_encoded(folder, settings, capsys):
     labels = Path("labels.json")
     frames = json.loads(settings["labels"][0].read_text())
     labels.write_text(json.dumps(frames))
@@ -187,10 +187,10 @@ def test_other_settings_are_refused_before_pictures_are_encoded(folder, settings
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         stop_at(patch, 1)
         train(settings, **STORED)
-    assert "encoding pictures" in capsys.readouterr().err
+    assert "encoding images" in capsys.readouterr().err
     with pytest.raises(UserError, match="--lora-rank: was 16, is 8"):
         train(settings, **STORED, lora_rank=8)
-    assert "encoding pictures" not in capsys.readouterr().err
+    assert "encoding images" not in capsys.readouterr().err
     rows = (line.split(",") for line in Path("bdd100k_captions.csv").read_text().splitlines())
     last = [row[0] for row in rows][-1]
     labels.write_text(json.dumps([frame for frame in frames if frame["name"] != last]))
@@ -240,11 +240,11 @@ def test_captions_are_the_same(folder, trained, monkeypatch, capsys, fast):
     assert "outputs of" not in said and not Path("store").exists()
     store = {"vision_store": Path("store")}
     said = caption(f"few-{fast}", **store, num_samples=5)[1]
-    assert "outputs of 0 of 5 pictures" in said
+    assert "outputs of 0 of 5 images" in said
     mixed, said = caption(f"mixed-{fast}", **store)
     assert mixed == live and "outputs of 0 of 9" not in said and "outputs of 9 of 9" not in said
     stored, said = caption(f"stored-{fast}", **store)
-    assert stored == live and "outputs of 9 of 9 pictures" in said
+    assert stored == live and "outputs of 9 of 9 images" in said
     blank, said = caption(f"blank-{fast}", **store, blank=True)
     assert blank != live and "outputs of" not in said
     assert caption(f"blank-off-{fast}", blank=True)[0] == blank
@@ -257,7 +257,7 @@ def test_captioning_reads_what_training_wrote(folder, settings, capsys):
         capsys.readouterr()
         options = {"split": split, "num_samples": "all", "greedy": True, "max_new_tokens": 5}
         eval.main(EvalConfig(**options, vision_store=Path("store")))
-        found, asked = capsys.readouterr().out.partition("outputs of ")[2].split(" pictures")[0].split(" of ")
+        found, asked = capsys.readouterr().out.partition("outputs of ")[2].split(" images")[0].split(" of ")
         assert found == asked != "0"
 
 
@@ -277,12 +277,12 @@ def damage(path: Path, how: str) -> None:
         content += b"x"
     elif how == "empty":
         content = b""
-    elif how == "another picture's":
+    elif how == "another image's":
         content = next(other for other in list_files() if other != path).read_bytes()
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("how", ["flipped", "flipped header", "truncated", "longer", "empty", "another picture's"])
+@pytest.mark.parametrize("how", ["flipped", "flipped header", "truncated", "longer", "empty", "another image's"])
 def test_a_damaged_file_is_computed_anew(folder, model, processor, images, monkeypatch, how):
     expected, _ = fill(model, processor, images[:4])
     path = list_files()[2]
@@ -292,7 +292,7 @@ def test_a_damaged_file_is_computed_anew(folder, model, processor, images, monke
     outputs, store = fill(model, processor, images[:4])
     assert torch.equal(outputs, expected) and counts == [1] and store.damaged == [path]
     assert path.read_bytes() == before
-    assert "3 of 4 pictures; 1 were damaged, and are computed anew" in store.describe()
+    assert "3 of 4 images; 1 were damaged, and are computed anew" in store.describe()
 
 
 def test_a_file_of_another_model_is_not_read(folder, model, processor, images):
@@ -325,10 +325,10 @@ def test_weights_precision_and_preparation_have_a_folder_each(folder, tiny_check
     assert key(load_model(tiny_checkpoint, True, CPU), load_processor(tiny_checkpoint)) == keys[0]
 
 
-def test_a_picture_is_known_by_its_content(folder, model, processor, images, monkeypatch):
+def test_an_image_is_known_by_its_content(folder, model, processor, images, monkeypatch):
     fill(model, processor, images[:2])
     shutil.copy(images[0], "renamed.jpg")
-    shutil.copy(images[1], images[2].name)  # another picture under a name that was there before
+    shutil.copy(images[1], images[2].name)  # another image under a name that was there before
     counts = count_computed(monkeypatch)
     fill(model, processor, [Path("renamed.jpg"), Path(images[2].name)])
     assert counts == []
@@ -339,16 +339,16 @@ def test_a_picture_is_known_by_its_content(folder, model, processor, images, mon
     )
 
 
-def test_unreadable_pictures_are_left_out_of_the_outputs(folder, model, processor, images, scenes, monkeypatch):
+def test_unreadable_images_are_left_out_of_the_outputs(folder, model, processor, images, scenes, monkeypatch):
     shutil.copytree(scenes / "images", "images")
     paths = sorted(Path("images").iterdir())[:6]
-    paths[2].write_bytes(b"no picture")
+    paths[2].write_bytes(b"no image")
     paths[4].unlink()
     store, slow = open_here(model, processor), VisionStore._write
     monkeypatch.setattr(VisionStore, "_write", lambda *args: time.sleep(0.05) or slow(*args))
     outputs, unreadable = compute(model, processor, paths, store)
     assert list(unreadable) == [paths[2], paths[4]]
-    assert all(f"{path}: not readable as a picture" in reason for path, reason in unreadable.items())
+    assert all(f"{path}: not readable as an image" in reason for path, reason in unreadable.items())
     expected = compute(model, processor, [images[row] for row in (0, 1, 3, 5)], None)[0]
     assert torch.equal(outputs, expected)
     store.close()
@@ -436,7 +436,7 @@ def test_it_is_for_gpus_unless_asked_for(folder, model, processor):
 
 
 def test_more_than_memory_allows_is_computed_in_training(folder, settings, trained, capsys):
-    """Then nothing is read from disk either, and all pictures are checked first."""
+    """Then nothing is read from disk either, and all images are checked first."""
     adapter = train(settings, **(STORED | {"vision_store_gib": 0.0}))
-    assert not Path("store").exists() and "checking pictures" in capsys.readouterr().err
+    assert not Path("store").exists() and "checking images" in capsys.readouterr().err
     assert adapter == hash_adapter(trained) == hash_adapter(Path())

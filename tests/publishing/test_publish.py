@@ -38,7 +38,7 @@ def make_scores(**config) -> dict:
     pairs = [(name, CAPTIONS[name % 2]) for name in range(12)]
     predictions = [Prediction(f"{name}.jpg", CAPTIONS[0], [caption]) for name, caption in pairs]
     scores = score_predictions(predictions, {"split": "test", "decoding": "greedy"}, resamples=50)
-    scores |= {"left_out": {"unreadable pictures": 3}, "facts_from": "references"}
+    scores |= {"left_out": {"unreadable images": 3}, "facts_from": "references"}
     evaluation = EvalConfig(adapter=Path("/home/alice/adapter"), greedy=True, num_samples="all", **config)
     return scores | {"predictions": "/home/alice/logs/predictions.jsonl", "config": config_to_json(evaluation)}
 
@@ -90,12 +90,12 @@ def test_card_has_the_real_numbers(tmp_path):
             assert f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]" in row
     assert all(f"floor: {floor}" in card.text for floor in scores["floors"])
     assert "| learning_rate | 5e-05 |" in card.text and "| best_eval_loss | 0.123456 |" in card.text
-    assert "12 pictures of the test split; the likeliest token each time" in card.text
+    assert "12 images of the test split; the likeliest token each time" in card.text
     assert "6,001 train, 2,800 val, 1,199 test" in card.text and FINGERPRINT in card.text
     assert "`labels.json`" in card.text and model_card.BDD100K_LICENCE in card.text
     exact = scores["scores"]["classes"]["truck"]["exact"]
     assert f"{exact['value']:.3f} [{exact['low']:.3f}" in rows["truck"]
-    for known in ("c0ffee" * 6, "NVIDIA H100", "2.13.0", "3.11.7", "3 unreadable pictures"):
+    for known in ("c0ffee" * 6, "NVIDIA H100", "2.13.0", "3.11.7", "3 unreadable images"):
         assert known in card.text
     assert "alice" not in card.content and "None" not in card.content
     assert str(card) == (tmp_path / "README.md").read_text()  # the metadata is in the form the hub writes
@@ -118,8 +118,8 @@ def test_card_says_nothing_that_is_not_known(tmp_path):
 def test_lines_of_the_card_run(adapter, tiny_checkpoint, drawn, capsys):
     write_model_card(adapter)
     [lines] = re.findall("```python\n(.*?)```", (adapter / "README.md").read_text(), re.DOTALL)
-    picture = next((drawn / "images").iterdir())
-    for name, path in {tiny_checkpoint.name: tiny_checkpoint, adapter.name: adapter, "scene.jpg": picture}.items():
+    image = next((drawn / "images").iterdir())
+    for name, path in {tiny_checkpoint.name: tiny_checkpoint, adapter.name: adapter, "scene.jpg": image}.items():
         assert f'"{name}"' in lines
         lines = lines.replace(f'"{name}"', repr(str(path)))
     exec(lines, {})

@@ -157,11 +157,11 @@ def test_protocol_of_the_reference_by_hand():
     assert score_reference_bleu(["a b c x"], [["a b c d e"]])["BLEU-4"] == pytest.approx(smoothed)
 
 
-def test_floors_never_give_a_picture_its_own_caption():
+def test_floors_never_give_an_image_its_own_caption():
     references = [[f"caption {i}"] for i in range(50)] + [["caption 3"]]
     floors = make_floors(references, seed=1)
     assert floors["most frequent caption"] == ["caption 3"] * 51
-    another = floors["another picture's caption"]
+    another = floors["another image's caption"]
     assert sorted(another) == sorted(row[0] for row in references)
     assert sum(text == row[0] for text, row in zip(another, references, strict=True)) <= 2  # the two that are alike
     assert set(make_floors([["only one"]], seed=1)) == {"most frequent caption", "best constant caption"}

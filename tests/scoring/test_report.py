@@ -59,7 +59,7 @@ def make_scores() -> dict:
         "confusion": {"weather": {"labels": ["clear", "rainy"], "counts": [[3, 1], [0, 0]]}},
         "slices": [{"by": "weather", "value": "rainy", "n": 2, "scores": {"facts_f1": figure(0.5)}}],
         "signatures": {"corpus_bleu": "level:corpus|tok:coco"},
-        "left_out": {"no picture": 1},
+        "left_out": {"no image": 1},
     }
 
 
@@ -76,13 +76,13 @@ def test_script_json_holds_nothing_that_html_or_json_may_stumble_over():
 
 
 def test_text_from_outside_is_only_in_the_json(tmp_path):
-    row = ReportRow(SCRIPT, [(IMAGE_TAG, ""), ("%%PICTURES%%", "wrong")], [[(SCRIPT, "")]], {SCRIPT: IMAGE_TAG}, 0.5)
+    row = ReportRow(SCRIPT, [(IMAGE_TAG, ""), ("%%IMAGES%%", "wrong")], [[(SCRIPT, "")]], {SCRIPT: IMAGE_TAG}, 0.5)
     size = write_report(tmp_path / "report.html", SCRIPT, [row], {}, None)
     page = (tmp_path / "report.html").read_bytes().decode()
     assert size == len(page.encode()) == read_block(page, "size-data")
     assert SCRIPT not in page and IMAGE_TAG not in page
     data = read_block(page, "report-data")
-    assert data["title"] == SCRIPT and data["rows"][0]["prediction"] == [IMAGE_TAG, ["%%PICTURES%%", "wrong"]]
+    assert data["title"] == SCRIPT and data["rows"][0]["prediction"] == [IMAGE_TAG, ["%%IMAGES%%", "wrong"]]
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)
 
 
@@ -102,17 +102,17 @@ def test_what_cannot_be_written(tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_pictures_that_are_not_there_or_broken_are_counted(drawn, tmp_path):
+def test_images_that_are_not_there_or_broken_are_counted(drawn, tmp_path):
     good = sorted((drawn / "images").iterdir())
     (tmp_path / "broken.jpg").write_bytes(good[0].read_bytes()[:400])
-    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "text.jpg").write_text("no image")
     images = dict(zip([f"{n:05d}.jpg" for n in range(5)], [*good[:2], tmp_path / "broken.jpg", tmp_path], strict=False))
     images |= {"00004.jpg": tmp_path / "text.jpg", "00005.jpg": tmp_path / "nowhere.jpg", "of no row": good[0]}
     write_report(tmp_path / "report.html", "", [make_row(n) for n in range(8)], images, None)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     counts = read_block(page, "file-data")
     assert [counts[key] for key in ("shown", "no_file", "unreadable", "no_room")] == [2, 2, 4, 0]
-    assert [picture is not None for picture in read_block(page, "picture-data")] == [True] * 2 + [False] * 6
+    assert [image is not None for image in read_block(page, "image-data")] == [True] * 2 + [False] * 6
 
 
 def test_a_report_is_written_without_thumbnails_that_fail(drawn, tmp_path, monkeypatch, capsys):
@@ -144,19 +144,19 @@ def test_thumbnails_are_upright_and_bare(tmp_path):
 def test_thumbnails_shrink_until_they_fit(drawn):
     paths = sorted((drawn / "images").iterdir())
     large = make_thumbnails(paths, 10**9)
-    assert (large.side, large.quality) == report.THUMBNAILS[0] and None not in large.pictures
-    half = sum(map(len, large.pictures)) // 2
+    assert (large.side, large.quality) == report.THUMBNAILS[0] and None not in large.images
+    half = sum(map(len, large.images)) // 2
     small = make_thumbnails(paths, half)
-    assert small.side < large.side and None not in small.pictures and sum(map(len, small.pictures)) <= half
+    assert small.side < large.side and None not in small.images and sum(map(len, small.images)) <= half
     some = make_thumbnails([*paths, None], 5000)
     assert some.side == report.THUMBNAILS[-1][0] and 0 < some.no_room < len(paths)
-    assert sum(len(picture or "") for picture in some.pictures) <= 5000
+    assert sum(len(image or "") for image in some.images) <= 5000
 
 
 def test_thumbnails_made_ahead_are_taken_where_there_is_room(drawn, tmp_path, monkeypatch):
     files = sorted((drawn / "images").iterdir())
     images = {f"{n:05d}.jpg": path for n, path in enumerate([*files, tmp_path / "nowhere.jpg"])}
-    rows = [make_row(n) for n in range(1, len(images) + 1)]  # one is not captioned, one has no picture
+    rows = [make_row(n) for n in range(1, len(images) + 1)]  # one is not captioned, one has no image
     write_report(tmp_path / "now.html", "", rows, images, None)
     ahead = report.start_thumbnails(list(images.values()))
     with monkeypatch.context() as patch:
@@ -241,7 +241,7 @@ def pages(drawn, tmp_path_factory):
     images = {row.name: path for row, path in zip(rows[:5], paths, strict=False)}
     write_report(folder / "small.html", IMAGE_TAG, rows, images, make_scores())
     own = [ReportRow(row.name, row.prediction, [], {}, None) for row in rows[4:]]
-    write_report(folder / "own.html", "own pictures", own, images, None)
+    write_report(folder / "own.html", "own images", own, images, None)
     many = [make_row(n, "wrong" if n % 2 else "right", n / 10_000, weather="clear") for n in range(10_000)]
     write_report(folder / "many.html", "many", many, {}, None)
     return folder
@@ -362,7 +362,7 @@ def test_filters_search_and_order_work(browser, pages):
     set_value(browser, "#search", "NIGHT 00003")
     assert read_names(browser) == ["00003.jpg"]
     browser.execute_script("document.querySelector('#slice-plot button').click()")
-    assert sorted(read_names(browser)) == ["00002.jpg", "00003.jpg"], "a slice's name shows its pictures"
+    assert sorted(read_names(browser)) == ["00002.jpg", "00003.jpg"], "a slice's name shows its images"
 
 
 def test_the_keyboard_is_enough(browser, pages):
@@ -399,21 +399,21 @@ def test_scores_are_shown_as_precisely_as_they_are_known(browser, pages):
     assert (
         browser.execute_script("return document.querySelectorAll('#headline-plot .dot').length") == 3 + 1
     )  # and the key
-    assert browser.execute_script(cells, "#notes li")[1:] == ["left out, no picture: 1"]
+    assert browser.execute_script(cells, "#notes li")[1:] == ["left out, no image: 1"]
     footer = browser.execute_script("return document.getElementById('footer').textContent")
-    assert "6 pictures, 5 shown" in footer and "this file: " in footer
+    assert "6 images, 5 shown" in footer and "this file: " in footer
 
 
-def test_pictures_are_decoded_and_missing_ones_said(browser, pages):
+def test_images_are_decoded_and_missing_ones_said(browser, pages):
     open_page(browser, pages / "small.html")
     assert browser.execute_script("return document.querySelectorAll('.card img').length") == 5
     loaded = """const image = document.querySelector('.card img'), done = arguments[0];
         image.decode().then(() => done(image.naturalWidth), () => done(0));"""
     assert browser.execute_async_script(loaded) > 100
-    assert "no picture" in browser.execute_script("return document.getElementById('feed').textContent.toWellFormed()")
+    assert "no image" in browser.execute_script("return document.getElementById('feed').textContent.toWellFormed()")
 
 
-def test_own_pictures_are_a_gallery_alone(browser, pages):
+def test_own_images_are_a_gallery_alone(browser, pages):
     open_page(browser, pages / "own.html")
     assert browser.execute_script("return [...document.querySelectorAll('main > section:not([hidden])')].length") == 1
     assert read_names(browser) == [SCRIPT, "00004.jpg"]
@@ -450,7 +450,7 @@ def test_ten_thousand_rows_keep_few_cards_in_the_page(browser, pages):
         assert 12 <= browser.execute_script(cards) <= 120
     assert "09999.jpg" in read_names(browser)
     set_value(browser, "#error", "wrong")
-    assert browser.execute_script("return document.getElementById('count').textContent") == "5,000 of 10,000 pictures"
+    assert browser.execute_script("return document.getElementById('count').textContent") == "5,000 of 10,000 images"
     browser.execute_script("document.querySelector('.card').focus()")
     press(browser, "\ue010")
     assert focused_name(browser) == "09999.jpg"

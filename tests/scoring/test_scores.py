@@ -54,11 +54,11 @@ def test_perfect_predictions_reach_the_maximum(references):
 
 
 def test_shuffled_predictions_fall_to_the_floor(references):
-    """Each picture with another's caption scores what the floor of other pictures' captions scores."""
+    """Each image with another's caption scores what the floor of other images' captions scores."""
     shuffled = random.Random(3).sample(list(references.values()), len(references))
     texts = dict(zip(references, shuffled, strict=True))
     scored = score_predictions(predict(references, lambda name, _: texts[name]), {}, resamples=200)
-    floor = scored["floors"]["another picture's caption"]
+    floor = scored["floors"]["another image's caption"]
     for group, name in (
         ("facts", "facts_f1"),
         ("facts", "objects_f1"),
@@ -71,7 +71,7 @@ def test_shuffled_predictions_fall_to_the_floor(references):
     assert scored["slices"][0]["scores"]["facts_f1"]["value"] <= scored["slices"][-1]["scores"]["facts_f1"]["value"]
 
 
-@pytest.mark.parametrize(("count", "note"), [(9, "9 pictures are too few"), (10, "10 pictures: .*between")])
+@pytest.mark.parametrize(("count", "note"), [(9, "9 images are too few"), (10, "10 images: .*between")])
 def test_a_note_says_how_far_the_figures_can_be_trusted(references, count, note):
     few = dict(list(references.items())[:count])
     scores = score_predictions(predict(few, lambda name, text: text.replace("car", "bus")), {}, resamples=50)
@@ -140,11 +140,11 @@ def test_comparison_on_the_command_line(references, tmp_path):
     assert (compared["n"], compared["only_in_one"], compared["only_in_other"]) == (len(references) - 1, 1, 0)
     row = compared["scores"]["facts_f1"]
     assert row["difference"] == pytest.approx(row["other"] - row["one"]) and row["p"] < 0.05
-    assert "1 pictures only A captioned" in finished.stdout
+    assert "1 images only A captioned" in finished.stdout
 
 
-def test_comparison_of_files_that_share_no_picture():
-    with pytest.raises(ValueError, match="share no picture"):
+def test_comparison_of_files_that_share_no_image():
+    with pytest.raises(ValueError, match="share no image"):
         compare_predictions([Prediction("a", "x", ["y"])], [Prediction("b", "x", ["y"])])
 
 
@@ -183,7 +183,7 @@ def test_ten_thousand_arbitrary_strings():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.csv", "picture,caption\na.jpg,x\n", "columns must be name"),
+        ("p.csv", "image,caption\na.jpg,x\n", "columns must be name"),
         ("p.csv", "name,prediction,reference\na.jpg,x\n", "3 fields"),
         ("p.csv", "name,prediction\na.jpg,x\n", "--references"),
         ("p.csv", "name,prediction,reference,reference\na.jpg,x,y,z\n", "same title"),
@@ -272,7 +272,7 @@ def test_results_and_captions_of_coco_are_read(tmp_path, indent):
     assert not left_out
 
 
-def test_results_of_coco_need_the_names_of_their_pictures(tmp_path):
+def test_results_of_coco_need_the_names_of_their_images(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps(COCO_RESULTS))
     (tmp_path / "c.csv").write_text("name,raw_caption\na.jpg,A car.\n")
     for references in (None, read_references(tmp_path / "c.csv")):
@@ -319,21 +319,21 @@ def test_references_without_a_fact_are_not_scored_on_facts(tmp_path):
     assert all(figure is None or figure["value"] is None for figure in figures)
 
 
-@pytest.mark.parametrize("work", ["caption_examples", "caption_pictures"])
+@pytest.mark.parametrize("work", ["caption_examples", "caption_images"])
 def test_what_a_captioner_has_open_is_closed_when_captioning_fails(tmp_path, monkeypatch, work):
     import eval as evaluation
 
     captioner = mock.Mock()
     captioner.map_batches.side_effect = UserError("no memory")
     monkeypatch.setattr(evaluation, "load_captioner", lambda config, count: captioner)
-    monkeypatch.setattr(evaluation, "start_pictures", lambda config, run_dir: ([("a.jpg", tmp_path)], {}))
+    monkeypatch.setattr(evaluation, "start_images", lambda config, run_dir: ([("a.jpg", tmp_path)], {}))
     examples = [Example("a.jpg", tmp_path, "A car.")]
     with pytest.raises(UserError, match="no memory"):
         getattr(evaluation, work)(EvalConfig(), examples if work == "caption_examples" else tmp_path)
     captioner.finish.assert_called_once()
 
 
-def test_few_pictures_are_said_to_be_few():
+def test_few_images_are_said_to_be_few():
     one = [Prediction("a.jpg", "There is one car.", ["There are 2 cars."])]
     assert "too few" in score_predictions(one, {}, resamples=5)["notes"][0]
     assert "too few" in compare_predictions(one, one, resamples=5)["notes"][0]

@@ -199,9 +199,9 @@ def test_a_full_disk_keeps_the_checkpoint_before(folder, settings, undisturbed, 
     assert train(settings, resume=True) == undisturbed[0]
 
 
-def test_pictures_are_mended_or_left_out(folder, settings, scenes, capsys):
+def test_images_are_mended_or_left_out(folder, settings, scenes, capsys):
     """CMYK, 16 bits and EXIF rotation train; a truncated file is left out, counted and listed; many stop the run."""
-    from captioner.data.images import open_picture
+    from captioner.data.images import open_image
 
     shutil.copytree(scenes / "images", "images")
     paths = sorted(Path("images").iterdir())
@@ -210,9 +210,9 @@ def test_pictures_are_mended_or_left_out(folder, settings, scenes, capsys):
     exif = Image.Exif()
     exif[274] = 6  # to be turned by 90 degrees
     upright.transpose(Image.Transpose.ROTATE_90).save(paths[1], "JPEG", exif=exif)
-    assert open_picture(paths[1]).size == upright.size
+    assert open_image(paths[1]).size == upright.size
     Image.new("I;16", (64, 36), 40_000).save(paths[2], "PNG")
-    assert open_picture(paths[2]).getpixel((3, 3)) == (156, 156, 156)
+    assert open_image(paths[2]).getpixel((3, 3)) == (156, 156, 156)
     bad = paths[3]
     bad.write_bytes(bad.read_bytes()[:400])
     monkey = pytest.MonkeyPatch()
@@ -220,31 +220,31 @@ def test_pictures_are_mended_or_left_out(folder, settings, scenes, capsys):
         patch.setattr(splits, "MAX_UNREADABLE", 0.06)
         train(settings, images=Path("images"), num_train_epochs=1)
     said = capsys.readouterr().out
-    assert "1 of 20 pictures can't be read and are left out" in said and bad.name in said
+    assert "1 of 20 images can't be read and are left out" in said and bad.name in said
     assert bad.name not in Path("blip2-finetuned/split.csv").read_text()
     for path in paths[4:7]:
         path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"4 of 20 pictures can't be read, more than 5%"):
+    with pytest.raises(UserError, match=r"4 of 20 images can't be read, more than 5%"):
         train(settings, images=Path("images"), output=Path("other"))
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"GIF89a" + bytes(50), b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS\n"]
 )
-def test_what_is_no_picture_is_refused(tmp_path, content):
-    from captioner.data.images import open_picture
+def test_what_is_no_image_is_refused(tmp_path, content):
+    from captioner.data.images import open_image
 
     (tmp_path / "a.jpg").write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.jpg: not readable as a picture"):
-        open_picture(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match=r"a\.jpg: not readable as an image"):
+        open_image(tmp_path / "a.jpg")
 
 
 def test_a_decompression_bomb_is_not_decoded(tmp_path):
-    from captioner.data.images import open_picture
+    from captioner.data.images import open_image
 
     Image.new("1", (30_000, 30_000)).save(tmp_path / "bomb.png")
     with pytest.raises(UserError, match=r"30000 x 30000 pixels|exceeds limit"):
-        open_picture(tmp_path / "bomb.png")
+        open_image(tmp_path / "bomb.png")
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def test_training_and_validation_loss_are_on_one_scale(folder, settings, scenes)
     records = [json.loads(line) for line in Path("logs/run/metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if "loss" in record]
     [validation] = [record["eval_loss"] for record in records if "eval_loss" in record]
-    assert sum(losses) / len(losses) == pytest.approx(validation, rel=0.1)  # other pictures, the same model
+    assert sum(losses) / len(losses) == pytest.approx(validation, rel=0.1)  # other images, the same model
 
 
 # --------------------------------------------------------------------------------------------------------------

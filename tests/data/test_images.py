@@ -1,4 +1,4 @@
-"""Pictures that are read ahead."""
+"""Images that are read ahead."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from captioner.data.reading import BATCH, one_ahead, read_ahead, read_batches
 from captioner.runtime.errors import UserError
 
 
-def test_pictures_are_read_ahead_in_order_and_not_further():
+def test_images_are_read_ahead_in_order_and_not_further():
     started = []
 
     def read(item):
@@ -90,22 +90,22 @@ def _die(item):
 
 def _complain(item):
     if item == 70:
-        raise UserError("a.jpg: is no picture")
+        raise UserError("a.jpg: is no image")
     return item
 
 
 @pytest.mark.parametrize(
-    ("read", "message"), [(_die, "a process that reads pictures was killed"), (_complain, "a.jpg: is no picture")]
+    ("read", "message"), [(_die, "a process that reads images was killed"), (_complain, "a.jpg: is no image")]
 )
 def test_a_process_that_fails_says_why(read, message):
     with pytest.raises(UserError, match=message):
         list(data_reading.read_batches(read, range(200), list))
 
 
-def test_a_picture_may_have_as_many_pixels_as_the_limit_says(tmp_path, monkeypatch):
+def test_an_image_may_have_as_many_pixels_as_the_limit_says(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 64 * 36)
     Image.new("RGB", (64, 36)).save(tmp_path / "most.png")
     Image.new("RGB", (64, 37)).save(tmp_path / "more.png")
-    assert images.open_picture(tmp_path / "most.png").size == (64, 36)
+    assert images.open_image(tmp_path / "most.png").size == (64, 36)
     with pytest.raises(UserError, match=r"more\.png: .*64 x 37 pixels, more than 2,304"):
-        images.open_picture(tmp_path / "more.png")
+        images.open_image(tmp_path / "more.png")

@@ -1,6 +1,6 @@
-"""Hostile pictures, each opened in a process of its own: outcome, seconds, peak MB above an empty process.
+"""Hostile images, each opened in a process of its own: outcome, seconds, peak MB above an empty process.
 
-python -m tests.hostile_pictures
+python -m tests.hostile_images
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 from PIL import Image
 
-LIMIT_SECONDS, LIMIT_MB = 5, 400  # of one picture
+LIMIT_SECONDS, LIMIT_MB = 5, 400  # of one image
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -29,7 +29,7 @@ def png(width: int, height: int, *extra: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(extra) + data + chunk(b"IEND", b"")
 
 
-def make_pictures(folder: Path) -> list[Path]:
+def make_images(folder: Path) -> list[Path]:
     bomb = zlib.compress(bytes(300_000_000), 9)
     frames = [Image.new("RGB", (64, 64), color) for color in ("red", "blue", "green")]
     Image.new("1", (30_000, 30_000)).save(folder / "900-megapixels.png")
@@ -57,14 +57,14 @@ def make_pictures(folder: Path) -> list[Path]:
 
 def measure(path: Path) -> dict:
     """What a process of its own says of opening `path`; more than LIMIT_SECONDS raises TimeoutExpired."""
-    command = [sys.executable, "-m", "tests.hostile_pictures", str(path)]
+    command = [sys.executable, "-m", "tests.hostile_images", str(path)]
     root = Path(__file__).parent.parent
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=60)
     return json.loads(done.stdout)
 
 
 def open_one(path: Path) -> dict:
-    from captioner.data.images import open_picture
+    from captioner.data.images import open_image
     from captioner.runtime.errors import UserError
     from captioner.scoring.report import make_thumbnail
 
@@ -77,7 +77,7 @@ def open_one(path: Path) -> dict:
     before, start = process.memory_info().rss, time.perf_counter()
     threading.Thread(target=sample, daemon=True).start()
     try:
-        outcome = f"read, {open_picture(path).size}"
+        outcome = f"read, {open_image(path).size}"
     except UserError as error:
         outcome = "refused" if str(path) in str(error) else "not named"
     shown = make_thumbnail(path, 320, 80) is not None
@@ -92,6 +92,6 @@ if __name__ == "__main__":
         print(json.dumps(open_one(Path(sys.argv[1]))))
     else:
         with tempfile.TemporaryDirectory() as folder:
-            for path in make_pictures(Path(folder)):
+            for path in make_images(Path(folder)):
                 found = measure(path)
                 print(f"{path.name:<22}{found['outcome']:<20}{found['seconds']:>6.2f} s{found['mb']:>6} MB")
