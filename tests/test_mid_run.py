@@ -132,37 +132,15 @@ def test_a_write_that_fails_leaves_the_checkpoints_before(folder, settings, undi
     assert "goes on after step 5 of 6" in capsys.readouterr().out
 
 
-def test_a_checkpoint_is_of_its_step_however_late_it_is_written(folder, settings, undisturbed, capsys):
-    """The process dies two steps after step 3, which is written only then."""
-    gone_on, real, on_step_end = threading.Event(), trainer.write_checkpoint, trainer.Pace.on_step_end
-
-    def write_late(*args):
-        assert gone_on.wait(60)
-        real(*args)
-
-    def die(self, args, state, control, **kwargs):
-        on_step_end(self, args, state, control, **kwargs)
-        if state.global_step == 5:
-            gone_on.set()
-            raise ValueError("dies")
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="dies"):
-        patch.setattr(trainer, "write_checkpoint", write_late)
-        patch.setattr(trainer.Pace, "on_step_end", die)
-        train(settings)
-    assert train(settings, resume=True) == undisturbed[0]
-    assert "goes on after step 3 of 6" in capsys.readouterr().out
-
-
 def test_a_second_signal_ends_the_writing(folder, settings, undisturbed, capsys):
-    """At the next file, and before the folder is let go."""
+    """At once: what is not sealed does not count."""
     real = trainer.CaptionTrainer._save
     writing = threading.Event()
 
     def save(self, *args, **kwargs):
+        real(self, *args, **kwargs)
         writing.set()
         time.sleep(1)
-        real(self, *args, **kwargs)
 
     def send() -> None:
         assert writing.wait(60)
@@ -176,8 +154,7 @@ def test_a_second_signal_ends_the_writing(folder, settings, undisturbed, capsys)
         thread.start()
         train(settings)
     thread.join()
-    files = {file.name for file in (CHECKPOINTS / "checkpoint-2").iterdir()}
-    assert "adapter_model.safetensors" in files and not files & {"optimizer.pt", "manifest.json"}
+    assert not (CHECKPOINTS / "checkpoint-2" / "manifest.json").exists()
     assert train(settings) == undisturbed[0]
     assert "checkpoint-2 is damaged" in capsys.readouterr().out
 

@@ -36,7 +36,8 @@ from captioner.training.checkpoints import (
 )
 from captioner.training.guards import check_pickles
 from captioner.training.micro_batch import list_micro_batches
-from captioner.training.trainer import CaptionTrainer, Pace, Stopped
+from captioner.training.pace import Pace, Stopped
+from captioner.training.trainer import CaptionTrainer
 from config import TrainConfig, config_to_json
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")  # whose versions a run records

@@ -17,6 +17,7 @@ from training_runs import stop_at, train
 
 from captioner.data import splits
 from captioner.fast import speed
+from captioner.fast.trainer import FastTrainer
 from captioner.runtime.errors import UserError
 from captioner.training import trainer
 from captioner.training.checkpoints import find_checkpoint
@@ -128,6 +129,15 @@ def test_a_batch_has_frames_of_about_one_length():
 
 # --------------------------------------------------------------------------------------------------------------
 # guards
+
+
+@pytest.mark.parametrize("trainer_class", [trainer.CaptionTrainer, FastTrainer])
+def test_each_private_method_that_is_overridden_is_transformers(trainer_class):
+    """And is named: a release of transformers that renames one would leave ours out without a word."""
+    for name in trainer.PRIVATE_HOOKS:
+        assert callable(getattr(trainer.Trainer, name, None)), name
+    overridden = {name for name in vars(trainer_class) if name.startswith("_") and not name.startswith("__")}
+    assert overridden <= set(trainer.PRIVATE_HOOKS), overridden
 
 
 @pytest.mark.parametrize("fast_step", ["off", "on"])
