@@ -471,27 +471,17 @@ def join_linears(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
 
 
 def list_lora(model) -> tuple[list[list[nn.Module]], list[nn.Parameter]]:
-    """The groups of layers with active LoRA; and its weights, A of each of their layers and then B of each.
-
-    Those of the language model, whose gradients are there first, lie side by side, between those of the Q-Former: A's
-    of the last group come first.
-    """
-    groups, weights = [], {}
+    """The groups of layers with active LoRA; and its weights, A of each of their layers and then B of each."""
+    groups, all_a, all_b = [], [], []
     for group in list_groups(model):
         layers = [layer for layer in group if has_active_lora(layer)]
         assert len(layers) in (0, len(group)), "LoRA on some of the layers that read the same input"
         groups += [layers] if layers else []
         for layer in layers:
             [name] = layer.active_adapters
-            weights[layer] = layer.lora_A[name].weight, layer.lora_B[name].weight
-    a = [weights[layer][0] for group in reversed(groups) for layer in group]
-    return groups, a + [b for _, b in weights.values()]
-
-
-def list_matrices(lora: Adapters) -> list[Tensor]:
-    """LoRA's matrices of a pass in the order of list_lora's weights."""
-    pairs = list(lora.matrices.values())
-    return [a for a, _ in reversed(pairs)] + [b for _, b in pairs]
+            all_a.append(layer.lora_A[name].weight)
+            all_b.append(layer.lora_B[name].weight)
+    return groups, all_a + all_b
 
 
 def has_active_lora(layer: nn.Module) -> bool:
@@ -542,15 +532,14 @@ def copy_lora(model) -> Adapters:
             bind_parts(whole, weights)
         else:  # not joined, or another adapter was
             whole = torch.cat([weight.flatten() for weight in weights])
-        shapes = [(sum(layer.r[name] for layer in group), group[0].in_features) for group in reversed(groups)]
+        shapes = [(sum(layer.r[name] for layer in group), group[0].in_features) for group in groups]
         shapes += [(sum(layer.out_features for layer in group), group[0].r[name]) for group in groups]
-        dtypes = [pick_compute_dtype(get_base(group[0])) for group in groups]
-        dtypes = dtypes[::-1] + dtypes
+        dtypes = 2 * [pick_compute_dtype(get_base(group[0])) for group in groups]
         copies = ScaledCopies.apply(shapes, dtypes, scale, whole)
     sites = {module: site for site, module in enumerate(blip.modules())}
     device = blip.query_tokens.device
     seed = torch.randint(2**62, (1,), device=device) if use_kernels(blip.query_tokens) else torch.zeros(1)
-    matrices = zip(reversed(copies[: len(groups)]), copies[len(groups) :], strict=True)
+    matrices = zip(copies[: len(groups)], copies[len(groups) :], strict=True)
     return Adapters(dict(zip((group[0] for group in groups), matrices, strict=True)), scale, sites, seed)
 
 

@@ -10,7 +10,7 @@ from captioner.blip2.lora import get_blip2
 from captioner.fast.caption_loss import sum_nll
 from captioner.fast.layers import draws_by_kernels
 from captioner.fast.packing import PackedCollator, PackedSampler
-from captioner.fast.speed import FastStep, JoinedAdamW
+from captioner.fast.speed import FastStep
 from captioner.training.trainer import CaptionTrainer
 from config import TrainConfig
 
@@ -24,7 +24,7 @@ def speed_up(config: TrainConfig, model) -> tuple[Callable[..., CaptionTrainer],
 
 
 class FastTrainer(CaptionTrainer):
-    """CaptionTrainer whose passes are FastStep's."""
+    """CaptionTrainer whose passes are FastStep's, and whose optimiser has one parameter, all of LoRA's weights."""
 
     sampler_class = PackedSampler
 
@@ -32,23 +32,26 @@ class FastTrainer(CaptionTrainer):
         super().__init__(*args, **kwargs)
         self.fast_step = FastStep(self.model, cuda_graphs)
 
-    # one step
-
     def run_pass(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         if not model.training:  # after validation: to tell thousands of modules at each step would take long
             model.train()
-        is_last = self.accelerator.sync_gradients
-        loss = self.fast_step(self._prepare_inputs(inputs), num_items_in_batch, is_last)
+        scale = self.scale_gradients(torch.ones((), device=model.device))
+        loss = self.fast_step(self._prepare_inputs(inputs), num_items_in_batch, scale)
         return loss * self.args.world_size  # as Trainer's own, which it averages over the processes
 
+    def scale_gradients(self, ones: torch.Tensor) -> torch.Tensor:
+        """What gradients are multiplied by in fp16, in which small ones would be lost; the optimiser's step divides."""
+        scaler = self.accelerator.scaler
+        return ones if scaler is None else scaler.scale(ones)
+
     def clip_gradients(self, model, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.fast_step.add_up(loss), self.fast_step.clip(self.args.max_grad_norm)
+        loss = self.fast_step.add_up(loss)
+        self.accelerator.unscale_gradients()
+        return loss, self.fast_step.clip(self.args.max_grad_norm)
 
     def sum_losses(self, model, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = inputs["starts"].diff()[:-1] - model.config.num_query_tokens  # at each place but the image's
         return self.fast_step.evaluate(inputs), tokens
-
-    # what a run begins with
 
     def _prepare_for_training(self, *args):
         """The fast step adds up gradients itself, so nothing is wrapped in DDP."""
@@ -58,9 +61,15 @@ class FastTrainer(CaptionTrainer):
         return super()._prepare_for_training(*args)
 
     def create_optimizer(self, *args):
-        _, options = self.get_optimizer_cls_and_kwargs(self.args)  # AdamW's
-        self.optimizer_cls_and_kwargs = JoinedAdamW, options | {"fast_step": self.fast_step}
-        return super().create_optimizer(*args)
+        """A fused AdamW gives each 65,536 values of a parameter a block of threads: most of a GPU would be idle with
+        LoRA's hundreds of small ones."""
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
+        groups = [{"params": [self.fast_step.whole], "weight_decay": self.args.weight_decay}]
+        self.optimizer = optimizer_class(groups, **options)
+        self.optimizer.register_step_post_hook(
+            lambda *_: torch.autograd.graph.increment_version(self.fast_step.weights)
+        )
+        return self.optimizer
 
     def _get_eval_sampler(self, eval_dataset):
         lengths = [len(ids) for ids in eval_dataset.caption_ids]

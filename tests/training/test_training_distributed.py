@@ -199,7 +199,7 @@ def test_two_stopped_processes_go_on_to_the_same_adapter(folder, train_two):
     assert [path.name for path in Path("stopped").glob("published-*")] == ["published-by-0"]
 
 
-@pytest.mark.parametrize("what", ["loss = loss * float('nan')", slow("self.flat[0] = float('nan')"), slow("")])
+@pytest.mark.parametrize("what", ["loss = loss * float('nan')", slow("self.whole.grad[0] = float('nan')"), slow("")])
 def test_nan_in_one_process_stops_both(folder, train_two, what):
     """The batch is named by both, whichever had it, and neither waits for the other."""
     done = train_two("two", patch=(NAN if what else SENT_NAN).format(steps=STEPS_PER_EPOCH, what=what))
