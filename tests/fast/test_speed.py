@@ -336,8 +336,7 @@ def test_positions_of_a_packed_batch_are_a_fast_size(rows):
     for length in (*range(1, 70), *range(1000, 1070)):
         [_, end, size] = PackedCollator(config)([row | {"caption_ids": [5] * length}])["starts"].tolist()
         assert end == config.num_query_tokens + length
-        multiple = 16 if end <= 1024 else 8
-        assert size % multiple == 0 and size % 32 and 0 <= size - end < 2 * multiple
+        assert size % 32 == 16 and 0 <= size - end < 32
 
 
 @pytest.mark.parametrize("target", ["both", "lm", "qformer"])
@@ -405,7 +404,7 @@ def test_packed_batches_have_about_one_size():
             statistics.stdev(sum(lengths[row] for row in rows[first : first + size]) for first in range(0, 992, size))
             for rows in (order, torch.randperm(1000).tolist())
         )
-        assert dealt < (0.02 if size == 16 else 0.4) * drawn, size
+        assert dealt < (0.25 if size == 16 else 0.4) * drawn, size
     sampler.set_epoch(1)
     assert list(sampler) != order and sorted(sampler) == list(range(1000))
     pairs = [set(), set()]  # of rows that are in one step, of an epoch in one window
