@@ -11,18 +11,14 @@ with its processor, generation settings, configuration and split, for eval.py or
 
 import gc
 
-from captioner.fast import compile_kernels
 from captioner.runtime.cli import import_bitsandbytes, run_script
 from config import TrainConfig, parse_args
 
 if __name__ == "__main__":
     config = parse_args(TrainConfig)  # before the heavy imports, so that --help answers at once
-    compiling = compile_kernels.start(config)
     gc.disable()  # until run_script, for a fifth of the time that imports take
 import_bitsandbytes()  # before transformers and peft do
 
-import functools
-import subprocess
 import time
 from pathlib import Path
 
@@ -100,12 +96,12 @@ def publish(config: TrainConfig) -> None:
         print(f"uploaded to {push_to_hub(config.output, config.push_to_hub)}")
 
 
-def main(config: TrainConfig, compiling: subprocess.Popen | None = None) -> None:
+def main(config: TrainConfig) -> None:
     with lock_folder(config.output, "--output"):
-        train(config, compiling)
+        train(config)
 
 
-def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
+def train(config: TrainConfig) -> None:
     start = time.perf_counter()
     transformers_logging.set_verbosity_error()
     if is_sharded():
@@ -184,8 +180,6 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
         arguments.dataloader_num_workers = 0  # nothing left to decode
         arguments.dataloader_pin_memory &= not outputs.is_cuda  # or there already
     model.print_trainable_parameters()
-    if fast:
-        compile_kernels.finish(compiling)
 
     lean = not fast or config.gradient_checkpointing
     eval_batch = config.per_device_eval_batch_size or (LEAN_EVAL_BATCH if lean else EVAL_BATCH)
@@ -246,4 +240,4 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(functools.partial(main, compiling=compiling), config)
+    run_script(main, config)

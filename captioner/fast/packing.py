@@ -19,8 +19,8 @@ class PackedCollator(CaptionCollator):
     """Rows of CaptionDataset -> a batch for caption_nll: rows behind each other, without padding between them.
 
     A label is the token to predict at its place, the next one: a caption's last token is predicted, and never read.
-    Padding behind the last row leaves few sizes of batches. For most multiples of 32 positions cuBLAS picks kernels that
-    take an H100 up to 8 % longer (benchmarks/RESULTS.md): they are odd multiples of 16.
+    Padding behind the last row leaves few sizes of batches. For most multiples of 32 positions cuBLAS picks kernels
+    that take an H100 up to 8 % longer (benchmarks/RESULTS.md): they are odd multiples of 16.
     """
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor | int]:

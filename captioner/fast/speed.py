@@ -15,19 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captioner.blip2.loading import pick_dtype
 from captioner.fast import caption_loss
+from captioner.fast.adapters import bind_parts, join_lora
 from captioner.fast.caption_loss import caption_nll
-from captioner.fast.layers import (
-    bind_parts,
-    get_base,
-    has_active_lora,
-    has_kernel_rank,
-    join_linears,
-    join_lora,
-    list_groups,
-    read_weight,
-)
+from captioner.fast.kernels import choice
+from captioner.fast.kernels.lora import round_rank
+from captioner.fast.linears import get_base, has_active_lora, join_linears, list_groups, read_weight
 from captioner.runtime.errors import UserError
 from captioner.runtime.processes import is_sharded
 from config import TrainConfig
@@ -81,9 +74,9 @@ def join_weights(model) -> None:
 
 
 def count_rank(layer) -> int:
-    """The rank of the layer's LoRA if Triton kernels take it, else 0."""
-    ranks = layer.r.values() if has_active_lora(layer) else ()
-    return sum(rank for rank in ranks if has_kernel_rank(layer.weight, rank))
+    """The rank of the layer's LoRA as Triton kernels take it; 0 without these."""
+    ranks = layer.r.values() if has_active_lora(layer) and choice.use_kernels(layer.weight) else ()
+    return sum(round_rank(layer.weight, rank) for rank in ranks)
 
 
 def has_room_to_unpack(model, device: torch.device) -> bool:
@@ -210,8 +203,6 @@ def use_fast_step(config: TrainConfig, model, device: torch.device) -> bool:
     obstacle = (
         "weights that FSDP spreads over the GPUs"
         if is_sharded()
-        else "a GPU without bf16"
-        if pick_dtype(device) == torch.float16
         else "a language model of another form than OPT-2.7B's"
         if not caption_loss.supports(model)
         else None

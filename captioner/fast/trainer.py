@@ -6,7 +6,6 @@ from collections.abc import Callable
 import torch
 
 from captioner.blip2.batches import CaptionCollator
-from captioner.blip2.lora import get_blip2
 from captioner.fast.caption_loss import sum_nll
 from captioner.fast.layers import draws_by_kernels
 from captioner.fast.packing import PackedCollator, PackedSampler
@@ -19,7 +18,8 @@ def speed_up(config: TrainConfig, model) -> tuple[Callable[..., CaptionTrainer],
     """What stands in for CaptionTrainer, its collator, and micro_batch.compute_loss; see speed.use_fast_step."""
     graphs = config.cuda_graphs and model.device.type == "cuda"
     if config.gradient_checkpointing:  # which asks torch for its generator's state if that draws dropouts
-        graphs = graphs and draws_by_kernels(get_blip2(model).query_tokens, [config.lora_rank])
+        weight = model.get_input_embeddings().weight
+        graphs = graphs and draws_by_kernels(weight, model.config.text_config.attention_dropout)
     return functools.partial(FastTrainer, cuda_graphs=graphs), PackedCollator(model.config), sum_nll
 
 
