@@ -264,7 +264,8 @@ def evaluate(config: EvalConfig, run_dir: Path) -> None:
 
 def add_to_adapter(adapter: Path, scores: dict) -> None:
     """Keep the scores beside the adapter and in its model card, unless some of more images are there."""
-    from captioner.publishing.model_card import read_scores, write_model_card
+    from captioner.publishing.model_card import write_model_card
+    from captioner.publishing.records import read_scores
 
     try:
         before = read_scores(adapter)
