@@ -27,12 +27,12 @@ from captioner.data.splits import choose_examples
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import lock_folder, name_run, write_json
 from captioner.runtime.processes import ask_main, go_on_alone
+from captioner.runtime.settings import flatten
 from captioner.scoring.console import print_captions, print_comparison, print_left_out, print_scores
 from captioner.scoring.predictions import Prediction, read_predictions, read_references, write_predictions
 from captioner.scoring.reference_facts import read_facts
 from captioner.scoring.report import make_gallery, make_rows, write_report
 from captioner.scoring.scores import compare_predictions, score_predictions
-from config import config_to_json
 
 
 class Found(NamedTuple):
@@ -46,7 +46,7 @@ class Found(NamedTuple):
 
 
 def main(config: EvalConfig) -> None:
-    run_dir = name_run(config, "-eval")
+    run_dir = name_run(config.run_name, "-eval")
     with lock_folder(run_dir, "--run-name"):
         if config.compare:
             return compare(config, run_dir)
@@ -64,7 +64,7 @@ def main(config: EvalConfig) -> None:
         except ValueError as error:
             raise UserError(f"{found.file}: {error}") from None
         scores |= {"left_out": dict(incomplete + unlabelled + found.left_out), "facts_from": signature["facts"]}
-        scores |= {"predictions": str(found.file), "config": config_to_json(config)}
+        scores |= {"predictions": str(found.file), "config": flatten(config)}
 
         write_json(run_dir / "scores.json", scores)
         title = f"{len(predictions):,} images, {found.title}"
@@ -90,11 +90,11 @@ def caption_split(config: EvalConfig, run_dir: Path) -> Found:
     title = ", ".join([signature[name] for name in ("split", "decoding", "model")])
     references = {example.name: [example.caption] for example in examples}
     predictions = [Prediction(name, text, references[name], floors) for name, (text, floors) in rows.items()]
-    file = run_dir / "predictions.jsonl"
-    ask_main(write_predictions, file, predictions)
+    ask_main(write_predictions, file := run_dir / "predictions.jsonl", predictions)
     print_left_out(unreadable)
     left_out += Counter({"unreadable images": len(unreadable)})
-    return Found(file, title, {example.name: example.image for example in examples}, signature, left_out)
+    images = {example.name: example.image for example in examples}
+    return Found(file, title, images, signature, left_out)
 
 
 def read_file(config: EvalConfig) -> Found:

@@ -4,6 +4,7 @@ captions = caption_folder(config, run_dir, make_captioner)      # run_dir/captio
 """
 
 import csv
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -16,12 +17,8 @@ from captioner.data.run_record import read_run
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write, explain_writing, write_json
 from captioner.runtime.processes import ask_main, find_place
-from config import EvalConfig, config_to_json
+from config import EvalConfig
 
-RESUMED = (  # settings that a run keeps which goes on
-    *("adapter", "base", "blank", "greedy", "temperature", "top_p", "max_new_tokens", "seed", "batch_size"),
-    "fast_generation",
-)
 REMEDY = "the captions before are kept: see to the disk, then give the same command and --run-name again"
 
 
@@ -73,7 +70,8 @@ def _open(config: EvalConfig, run_dir: Path) -> tuple[dict[str, Path], dict[str,
 
 def read_finished(path: Path, config: EvalConfig) -> dict[str, str]:
     """{name: caption} of an earlier run under this name, which must have had the same settings."""
-    settings = {name: value for name, value in config_to_json(config).items() if name in RESUMED}
+    settings = dataclasses.asdict(config.generation) | {"adapter": str(config.adapter), "base": config.base}
+    settings |= {"blank": config.blank, "fast_generation": config.fast.fast_generation}
     settings |= {"images": [str(image.resolve()) for image in config.images], "trained": read_run(config.adapter)}
     noted = path.with_name("settings.json")
     if not path.exists():
