@@ -1,4 +1,4 @@
-"""KiB of shared memory that each Triton kernel with a matrix product takes on an RTX 30 or 40 (capability 8.6), as JSON.
+"""KiB of shared memory that each Triton kernel with a matrix product takes on an RTX 30 or 40 (capability 8.6): JSON.
 
 python tests/shared_memory.py      # compiles for that GPU; none is needed
 """

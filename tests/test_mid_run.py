@@ -21,7 +21,7 @@ from training_runs import hash_adapter, stop_at, train, wait_for_lock
 import eval as evaluation
 import main
 from captioner.bdd100k import label_files, label_report
-from captioner.blip2 import captioner
+from captioner.blip2 import caption_folder, captioner
 from captioner.data import images as data_images
 from captioner.data.captions import Example
 from captioner.runtime.errors import UserError
@@ -29,7 +29,7 @@ from captioner.runtime.files import lock_folder, name_run
 from captioner.training import dashboard, trainer
 from captioner.training import run as training_run
 from captioner.training.checkpoints import find_checkpoint, fingerprint_data
-from config import EvalConfig
+from config import EvalConfig, make_config
 
 OUTPUT = Path("blip2-finetuned")
 CHECKPOINTS = OUTPUT / "checkpoints"
@@ -162,14 +162,14 @@ def test_a_second_signal_ends_the_writing(folder, settings, undisturbed, capsys)
 def test_disk_fills_up_while_the_adapter_is_saved(folder, settings, undisturbed, mount, capsys):
     """At the very end: nothing is trained again."""
     mount(OUTPUT, "32m")
-    real = training_run.save_finetuned
+    real = training_run.save_run
 
-    def save_finetuned(*args):
+    def save_run(*args):
         fill(OUTPUT)
         real(*args)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"adapter can't be saved .*--resume"):
-        patch.setattr(main, "save_finetuned", save_finetuned)
+        patch.setattr(main, "save_run", save_run)
         train(settings)
     assert sorted(path.name for path in OUTPUT.iterdir()) == ["checkpoints", "filler"]
     (OUTPUT / "filler").unlink()
@@ -200,7 +200,7 @@ def test_disk_of_the_logs_fills_up(folder, settings, undisturbed, mount):
 @pytest.mark.parametrize("file", ["metrics.jsonl", "captions.md", "dashboard.png"])
 def test_full_disk_names_the_log(tmp_path, file):
     log = dashboard.RunLog(tmp_path)
-    log.path.unlink()
+    log.path.unlink(missing_ok=True)
     for name in ("metrics.jsonl", "captions.md", "dashboard.tmp.png"):
         (tmp_path / name).symlink_to("/dev/full")
     writers = {
@@ -221,9 +221,9 @@ def images(tmp_path_factory, scenes) -> Path:
 def caption_own(undisturbed, images, **changes) -> Path:
     """What eval.py --images does with the adapter; the folder that it writes."""
     options = {"images": (images,), "adapter": undisturbed[1] / OUTPUT, "run_name": "own", "max_new_tokens": 8}
-    config = EvalConfig(**options | {"batch_size": 4} | changes)
+    config = make_config(EvalConfig, **options | {"batch_size": 4} | changes)
     evaluation.main(config)
-    return name_run(config)
+    return name_run(config.run_name)
 
 
 def test_disk_fills_up_while_images_are_captioned(folder, undisturbed, images, mount, monkeypatch, capsys):
@@ -240,7 +240,7 @@ def test_disk_fills_up_while_images_are_captioned(folder, undisturbed, images, m
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"captions.jsonl: can't be .*No space"):
         patch.setattr(captioner.Captioner, "caption", caption)
         # the first two batches leave a page of the disk that the third has to begin another of
-        patch.setattr(evaluation, "format_prediction", lambda row: format_long(row))
+        patch.setattr(caption_folder, "format_row", format_long)
         caption_own(undisturbed, images)
     assert not Path("logs/own/captions.csv").exists()
     Path("logs/own/filler").unlink()
@@ -250,9 +250,8 @@ def test_disk_fills_up_while_images_are_captioned(folder, undisturbed, images, m
     assert Path("logs/own/captions.csv").read_bytes() == (whole / "captions.csv").read_bytes()
 
 
-def format_long(row) -> str:
-    row = {"name": row.name, "prediction": row.prediction, "references": [], "floors": {}, "padding": "x" * 999}
-    return json.dumps(row) + "\n"
+def format_long(name: str, caption: str) -> str:
+    return json.dumps({"name": name, "prediction": caption, "references": [], "padding": "x" * 999}) + "\n"
 
 
 @pytest.mark.parametrize("file", ["predictions.jsonl", "scores.json", "report.html"])
@@ -269,7 +268,7 @@ def test_disk_fills_up_while_eval_writes(folder, undisturbed, mount, file):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=rf"{file}: can't be .*No space left"):
         patch.setattr(evaluation, writer[file], filled)
-        evaluation.main(EvalConfig(adapter=undisturbed[1] / OUTPUT, run_name="run", max_new_tokens=8))
+        evaluation.main(make_config(EvalConfig, adapter=undisturbed[1] / OUTPUT, run_name="run", max_new_tokens=8))
     order = ["predictions.jsonl", "scores.json", "report.html"]
     assert {path.name for path in Path("logs/run").iterdir()} == {"filler", *order[: order.index(file)]}
     assert {path.name: path.read_bytes() for path in (undisturbed[1] / OUTPUT).iterdir()} == before
@@ -284,7 +283,7 @@ def test_an_image_vanishes_in_training(folder, settings, undisturbed, images, wo
     """The image is named; once it is back the run goes on."""
     options = {"images": Path("images"), "dataloader_workers": workers, "vision_store_gib": 0.0}
     shutil.copytree(images, "images")
-    real = training_run.train_lora
+    real = main.train_lora
 
     def train_lora(*args):
         for path in Path("images").iterdir():
@@ -315,7 +314,7 @@ def test_an_image_vanishes_while_others_are_captioned(folder, undisturbed, image
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "find_images", find_images)
+        patch.setattr(caption_folder, "find_images", find_images)
         caption_own(undisturbed, Path("images"))
     said = capsys.readouterr().out
     assert "1 images can't be read" in said and "No such file" in said and "19 captions in" in said
@@ -404,7 +403,7 @@ def test_no_run_writes_over_one_of_the_same_second(folder, monkeypatch):
     moment = runtime_files.datetime(2026, 10, 25, 2, 30, 0)
     monkeypatch.setattr(runtime_files, "datetime", type("Clock", (), {"now": staticmethod(lambda: moment)}))
     for expected in ("2026-10-25_02-30-00-eval", "2026-10-25_02-30-00-2-eval", "2026-10-25_02-30-00-3-eval"):
-        run_dir = name_run(EvalConfig(), "-eval")
+        run_dir = name_run(None, "-eval")
         assert run_dir == Path("logs") / expected and run_dir.is_dir()
 
 

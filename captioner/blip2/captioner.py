@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -20,18 +21,20 @@ SLOW_BATCH = 16  # images captioned at once, unless --batch-size says how many
 
 
 class Captioner:
-    """The fine-tuned model with its processor and settings, in each process."""
+    """The fine-tuned model with its processor and settings, in each process. Use it in a with statement."""
+
+    way = "generate"  # transformers' function
 
     def __init__(self, config: EvalConfig, images: int):
         """`images` are to be captioned."""
         self.config = config
         gather(self._load)
-        self.options = {"do_sample": not config.greedy}
-        if not config.greedy:
-            self.options |= {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
-        if config.max_new_tokens is not None:
-            self.options["max_new_tokens"] = config.max_new_tokens
-        self.batch_size = config.batch_size or SLOW_BATCH
+        self.options = {"do_sample": not config.generation.greedy}
+        if not config.generation.greedy:
+            self.options |= {"temperature": config.generation.temperature, "top_p": config.generation.top_p, "top_k": 0}
+        if config.generation.max_new_tokens is not None:
+            self.options["max_new_tokens"] = config.generation.max_new_tokens
+        self.batch_size = config.generation.batch_size or SLOW_BATCH
         self._prepare(images)
         place, processes = find_place()
         if place == 0 and processes > 1:
@@ -114,8 +117,20 @@ class Captioner:
         """The ViT's outputs (B, P, D)."""
         return run_vision(self.vision, torch.stack(inputs))
 
+    def describe_way(self) -> dict[str, str]:
+        """How captions come about, for the signature of their scores."""
+        how = self.config.generation
+        decoding = "greedy" if how.greedy else f"T{how.temperature:g}-p{how.top_p:g}-seed{how.seed}"
+        return {"decoding": decoding, "batch": str(self.batch_size), "by": self.way}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.finish()
+
     def finish(self) -> None:
-        """Called when all is captioned: for what a faster way to caption has still to do."""
+        """Called at the end, whatever has happened: for what a faster way to caption has still to do."""
 
     def caption(self, index: int, outputs: torch.Tensor) -> list[str]:
         """Captions for outputs (B, P, D) of the ViT. Sampling depends on seed and the batch's index, on no other batch.
@@ -123,8 +138,8 @@ class Captioner:
         So whichever process has a batch, and whatever came before, its captions are the same; on a CPU only with as
         many threads, which decide in what order numbers are added up.
         """
-        mixed = np.random.SeedSequence((self.config.seed, index)).generate_state(1)  # a CPU takes 32 bits of a seed
-        return self._generate(outputs, int(mixed[0]))
+        mixed = np.random.SeedSequence((self.config.generation.seed, index)).generate_state(1)
+        return self._generate(outputs, int(mixed[0]))  # a CPU takes 32 bits of a seed
 
     def _generate(self, outputs: torch.Tensor, seed: int) -> list[str]:
         torch.manual_seed(seed)

@@ -292,8 +292,7 @@ class FastGenerator:
         table = self.decoder.embed_positions
         x = x + F.embedding(positions + table.offset, table.weight)
         for layer, (qkv, out, fc1, fc2), (keys, values) in zip(self.decoder.layers, self.linears, cache, strict=True):
-            joined = qkv(layer.self_attn_layer_norm(x))  # (n, T, 3E)
-            new = joined.view(n, length, 3, self.heads, -1)
+            new = qkv(layer.self_attn_layer_norm(x)).view(n, length, 3, self.heads, -1)
             if mask is not None and self.use_kernel:
                 seen = attend_one(new[:, 0], keys, values, positions)  # (n, H, D)
             else:

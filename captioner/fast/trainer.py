@@ -16,8 +16,8 @@ from config import TrainConfig
 
 def speed_up(config: TrainConfig, model) -> tuple[Callable[..., CaptionTrainer], CaptionCollator, Callable]:
     """What stands in for CaptionTrainer, its collator, and micro_batch.compute_loss; see speed.use_fast_step."""
-    graphs = config.cuda_graphs and model.device.type == "cuda"
-    if config.gradient_checkpointing:  # which asks torch for its generator's state if that draws dropouts
+    graphs = config.fast.cuda_graphs and model.device.type == "cuda"
+    if config.training.gradient_checkpointing:  # which asks torch for its generator's state if that draws dropouts
         weight = model.get_input_embeddings().weight
         graphs = graphs and draws_by_kernels(weight, model.config.text_config.attention_dropout)
     return functools.partial(FastTrainer, cuda_graphs=graphs), PackedCollator(model.config), sum_nll

@@ -6,6 +6,7 @@ with lock_folder(output, "--output"), atomic_write(output / "a.json") as file: .
 import errno
 import functools
 import itertools
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -37,6 +38,12 @@ def atomic_write(path: Path) -> Iterator:
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+def write_json(path: Path, content) -> None:
+    """Write `content` as JSON. Raises ValueError for NaN, which JSON has no word for."""
+    with atomic_write(path) as file:
+        json.dump(content, file, indent=1, allow_nan=False)
 
 
 @contextmanager
@@ -143,14 +150,14 @@ def split_revision(model: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
-def name_run(config, suffix: str = "") -> Path:
-    """The folder of a run in logs/: its --run-name, else date, time and suffix, and a number if there is such a folder.
+def name_run(run_name: str | None, suffix: str = "") -> Path:
+    """The folder of a run in logs/: its `run_name`, else date, time and suffix, and a number if there is such a folder.
 
     There is one when two runs start within a second, and when the clock was set back, as it is each autumn. So the
     folder is made here, by the main process; lock_folder removes it if nothing is written there.
     """
-    if config.run_name:
-        return Path("logs") / config.run_name
+    if run_name:
+        return Path("logs") / run_name
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     names = itertools.chain([stamp + suffix], (f"{stamp}-{number}{suffix}" for number in itertools.count(2)))
     for folder in (Path("logs") / name for name in names):

@@ -12,12 +12,13 @@ from captioner.blip2 import batches, captioning, lora
 from captioner.blip2 import loading as blip2
 from captioner.blip2.lora import get_blip2
 from captioner.fast import generation
+from captioner.fast.adapters import copy_lora, join_lora
 from captioner.fast.captioning import FastCaptioner
 from captioner.fast.generation import FastGenerator, max_batch, pick_tokens, supports
 from captioner.fast.kernels import choice
-from captioner.fast.layers import copy_lora, embed_images, join_lora
+from captioner.fast.layers import embed_images
 from captioner.runtime.errors import UserError
-from config import EvalConfig
+from config import EvalConfig, make_config
 
 CPU = torch.device("cpu")
 NEW_TOKENS = 60  # positions 9 to 68: five buckets of 16
@@ -311,7 +312,10 @@ def test_image_tokens_in_half_precision(tiny_checkpoint, monkeypatch, load_in_4b
 )
 def test_way_to_generate_is_chosen_by_room(tiny_checkpoint, room, batch_size, chosen):
     captioner = FastCaptioner.__new__(FastCaptioner)  # without loading
-    captioner.config, captioner.model = EvalConfig(fast_generation="on", batch_size=batch_size), load(tiny_checkpoint)
+    captioner.config, captioner.model = (
+        make_config(EvalConfig, fast="on", batch_size=batch_size),
+        load(tiny_checkpoint),
+    )
     if chosen is None:
         with pytest.raises(UserError, match=f"room for {room[1]} images"):
             captioner._make_generator(*room, 1024)
