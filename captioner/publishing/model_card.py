@@ -17,7 +17,8 @@ from captioner.bdd100k.facts import Facts, ObjectKind
 from captioner.bdd100k.wording import describe
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write, split_revision
-from captioner.scoring.scores import HEADLINES, SCHEMA_VERSION
+from captioner.scoring.headlines import HEADLINES
+from captioner.scoring.scores import RANKED_BY, SCHEMA_VERSION
 from config import EvalConfig, TrainConfig
 
 CARD = """---
@@ -40,17 +41,6 @@ inputs = processor(images=Image.open("scene.jpg").convert("RGB"), return_tensors
 tokens = model.generate(**inputs, generation_config=GenerationConfig.from_pretrained({adapter}))
 print(processor.decode(tokens[0], skip_special_tokens=True))
 ```"""
-SCORE_NAMES = {  # of HEADLINES: in words, and the hub's name of the metric
-    "facts_f1": ("all facts, F1", "f1"),
-    "time_of_day": ("time of day, accuracy", "accuracy"),
-    "weather": ("weather, accuracy", "accuracy"),
-    "scene": ("scene, accuracy", "accuracy"),
-    "traffic_light": ("traffic light, accuracy", "accuracy"),
-    "objects_f1": ("objects (kind and count), F1", "f1"),
-    "whole_caption": ("whole captions, accuracy", "accuracy"),
-    "BLEU-4": ("BLEU-4", "bleu"),
-    "CIDEr-D": ("CIDEr-D", "cider"),
-}
 CLASS_SCORES = {  # columns of the table of object classes
     "presence_f1": "named or not, F1",
     "exact": "exact count",
@@ -104,7 +94,13 @@ def read_scores(folder: Path) -> dict | None:
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'scores.json'}: its config is no JSON object; write it again with python eval.py")
     foreign = config.get("base") or config.get("blank") or config.get("predictions")
-    return None if foreign or scores.get("schema") != SCHEMA_VERSION else scores
+    if scores.get("schema") != SCHEMA_VERSION:
+        print(
+            f"note: {folder / 'scores.json'}: not read: it is of form {scores.get('schema')}, and this program writes "
+            f"{SCHEMA_VERSION}; score anew with python eval.py --adapter {folder}"
+        )
+        return None
+    return None if foreign else scores
 
 
 def strip_paths(record: dict) -> dict:
@@ -182,18 +178,17 @@ def list_results(run: dict, scores: dict) -> list[EvalResult]:
     """The headline scores for the hub's model index; a score without a value is left out."""
     demo = run["config"].get("demo")
     results = []
-    for name, group in HEADLINES.items():
-        figure = scores["scores"].get(group, {}).get(name)
+    for name, headline in HEADLINES.items():
+        figure = headline.find(scores["scores"], name)
         if figure and figure["value"] is not None:
-            title, metric = SCORE_NAMES.get(name, (name, name.lower()))
             results.append(
                 EvalResult(
                     task_type="image-to-text",
                     dataset_type="drawn-scenes" if demo else "bdd100k",
                     dataset_name="drawn scenes" if demo else "BDD100K",
                     dataset_split=scores.get("config", {}).get("split"),
-                    metric_type=metric,
-                    metric_name=title,
+                    metric_type=headline.metric,
+                    metric_name=headline.words,
                     metric_value=figure["value"],
                 )
             )
@@ -233,12 +228,11 @@ def describe_results(run: dict, scores: dict | None) -> str:
         return "Not measured."
     sets = {"this model": scores["scores"], **{f"floor: {name}": groups for name, groups in scores["floors"].items()}}
     rows = []
-    for name, group in HEADLINES.items():
-        title = SCORE_NAMES.get(name, (name, name))[0]
-        rows.append([title, *(format_figure(groups.get(group, {}).get(name)) for groups in sets.values())])
+    for name, headline in HEADLINES.items():
+        rows.append([headline.words, *(format_figure(headline.find(groups, name)) for groups in sets.values())])
     text = (
-        f"{describe_scoring(run, scores)} In brackets 95 % bootstrap intervals. Floors are what captions score that "
-        f"need no fine-tuning, on the same images.\n\n{make_table(['', *sets], rows)}"
+        f"{describe_scoring(run, scores)} In brackets 95 % intervals. Floors are what captions score that need no "
+        f"fine-tuning, on the same images.\n\n{make_table(['', *sets], rows)}"
     )
     lines = [f"- {note}" for note in scores.get("notes", [])]
     if left_out := scores.get("left_out"):
@@ -317,11 +311,12 @@ def describe_limits(run: dict, scores: dict | None) -> str:
     invented = scores["scores"].get("hallucination", {}).get("CHAIRs")
     if invented and invented["value"] is not None:
         lines.append(f"- Captions that name an object of a class that is not there: {format_figure(invented)}.")
-    stating = [item for item in scores.get("slices", []) if item["scores"]["facts_f1"]["value"] is not None]
+    stating = [item for item in scores.get("slices", []) if item["scores"][RANKED_BY]["value"] is not None]
     for item in stating[:WORST_SLICES]:
-        figure = format_figure(item["scores"]["facts_f1"])
+        figure = format_figure(item["scores"][RANKED_BY])
         lines.append(
-            f"- Among the worst slices: {item['by']} {item['value']}, {item['n']:,} images, facts F1 {figure}."
+            f"- Among the worst of {len(stating)} slices: {item['by']} {item['value']}, {item['n']:,} images, facts F1 "
+            f"{figure}, an interval that holds for all slices at once."
         )
     if classes := scores["scores"].get("classes"):
         rows = [[name, *(format_figure(groups.get(key)) for key in CLASS_SCORES)] for name, groups in classes.items()]

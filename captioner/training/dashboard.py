@@ -34,7 +34,7 @@ PANELS = {  # title: {key of the records: its label}
         "val_weather": "weather",
         "val_scene": "scene",
         "val_traffic_light": "light",
-        "val_objects_f1": "objects, F1",
+        "val_boxed_f1": "objects, F1",
     },
     "BLEU-4 of validation captions": {"val_BLEU-4": None},
     "learning rate": {"learning_rate": None},
@@ -153,15 +153,16 @@ class ValidationCaptions(TrainerCallback):
         texts = self.generate(model, args.eval_batch_size)
         references = [example.caption for example in examples]
         shares = score(
-            measure_shares([parse_caption(text) for text in texts], [parse_caption(text) for text in references])
+            measure_shares([read_caption(text) for text in texts], [parse_caption(text) for text in references])
         )
         shares |= score_bleu(texts, [[reference] for reference in references])
         record = {f"val_{name}": value for name, value in shares.items() if value == value}
+        record["val_captions"] = self.count
         self.log.add({"step": state.global_step, "epoch": state.epoch, **record})
         self.write(state.epoch, examples, texts)
         print(f"\nepoch {state.epoch:g}: {self.count} validation captions, facts F1 {shares['facts_f1']:.3f}, "
               f"time {shares['time_of_day']:.2f}, weather {shares['weather']:.2f}, scene {shares['scene']:.2f}, "
-              f"light {shares['traffic_light']:.2f}, objects F1 {shares['objects_f1']:.3f}, "
+              f"light {shares['traffic_light']:.2f}, objects F1 {shares['boxed_f1']:.3f}, "
               f"BLEU-4 {shares['BLEU-4']:.3f}")  # fmt: skip
         for example, text in list(zip(examples, texts, strict=True))[:SHOWN]:
             said = text if len(text) <= WIDEST else text[:WIDEST] + " ..."
@@ -200,7 +201,9 @@ def plot_dashboard(records: list[dict], path: Path) -> None:
             points = [(record["step"], record[key]) for record in records if key in record]
             if points:
                 axis.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 20 else None, ms=3)
-        axis.set(title=title, xlabel="optimiser step")
+        counts = {record["val_captions"] for record in records if "val_captions" in record}
+        said = f" (n = {max(counts)})" if counts and "captions" in title else ""
+        axis.set(title=title + said, xlabel="optimiser step")
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize="small")

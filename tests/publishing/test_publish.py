@@ -21,8 +21,9 @@ from captioner.publishing.merge import merge_adapter
 from captioner.publishing.model_card import strip_paths, write_model_card
 from captioner.runtime.cli import run_script
 from captioner.runtime.errors import UserError
+from captioner.scoring.headlines import HEADLINES
 from captioner.scoring.predictions import Prediction
-from captioner.scoring.scores import HEADLINES, score_predictions
+from captioner.scoring.scores import score_predictions
 from config import EvalConfig, TrainConfig, config_to_json
 
 NOWHERE = "http://127.0.0.1:9"  # nobody answers there
@@ -78,15 +79,15 @@ def test_card_has_the_real_numbers(tmp_path):
     assert (card.data.library_name, card.data.pipeline_tag, card.data.language) == ("peft", "image-to-text", "en")
     assert card.data.datasets == ["bdd100k"] and {"lora", "qlora", "bdd100k"} <= set(card.data.tags)
     assert card.data.model_name == tmp_path.name
-    figures = [scores["scores"][group][name] for name, group in HEADLINES.items()]
+    figures = [headline.find(scores["scores"], name) for name, headline in HEADLINES.items()]
     stated = [figure for figure in figures if figure["value"] is not None]
     assert [result.metric_value for result in card.data.eval_results] == [figure["value"] for figure in stated]
     assert {(result.dataset_name, result.dataset_split) for result in card.data.eval_results} == {("BDD100K", "test")}
     rows = {line.split(" | ")[0].strip("| "): line for line in card.text.splitlines() if line.startswith("| ")}
-    for name, group in HEADLINES.items():
-        row = rows[model_card.SCORE_NAMES[name][0]]
+    for name, headline in HEADLINES.items():
+        row = rows[headline.words]
         for groups in (scores["scores"], *scores["floors"].values()):
-            figure = groups[group][name]
+            figure = headline.find(groups, name)
             assert f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]" in row
     assert all(f"floor: {floor}" in card.text for floor in scores["floors"])
     assert "| learning_rate | 5e-05 |" in card.text and "| best_eval_loss | 0.123456 |" in card.text
