@@ -191,10 +191,8 @@ def bound_difference(one: dict, other: dict, left: np.ndarray, other_left: np.nd
     """
     if one["low"] is None or other["low"] is None:
         return math.nan, math.nan
-    known = ~np.isnan(left) & ~np.isnan(other_left)
-    spreads = left[known].std() * other_left[known].std() if known.any() else 0.0
-    covariance = np.mean((left[known] - left[known].mean()) * (other_left[known] - other_left[known].mean()))
-    correlation = float(np.clip(covariance / spreads, -1, 1)) if spreads > 0 else 0.0
+    both = np.stack([left, other_left])[:, ~np.isnan(left) & ~np.isnan(other_left)]  # (2, G')
+    correlation = float(np.corrcoef(both)[0, 1]) if both.size and both.std(axis=1).all() else 0.0
     difference = other["value"] - one["value"]
     down = [other["value"] - other["low"], one["high"] - one["value"]]
     up = [other["high"] - other["value"], one["value"] - one["low"]]

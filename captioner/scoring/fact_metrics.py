@@ -158,7 +158,7 @@ def pair_labels(said: Sequence[Facts], references: Sequence[Facts], name: str) -
 def count_confusion(labels: list[str], pairs: np.ndarray) -> np.ndarray:
     """(L, L) captions, by the reference's label (row) and the prediction's (column)."""
     there, got = pairs[pairs[:, 0] >= 0].T
-    return np.bincount(there * len(labels) + got, minlength=len(labels) ** 2).reshape(len(labels), -1)
+    return np.bincount(there * len(labels) + got, minlength=len(labels) ** 2).reshape(len(labels), len(labels))
 
 
 def measure_confusion(labels: list[str], pairs: np.ndarray, each: bool) -> Metric:

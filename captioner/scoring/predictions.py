@@ -119,8 +119,8 @@ def read_references(path: Path) -> References:
 def _read_captions(path: Path, names: dict[int, str]) -> list[tuple[str, Prediction]]:
     """The rows of a file, and of their references those that are captions.
 
-    Lists of captions that pandas or a JSON writer has turned into text are unpacked. Raises UserError where half of the
-    rows have another value that was written as text, or one where most have lists: it would be scored as if it were a
+    Lists of captions that pandas or a JSON writer has turned into text are unpacked. Raises UserError where most rows
+    have another value that was written as text, or one has where most have lists: it would be scored as if it were a
     caption. A few such texts among captions are captions, in brackets or quotes, or stand for a missing one.
     """
     rows = list(_read_rows(path, names))
@@ -131,7 +131,7 @@ def _read_captions(path: Path, names: dict[int, str]) -> list[tuple[str, Predict
             lists += _is_list(value)
             if value is not None and not _is_list(value):
                 odd.append((place, text))
-    if odd and 2 * max(lists, len(odd)) >= len(rows):
+    if odd and 2 * max(lists, len(odd)) > len(rows):
         place, text = odd[0]
         raise UserError(
             f"{place}: the references column holds {text[:80]!r}, a value written as text, no caption: give each "

@@ -27,7 +27,7 @@ def draw_right(rng, images: int, frames: int, share: float, alike: float = 0.6) 
 @pytest.mark.parametrize("frames", [1, 2, 4])
 @pytest.mark.parametrize(("images", "share"), [(20, 0.95), (20, 0.5), (200, 0.994), (200, 0.7)])
 def test_intervals_of_shares_cover_the_truth(frames, images, share):
-    """Also near 1, where a bootstrap has nothing to vary, and of frames that look alike (see benchmarks/coverage.py)."""
+    """Also near 1, where a bootstrap has nothing to vary, and of frames that look alike (benchmarks/coverage.py)."""
     rng, rides, covered = np.random.default_rng(0), Rides(name_rides(images, frames), 2), 0
     for _ in range(200):
         figure = score_with_intervals(measure_share(draw_right(rng, images, frames, share)), rides)["share"]
