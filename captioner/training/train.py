@@ -20,6 +20,7 @@ from captioner.training.checkpoints import checkpoint_folder, find_checkpoint, r
 from captioner.training.guards import check_pickles
 from captioner.training.micro_batch import find_micro_batch, list_micro_batches
 from captioner.training.plain import Parts
+from captioner.training.record import drop_parts
 from captioner.training.run import Run
 from captioner.training.trainer import CaptionTrainer, Pace, RowCollator, Stopped
 
@@ -93,7 +94,8 @@ def try_to_train(run: Run, build: partial) -> CaptionTrainer | None:
     try:
         with Pace(run.config.run.save_minutes, steps_per_epoch, arguments.world_size) as trainer.pace:
             trainer.add_callback(trainer.pace)
-            trainer.results = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+            output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.results = drop_parts(output.metrics, done)
             return trainer
     except Stopped:
         command = " ".join(["python main.py", *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])

@@ -21,6 +21,7 @@ from captioner.runtime.errors import UserError
 from captioner.training import trainer
 from captioner.training.checkpoints import find_checkpoint
 from captioner.training.order import LengthSampler
+from captioner.training.record import OF_A_PART
 
 STEPS_PER_EPOCH = 3
 
@@ -54,6 +55,10 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(folder, settings, undisturbed
     assert train(settings, resume=True) == undisturbed[0]
     said = capsys.readouterr().out
     assert f"goes on after step {step} of 6" in said
+    of_whole, of_parts = (
+        json.loads((run / "blip2-finetuned/run.json").read_text())["results"] for run in (undisturbed[1], folder)
+    )
+    assert of_whole.keys() - of_parts.keys() == set(OF_A_PART)  # the Trainer's, which are wrong of a run in two parts
     records = [json.loads(line) for line in Path("logs/run/metrics.jsonl").read_text().splitlines()]
     assert sorted(record["step"] for record in records if "loss" in record) == list(
         range(1, 7)

@@ -8,6 +8,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 
@@ -15,6 +16,7 @@ from captioner.bdd100k.facts import Facts
 from captioner.bdd100k.frames import LabelOptions
 from captioner.bdd100k.label_files import read_labels
 from captioner.bdd100k.label_report import LabelReport
+from captioner.bdd100k.parsing import parse_caption
 from captioner.runtime.errors import UserError
 from captioner.scoring.origin import Origin
 from captioner.scoring.predictions import Prediction, name_examples
@@ -38,15 +40,22 @@ def choose_options(origin: Origin | None, flags: Mapping[str, object]) -> tuple[
 
 
 def read_facts(
-    labels: Sequence[Path], predictions: Sequence[Prediction], options: LabelOptions
+    predictions: Sequence[Prediction],
+    labels: Sequence[Path] = (),
+    origin: Origin | None = None,
+    flags: Mapping[str, object] = MappingProxyType({}),
 ) -> tuple[list[Prediction], list[Facts], Counter[str]]:
-    """The predictions that have labels, their facts, and how many are left out by reason. Prints what was read.
+    """The predictions that are scored, the facts of each, and how many are left out by reason.
 
-    Raises UserError where none has.
+    Facts are read in the first reference of each prediction, or from the label files `labels` if there are any, with
+    the options that choose_options finds; prints which, and what was read. Raises UserError when none of the
+    predictions has a label.
     """
-    report = LabelReport()
+    if not labels:
+        return list(predictions), [parse_caption(prediction.references[0]) for prediction in predictions], Counter()
+    (options, told), report = choose_options(origin, flags), LabelReport()
     labelled = {frame.name: frame.facts for frame in read_labels(labels, report, options)}
-    print(report)
+    print(f"{told}\n{report}")
     scored = [prediction for prediction in predictions if prediction.name in labelled]
     if not scored:
         names = name_examples([prediction.name for prediction in predictions])
