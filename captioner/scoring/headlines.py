@@ -28,7 +28,7 @@ HEADLINES = {
     "traffic_light": Headline(
         "facts", "light", "traffic light, accuracy", "share of images; none counts too", "accuracy"
     ),
-    "boxed_f1": Headline("facts", "objects", "objects (kind and count), F1", "lanes and drivable areas left out", "f1"),
+    "objects_f1": Headline("facts", "objects", "objects (kind and count), F1", "kind and count both right", "f1"),
     "whole_caption": Headline(
         "facts", "whole", "whole captions, accuracy", "every fact right and nothing else said", "accuracy"
     ),
@@ -37,7 +37,7 @@ HEADLINES = {
 }
 # Shown in the report, beneath those.
 MORE = {
-    "objects_f1": Headline("facts", "with areas", "objects, lanes and areas, F1", "kind and count right"),
+    "boxed_f1": Headline("facts", "boxed", "boxed objects, F1", "objects, lanes and drivable areas left out"),
     "ROUGE-L": Headline("rouge_l", "ROUGE-L", "ROUGE-L", "longest common subsequence"),
     "METEOR": Headline("meteor", "METEOR", "METEOR (nltk)", "words and their order"),
     "CHAIRs": Headline("hallucination", "CHAIRs", "CHAIRs", "captions inventing objects; less is better"),

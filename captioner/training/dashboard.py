@@ -34,7 +34,7 @@ PANELS = {  # title: {key of the records: its label}
         "val_weather": "weather",
         "val_scene": "scene",
         "val_traffic_light": "light",
-        "val_boxed_f1": "objects, F1",
+        "val_objects_f1": "objects, F1",
     },
     "BLEU-4 of validation captions": {"val_BLEU-4": None},
     "learning rate": {"learning_rate": None},
@@ -153,7 +153,7 @@ class ValidationCaptions(TrainerCallback):
         self.write(state.epoch, examples, texts)
         print(f"\nepoch {state.epoch:g}: {self.count} validation captions, facts F1 {shares['facts_f1']:.3f}, "
               f"time {shares['time_of_day']:.2f}, weather {shares['weather']:.2f}, scene {shares['scene']:.2f}, "
-              f"light {shares['traffic_light']:.2f}, objects F1 {shares['boxed_f1']:.3f}, "
+              f"light {shares['traffic_light']:.2f}, objects F1 {shares['objects_f1']:.3f}, "
               f"BLEU-4 {shares['BLEU-4']:.3f}")  # fmt: skip
         for example, text in list(zip(examples, texts, strict=True))[:SHOWN]:
             said = text if len(text) <= WIDEST else text[:WIDEST] + " ..."

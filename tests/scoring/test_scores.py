@@ -469,9 +469,9 @@ def test_slices_are_large_enough_and_hold_at_once():
     assert min(item["n"] for item in slices) >= 20 and "tunnel" not in {item["value"] for item in slices}
     assert len({item["level"] for item in slices}) == 1
     assert slices[0]["level"] == pytest.approx(1 - 0.05 / len(slices))
-    overall = scores["scores"]["facts"]["boxed_f1"]["value"]
+    overall = scores["scores"]["facts"]["objects_f1"]["value"]
     for item in slices:
-        figure = item["scores"]["boxed_f1"]
+        figure = item["scores"]["objects_f1"]
         assert figure["low"] <= overall <= figure["high"], item
     assert any(f"worst of {len(slices)} slices is low by chance" in note for note in scores["notes"])
 
