@@ -191,6 +191,22 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
+class ReadingSettings:
+    """How --labels are read. None: as for the captions that the model was trained on, by its run's record."""
+
+    class_names: Literal["file", "2018", "det20"] | None = (
+        None  # person (2018) or pedestrian (det20); file: as labelled
+    )
+    lanes: bool | None = None  # count lanes and drivable areas like objects
+    merge_duplicates: bool | None = None  # count boxes of one class that overlap by IoU > 0.85 once
+    min_box_size: float | None = None  # pixels of its shorter side below which a box is not counted
+    without_scene: Literal["skip", "caption"] | None = None  # frames with no scene attributes; caption: score them too
+
+    def __post_init__(self):
+        check(self, "0 or more", lambda value: value >= 0, "min_box_size")
+
+
+@dataclass(frozen=True)
 class GenerationSettings:
     """How captions are generated."""
 
@@ -253,7 +269,8 @@ class EvalConfig:
     predictions: Path | None = None  # score this file of name, prediction, references (JSON lines or CSV), no model
     references: Path | None = None  # references of --predictions: a captions CSV, predictions, COCO's captions
     labels: tuple[Path, ...] = ()  # label files whose facts the captions are held against; none: as in the references
-    compare: tuple[Path, Path] | None = None  # two predictions files: how they differ, and whether by chance
+    compare: tuple[Path, ...] = ()  # two predictions files: how they differ, and whether by chance
+    against: tuple[Path, ...] = ()  # with --compare: the other model's files, where each has one for each of its seeds
     images: tuple[Path, ...] = ()  # caption these images or folders; with --predictions: show them in the report
     images_root: Path | None = None  # folder with the split's images if they were moved; none: where they were
     model_floors: bool = False  # score the untuned model and the nearest training image's caption as floors too
@@ -264,6 +281,7 @@ class EvalConfig:
     show: int = 3  # captions printed beside their references
     run_name: str | None = None  # name of the folder in logs/; none: date and time
 
+    reading: ReadingSettings = ReadingSettings()
     generation: GenerationSettings = GenerationSettings()
     fast: FastSettings = FastSettings()
 
@@ -276,6 +294,12 @@ class EvalConfig:
             )
         if self.compare and (self.predictions or self.labels or self.images or self.model_floors):
             raise UserError("--compare: goes with neither --predictions, --labels, --images nor --model-floors")
+        if len(self.compare) != 2 and bool(self.compare) != bool(self.against):
+            raise UserError(
+                "--compare: takes two predictions files, or those of one model with the other's in --against"
+            )
+        if not self.labels and self.reading != ReadingSettings():
+            raise UserError("--labels: is missing; class names, lanes and so on say how label files are read")
         if self.images and not self.predictions and (self.labels or self.model_floors):
             raise UserError(
                 "--images: without --predictions, images are captioned only, and nothing is scored; --images-root is "

@@ -39,6 +39,8 @@ def print_scores(scores: dict) -> None:
         print(f"worst of {len(stating)} slices, {HEADLINES[RANKED_BY].title}: {worst}")
     print("\n".join(f"note: {note}" for note in scores["notes"]))
     print(f"signature: {scores['signatures']['corpus_bleu']}")
+    for reason, count in scores.get("left_out", {}).items():
+        print(f"left out: {count:,} {reason}")
 
 
 def format_slice(item: dict) -> str:
