@@ -194,9 +194,8 @@ class RunSettings:
 class ReadingSettings:
     """How --labels are read. None: as for the captions that the model was trained on, by its run's record."""
 
-    class_names: Literal["file", "2018", "det20"] | None = (
-        None  # person (2018) or pedestrian (det20); file: as labelled
-    )
+    # person (2018) or pedestrian (det20); file: as labelled
+    class_names: Literal["file", "2018", "det20"] | None = None
     lanes: bool | None = None  # count lanes and drivable areas like objects
     merge_duplicates: bool | None = None  # count boxes of one class that overlap by IoU > 0.85 once
     min_box_size: float | None = None  # pixels of its shorter side below which a box is not counted

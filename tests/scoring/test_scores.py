@@ -15,6 +15,9 @@ from conftest import ROOT, call_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from captioner.bdd100k.frames import LabelOptions
+from captioner.bdd100k.label_files import read_labels
+from captioner.bdd100k.label_report import LabelReport
 from captioner.bdd100k.parsing import parse_caption, read_caption
 from captioner.bdd100k.wording import describe
 from captioner.data.captions import Example
@@ -22,6 +25,7 @@ from captioner.runtime.errors import UserError
 from captioner.scoring import fact_metrics, text_metrics
 from captioner.scoring.comparison import compare_predictions
 from captioner.scoring.console import print_scores
+from captioner.scoring.origin import find_origin, read_training_captions
 from captioner.scoring.predictions import Prediction, read_predictions, read_references, write_predictions
 from captioner.scoring.report import make_rows
 from captioner.scoring.scores import score_predictions
@@ -34,9 +38,6 @@ validate = fastjsonschema.compile(json.loads((ROOT / "tests/scores.schema.json")
 @pytest.fixture(scope="module")
 def references(drawn):
     """Captions of drawn scenes, six times over with other names and some other facts."""
-    from captioner.bdd100k.label_files import read_labels
-    from captioner.bdd100k.label_report import LabelReport
-
     frames = list(read_labels([drawn / "labels.json"], LabelReport()))
     return {f"{copy}-{frame.name}": describe(frame.facts) for copy in range(6) for frame in frames}
 
@@ -119,9 +120,6 @@ def test_a_csv_and_references_apart_score_the_same(references, tmp_path):
 
 def test_facts_come_from_labels_where_they_are_given(drawn, tmp_path):
     """References in somebody else's words hold no fact that we can read; the labels do."""
-    from captioner.bdd100k.label_files import read_labels
-    from captioner.bdd100k.label_report import LabelReport
-
     frames = list(read_labels([drawn / "labels.json"], LabelReport()))
     rows = [Prediction(frame.name, describe(frame.facts), ["Cars on a road at night."]) for frame in frames[:-1]]
     write_predictions(tmp_path / "p.jsonl", [*rows, Prediction("unknown.jpg", "x", ["y"])])
@@ -570,3 +568,100 @@ def test_one_odd_caption_does_not_refuse_the_file(tmp_path):
     rows, left_out = read_predictions(tmp_path / "p.csv")
     assert [row.references[0] for row in rows] == [text for text in texts if text != "nan"]
     assert left_out == {"predictions without a reference": 1}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# where predictions come from
+
+
+@pytest.fixture
+def without_lanes(drawn, tmp_path):
+    """A folder with predictions that say all that labels hold but lanes and areas, and the record of such a run."""
+    options = LabelOptions(lanes=False, class_names="det20")
+    frames = list(read_labels([drawn / "labels.json"], LabelReport(), options))
+    captions = {frame.name: describe(frame.facts) for frame in frames}
+    write_predictions(tmp_path / "p.jsonl", predict(captions))
+    settings = {"model": "base", "lanes": False, "class_names": "det20", "min_box_size": 0, "demo": False}
+    (tmp_path / "run.json").write_text(json.dumps({"config": settings}))
+    return tmp_path
+
+
+def score_labels(folder, drawn, *args) -> tuple[dict, str]:
+    labels = drawn / "labels.json"
+    finished = call_script(
+        "eval.py", "--predictions", "p.jsonl", "--labels", labels, "--run-name", "r", "--show", 0, *args, cwd=folder
+    )
+    assert finished.returncode == 0, finished.stderr
+    scores = json.loads((folder / "logs/r/scores.json").read_text())
+    validate(scores)
+    return scores, finished.stdout
+
+
+def test_labels_are_read_as_the_run_read_them(without_lanes, drawn):
+    scores, said = score_labels(without_lanes, drawn)
+    assert scores["scores"]["facts"]["whole_caption"]["value"] == 1
+    assert "labels are read as run.json says: class names det20, lanes False" in said
+    assert re.search(r"^12 frames used, 0 left out", said, re.MULTILINE)
+    assert scores["trained_with"] == {
+        "record": "run.json", "demo": False, "class_names": "det20", "lanes": False, "min_box_size": 0,
+    }  # fmt: skip
+    assert [item["what"] for item in scores["published"]] == ["weather", "scene"]  # no demo, and BDD100K's names
+    overridden, said = score_labels(without_lanes, drawn, "--lanes", "True")
+    assert overridden["scores"]["facts"]["whole_caption"]["value"] < 1
+    assert "labels are read as run.json says, but for flags: class names det20, lanes True" in said
+
+
+def test_the_record_may_lie_beside_the_adapter_or_in_earlier_scores(without_lanes, drawn):
+    (without_lanes / "adapter").mkdir()
+    (without_lanes / "run.json").rename(without_lanes / "adapter/run.json")
+    scores, said = score_labels(without_lanes, drawn, "--adapter", "adapter")
+    assert scores["scores"]["facts"]["whole_caption"]["value"] == 1 and "as adapter/run.json says" in said
+    (without_lanes / "logs/r/scores.json").rename(without_lanes / "scores.json")
+    (without_lanes / "adapter/run.json").unlink()
+    scores, said = score_labels(without_lanes, drawn)
+    assert scores["scores"]["facts"]["whole_caption"]["value"] == 1 and "as scores.json says" in said
+    (without_lanes / "scores.json").unlink()
+    scores, said = score_labels(without_lanes, drawn)
+    assert scores["trained_with"] is None and "no record of a run lies beside them" in said
+    assert scores["scores"]["facts"]["whole_caption"]["value"] < 1 and scores["published"] == []
+
+
+def test_a_record_that_is_none_is_named(without_lanes, drawn):
+    (without_lanes / "run.json").write_text(json.dumps({"config": {"model": "base", "lanes": "perhaps"}}))
+    finished = call_script(
+        "eval.py", "--predictions", "p.jsonl", "--labels", drawn / "labels.json", "--run-name", "r", cwd=without_lanes
+    )
+    assert finished.returncode == 2 and "run.json: not a record of how labels were read" in finished.stderr
+
+
+def test_floors_are_those_of_the_training_split_where_the_images_are_of_another(without_lanes):
+    rows = read_predictions(without_lanes / "p.jsonl")[0]
+    split = [[row.name, "test", row.name, row.references[0]] for row in rows]
+    split += [["a.jpg", "train", "a.jpg", RIGHT]]
+    for train, found in (([], [RIGHT]), ([[rows[0].name, "train", "", ""]], None)):
+        with open(without_lanes / "split.csv", "w", newline="") as file:
+            csv.writer(file).writerows([["name", "split", "image", "raw_caption"], *split[len(train) :], *train])
+        origin = find_origin(without_lanes, without_lanes / "p.jsonl")
+        assert read_training_captions(origin, [row.name for row in rows]) == found
+    assert read_training_captions(None, []) is None
+
+
+def test_several_files_a_side_on_the_command_line(references, tmp_path):
+    for name in ("a1", "a2", "b1", "b2"):
+        write_predictions(
+            tmp_path / name,
+            predict(references, lambda at, text: text if hash_of(at) % 9 else text.replace("car", "bus")),
+        )
+    one, two = ["--compare", "a1", "a2", "--against", "b1", "b2"], ["--compare", "a1", "a2", "b1"]
+    finished = call_script("eval.py", *one, "--run-name", "r", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    compared = json.loads((tmp_path / "logs/r/comparison.json").read_text())
+    assert compared["files"] == {"one": ["a1", "a2"], "other": ["b1", "b2"]}
+    assert compared["scores"]["facts_f1"]["spread"] == {"one": 0, "other": 0}
+    assert "A a1, a2\nB b1, b2\n" in finished.stdout and "over seeds" in finished.stdout
+    refused = call_script("eval.py", *two, cwd=tmp_path)
+    assert refused.returncode == 2 and "--against" in refused.stderr
+
+
+def hash_of(name: str) -> int:
+    return sum(name.encode())
