@@ -142,7 +142,7 @@ def bound_score(value: float, samples: np.ndarray, left_out: np.ndarray, level: 
     spread = np.sum(lean**2) ** 1.5
     acceleration = np.sum(lean**3) / (6 * spread) if spread > 0 else 0.0
     ends = bias + ndtri([(1 - level) / 2, (1 + level) / 2])
-    low, high = np.quantile(samples, ndtr(bias + ends / (1 - acceleration * ends)))
+    low, high = np.quantile(samples, ndtr(bias + ends / np.maximum(1 - acceleration * ends, 0.1)))
     return float(low), float(high)
 
 

@@ -1,6 +1,6 @@
 """Floors: captions of the same images that need no look at them. No torch.
 
-floors = make_floors(references, training, seed=1)      # {"most frequent caption": [text, ...], ...}
+floors = make_floors(references, training, rides, seed=1)      # {"most frequent caption": [text, ...], ...}
 """
 
 import random
@@ -15,12 +15,14 @@ CANDIDATES = 300  # distinct captions that are tried as the best constant one
 JUDGES = 10_000  # captions, at most, against which they are tried
 
 
-def make_floors(references: Sequence[Sequence[str]], training: Sequence[str] | None, seed: int) -> dict[str, list[str]]:
+def make_floors(
+    references: Sequence[Sequence[str]], training: Sequence[str] | None, rides: Sequence[str], seed: int
+) -> dict[str, list[str]]:
     """Captions for the images of `references` that need no look at them, by what they are.
 
     The most frequent caption and, of many, the one that has the highest BLEU-4 if it is said of every image: both are
     chosen among `training` captions, or among the references where there are none, which flatters them. And another
-    image's reference, which is left out when there is one image only.
+    image's reference, of another ride wherever no ride has most of the images; left out when there is one image only.
     """
     first = [row[0] for row in references]
     known = [[text] for text in training] if training else references
@@ -31,8 +33,11 @@ def make_floors(references: Sequence[Sequence[str]], training: Sequence[str] | N
     if len(first) < 2:
         return floors
     order = random.Random(seed).sample(range(len(first)), len(first))
+    place = {ride: position for position, ride in enumerate(rides[image] for image in order)}
+    order.sort(key=lambda image: place[rides[image]])  # the images of a ride side by side
+    farther = max(Counter(rides).values()) % len(first) or 1  # by so many that nobody gets its own ride's
     another = [""] * len(first)
-    for here, there in zip(order, order[1:] + order[:1], strict=True):  # one round through all: nobody gets its own
+    for here, there in zip(order, order[farther:] + order[:farther], strict=True):
         another[here] = first[there]
     return {**floors, "another image's caption": another}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from captioner.data.run_record import read_run
+from captioner.runtime.errors import UserError
 from captioner.scoring.predictions import is_frame_name
 
 KEPT = ("demo", "class_names", "lanes", "merge_duplicates", "min_box_size", "without_scene")  # settings, in scores.json
@@ -31,7 +32,7 @@ class Origin(NamedTuple):
 def find_origin(adapter: Path, predictions: Path | None = None) -> Origin | None:
     """The run whose record, run.json or the scores.json of these predictions, lies beside them, or else the adapter's.
 
-    None where there is no record. Raises UserError for a run.json that can't be read.
+    None where there is no record, or, with a note, one that can't be read.
     """
     if predictions is not None:
         if (predictions.parent / "run.json").is_file():
@@ -39,7 +40,11 @@ def find_origin(adapter: Path, predictions: Path | None = None) -> Origin | None
         elif (origin := _read_scores(predictions)) is not None:
             return origin
     record = adapter / "run.json"
-    return Origin(record, read_run(adapter)["config"], adapter) if record.is_file() else None
+    try:
+        return Origin(record, read_run(adapter)["config"], adapter) if record.is_file() else None
+    except UserError as error:
+        print(f"note: {error}")
+        return None
 
 
 def _read_scores(predictions: Path) -> Origin | None:

@@ -58,8 +58,9 @@ def score_predictions(
         raise ValueError("no predictions to score")
     references = [prediction.references for prediction in predictions]
     facts = facts or [parse_caption(row[0]) for row in references]
-    sets = collect_sets(predictions, make_floors(references, training, BOOTSTRAP_SEED))
-    rides = Rides([find_ride(prediction) for prediction in predictions], resamples)
+    ride_names = [find_ride(prediction) for prediction in predictions]
+    sets = collect_sets(predictions, make_floors(references, training, ride_names, BOOTSTRAP_SEED))
+    rides = Rides(ride_names, resamples)
     measured, scored = text_metrics.measure_texts(references, sets), {}
     for name, texts in sets.items():
         readings = [read_caption(text) for text in texts]
@@ -204,7 +205,7 @@ def rank_slice(item: dict) -> tuple[bool, float]:
 def make_signatures(measured: Measured, signature: dict, resamples: int) -> dict[str, str]:
     """One line for each group of scores that says how it came about."""
     coco = {"tok": "coco", "case": "lower"}
-    read = {"read_by": "captions.read_caption", "classes": "synonyms-merged"}
+    read = {"read_by": "parsing.read_caption", "classes": "synonyms-merged"}
     how = {
         "corpus_bleu": {"level": "corpus", **coco, "smooth": "coco", "reference_length": "closest"},
         "reference_bleu": {"level": "sentence-mean", "tok": "space", "case": "lower", "smooth": "method4"},

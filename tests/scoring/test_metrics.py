@@ -159,12 +159,15 @@ def test_protocol_of_the_reference_by_hand():
 
 def test_floors_never_give_an_image_its_own_caption():
     references = [[f"caption {i}"] for i in range(50)] + [["caption 3"]]
-    floors = make_floors(references, None, seed=1)
+    floors = make_floors(references, None, list(map(str, range(51))), seed=1)
     assert floors["most frequent caption"] == ["caption 3"] * 51
     another = floors["another image's caption"]
     assert sorted(another) == sorted(row[0] for row in references)
     assert sum(text == row[0] for text, row in zip(another, references, strict=True)) <= 2  # the two that are alike
-    assert set(make_floors([["only one"]], None, seed=1)) == {"most frequent caption", "best constant caption"}
+    rides = [str(image // 4) for image in range(20)]
+    another = make_floors([[ride] for ride in rides], None, rides, seed=1)["another image's caption"]
+    assert all(text != ride for text, ride in zip(another, rides, strict=True))
+    assert set(make_floors([["only one"]], None, ["a"], seed=1)) == {"most frequent caption", "best constant caption"}
 
 
 def test_protocol_of_the_reference_is_a_mean_of_sentences():
@@ -184,7 +187,7 @@ def test_signature_names_the_library():
 @settings(max_examples=20, deadline=None)
 def test_the_best_constant_is_the_best_of_the_references(pairs, style):
     references = [[describe(one, style)] for one, _ in pairs]
-    best = make_floors(references, None, seed=0)["best constant caption"]
+    best = make_floors(references, None, list(map(str, range(len(references)))), seed=0)["best constant caption"]
     bleu = {row[0]: score_bleu([row[0]] * len(references), references)["BLEU-4"] for row in references}
     assert bleu[best[0]] == pytest.approx(max(bleu.values()))
     assert len(set(best)) == 1
