@@ -17,6 +17,7 @@ from typing import Literal, TypeVar
 from captioner.bdd100k.wording import Style
 from captioner.runtime.cli import report_error
 from captioner.runtime.errors import UserError
+from captioner.runtime.processes import check_launcher
 
 DEMO_FOLDER = Path(__file__).parent / "demo"  # the renderer and the small base model
 DEMO_DATA = Path("demo-data")  # what the renderer draws
@@ -231,6 +232,10 @@ def parse_args(config_class: type[Config], args: list[str] | None = None) -> Con
     """Read `args` (default: the command line). A wrong flag prints what it may have meant and exits with 2."""
     import tyro
 
+    try:
+        check_launcher()
+    except UserError as error:
+        sys.exit(report_error(error))
     if os.environ.get("RANK", "0") != "0":  # under accelerate launch one process speaks, and all may fail
         os.environ["TQDM_DISABLE"] = "1"
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115

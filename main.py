@@ -24,7 +24,6 @@ import_bitsandbytes()  # before transformers and peft do
 import functools
 import subprocess
 import time
-from pathlib import Path
 
 import torch
 from transformers import TrainerCallback, set_seed
@@ -53,7 +52,7 @@ from captioner.publishing.hub import push_to_hub
 from captioner.publishing.merge import merge_adapter
 from captioner.publishing.model_card import write_model_card
 from captioner.runtime.errors import go_on_without
-from captioner.runtime.files import lock_folder, name_run
+from captioner.runtime.files import lock_folder
 from captioner.runtime.processes import ask_main, gather, go_on_alone, is_sharded
 from captioner.training.arguments import check_sharding, make_arguments, split_batch
 from captioner.training.checkpoints import (
@@ -66,10 +65,12 @@ from captioner.training.checkpoints import (
 from captioner.training.dashboard import RunLog, ValidationCaptions, choose_wandb_mode, start_wandb
 from captioner.training.micro_batch import compute_loss, find_micro_batch
 from captioner.training.run import (
+    choose_folder,
     describe_run,
     describe_state,
     end_workers,
     is_finished,
+    note_versions,
     prepare_output,
     remove_checkpoints,
     save_finetuned,
@@ -90,8 +91,9 @@ def keep_outputs(config, model_config, splits: dict[str, list[Example]], device:
 
 def publish(config: TrainConfig) -> None:
     """What is made of the saved adapter: its model card; the merged model and the copy on the hub, where asked for."""
-    with go_on_without("model card"):
-        write_model_card(config.output)
+    if not (config.output / "README.md").exists():  # else of this run, which was resumed at its end
+        with go_on_without("model card"):
+            write_model_card(config.output)
     if config.merge:
         merged = config.output.with_name(config.output.name + "-merged")
         merge_adapter(config.output, merged)
@@ -123,7 +125,7 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
     model_config = check_model(config.model, config.load_in_4bit, device)  # before hours of download
 
     unfinished = None if config.overwrite else ask_main(read_state, checkpoint_folder(config.output))
-    run_dir = Path(unfinished["run_dir"]) if unfinished else ask_main(name_run, config)
+    run_dir = ask_main(choose_folder, config, unfinished)
     splits = ask_main(prepare_splits, config, run_dir)
     state = describe_state(config, arguments.world_size)
     unfinished = ask_main(find_unfinished, config.output, state, config.resume, config.overwrite)
@@ -192,6 +194,7 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
     arguments.per_device_eval_batch_size = eval_batch
     state["run_dir"] = str(run_dir)
     state["model_commit"] = getattr(model.config, "_commit_hash", None)  # that the hub's name stood for
+    note_versions(state, unfinished)
     state["micro_batch"] = (unfinished or {}).get("micro_batch") or config.per_device_train_batch_size
     if state["micro_batch"] is None:
         search = (find_micro_batch, model, datasets["train"], micro_batch_limit, collator, loss)

@@ -18,7 +18,8 @@ from captioner.runtime.files import atomic_write, measure_free
 
 MANIFEST = "manifest.json"
 UNREADABLE = (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError)  # what damaged files lead to
-GROUPS = ("config", "data", "world", "versions")  # of state.json: what two runs are compared by
+GROUPS = ("config", "data", "world")  # of state.json: what two runs are compared by
+FORMS = {**dict.fromkeys((*GROUPS, "versions"), dict), "changed_versions": list, "run_dir": str, "micro_batch": int}
 FREE_OF_CHOICE = (  # settings that don't change what is learnt, and may differ when a run goes on
     *("resume", "overwrite", "merge", "push_to_hub", "wandb", "run_name", "logging_steps", "save_minutes"),
     *("val_captions", "dataloader_workers", "output", "captions", "vision_store", "vision_store_disk_gib"),
@@ -154,8 +155,10 @@ def read_state(folder: Path) -> dict | None:
     """What write_state wrote there; None when no run is unfinished."""
     try:
         state = json.loads((folder / "state.json").read_text())
-        if not isinstance(state, dict) or not all(isinstance(state.get(group, {}), dict) for group in GROUPS):
-            raise ValueError("not what a run writes")
+        if not isinstance(state, dict):
+            raise ValueError("no JSON object")
+        if wrong := [key for key, form in FORMS.items() if not isinstance(state.get(key, form()), form)]:
+            raise ValueError(f"{wrong[0]} is {state[wrong[0]]!r:.40}")
         return state
     except FileNotFoundError:
         return None

@@ -24,6 +24,10 @@ from captioner.scoring.fact_metrics import measure_shares
 from captioner.scoring.text_metrics import score, score_bleu
 
 REMEDY = "the checkpoints before are kept: see to the disk, then go on with --resume"
+WANDB_MODES = {  # WANDB_MODE: the mode that it stands for
+    **{mode: mode for mode in ("online", "offline", "disabled")},
+    **{"run": "online", "shared": "online", "dryrun": "offline"},
+}
 SHOWN = 2  # captions of each epoch that go to the console
 WIDEST = 400  # characters of them
 PANELS = {  # title: {key of the records: its label}
@@ -213,11 +217,20 @@ def plot_dashboard(records: list[dict], path: Path) -> None:
 
 
 def choose_wandb_mode(wandb: str) -> str:
-    """The mode that wandb is to run in; it is never left to ask for a login."""
+    """The mode that wandb is to run in; it is never left to ask for a login.
+
+    Without a flag the variables that wandb and transformers know decide.
+    """
+    said = f"--wandb {wandb}"
     if wandb == "auto":
-        wandb = os.environ.get("WANDB_MODE") or ("online" if is_logged_in_to_wandb() else "disabled")
+        wandb, said = os.environ.get("WANDB_MODE", "").strip().lower(), f"WANDB_MODE={os.environ.get('WANDB_MODE')}"
+        if wandb not in ("", *WANDB_MODES):
+            raise UserError(f"{said}: must be one of {', '.join(WANDB_MODES)}; set it so, or give --wandb")
+        if os.environ.get("WANDB_DISABLED", "").strip().lower() in ("1", "true", "yes", "y", "on", "t"):
+            wandb = "disabled"
+        wandb = WANDB_MODES[wandb] if wandb else "online" if is_logged_in_to_wandb() else "disabled"
     if wandb == "online" and not is_logged_in_to_wandb():
-        raise UserError("--wandb online: not logged in; run wandb login, set WANDB_API_KEY, or use --wandb offline")
+        raise UserError(f"{said}: not logged in; run wandb login, set WANDB_API_KEY, or use --wandb offline")
     os.environ["WANDB_MODE"] = wandb
     os.environ.setdefault("WANDB_PROJECT", "blip2-bdd100k")
     return wandb

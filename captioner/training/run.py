@@ -23,7 +23,7 @@ from captioner.data.reading import LOADER_ERRORS, explain_dead_worker
 from captioner.data.run_record import read_run
 from captioner.data.splits import write_splits
 from captioner.runtime.errors import UserError, get_or_none
-from captioner.runtime.files import atomic_write
+from captioner.runtime.files import atomic_write, is_inside, name_run
 from captioner.runtime.processes import ask_main
 from captioner.training.arguments import set_micro_batch
 from captioner.training.checkpoints import (
@@ -58,14 +58,14 @@ def train_lora(
         ask_main(write_state, folder, state)
         checkpoint = ask_main(find_checkpoint, folder)
         if checkpoint:
-            check_pickles(checkpoint)
-        done, steps = read_step(checkpoint) if checkpoint else (0, None)
+            ask_main(check_pickles, checkpoint)
+        done, steps = ask_main(read_step, checkpoint) if checkpoint else (0, None)
         set_micro_batch(arguments, state["micro_batch"], config.train_batch_size)
         trainer = make_trainer(done)
         if checkpoint:
             print(f"goes on after step {done:,} of {steps:,}, from {checkpoint}")
         if done and done == steps:  # only the saving was left to do
-            trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            trainer.state = ask_main(TrainerState.load_from_json, str(checkpoint / "trainer_state.json"))
             trainer._load_best_model()
             return trainer, {}
         batches = math.ceil(len(trainer.train_dataset) / (state["micro_batch"] * arguments.world_size))
@@ -150,13 +150,35 @@ def describe_state(config: TrainConfig, world_size: int) -> dict:
     }
 
 
+def choose_folder(config: TrainConfig, unfinished: dict | None) -> Path:
+    """The folder of a run in logs/: a new one, but an unfinished run's own if what its state names lies there."""
+    named = Path(unfinished["run_dir"]) if unfinished and unfinished.get("run_dir") else None
+    if named and is_inside(named, Path("logs")) and named.resolve() != Path("logs").resolve():
+        return named
+    return name_run(config)
+
+
+def note_versions(state: dict, before: dict | None) -> None:
+    """Put the versions of what computes into a run's state; say, and keep, what is another than `before` it went on.
+
+    `state` has the commit of the model already, which counts as one.
+    """
+    state["versions"] = {package: get_or_none(importlib.metadata.version, package) for package in PACKAGES}
+    if before is None:
+        return
+    was, now = ({"model": found.get("model_commit"), **found.get("versions", {})} for found in (before, state))
+    changes = [f"{name} {now[name]} (was {was[name]})" for name in now if name in was and now[name] != was[name]]
+    if changes:
+        print(f"note: the run goes on with other versions, and may end otherwise: {', '.join(changes)}")
+    state["changed_versions"] = [*before.get("changed_versions", []), *changes]
+
+
 def describe_run(state: dict, run_name: str, device: torch.device, results: dict) -> dict:
     """What is needed to tell later how an adapter came about; None for what can't be found out."""
     return {
         "run_name": run_name,
         **state,
         "results": results,
-        "versions": {package: get_or_none(importlib.metadata.version, package) for package in PACKAGES},
         "python": get_or_none(platform.python_version),
         "git_commit": get_or_none(read_commit),
         "device": get_or_none(name_device, device),
