@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from captioner.bdd100k.wording import Style
-from captioner.runtime.cli import report_error
+from captioner.runtime.cli import find_home, report_error
 from captioner.runtime.errors import UserError
 from captioner.runtime.processes import check_launcher
 
@@ -239,6 +239,7 @@ def parse_args(config_class: type[Config], args: list[str] | None = None) -> Con
     if os.environ.get("RANK", "0") != "0":  # under accelerate launch one process speaks, and all may fail
         os.environ["TQDM_DISABLE"] = "1"
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    find_home()
     args = sys.argv[1:] if args is None else args
     defaults = DEMO[config_class] | {"demo": True} if "--demo" in args else {}
     try:

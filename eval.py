@@ -11,6 +11,11 @@
 Predictions are written first, to logs/<run>/predictions.jsonl, and scored from there: scores.json and report.html.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # where the package is, which PYTHONSAFEPATH leaves out
+
 from captioner.runtime.cli import run_script
 from config import EvalConfig, parse_args
 
@@ -23,7 +28,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 

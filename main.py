@@ -10,6 +10,10 @@ with its processor, generation settings, configuration and split, for eval.py or
 """
 
 import gc
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # where the package is, which PYTHONSAFEPATH leaves out
 
 from captioner.fast import compile_kernels
 from captioner.runtime.cli import import_bitsandbytes, run_script

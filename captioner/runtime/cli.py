@@ -32,8 +32,9 @@ def without_collector() -> Iterator[None]:
 def import_bitsandbytes() -> None:
     """Import bitsandbytes without torch's compiler: what it has compiled at import is for machines without its library.
 
-    That takes 0.8 s; torch.compile can be used afterwards.
+    That takes 0.8 s; torch.compile can be used afterwards. The torchvision is looked at too, if there is one.
     """
+    check_torchvision()
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     import bitsandbytes  # noqa: F401
@@ -41,6 +42,33 @@ def import_bitsandbytes() -> None:
     del os.environ["TORCHDYNAMO_DISABLE"]
     if before is not None:
         os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
+def find_home() -> None:
+    """Make the current folder the home where there is none, as for a user of a container who is in no passwd.
+
+    Libraries keep their caches there, and some can't even be imported without.
+    """
+    if os.path.expanduser("~") == "~":
+        os.environ["HOME"] = os.getcwd()
+        print(f"note: HOME is not set, and this user has no home: caches are kept in {os.environ['HOME']}")
+
+
+def check_torchvision() -> None:
+    """End the process if a torchvision is there that can't be imported: nothing here needs one, but transformers would.
+
+    What that raises then does not say why.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "torchvision":
+            return
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        told = f"torchvision: can't be imported ({reason}), mostly for being another torch's"
+        sys.exit(
+            report_error(UserError(f"{told}; nothing here needs it: pip uninstall torchvision, or install its fit"))
+        )
 
 
 def run_script(main, config) -> None:
