@@ -98,6 +98,7 @@ class CaptionTrainer(Trainer):
         if self.is_fsdp_enabled:
             fit_fsdp(self.accelerator.state.fsdp_plugin, self.model)
         self.pace: Pace | None = None
+        self.results: dict = {}  # what train() measured, once it has come to its end
         self._rows: list[torch.Tensor] = []  # of this optimiser step
         self._losses: list[torch.Tensor] = []
         self._writer, self._writing = ThreadPoolExecutor(1), None  # of the newest checkpoint
@@ -373,10 +374,8 @@ class Pace(TrainerCallback):
             raise KeyboardInterrupt
         self.signal = number
         said = f"\n{signal.Signals(number).name}: stops as soon as the state is saved; again: at once\n"
-        with suppress(
-            OSError
-        ):  # no print(): the signal may have come in the midst of one, which can't be entered twice
-            os.write(2, said.encode())
+        with suppress(OSError):
+            os.write(2, said.encode())  # by no print(): the signal may have come in the midst of one
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.steps_per_epoch == 0 or state.global_step >= state.max_steps:
