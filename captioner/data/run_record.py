@@ -1,6 +1,7 @@
-"""What main.py wrote about its run: run.json."""
+"""What main.py wrote about its run, run.json, and what a folder is that has none."""
 
 import json
+import re
 from pathlib import Path
 
 from captioner.runtime.errors import UserError
@@ -13,5 +14,28 @@ def read_run(folder: Path) -> dict:
         if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
             raise ValueError("no JSON object with a config")
         return run
+    except FileNotFoundError:
+        raise explain_adapter(folder) from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / 'run.json'}: can't be read ({error}); train again with python main.py") from None
+
+
+def explain_adapter(folder: Path) -> UserError:
+    """Why `folder` can't be evaluated, which lacks run.json, split.csv or both, and what helps."""
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+        return UserError(
+            f"{folder}: no such folder; if that is its name on the hub, fetch it with hf download {folder} --local-dir "
+            "FOLDER first, and give that folder with --adapter"
+        )
+    if not (folder / "adapter_config.json").is_file():
+        there = "no fine-tuned model in it" if folder.exists() else "no such folder"
+        return UserError(f"{folder}: {there}; train one with python main.py --output {folder}")
+    if not (folder / "run.json").is_file():
+        return UserError(
+            f"{folder}: an adapter that main.py did not write: run.json, which names its base model and settings, is "
+            "missing; caption with plain peft, and score the captions with eval.py --predictions FILE"
+        )
+    return UserError(
+        f"{folder}: has no split.csv, which --push-to-hub does not upload: caption images with --images FOLDER, or "
+        "give the folder that main.py wrote"
+    )

@@ -12,6 +12,7 @@ from pathlib import Path
 from captioner.bdd100k.frames import NAME
 from captioner.data.captions import Example, caption_labels, find_labels, read_captions
 from captioner.data.images import IMAGE_SUFFIXES, find_image_folder, index_images, match_images
+from captioner.data.run_record import explain_adapter
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write
 from config import EvalConfig, TrainConfig
@@ -135,7 +136,7 @@ def read_split(folder: Path, split: str, images_root: Path | None = None) -> lis
     """The examples of a split that main.py wrote to `folder`; with the images below `images_root`, if given."""
     path = folder / "split.csv"
     if not path.is_file():
-        raise UserError(f"{folder}: no fine-tuned model in it; train one with python main.py --output {folder}")
+        raise explain_adapter(folder)
     try:
         with open(path, encoding="utf-8", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["split"] == split]
