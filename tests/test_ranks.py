@@ -76,7 +76,7 @@ sys.path.insert(0, {root!r})
 from pathlib import Path
 from captioner.runtime.processes import share_folder
 with share_folder(Path("adapter")) as here:
-    print(here == Path("adapter"), here.name, sorted((path.name, path.read_text()) for path in here.iterdir()))
+    print(here == Path("adapter"), here.name, sorted((path.name, path.read_text()) for path in here.glob("w*")))
 print(here.exists())
 """
 
