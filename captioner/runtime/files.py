@@ -90,6 +90,8 @@ def lock_folder(folder: Path, flag: str) -> Iterator[None]:
             yield
         finally:
             _locks.discard(file)
+            if fcntl is None:
+                file.close()  # Windows removes no file that is open
             with suppress(OSError):  # it may be gone, or the disk have become read-only
                 path.unlink()
                 for empty in made:
