@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks.drawn_captions import draw_predictions
 from benchmarks.results import record
+from captioner.bdd100k.facts import Facts
 from captioner.bdd100k.parsing import parse_caption, read_caption
 from captioner.scoring import bootstrap, fact_metrics, text_metrics
 from captioner.scoring.bootstrap import Metric, Rides
@@ -71,12 +72,14 @@ def cover_scores(rng, repeats: int) -> list[str]:
     """Rows of scores of drawn captions, by images and frames a ride: the truth is the score of all POPULATION rides."""
     rows = draw_predictions(POPULATION, max(FRAMES), without=("foggy",))  # too rare for any sample's macro-F1
     facts = [parse_caption(row.references[0]) for row in rows]
-    references, texts = [row.references for row in rows], [row.prediction for row in rows]
-    groups = text_metrics.measure_texts(references, {"": texts})[""]
-    groups |= fact_metrics.measure_facts([read_caption(text) for text in texts], facts)
-    names, lines = [find_ride(row) for row in rows], []
+    readings = [read_caption(row.prediction) for row in rows]
+    groups = text_metrics.measure_texts([row.references for row in rows], {"": [row.prediction for row in rows]})[""]
+    groups |= fact_metrics.measure_facts(readings, facts)
+    names, said = [find_ride(row) for row in rows], [reading.facts for reading in readings]
     metrics = {name: groups[group] for name, group in SCORES.items()}
     truth = {name: text_metrics.score(metric)[name] for name, metric in metrics.items()}
+    of_labels = measure_labels(said, facts)
+    lines = []
     for frames in (1, 4):
         for images in (80, 400):
             held, held_by_frames = dict.fromkeys(SCORES, 0), dict.fromkeys(SCORES, 0)
@@ -84,12 +87,16 @@ def cover_scores(rng, repeats: int) -> list[str]:
                 rides = rng.choice(POPULATION, images // frames, replace=False)
                 chosen = (rides[:, None] * max(FRAMES) + np.arange(frames)).ravel()
                 drawn, counts = Rides([names[place] for place in chosen]), count_draws(rng, images)
-                for name, metric in metrics.items():
-                    part = metric._replace(statistics=metric.statistics[chosen])
-                    figure, (low, high) = (
-                        bootstrap.score_with_intervals(part, drawn)[name],
-                        bound_by_frames(part, counts)[name],
-                    )
+                parts = {
+                    name: metric._replace(statistics=metric.statistics[chosen]) for name, metric in metrics.items()
+                }
+                there = [facts[place] for place in chosen]  # the mean is over the labels of these
+                labels, pairs = fact_metrics.pair_labels([said[place] for place in chosen], there, "weather")
+                parts["macro_f1"] = fact_metrics.measure_confusion(labels, pairs, each=False)
+                truth["macro_f1"] = np.mean([of_labels[label] for label in {one.weather for one in there}])
+                for name, part in parts.items():
+                    figure = bootstrap.score_with_intervals(part, drawn)[name]
+                    low, high = bound_by_frames(part, counts)[name]
                     held[name] += figure["low"] is not None and figure["low"] <= truth[name] <= figure["high"]
                     held_by_frames[name] += low <= truth[name] <= high
             cells = [
@@ -99,7 +106,15 @@ def cover_scores(rng, repeats: int) -> list[str]:
     return lines
 
 
-def test_differences(rng, repeats: int) -> list[str]:
+def measure_labels(said: list[Facts], facts: list[Facts]) -> dict[str, float]:
+    """{weather: its F1}."""
+    labels, pairs = fact_metrics.pair_labels(said, facts, "weather")
+    table = fact_metrics.count_confusion(labels, pairs)
+    f1 = 2 * np.diagonal(table) / np.maximum(table.sum(axis=0) + table.sum(axis=1), 1)
+    return dict(zip(labels, f1.tolist(), strict=True))
+
+
+def tabulate_differences(rng, repeats: int) -> list[str]:
     """Rows of p-values: a few captions of 500 that differ, all one way, and how often no difference has p < 0.05."""
     rows = []
     for differing in (3, 5):
@@ -148,7 +163,7 @@ def main() -> None:
     tests = ["| | bootstrap of frames | exchanged rides |", "| --- | --- | --- |"]
     shares += cover_shares(rng, args.repeats)
     scores += cover_scores(rng, args.repeats // 3)
-    tests += test_differences(rng, args.repeats // 3)
+    tests += tabulate_differences(rng, args.repeats // 3)
     sets = f"{args.repeats // 3:,} sets"
     text = "\n".join(
         [
