@@ -61,7 +61,8 @@ class TrainConfig(DataConfig):
     """Fine-tune BLIP-2 with QLoRA on captions made from BDD100K labels."""
 
     images: Path | None = None  # folder with the images, searched to any depth; none: the Kaggle data set's
-    captions: Path = Path("bdd100k_captions.csv")  # captions CSV, written anew from the labels
+    captions: Path | None = None  # your own captions of these images, any usual kind of file; none: made from labels
+    group_column: str | None = None  # column of --captions whose groups are not split; none: rides, or each image
     output: Path = Path("blip2-finetuned")  # folder of the adapter, processor, settings and split
     limit: int | None = None  # use at most this many frames; none: all
 
@@ -122,11 +123,20 @@ class TrainConfig(DataConfig):
             raise UserError(
                 f"--per-device-train-batch-size {micro}: must divide --train-batch-size {self.train_batch_size}"
             )
+        if self.captions and self.labels:
+            raise UserError(
+                "--captions --labels: captions are read, or made from labels, not both; to keep what labels give, use "
+                "python bdd100k_data_pipeline.py --output FILE"
+            )
+        if self.captions and not (self.images or self.captions.is_dir()):
+            raise UserError(f"--captions {self.captions}: give the folder with the images too, with --images")
+        if self.group_column and not self.captions:
+            raise UserError("--group-column: goes with --captions, whose column it names")
         if self.resume and self.overwrite:
             raise UserError("--resume --overwrite: go on with the unfinished run, or train anew, not both")
         if self.limit is not None and self.limit < 3:
             raise UserError(f"--limit {self.limit}: must be 3 or more, for train, validation and test")
-        if self.held_out == "val" and (self.subset != "train" or self.labels or self.demo):
+        if self.held_out == "val" and (self.subset != "train" or self.labels or self.captions or self.demo):
             raise UserError("--held-out val: goes with --subset train of the Kaggle set, whose val labels it takes")
         if not (0 < self.train_share < 1 and 0 < self.val_share < 1 and self.train_share + self.val_share < 1):
             raise UserError(
@@ -199,7 +209,6 @@ class EvalConfig:
 DEMO = {
     PipelineConfig: {"output": DEMO_DATA / "bdd100k_captions.csv"},
     TrainConfig: {
-        "captions": DEMO_DATA / "bdd100k_captions.csv",
         "output": Path("blip2-finetuned-demo"),
         "model": str(DEMO_FOLDER / "base"),
         "lora_target": "lm",  # the base sees these scenes well: only the wording is to be learnt, in a minute

@@ -74,7 +74,7 @@ def load_captioner(config: EvalConfig, images: int):
 def caption_examples(config: EvalConfig, examples: list[Example]) -> tuple[list[Prediction], dict[str, str]]:
     """Predictions for the examples, and the images that can't be read with the reason. Other processes end here."""
     captioner, unreadable = load_captioner(config, len(examples)), {}
-    references = {example.name: [example.caption] for example in examples}
+    references = {example.name: list(example.captions) for example in examples}
 
     def work(index: int, outputs) -> list[tuple[str, dict[str, str]]]:
         captions = captioner.caption(index, outputs)
@@ -237,7 +237,7 @@ def evaluate(config: EvalConfig, run_dir: Path) -> None:
         for path in config.images:
             images |= dict(find_images([path]))
             if path.is_dir():
-                images |= index_images(path)  # by the bare file name too
+                images |= {name: files[0] for name, files in index_images(path).items()}  # by the bare file name too
         references = read_references(config.references) if config.references else None
     read, left_out = read_predictions(predictions_file, references)
     predictions, facts, unlabelled = read_facts(config, read)

@@ -66,7 +66,7 @@ def test_defaults_are_those_of_the_reference():
     config = parse_args(TrainConfig, [])
     assert re.fullmatch("Salesforce/blip2-opt-2.7b@[0-9a-f]{40}", config.model)
     assert config.kaggle_dataset == "solesensei/solesensei_bdd100k/versions/2"
-    assert (config.output, config.captions) == (Path("blip2-finetuned"), Path("bdd100k_captions.csv"))
+    assert (config.output, config.captions) == (Path("blip2-finetuned"), None)
     assert (config.num_train_epochs, config.learning_rate, config.weight_decay) == (5, 5e-5, 0.01)
     assert (config.per_device_train_batch_size, config.train_batch_size) == (None, 16)
     assert (config.lora_target, config.lora_rank, config.lora_alpha) == ("both", 16, 32)

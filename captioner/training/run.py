@@ -21,7 +21,7 @@ from transformers import TrainerState, TrainingArguments
 
 from captioner.data.reading import LOADER_ERRORS, explain_dead_worker
 from captioner.data.run_record import read_run
-from captioner.data.splits import write_splits
+from captioner.data.splits import find_images_root, write_splits
 from captioner.runtime.errors import UserError, get_or_none
 from captioner.runtime.files import atomic_write
 from captioner.runtime.processes import ask_main
@@ -138,7 +138,7 @@ def save_finetuned(output: Path, model, weights, processor, generation, splits, 
     for name in ("scores.json", "README.md"):  # of an adapter that was here before
         (output / name).unlink(missing_ok=True)
     with atomic_write(output / "run.json") as file:
-        json.dump(run, file, indent=2)
+        json.dump(run | {"images_root": str(find_images_root(splits))}, file, indent=2)
 
 
 def describe_state(config: TrainConfig, world_size: int) -> dict:

@@ -191,7 +191,7 @@ def test_other_settings_are_refused_before_images_are_encoded(folder, settings, 
     with pytest.raises(UserError, match="--lora-rank: was 16, is 8"):
         train(settings, **STORED, lora_rank=8)
     assert "encoding images" not in capsys.readouterr().err
-    rows = (line.split(",") for line in Path("bdd100k_captions.csv").read_text().splitlines())
+    rows = (line.split(",") for line in Path("logs/run/captions.csv").read_text().splitlines())
     last = [row[0] for row in rows][-1]
     labels.write_text(json.dumps([frame for frame in frames if frame["name"] != last]))
     with pytest.raises(UserError, match=r"data f.*: was .*, is "):
