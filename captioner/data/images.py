@@ -211,17 +211,17 @@ def _explain_no_match(names: Sequence[str], folder: Path) -> NoReturn:
 
 
 def find_image_folder(config: TrainConfig) -> Path:
-    if config.images is not None:
-        return config.images
-    if config.captions is not None and config.captions.is_dir():
-        return config.captions
-    if config.labels:
+    if config.data.images is not None:
+        return config.data.images
+    if config.data.captions is not None and config.data.captions.is_dir():
+        return config.data.captions
+    if config.source.labels:
         raise UserError("--labels without --images: give the folder with the images too")
     if config.demo:
         return DEMO_IMAGES
     from captioner.bdd100k.download import fetch_images  # here: kagglehub takes a while to import
 
-    return fetch_images(config.kaggle_dataset)
+    return fetch_images(config.source.kaggle_dataset)
 
 
 def find_images(paths: Sequence[Path]) -> list[tuple[str, Path]]:

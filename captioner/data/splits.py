@@ -86,16 +86,18 @@ def split_by_group(groups: Mapping[str, str], shares: Mapping[str, float], seed:
 
 def prepare_splits(config: TrainConfig, run_dir: Path) -> dict[str, list[Example]]:
     """Captions, own ones or those of labels, and images -> {split: examples}."""
-    if config.captions is not None:
+    if config.data.captions is not None:
         return split_own_captions(config)
     labels = find_labels(config)
     images = find_image_folder(config)
-    shares = {"train": config.train_share, "val": config.val_share}
+    shares = {"train": config.data.train_share, "val": config.data.val_share}
     held_out: list[Example] = []
-    if config.held_out == "val":
+    if config.data.held_out == "val":
         from captioner.bdd100k.download import fetch_labels  # here: kagglehub takes a while to import
 
-        held_out = caption_frames(config, fetch_labels(config.kaggle_dataset, "val"), images, run_dir / "held_out")
+        held_out = caption_frames(
+            config, fetch_labels(config.source.kaggle_dataset, "val"), images, run_dir / "held_out"
+        )
         shares = {split: share / sum(shares.values()) for split, share in shares.items()}
     else:
         shares["test"] = 1 - sum(shares.values())
@@ -104,7 +106,7 @@ def prepare_splits(config: TrainConfig, run_dir: Path) -> dict[str, list[Example
     by_name = {example.name: example for example in examples if example.group not in rides}
     if len(by_name) < len(examples):
         print(f"{len(examples) - len(by_name):,} frames are of rides that are held out, and are left out")
-    names = split_by_ride(list(by_name)[: config.limit], shares, config.seed)
+    names = split_by_ride(list(by_name)[: config.data.limit], shares, config.training.seed)
     splits = {split: [by_name[name] for name in names[split]] for split in names}
     splits.setdefault("test", held_out)
     return splits
@@ -114,7 +116,7 @@ def caption_frames(config: TrainConfig, labels: Sequence[Path], images: Path, ru
     """The examples of labels, by way of a captions file in the run folder."""
     from captioner.data.caption_files import read_captions  # here: who reads a split does without pandas
 
-    caption_labels(config, labels, run_dir / "captions.csv", run_dir)
+    caption_labels(config.source, labels, run_dir / "captions.csv", run_dir)
     captions = read_captions(run_dir / "captions.csv")
     return match_images(captions.assign(group=captions["name"].map(ride_of)), images)
 
@@ -123,22 +125,26 @@ def split_own_captions(config: TrainConfig) -> dict[str, list[Example]]:
     """The examples of a captions file that was given, split as it says or by group."""
     from captioner.data.caption_files import read_captions
 
-    captions = read_captions(config.captions, config.group_column)
-    if not config.group_column:
+    captions = read_captions(config.data.captions, config.data.group_column)
+    if not config.data.group_column:
         frames = captions["name"].map(lambda name: bool(FRAME_NAME.fullmatch(Path(name).name)))
         captions["group"] = captions["name"].where(~frames, captions["name"].map(ride_of))
         if not frames.all() and not captions["split"].any():
             print("note: each image counts as a group of its own; --group-column names the column that groups them")
     examples = {example.name: example for example in match_images(captions, find_image_folder(config), MAX_UNREADABLE)}
-    shares = {"train": config.train_share, "val": config.val_share, "test": 1 - config.train_share - config.val_share}
+    shares = {
+        "train": config.data.train_share,
+        "val": config.data.val_share,
+        "test": 1 - config.data.train_share - config.data.val_share,
+    }
     given = captions.drop_duplicates("name").set_index("name")["split"]
     names = {split: [name for name in examples if given[name] == split] for split in shares}
     if not any(names.values()):
         names["train"] = list(examples)
-    if config.limit is not None:
-        share = min(1, config.limit / len(examples))
+    if config.data.limit is not None:
+        share = min(1, config.data.limit / len(examples))
         names = {split: part[: math.ceil(share * len(part))] for split, part in names.items()}
-    names |= _fill_splits(names, examples, shares, config.seed)
+    names |= _fill_splits(names, examples, shares, config.training.seed)
     return {split: [examples[name] for name in names[split]] for split in shares}
 
 
@@ -265,7 +271,7 @@ def sample_examples(examples: list[Example], num_samples: int | str, seed: int) 
 
 def choose_examples(config: EvalConfig) -> list[Example]:
     split = read_split(config.adapter, config.split, config.images_root)
-    examples = sample_examples(split, config.num_samples, config.seed)
+    examples = sample_examples(split, config.num_samples, config.generation.seed)
     if not any(os.path.exists(example.image) for example in examples):  # False too where it may not be looked
         raise UserError(
             f"{config.adapter / 'split.csv'}: its images are gone, {examples[0].image} for one; give the folder "
