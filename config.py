@@ -232,7 +232,7 @@ class PipelineConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Fine-tune BLIP-2 with QLoRA on captions made from BDD100K labels."""
+    """Fine-tune BLIP-2 with QLoRA on captions, made from BDD100K labels or your own."""
 
     # use the drawn scenes and the small model that ship with the project: CPU, no network
     demo: bool = setting(False, unlisted=True)
