@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
@@ -182,7 +183,7 @@ def leave_out_unreadable(splits: dict[str, list[Example]], unreadable: dict[Path
         split: [example for example in examples if example.image not in unreadable]
         for split, examples in splits.items()
     }
-    print(", ".join(f"{len(examples):,} {split}" for split, examples in readable.items()) + " frames, split by ride")
+    print(", ".join(f"{len(examples):,} {split}" for split, examples in readable.items()) + " images")
     return readable
 
 
@@ -206,9 +207,15 @@ def write_splits(path: Path, splits: Mapping[str, Sequence[Example]]) -> None:
 
 def read_split(folder: Path, split: str, images_root: Path | None = None) -> list[Example]:
     """The examples of a split that main.py wrote to `folder`; with the images below `images_root`, if given."""
-    path = folder / "split.csv"
+    return place_images(folder, _read_rows(folder / "split.csv", split), images_root)
+
+
+def _read_rows(path: Path, split: str) -> list[Example]:
+    """The examples of a split, their images as they are written: below the run's root, or absolute in older files."""
     if not path.is_file():
-        raise UserError(f"{folder}: no fine-tuned model in it; train one with python main.py --output {folder}")
+        raise UserError(
+            f"{path.parent}: no fine-tuned model in it; train one with python main.py --output {path.parent}"
+        )
     examples: dict[str, Example] = {}
     try:
         with open(path, encoding="utf-8", newline="") as file:
@@ -224,13 +231,7 @@ def read_split(folder: Path, split: str, images_root: Path | None = None) -> lis
         raise UserError(f"{path}: not a split with columns {', '.join(SPLIT_COLUMNS)} ({error!r})") from None
     if not examples:
         raise UserError(f"{path}: no frame of the {split} split in it")
-    found = list(examples.values())
-    if images_root is not None:
-        return move_images(found, images_root)
-    if all(example.image.is_absolute() for example in found):
-        return found
-    root = Path(read_run(folder).get("images_root") or "")
-    return [example._replace(image=root / example.image) for example in found]
+    return list(examples.values())
 
 
 def _check_example(path: Path, example: Example) -> None:
@@ -244,6 +245,16 @@ def _check_example(path: Path, example: Example) -> None:
         )
 
 
+def place_images(folder: Path, examples: list[Example], images_root: Path | None) -> list[Example]:
+    """The examples with their images below `images_root`, or where the adapter in `folder` was trained on them."""
+    if images_root is not None:
+        return move_images(examples, images_root)
+    if all(example.image.is_absolute() for example in examples):
+        return examples
+    root = Path(read_run(folder).get("images_root") or "")
+    return [example._replace(image=root / example.image) for example in examples]
+
+
 def move_images(examples: list[Example], root: Path) -> list[Example]:
     """The examples with their images below `root`, at the same path or by name.
 
@@ -254,7 +265,7 @@ def move_images(examples: list[Example], root: Path) -> list[Example]:
         images |= locate_images([example.name for example in examples if example.name not in images], root)
     moved = [example._replace(image=images[example.name]) for example in examples if example.name in images]
     if not moved:
-        raise UserError(f"--images-root {root}: none of the {len(examples):,} images of the split is in it")
+        raise UserError(f"--images-root {root}: none of the {len(examples):,} images that are wanted is in it")
     if len(moved) < len(examples):
         print(f"{len(examples) - len(moved):,} of {len(examples):,} images are not in {root} and are left out")
     return moved
@@ -269,12 +280,19 @@ def sample_examples(examples: list[Example], num_samples: int | str, seed: int) 
     return random.Random(seed).sample(examples, min(num_samples, len(examples)))
 
 
-def choose_examples(config: EvalConfig) -> list[Example]:
-    split = read_split(config.adapter, config.split, config.images_root)
-    examples = sample_examples(split, config.num_samples, config.generation.seed)
+def choose_examples(config: EvalConfig) -> tuple[list[Example], Counter]:
+    """A sample of a split, and how many of it are left out by reason.
+
+    The sample is drawn before images are looked for, so that it is the same where some of them are missing.
+    """
+    rows = _read_rows(config.adapter / "split.csv", config.split)
+    sample = sample_examples(rows, config.num_samples, config.generation.seed)
+    examples = place_images(config.adapter, sample, config.images_root)
+    if config.images_root is not None:
+        return examples, +Counter({"images not in --images-root": len(sample) - len(examples)})
     if not any(os.path.exists(example.image) for example in examples):  # False too where it may not be looked
         raise UserError(
             f"{config.adapter / 'split.csv'}: its images are gone, {examples[0].image} for one; give the folder "
             "where they are now with --images-root"
         )
-    return examples
+    return examples, Counter()

@@ -151,6 +151,12 @@ class FastCaptioner(Captioner):
         tokens = self.generator.generate(outputs, self.longest, **options, seed=seed)
         return decode_captions(self.processor, tokens)
 
+    @property
+    def way(self) -> str:
+        if self.generator is None:
+            return super().way
+        return "FastGenerator" if self.generator.copies else "FastGenerator-packed"
+
     def finish(self) -> None:
         """Say how many outputs were in the store, and wait for those that are being written."""
         if self.store is not None:

@@ -6,6 +6,7 @@ with lock_folder(output, "--output"), atomic_write(output / "a.json") as file: .
 import errno
 import functools
 import itertools
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -37,6 +38,12 @@ def atomic_write(path: Path) -> Iterator:
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+def write_json(path: Path, content) -> None:
+    """Write `content` as JSON. Raises ValueError for NaN, which JSON has no word for."""
+    with atomic_write(path) as file:
+        json.dump(content, file, indent=1, allow_nan=False)
 
 
 @contextmanager

@@ -22,7 +22,9 @@ def save_split(folder, examples):
     """As main.py does: the root of the images is in the run's record."""
     splits = {"test": examples}
     write_splits(folder / "split.csv", splits)
-    (folder / "run.json").write_text(json.dumps({"config": {}, "images_root": str(find_images_root(splits))}))
+    (folder / "run.json").write_text(
+        json.dumps({"config": {"model": "m"}, "images_root": str(find_images_root(splits))})
+    )
 
 
 def names_of(rides):
@@ -221,9 +223,9 @@ def test_images_that_were_moved_are_found_in_their_new_folder(tmp_path, capsys):
         choose_examples(config)
     for name in "ab":
         (tmp_path / f"new/deep/{name}.jpg").touch()
-    assert sorted(choose_examples(config)) == [
-        Example(f"{name}.jpg", tmp_path / f"new/deep/{name}.jpg", name) for name in "ab"
-    ]
+    found, left_out = choose_examples(config)
+    assert sorted(found) == [Example(f"{name}.jpg", tmp_path / f"new/deep/{name}.jpg", name) for name in "ab"]
+    assert left_out == {"images not in --images-root": 1}
     assert "1 of 3 images are not in" in capsys.readouterr().out
 
 
@@ -240,11 +242,29 @@ def test_a_split_has_all_captions_and_the_group_and_its_images_by_folder(tmp_pat
     assert str(tmp_path) not in (tmp_path / "adapter/split.csv").read_text()
     assert read_split(tmp_path / "adapter", "test") == examples
     (tmp_path / "images").rename(tmp_path / "moved")
-    moved = read_split(tmp_path / "adapter", "test", tmp_path / "moved")
-    assert [example.image for example in moved] == [tmp_path / "moved/x/1.jpg", tmp_path / "moved/y/1.jpg"]
+    moved, left_out = choose_examples(EvalConfig(adapter=tmp_path / "adapter", images_root=tmp_path / "moved"))
+    assert sorted(moved) == read_split(tmp_path / "adapter", "test", tmp_path / "moved") and not left_out
+    assert [example.image for example in sorted(moved)] == [tmp_path / "moved/x/1.jpg", tmp_path / "moved/y/1.jpg"]
 
 
 def test_a_split_of_absolute_paths_is_read(tmp_path):
     """As it was written before it had a root."""
     (tmp_path / "split.csv").write_text("name,split,image,raw_caption\na.jpg,test,/images/a.jpg,A car.\n")
     assert read_split(tmp_path, "test") == [Example("a.jpg", Path("/images/a.jpg"), "A car.")]
+
+
+def test_the_sample_is_the_same_where_moved_images_are_missing(tmp_path):
+    names = [f"{number}.jpg" for number in range(20)]
+    save_split(tmp_path, [Example(name, tmp_path / name, name) for name in names])
+    (tmp_path / "all").mkdir()
+    for name in names:
+        (tmp_path / name).touch()
+        (tmp_path / "all" / name).touch()
+    sample, _ = choose_examples(EvalConfig(adapter=tmp_path, num_samples=5))
+    config = EvalConfig(adapter=tmp_path, num_samples=5, images_root=tmp_path / "all")
+    moved, left_out = choose_examples(config)
+    assert [example.name for example in moved] == [example.name for example in sample] and not left_out
+    (tmp_path / "all" / sample[2].name).unlink()
+    fewer, left_out = choose_examples(config)
+    assert [example.name for example in fewer] == [sample[place].name for place in (0, 1, 3, 4)]
+    assert left_out == {"images not in --images-root": 1}
