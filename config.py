@@ -181,6 +181,8 @@ class RunSettings:
     merge: bool = setting(False, free=True, unlisted=True)
     # name of a private repository on the Hugging Face hub to upload the adapter to
     push_to_hub: str | None = setting(None, free=True, unlisted=True)
+    # name of a private data set on the hub to upload the captions and their split to, without images
+    push_captions: str | None = setting(None, free=True, unlisted=True)
     logging_steps: int = setting(10, free=True, unlisted=True)  # optimiser steps between two logged losses
     # validation images captioned and scored after each epoch; 0: none
     val_captions: int = setting(16, free=True, unlisted=True)
