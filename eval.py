@@ -11,6 +11,11 @@
 Predictions are written first, to logs/<run>/predictions.jsonl, and scored from there: scores.json and report.html.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # where the package is, which PYTHONSAFEPATH leaves out
+
 from captioner.runtime.cli import run_script
 from config import EvalConfig, parse_args
 
@@ -19,7 +24,6 @@ if __name__ == "__main__":
 
 from collections import Counter
 from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 from captioner.data.images import find_images, index_images

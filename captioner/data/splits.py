@@ -14,8 +14,8 @@ from unicodedata import normalize
 
 from captioner.data.captions import LEADS_OUT, Example, caption_labels, find_labels
 from captioner.data.images import IMAGE_SUFFIXES, find_image_folder, locate_images, match_images
-from captioner.data.run_record import read_run
-from captioner.runtime.errors import UserError
+from captioner.data.run_record import explain_adapter, read_run
+from captioner.runtime.errors import UserError, escape_controls
 from captioner.runtime.files import atomic_write
 from config import EvalConfig, TrainConfig
 
@@ -178,7 +178,7 @@ def leave_out_unreadable(splits: dict[str, list[Example]], unreadable: dict[Path
         if len(unreadable) > MAX_UNREADABLE * len(everything):
             first = reasons.splitlines()[0].strip()
             raise UserError(f"{told}, more than {MAX_UNREADABLE:.0%}: is the data set complete? The first: {first}")
-        print(f"{told} and are left out:\n{reasons}")
+        print(escape_controls(f"{told} and are left out:\n{reasons}"))
     readable = {
         split: [example for example in examples if example.image not in unreadable]
         for split, examples in splits.items()
@@ -213,9 +213,7 @@ def read_split(folder: Path, split: str, images_root: Path | None = None) -> lis
 def _read_rows(path: Path, split: str) -> list[Example]:
     """The examples of a split, their images as they are written: below the run's root, or absolute in older files."""
     if not path.is_file():
-        raise UserError(
-            f"{path.parent}: no fine-tuned model in it; train one with python main.py --output {path.parent}"
-        )
+        raise explain_adapter(path.parent)
     examples: dict[str, Example] = {}
     try:
         with open(path, encoding="utf-8", newline="") as file:
@@ -251,8 +249,12 @@ def place_images(folder: Path, examples: list[Example], images_root: Path | None
         return move_images(examples, images_root)
     if all(example.image.is_absolute() for example in examples):
         return examples
-    root = Path(read_run(folder).get("images_root") or "")
-    return [example._replace(image=root / example.image) for example in examples]
+    root = read_run(folder).get("images_root")
+    if not isinstance(root, str):
+        raise UserError(
+            f"{folder / 'run.json'}: names no images_root; give the folder of the images with --images-root"
+        )
+    return [example._replace(image=Path(root, example.image)) for example in examples]
 
 
 def move_images(examples: list[Example], root: Path) -> list[Example]:

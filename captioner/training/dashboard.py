@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from captioner.bdd100k.parsing import parse_caption, read_caption
 from captioner.blip2.captioning import GreedyCaptioner
 from captioner.data.examples import list_examples
-from captioner.runtime.errors import go_on_without
+from captioner.runtime.errors import escape_controls, go_on_without
 from captioner.runtime.files import atomic_write, explain_writing
 from captioner.scoring.fact_metrics import measure_shares
 from captioner.scoring.text_metrics import score, score_bleu
@@ -157,7 +157,8 @@ class ValidationCaptions(TrainerCallback):
               f"BLEU-4 {shares['BLEU-4']:.3f}")  # fmt: skip
         for example, text in list(zip(examples, texts, strict=True))[:SHOWN]:
             said = text if len(text) <= WIDEST else text[:WIDEST] + " ..."
-            print(f"  {example.name}\n    said:      {said or '(nothing)'}\n    reference: {example.caption}")
+            told = f"  {example.name}\n    said:      {said or '(nothing)'}\n    reference: {example.caption}"
+            print(escape_controls(told))
 
     def generate(self, model, batch_size: int) -> list[str]:
         """Captions, without a trace in the random numbers that training goes on with."""
@@ -184,7 +185,7 @@ def make_callbacks(run: Run, dataset: Dataset, caption: GreedyCaptioner) -> list
     """What the main process shows of the run; `caption` is for the first images of the validation dataset."""
     if not run.is_main:
         return []
-    log = RunLog(run.folder, start_wandb(run.wandb_mode, run.folder.name, run.state["config"]))
+    log = RunLog(run.folder, start_wandb(run.wandb_mode, run.folder.name, run.state["wandb_id"], run.state["config"]))
     return [ValidationCaptions(log, dataset, min(run.config.run.val_captions, len(dataset)), caption), log]
 
 
