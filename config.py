@@ -21,6 +21,7 @@ from captioner.runtime.settings import Config, check, make_config, read_flags, s
 
 DEMO_FOLDER = Path(__file__).parent / "demo"  # the renderer and the small base model
 DEMO_DATA = Path("demo-data")  # what the renderer draws
+CAPTION_FILES = (".csv", ".tsv", ".txt", ".json", ".jsonl")  # what needs a folder of images; else it is a data set
 DEMO_SCENES = 1400  # drawn for --demo: 800 to train, 80 to validate, 520 to test
 
 # The newest revision as of 2026-11, in safetensors: a repository that changes does not change what is trained.
@@ -61,7 +62,7 @@ class DataSettings:
     """Captions with their images, and how they are split."""
 
     images: Path | None = None  # folder with the images, searched to any depth; none: the Kaggle data set's
-    # your own captions of these images, in any usual kind of file; none: made from labels
+    # your own captions of these images, in any usual kind of file, or a data set on the hub; none: made from labels
     captions: Path | None = setting(None, free=True)
     group_column: str | None = None  # column of --captions whose groups are not split; none: rides, or each image
     limit: int | None = None  # use at most this many frames; none: all
@@ -71,7 +72,7 @@ class DataSettings:
     held_out: Literal["rides", "val"] = setting("rides", unlisted=True)
 
     def __post_init__(self):
-        if self.captions and not (self.images or self.captions.is_dir()):
+        if self.captions and not self.images and (self.captions.is_file() or self.captions.suffix in CAPTION_FILES):
             raise UserError(f"--captions {self.captions}: give the folder with the images too, with --images")
         if self.group_column and not self.captions:
             raise UserError("--group-column: goes with --captions, whose column it names")

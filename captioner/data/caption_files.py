@@ -57,7 +57,7 @@ def read_captions(path: Path, group_column: str | None = None) -> pd.DataFrame:
     if group_column:
         columns["group"] = _find_column(path, table, [group_column.strip().lower()])
     table = table[list(columns.values())].set_axis(list(columns), axis=1)
-    return _check_captions(path, table).reindex(columns=COLUMNS, fill_value="")
+    return check_captions(path, table)
 
 
 def _find_column(path: Path, table: pd.DataFrame, titles: Sequence[str]) -> str:
@@ -241,8 +241,11 @@ def _read_image_folder(folder: Path, group_column: str | None) -> pd.DataFrame:
 # rows
 
 
-def _check_captions(path: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """The table with clean texts, without rows that have no caption. Raises UserError with the line of a bad one."""
+def check_captions(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """The table with all columns and clean texts, without rows that have no caption.
+
+    Raises UserError with the line of a bad one, in the unit that the index is named for.
+    """
     for column in table:
         if not isinstance(table[column].dtype, pd.StringDtype):
             table = _take_texts(path, table, column)
@@ -266,7 +269,7 @@ def _check_captions(path: Path, table: pd.DataFrame) -> pd.DataFrame:
     for column in table.columns.difference(["name", "caption"]):
         differs = table[column] != table.groupby("name")[column].transform("first")
         _refuse(path, table, differs, column, f"its image has another {column} above")
-    return table
+    return table.reindex(columns=COLUMNS, fill_value="")
 
 
 def _take_texts(path: Path, table: pd.DataFrame, column: str) -> pd.DataFrame:

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 from unicodedata import normalize
 
 from captioner.data.captions import LEADS_OUT, Example, caption_labels, find_labels
@@ -18,6 +19,9 @@ from captioner.data.run_record import explain_adapter, read_run
 from captioner.runtime.errors import UserError, escape_controls
 from captioner.runtime.files import atomic_write
 from config import EvalConfig, TrainConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TRAINED_ON = ("train", "val")  # splits whose images training sees
 MAX_UNREADABLE = 0.05  # share of the images that may be unreadable
@@ -88,7 +92,7 @@ def split_by_group(groups: Mapping[str, str], shares: Mapping[str, float], seed:
 def prepare_splits(config: TrainConfig, run_dir: Path) -> dict[str, list[Example]]:
     """Captions, own ones or those of labels, and images -> {split: examples}."""
     if config.data.captions is not None:
-        return split_own_captions(config)
+        return split_own_captions(config, run_dir)
     labels = find_labels(config)
     images = find_image_folder(config)
     shares = {"train": config.data.train_share, "val": config.data.val_share}
@@ -122,17 +126,26 @@ def caption_frames(config: TrainConfig, labels: Sequence[Path], images: Path, ru
     return match_images(captions.assign(group=captions["name"].map(ride_of)), images)
 
 
-def split_own_captions(config: TrainConfig) -> dict[str, list[Example]]:
-    """The examples of a captions file that was given, split as it says or by group."""
+def read_own_captions(config: TrainConfig, run_dir: Path) -> tuple["pd.DataFrame", Path]:
+    """The table of captions that were given, and the folder of their images."""
     from captioner.data.caption_files import read_captions
+    from captioner.data.hub_captions import IMAGES, fetch_captions, is_data_set
 
-    captions = read_captions(config.data.captions, config.data.group_column)
+    path, group_column = config.data.captions, config.data.group_column
+    if config.data.images is None and is_data_set(path):
+        return fetch_captions(str(path), run_dir, group_column), run_dir / IMAGES
+    return read_captions(path, group_column), find_image_folder(config)
+
+
+def split_own_captions(config: TrainConfig, run_dir: Path) -> dict[str, list[Example]]:
+    """The examples of a captions file that was given, split as it says or by group."""
+    captions, images = read_own_captions(config, run_dir)
     if not config.data.group_column:
         frames = captions["name"].map(lambda name: bool(FRAME_NAME.fullmatch(Path(name).name)))
         captions["group"] = captions["name"].where(~frames, captions["name"].map(ride_of))
         if not frames.all() and not captions["split"].any():
             print("note: each image counts as a group of its own; --group-column names the column that groups them")
-    examples = {example.name: example for example in match_images(captions, find_image_folder(config), MAX_UNREADABLE)}
+    examples = {example.name: example for example in match_images(captions, images, MAX_UNREADABLE)}
     shares = {
         "train": config.data.train_share,
         "val": config.data.val_share,
