@@ -21,6 +21,7 @@ from captioner.runtime.settings import Config, check, make_config, read_flags, s
 
 DEMO_FOLDER = Path(__file__).parent / "demo"  # the renderer and the small base model
 DEMO_DATA = Path("demo-data")  # what the renderer draws
+CAPTION_FILES = (".csv", ".tsv", ".txt", ".json", ".jsonl")  # what needs a folder of images; else it is a data set
 DEMO_SCENES = 1400  # drawn for --demo: 800 to train, 80 to validate, 520 to test
 
 # The newest revision as of 2026-11, in safetensors: a repository that changes does not change what is trained.
@@ -61,7 +62,9 @@ class DataSettings:
     """Captions with their images, and how they are split."""
 
     images: Path | None = None  # folder with the images, searched to any depth; none: the Kaggle data set's
-    captions: Path = setting(Path("bdd100k_captions.csv"), free=True)  # captions CSV, written anew from the labels
+    # your own captions of these images, in any usual kind of file, or a data set on the hub; none: made from labels
+    captions: Path | None = setting(None, free=True)
+    group_column: str | None = None  # column of --captions whose groups are not split; none: rides, or each image
     limit: int | None = None  # use at most this many frames; none: all
     train_share: float = 0.6  # share of the frames for training; whole rides only
     val_share: float = 0.28  # share of the frames for validation; what is left is the test split
@@ -69,6 +72,10 @@ class DataSettings:
     held_out: Literal["rides", "val"] = setting("rides", unlisted=True)
 
     def __post_init__(self):
+        if self.captions and not self.images and (self.captions.is_file() or self.captions.suffix in CAPTION_FILES):
+            raise UserError(f"--captions {self.captions}: give the folder with the images too, with --images")
+        if self.group_column and not self.captions:
+            raise UserError("--group-column: goes with --captions, whose column it names")
         if self.limit is not None and self.limit < 3:
             raise UserError(f"--limit {self.limit}: must be 3 or more, for train, validation and test")
         if not (0 < self.train_share < 1 and 0 < self.val_share < 1 and self.train_share + self.val_share < 1):
@@ -175,6 +182,8 @@ class RunSettings:
     merge: bool = setting(False, free=True, unlisted=True)
     # name of a private repository on the Hugging Face hub to upload the adapter to
     push_to_hub: str | None = setting(None, free=True, unlisted=True)
+    # name of a private data set on the hub to upload the captions and their split to, without images
+    push_captions: str | None = setting(None, free=True, unlisted=True)
     logging_steps: int = setting(10, free=True, unlisted=True)  # optimiser steps between two logged losses
     # validation images captioned and scored after each epoch; 0: none
     val_captions: int = setting(16, free=True, unlisted=True)
@@ -241,7 +250,7 @@ class PipelineConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Fine-tune BLIP-2 with QLoRA on captions made from BDD100K labels."""
+    """Fine-tune BLIP-2 with QLoRA on captions, made from BDD100K labels or your own."""
 
     # use the drawn scenes and the small model that ship with the project: CPU, no network
     demo: bool = setting(False, unlisted=True)
@@ -255,7 +264,13 @@ class TrainConfig:
     fast: FastTrainingSettings = FastTrainingSettings()
 
     def __post_init__(self):
-        if self.data.held_out == "val" and (self.source.subset != "train" or self.source.labels or self.demo):
+        if self.data.captions and self.source.labels:
+            raise UserError(
+                "--captions --labels: captions are read, or made from labels, not both; to keep what labels give, use "
+                "python bdd100k_data_pipeline.py --output FILE"
+            )
+        given = self.source.labels or self.data.captions or self.demo
+        if self.data.held_out == "val" and (self.source.subset != "train" or given):
             raise UserError("--held-out val: goes with --subset train of the Kaggle set, whose val labels it takes")
 
 
@@ -318,7 +333,6 @@ class EvalConfig:
 DEMO: dict[type, dict[str, Any]] = {
     PipelineConfig: {"output": DEMO_DATA / "bdd100k_captions.csv"},
     TrainConfig: {
-        "captions": DEMO_DATA / "bdd100k_captions.csv",
         "output": Path("blip2-finetuned-demo"),
         "model": str(DEMO_FOLDER / "base"),
         "lora_target": "lm",  # the base sees these scenes well: only the wording is to be learnt, in a minute

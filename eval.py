@@ -100,7 +100,7 @@ def caption_split(config: EvalConfig, run_dir: Path) -> Found:
         signature = {"split": config.split, **captioner.describe_way()}
     signature |= {"model": "base" if config.base else "fine-tuned"} | ({"images": "black"} if config.blank else {})
     title = ", ".join([signature[name] for name in ("split", "decoding", "model")])
-    references = {example.name: [example.caption] for example in examples}
+    references = {example.name: list(example.captions) for example in examples}
     predictions = [Prediction(name, text, references[name], floors) for name, (text, floors) in rows.items()]
     ask_main(write_predictions, file := run_dir / "predictions.jsonl", predictions)
     print_left_out(unreadable)
@@ -115,7 +115,7 @@ def read_file(config: EvalConfig) -> Found:
     for path in config.images:
         images |= dict(find_images([path]))
         if path.is_dir():
-            images |= index_images(path)  # by the bare file name too
+            images |= {name: files[0] for name, files in index_images(path).items()}  # by the bare file name too
     return Found(
         config.predictions, config.predictions.name, images, {"split": "unknown", "decoding": "unknown"}, Counter()
     )

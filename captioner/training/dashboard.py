@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from captioner.bdd100k.parsing import parse_caption, read_caption
-from captioner.blip2.batches import CaptionDataset
 from captioner.blip2.captioning import GreedyCaptioner
+from captioner.data.examples import list_examples
 from captioner.runtime.errors import escape_controls, go_on_without
 from captioner.runtime.files import atomic_write, explain_writing
 from captioner.scoring.fact_metrics import measure_shares
@@ -134,13 +135,13 @@ def read_records(path: Path, done: int) -> list[dict]:
 class ValidationCaptions(TrainerCallback):
     """After each epoch: greedy captions of the first `count` validation images, and how right they are."""
 
-    def __init__(self, log: RunLog, dataset: CaptionDataset, count: int, caption: GreedyCaptioner):
+    def __init__(self, log: RunLog, dataset: Dataset, count: int, caption: GreedyCaptioner):
         self.log, self.dataset, self.count, self.caption = log, dataset, count, caption
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         if not self.count or not state.is_world_process_zero:
             return
-        examples = self.dataset.examples[: self.count]
+        examples = list_examples(self.dataset, self.count)
         texts = self.generate(model, args.eval_batch_size)
         references = [example.caption for example in examples]
         shares = score(
@@ -181,7 +182,7 @@ class ValidationCaptions(TrainerCallback):
                 file.write(f"{example.name}{cut}\n- said: {text}\n- reference: {example.caption}\n\n")
 
 
-def make_callbacks(run: Run, dataset: CaptionDataset, caption: GreedyCaptioner) -> list[TrainerCallback]:
+def make_callbacks(run: Run, dataset: Dataset, caption: GreedyCaptioner) -> list[TrainerCallback]:
     """What the main process shows of the run; `caption` is for the first images of the validation dataset."""
     if not run.is_main:
         return []
