@@ -26,7 +26,7 @@ from captioner.data import images as data_images
 from captioner.data.captions import Example
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import lock_folder, name_run
-from captioner.training import dashboard, trainer
+from captioner.training import dashboard, pace, sealed_trainer, trainer
 from captioner.training import run as training_run
 from captioner.training.checkpoints import find_checkpoint, fingerprint_data
 from config import EvalConfig, make_config
@@ -102,7 +102,7 @@ def fill_before(patch, file: str, step: int) -> None:
     owner, name, place = {
         "adapter_model.safetensors": (trainer.CaptionTrainer, "_save", 1),
         "optimizer.pt": (torch, "save", 1),
-        "manifest.json": (trainer, "seal_checkpoint", 0),
+        "manifest.json": (sealed_trainer, "seal_checkpoint", 0),
     }[file]  # of whose arguments one is the folder, or the file
     real = getattr(owner, name)
 
@@ -342,7 +342,7 @@ def test_permission_is_lost_in_training(folder, settings, undisturbed, scenes, r
     for parent in (folder, *folder.parents[:2]):
         parent.chmod(0o755)
     images = Path(shutil.copytree(scenes / "images", "images"))
-    real = trainer.Pace.on_step_end
+    real = pace.Pace.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2:
@@ -350,7 +350,7 @@ def test_permission_is_lost_in_training(folder, settings, undisturbed, scenes, r
         real(self, args, state, control, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"Permission denied.*--resume"):
-        patch.setattr(trainer.Pace, "on_step_end", on_step_end)
+        patch.setattr(pace.Pace, "on_step_end", on_step_end)
         try:
             train(settings, save_minutes=0.0, images=images)
         finally:
@@ -362,7 +362,7 @@ def test_permission_is_lost_in_training(folder, settings, undisturbed, scenes, r
 @pytest.mark.slow
 def test_disk_becomes_read_only_in_training(folder, settings, undisturbed, mount):
     """As Linux makes it when the disk has errors: here a read-only one is put in its place for a while."""
-    real = trainer.Pace.on_step_end
+    real = pace.Pace.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2:
@@ -370,7 +370,7 @@ def test_disk_becomes_read_only_in_training(folder, settings, undisturbed, mount
         real(self, args, state, control, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"Read-only file system.*--resume"):
-        patch.setattr(trainer.Pace, "on_step_end", on_step_end)
+        patch.setattr(pace.Pace, "on_step_end", on_step_end)
         train(settings, save_minutes=0.0)
     subprocess.run(["umount", CHECKPOINTS], check=True)
     assert train(settings, save_minutes=0.0, resume=True) == undisturbed[0]
@@ -505,7 +505,7 @@ def test_a_worker_dies_while_a_checkpoint_is_written(folder, settings, monkeypat
     def save(*args):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
 
-    monkeypatch.setattr(trainer.Trainer, "_save_checkpoint", save)
+    monkeypatch.setattr(sealed_trainer.Trainer, "_save_checkpoint", save)
     with pytest.raises(UserError, match="a process that reads images was killed"):
         train(settings)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from captioner.blip2.batches import CaptionCollator
+from captioner.blip2.batches import CaptionCollator, list_lengths
 from captioner.fast.caption_loss import sum_nll
 from captioner.fast.layers import draws_by_kernels
 from captioner.fast.packing import PackedCollator, PackedSampler
@@ -72,5 +72,5 @@ class FastTrainer(CaptionTrainer):
         return self.optimizer
 
     def _get_eval_sampler(self, eval_dataset):
-        lengths = [len(ids) for ids in eval_dataset.caption_ids]
+        lengths = list_lengths(eval_dataset)
         return self.sampler_class(lengths, self.args.eval_batch_size, len(lengths), self.args.seed)

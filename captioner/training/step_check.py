@@ -4,8 +4,8 @@ import itertools
 from typing import NamedTuple
 
 import torch
+from datasets import Dataset
 
-from captioner.data.captions import Example
 from captioner.runtime.errors import UserError
 from captioner.runtime.processes import gather
 
@@ -23,10 +23,10 @@ class Step(NamedTuple):
     rows: list[torch.Tensor]  # of each pass, the places of its frames in the dataset
 
 
-def check_steps(steps: list[Step], examples: list[Example], output: str) -> None:
+def check_steps(steps: list[Step], dataset: Dataset, output: str) -> None:
     """Raise UserError, in all processes, for the first step whose loss or gradient is no number.
 
-    `examples` are the dataset's; `output` is the folder of the checkpoints. Waits for the GPU.
+    `dataset` names its frames; `output` is the folder of the checkpoints. Waits for the GPU.
     """
     finite = torch.stack([step.is_finite for step in steps]).tolist() if steps else []
     if all(finite):
@@ -36,10 +36,11 @@ def check_steps(steps: list[Step], examples: list[Example], output: str) -> None
     passes = list(itertools.chain.from_iterable(gather(lambda: passes)))
     bad = [row for is_good, rows in passes for row in rows if not is_good]
     bad = bad or [row for _, rows in passes for row in rows]  # the gradient alone: of any of them
+    names = dataset.with_format(None)[bad]["name"]
     more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
     raise UserError(
         f"step {step.number}: the loss is {step.loss:g} and the gradient norm {step.norm:g}, in the batch "
-        f"{', '.join(examples[row].name for row in bad[:NAMED])}{more}. Training has stopped; the last checkpoint is "
+        f"{', '.join(names[:NAMED])}{more}. Training has stopped; the last checkpoint is "
         f"kept in {output}. Lower --learning-rate, look at those images, or use a GPU with bf16 (fp16 overflows in the "
         "Q-Former)"
     )

@@ -1,45 +1,24 @@
-"""The Trainer of main.py: what it checks, and how it validates and saves.
+"""The Trainer of main.py: what it checks, and how it validates.
 
 Shapes: B rows, L positions, V vocabulary.
 """
 
-import dataclasses
 import math
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
-from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from captioner.blip2.batches import IGNORED, CaptionCollator
-from captioner.data.reading import explain_dead_worker
+from captioner.blip2.batches import IGNORED, CaptionCollator, get_reader, list_lengths
 from captioner.runtime.errors import UserError
-from captioner.runtime.files import measure_free
-from captioner.training.checkpoints import check_disk, remove_old_checkpoints, seal_checkpoint, step_of
 from captioner.training.guards import check_same_weights
 from captioner.training.order import LengthSampler
-from captioner.training.pace import Pace
+from captioner.training.sealed_trainer import SealedTrainer
 from captioner.training.step_check import Step, check_steps
 
 WORKER_SECONDS = 5  # that a worker lives on after SIGTERM
-# The methods of transformers' Trainer that are not public and are overridden, here and in the fast way. A release
-# that renames one of them would silently leave it out: tests/training/test_training.py looks for each.
-PRIVATE_HOOKS = (
-    "_prepare_for_training",  # once, before the first step
-    "_run_epoch",  # around an epoch
-    "_clip_grad_norm",  # once an optimiser step, after all gradients are there and before any weight has changed
-    "_maybe_log_save_evaluate",  # after each optimiser step and at the end of an epoch
-    "_save_checkpoint",
-    "_get_train_sampler",
-    "_get_eval_sampler",
-)
 
 
 class RowCollator:
@@ -69,8 +48,8 @@ def _outlive_main(number, frame) -> None:
     signal.alarm(WORKER_SECONDS)
 
 
-class CaptionTrainer(Trainer):
-    """Trainer that stops at a loss that is no number, seals its checkpoints, and validates by tokens.
+class CaptionTrainer(SealedTrainer):
+    """Trainer that stops at a loss that is no number, and validates by tokens.
 
     The validation loss is the mean over all caption tokens of the set, as the training loss is over those of a batch:
     the two are on one scale, whatever the batch sizes.
@@ -81,10 +60,6 @@ class CaptionTrainer(Trainer):
     def __init__(self, *args, length_window: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
         self.length_window = length_window
-        if self.is_fsdp_enabled:
-            fit_fsdp(self.accelerator.state.fsdp_plugin, self.model)
-        self.pace: Pace | None = None
-        self.results: dict = {}  # what train() measured, once it has come to its end
         self._rows: list[torch.Tensor] = []  # of the passes of this optimiser step
         self._losses: list[torch.Tensor] = []
         self._steps: list[Step] = []  # that nobody has looked at
@@ -134,7 +109,7 @@ class CaptionTrainer(Trainer):
 
     def check_steps(self) -> None:
         steps, self._steps = self._steps, []
-        check_steps(steps, self.train_dataset.examples, self.args.output_dir)
+        check_steps(steps, self.train_dataset, self.args.output_dir)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         if self.control.should_log or self.control.should_evaluate or self.control.should_save:
@@ -161,18 +136,19 @@ class CaptionTrainer(Trainer):
             batches = batches.batch_sampler
         if hasattr(batches.sampler, "set_epoch"):
             batches.sampler.set_epoch(epoch)
+        get_reader(self.train_dataset).epoch = epoch  # before workers start that read rows
         return super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
         if not self.length_window:
             return super()._get_train_sampler(train_dataset)
-        lengths = [len(ids) for ids in self.train_dataset.caption_ids]
+        lengths = list_lengths(self.train_dataset)
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return self.sampler_class(lengths, step, self.length_window, self.args.seed)
 
     def _get_eval_sampler(self, eval_dataset):
         """By length, against padding: the sum over the set is the same in any order."""
-        lengths = [len(ids) for ids in eval_dataset.caption_ids]
+        lengths = list_lengths(eval_dataset)
         return sorted(range(len(lengths)), key=lambda row: -lengths[row])
 
     def evaluation_loop(
@@ -209,67 +185,8 @@ class CaptionTrainer(Trainer):
         ]
         return torch.stack(losses), (inputs["labels"] != IGNORED).sum(1)
 
-    # checkpoints
-
-    def _save_checkpoint(self, model, trial):
-        folder = Path(self.args.output_dir)
-        checkpoint = folder / f"checkpoint-{self.state.global_step}"
-        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        copies = 4 if self.is_fsdp_enabled else 3  # weights and two moments in fp32; FSDP writes weights twice
-        check_disk(folder, 4 * copies * trainable + 2**22, "a checkpoint")
-        with explain_checkpoint(checkpoint):
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                seal_checkpoint(checkpoint)
-                remove_old_checkpoints(folder)
-        if self.pace is not None:
-            self.pace.after_save()
-
-    def save_model(self, output_dir=None, _internal_call=False):
-        """With FSDP, Trainer would gather the frozen weights too."""
-        if self.is_fsdp_enabled:
-            self._save(output_dir or self.args.output_dir, state_dict=gather_trainable(self.model))
-        else:
-            super().save_model(output_dir, _internal_call)
-
 
 def raise_versions(optimizer: torch.optim.Optimizer, *_) -> None:
     """Count that an optimiser has written its weights, which torch's fused ones don't: captions take them anew then."""
     for group in optimizer.param_groups:
         torch.autograd.graph.increment_version(group["params"])
-
-
-@contextmanager
-def explain_checkpoint(checkpoint: Path) -> Iterator[None]:
-    """Turn what goes wrong when a checkpoint is written into a UserError."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        free = measure_free(checkpoint.parent)  # which torch's own message does not tell
-        told = "" if free is None else f"; {free / 1e6:,.0f} MB are free"
-        raise explain_dead_worker(error) or UserError(
-            f"{checkpoint.parent}: the checkpoint of step {step_of(checkpoint)} can't be written ({error}"
-            f"{told}); the ones before are kept: see to the disk, then go on with --resume"
-        ) from None
-
-
-def fit_fsdp(plugin, model) -> None:
-    """Make accelerate's settings for FSDP fit this model: called before anything is spread.
-
-    It wraps only layers that are there, the ViT's being gone once its outputs are stored; and losses and the sums of
-    gradients, which are LoRA's alone, stay in fp32, while accelerate rounds them to the precision of the weights.
-    """
-    there = {type(module).__name__ for module in model.modules()}
-    plugin.transformer_cls_names_to_wrap = [name for name in plugin.transformer_cls_names_to_wrap if name in there]
-    if plugin.mixed_precision_policy is not None:
-        plugin.mixed_precision_policy = dataclasses.replace(
-            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
-        )
-
-
-def gather_trainable(model) -> dict[str, torch.Tensor]:
-    """LoRA's whole weights, on the CPU of the first process, of a model that FSDP spreads; called in all processes."""
-    return get_model_state_dict(
-        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    )
