@@ -137,7 +137,8 @@ def config_target(folder: Path) -> tuple[list[bytes], Check]:
     import config
     import eval as evaluation
     from captioner.data import splits
-    from captioner.publishing import model_card
+    from captioner.publishing import model_card, records
+    from captioner.runtime.settings import flatten
     from captioner.training import checkpoints
     from captioner.training.run import is_finished
 
@@ -146,7 +147,7 @@ def config_target(folder: Path) -> tuple[list[bytes], Check]:
     checkpoint.mkdir(parents=True)
     state = {"config": {"seed": 42}, "data": {}, "world": {"processes": 1}, "micro_batch": 4, "run_dir": "logs/run"}
     run = {"run_name": "run", **state, "results": {"best_eval_loss": 0.5}, "versions": {}, "git_commit": None}
-    scores = {"schema": model_card.SCHEMA_VERSION, "config": {"base": False, "predictions": None}, "n": 4, "scores": {}}
+    scores = {"schema": records.SCHEMA_VERSION, "config": {"base": False, "predictions": None}, "n": 4, "scores": {}}
     trainer = {"global_step": 2, "max_steps": 4, "best_model_checkpoint": "checkpoint-2"}
     options = [b"--limit 60 --max-steps 4 --style natural", b"--demo --output a --no-lanes --seed 7", b"--help",
                b"--labels a b --images c --train-share 0.5 --val-share 0.4 --learning-rate 1e-4",
@@ -155,7 +156,10 @@ def config_target(folder: Path) -> tuple[list[bytes], Check]:
     seeds = [bytes([kind]) + line.replace(b" ", b"\n") for kind in range(3) for line in options]
     seeds += [bytes([kind]) + json.dumps(value).encode() for kind, value in enumerate((run, scores, state, trainer), 3)]
     seeds += [b"\7name,split,image,raw_caption\na.jpg,test,a.jpg,x\n", b'\x08{"name": "a.jpg", "caption": "x"}\n']
-    settings, eval_settings = config.TrainConfig(output=output), config.EvalConfig(adapter=output)
+    settings, eval_settings = (
+        config.make_config(config.TrainConfig, output=output),
+        config.make_config(config.EvalConfig, adapter=output),
+    )
 
     def check_arguments(class_, data: bytes) -> None:
         args = data.decode("utf-8", errors="surrogateescape").replace("\0", "").split("\n")
@@ -164,7 +168,7 @@ def config_target(folder: Path) -> tuple[list[bytes], Check]:
         except SystemExit as stop:
             assert stop.code in (0, 2), stop.code
             return
-        json.dumps(config.config_to_json(parsed), allow_nan=False)  # a run saves its settings
+        json.dumps(flatten(parsed), allow_nan=False)  # a run saves its settings
 
     def check(data: bytes) -> None:
         kind, data = data[0] % 9 if data else 0, data[1:]
@@ -183,7 +187,7 @@ def config_target(folder: Path) -> tuple[list[bytes], Check]:
                 (output / "run.json").write_text(json.dumps(run))
                 (output / "scores.json").write_bytes(data)
                 with expect_user_error(output):
-                    model_card.read_scores(output)
+                    records.read_scores(output)
             case 5:
                 (output / "checkpoints" / "state.json").write_bytes(data)
                 with expect_user_error(output):

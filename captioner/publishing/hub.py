@@ -11,16 +11,10 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 
+from captioner.data.run_record import read_run
 from captioner.publishing.merge import check_adapter
-from captioner.publishing.model_card import (
-    ADAPTER,
-    format_card,
-    name_base,
-    read_json,
-    read_run,
-    read_scores,
-    strip_paths,
-)
+from captioner.publishing.model_card import format_card
+from captioner.publishing.records import ADAPTER, name_base, read_json, read_scores, strip_paths
 from captioner.runtime.errors import UserError
 
 UPLOADED = (  # what a user of the adapter needs; with the card, run.json and scores.json

@@ -10,7 +10,8 @@ import re
 import shutil
 from pathlib import Path
 
-from captioner.publishing.model_card import ADAPTER, read_json, read_run, take_names
+from captioner.data.run_record import read_run
+from captioner.publishing.records import ADAPTER, read_json, take_names
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write, measure_free, split_revision
 
