@@ -244,6 +244,24 @@ def test_merged_model_says_what_the_adapter_says(adapter, tiny_checkpoint, tmp_p
     assert (output / "notes.txt").is_file() and (output / "config.json").is_file()
 
 
+def test_a_merged_folder_serves_a_pipeline(adapter, drawn, tmp_path):
+    """As docs/serving.md shows it: the caption of transformers' pipeline is that of the model's own generate."""
+    from PIL import Image
+    from transformers import Blip2ForConditionalGeneration, pipeline
+
+    from captioner.blip2.loading import load_processor
+
+    merge_adapter(adapter, tmp_path / "merged")
+    image = sorted((drawn / "images").iterdir())[0]
+    captioner = pipeline("image-text-to-text", model=str(tmp_path / "merged"), backend="pil", device="cpu")
+    [told] = captioner(images=[str(image)], text="", max_new_tokens=24)
+    model, processor = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "merged"), load_processor(adapter)
+    inputs = processor(images=Image.open(image).convert("RGB"), return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    expected = processor.decode(tokens[0], skip_special_tokens=True)
+    assert expected.strip() and told["generated_text"] == expected
+
+
 def test_merging_touches_no_folder_of_others(adapter, tiny_checkpoint):
     for folder in (tiny_checkpoint, adapter):
         before = sorted(folder.iterdir())

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import threading
 import time
@@ -13,7 +12,6 @@ from collections.abc import Callable
 from unittest import mock
 
 import pytest
-from conftest import skip_without
 from PIL import Image
 
 from captioner.runtime.errors import UserError
@@ -22,7 +20,6 @@ from captioner.scoring.report import MAX_BYTES, ReportRow, make_thumbnail, make_
 
 SCRIPT = "<script>window.broken = 1</script>"
 IMAGE_TAG = '"><img src=x onerror="window.broken = 1">'
-CHROME, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
 def make_row(number: int, verdict: str = "right", score: float | None = None, **slices: str) -> ReportRow:
@@ -198,29 +195,6 @@ def test_the_whole_file_keeps_to_its_budget(drawn, tmp_path, monkeypatch):
 
 # --------------------------------------------------------------------------------------------------------------
 # the page
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not (CHROME and DRIVER):
-        skip_without("browser", "no chromium or no chromedriver on this machine")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROME
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--window-size=1200,900",
-    ):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture(scope="module")
