@@ -11,6 +11,11 @@
 Predictions are written first, to logs/<run>/predictions.jsonl, and scored from there: scores.json and report.html.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # where the package is, which PYTHONSAFEPATH leaves out
+
 from captioner.runtime.cli import run_script
 from config import EvalConfig, parse_args
 
@@ -19,7 +24,6 @@ if __name__ == "__main__":
 
 from collections import Counter
 from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 from captioner.data.images import find_images, index_images
@@ -110,8 +114,8 @@ def read_file(config: EvalConfig) -> Found:
 
 
 def make_captioner(config: EvalConfig, count: int):
-    """The fine-tuned model, to caption `count` images: in the fast way where that is there."""
-    if find_spec("captioner.fast"):
+    """The fine-tuned model, to caption `count` images: in the fast way where that is there and wanted."""
+    if config.fast.fast != "off" and find_spec("captioner.fast"):
         from captioner.fast.captioning import FastCaptioner as Captioner
     else:
         from captioner.blip2.captioner import Captioner

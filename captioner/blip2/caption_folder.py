@@ -71,7 +71,7 @@ def _open(config: EvalConfig, run_dir: Path) -> tuple[dict[str, Path], dict[str,
 def read_finished(path: Path, config: EvalConfig) -> dict[str, str]:
     """{name: caption} of an earlier run under this name, which must have had the same settings."""
     settings = dataclasses.asdict(config.generation) | {"adapter": str(config.adapter), "base": config.base}
-    settings |= {"blank": config.blank, "fast_generation": config.fast.fast_generation}
+    settings |= {"blank": config.blank, "fast": config.fast.fast}
     settings |= {"images": [str(image.resolve()) for image in config.images], "trained": read_run(config.adapter)}
     noted = path.with_name("settings.json")
     if not path.exists():

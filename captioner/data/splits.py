@@ -13,7 +13,8 @@ from pathlib import Path
 from captioner.bdd100k.frames import NAME
 from captioner.data.captions import Example, caption_labels, find_labels, read_captions
 from captioner.data.images import IMAGE_SUFFIXES, find_image_folder, index_images, match_images
-from captioner.runtime.errors import UserError
+from captioner.data.run_record import explain_adapter
+from captioner.runtime.errors import UserError, escape_controls
 from captioner.runtime.files import atomic_write
 from config import EvalConfig, TrainConfig
 
@@ -115,7 +116,7 @@ def leave_out_unreadable(splits: dict[str, list[Example]], unreadable: dict[Path
         if len(unreadable) > MAX_UNREADABLE * len(everything):
             first = reasons.splitlines()[0].strip()
             raise UserError(f"{told}, more than {MAX_UNREADABLE:.0%}: is the data set complete? The first: {first}")
-        print(f"{told} and are left out:\n{reasons}")
+        print(escape_controls(f"{told} and are left out:\n{reasons}"))
     readable = {
         split: [example for example in examples if example.image not in unreadable]
         for split, examples in splits.items()
@@ -136,7 +137,7 @@ def read_split(folder: Path, split: str, images_root: Path | None = None) -> lis
     """The examples of a split that main.py wrote to `folder`; with the images below `images_root`, if given."""
     path = folder / "split.csv"
     if not path.is_file():
-        raise UserError(f"{folder}: no fine-tuned model in it; train one with python main.py --output {folder}")
+        raise explain_adapter(folder)
     try:
         with open(path, encoding="utf-8", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["split"] == split]

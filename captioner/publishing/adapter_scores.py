@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from captioner.publishing.model_card import read_scores, write_model_card
+from captioner.publishing.model_card import write_model_card
+from captioner.publishing.records import read_scores
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import write_json
 
