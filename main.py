@@ -9,6 +9,11 @@ LoRA is trained on the NF4 model with the Hugging Face Trainer; the adapter with
 with its processor, generation settings, configuration and split, for eval.py or plain peft.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # where the package is, which PYTHONSAFEPATH leaves out
+
 from captioner.runtime.cli import run_script
 from config import TrainConfig, parse_args
 

@@ -135,7 +135,7 @@ def predictions_target(folder: Path) -> tuple[list[bytes], Check]:
 
 def config_target(folder: Path) -> tuple[list[bytes], Check]:
     import config
-    import eval as evaluation
+    from captioner.blip2.caption_folder import read_finished
     from captioner.data import splits
     from captioner.publishing import model_card, records
     from captioner.runtime.settings import flatten
@@ -208,10 +208,10 @@ def config_target(folder: Path) -> tuple[list[bytes], Check]:
                 (output / "run.json").write_text(json.dumps(run))
                 captions = folder / "unfinished" / "captions.jsonl"
                 captions.unlink(missing_ok=True)
-                evaluation.read_finished(captions, eval_settings)  # writes the settings
+                read_finished(captions, eval_settings)  # writes the settings
                 captions.write_bytes(data)
                 with expect_user_error(captions.parent):
-                    evaluation.read_finished(captions, eval_settings)
+                    read_finished(captions, eval_settings)
 
     return seeds, check
 

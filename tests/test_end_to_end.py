@@ -105,7 +105,7 @@ def test_the_plain_captioner_gives_the_same_captions(trained, monkeypatch):
         flags = ["--num-samples", 3, "--split", "train", "--batch-size", 2, "--max-new-tokens", 8, *flags]
         assert call_script("eval.py", *flags, "--run-name", "fast-room", cwd=trained).returncode == 0
         with monkeypatch.context() as patch:
-            patch.setattr(eval, "load_captioner", Captioner)
+            patch.setattr(eval, "make_captioner", Captioner)
             assert call_script("eval.py", *flags, "--run-name", "plain-room", cwd=trained).returncode == 0
         fast, plain = ((trained / f"logs/{name}-room/predictions.jsonl").read_bytes() for name in ("fast", "plain"))
         assert fast == plain
