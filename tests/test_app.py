@@ -94,7 +94,8 @@ def page(undisturbed, browser):
     """Address of the page, served by a process of its own with the tests' tiny adapter."""
     if not HAS_GRADIO:
         pytest.skip("gradio is not installed: pip install -r requirements-app.txt")
-    command = [sys.executable, "-m", "demo.app", "--adapter", str(undisturbed[1] / "blip2-finetuned"), "--port", str(PORT)]
+    adapter = undisturbed[1] / "blip2-finetuned"
+    command = [sys.executable, "-m", "demo.app", "--adapter", str(adapter), "--port", str(PORT)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [*command, "--max-upload-mb", "1"], cwd=undisturbed[1], env=environment, stdout=subprocess.PIPE, text=True
