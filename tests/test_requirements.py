@@ -9,7 +9,7 @@ from lowest_requirements import REQUIREMENTS, list_lowest
 
 MODULES = {"pillow": "PIL"}  # imported under another name than the package's
 UNUSED = {"datasets", "pandas"}  # which the design names; a test alone reads its CSV with pandas
-BROUGHT_ALONG = {"requests", "safetensors", "tokenizers"}  # by kagglehub and transformers
+BROUGHT_ALONG = {"kagglesdk", "requests", "safetensors", "tokenizers"}  # by kagglehub and transformers
 OPTIONAL = {"triton"}  # comes with torch where there is a GPU
 
 
