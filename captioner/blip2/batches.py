@@ -66,6 +66,11 @@ class CaptionDataset(Dataset):
         self.caption_ids = tokenize_captions([e.caption for e in examples], processor, max_tokens, end)
         self.features: Tensor | None = None  # (N, P, D)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest caption, its end token included."""
+        return max(map(len, self.caption_ids))
+
     def __len__(self) -> int:
         return len(self.examples)
 
@@ -113,7 +118,7 @@ def make_datasets(
     """What is trained on, with the ViT's `outputs` (N, P, D) of all its images in order, if they are stored."""
     datasets, start = {}, 0
     for split in TRAINED_ON:
-        dataset = CaptionDataset(splits[split], processor, config.max_caption_tokens, end_token(model_config))
+        dataset = CaptionDataset(splits[split], processor, config.training.max_caption_tokens, end_token(model_config))
         if outputs is not None:
             dataset.features = outputs[start : start + len(dataset)]
         datasets[split], start = dataset, start + len(dataset)

@@ -55,7 +55,7 @@ class FastCaptioner(Captioner):
         super()._load()
         settings = self.model.config.vision_config
         self.store = None if self.config.blank else open_store(self.config, self.vision, settings, self.processor)
-        self.longest = self.config.max_new_tokens or self.generation.max_new_tokens
+        self.longest = self.config.generation.max_new_tokens or self.generation.max_new_tokens
 
     def _prepare(self, images: int) -> None:
         sizes = gather(self._measure_room)  # batches are of one size in all processes, which share them out
@@ -75,11 +75,11 @@ class FastCaptioner(Captioner):
 
     def _make_generator(self, with_copies: int, without: int, images: int) -> None:
         """Choose the batch size, and the fast way to generate where that is wanted and possible."""
-        self.batch_size, self.generator = self.config.batch_size or SLOW_BATCH, None
-        wanted = self.config.fast_generation
+        self.batch_size, self.generator = self.config.generation.batch_size or SLOW_BATCH, None
+        wanted = self.config.fast.fast_generation
         if wanted == "off" or (wanted == "auto" and self.model.device.type != "cuda"):
             return
-        size = self.config.batch_size
+        size = self.config.generation.batch_size
         copies = with_copies >= min(size or SLOW_BATCH, without)
         fitting = with_copies if copies else without
         if size is None:

@@ -236,9 +236,9 @@ def describe_machine(device: torch.device) -> dict:
 
 def find_folder(config, device: torch.device) -> Path | None:
     """The folder of the store that --vision-store of main.py's or eval.py's `config` names; None if none is wanted."""
-    if config.vision_store == "off" or (config.vision_store == "auto" and device.type != "cuda"):
+    if config.fast.vision_store == "off" or (config.fast.vision_store == "auto" and device.type != "cuda"):
         return None
-    return Path("vision-store" if config.vision_store == "auto" else config.vision_store)
+    return Path("vision-store" if config.fast.vision_store == "auto" else config.fast.vision_store)
 
 
 def open_store(config, vision, vision_config, processor, write: bool = True) -> "VisionStore | None":
@@ -254,7 +254,7 @@ def open_store(config, vision, vision_config, processor, write: bool = True) -> 
         shape_outputs(vision_config),
         weight.dtype,
         weight.device,
-        config.vision_store_disk_gib if write else 0,
+        config.fast.vision_store_disk_gib if write else 0,
     )
 
 
