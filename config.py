@@ -28,7 +28,8 @@ BASE_MODEL = "Salesforce/blip2-opt-2.7b@59a1ef6c1e5117b3f65523d1c6066825bcf315e3
 
 
 # What is known of a field beside its comment: `free` ones don't change what is learnt, and may differ when a run goes
-# on; `unlisted` ones are left out of the model card.
+# on (labels and images may lie elsewhere: what they hold is compared by its fingerprint); `unlisted` ones are left out
+# of the model card.
 
 # --------------------------------------------------------------------------------------------------------------
 # groups
@@ -38,7 +39,8 @@ BASE_MODEL = "Salesforce/blip2-opt-2.7b@59a1ef6c1e5117b3f65523d1c6066825bcf315e3
 class SourceSettings:
     """Labels, and how they are worded."""
 
-    labels: tuple[Path, ...] = ()  # BDD100K label files or folders; none: those of the Kaggle data set
+    # BDD100K label files or folders; none: those of the Kaggle data set
+    labels: tuple[Path, ...] = setting((), free=True)
     # Kaggle handle with its version
     kaggle_dataset: str = setting("solesensei/solesensei_bdd100k/versions/2", unlisted=True)
     # Kaggle labels to use: 10,000 frames, 70,000 or all
@@ -60,7 +62,8 @@ class SourceSettings:
 class DataSettings:
     """Captions with their images, and how they are split."""
 
-    images: Path | None = None  # folder with the images, searched to any depth; none: the Kaggle data set's
+    # folder with the images, searched to any depth; none: the Kaggle data set's
+    images: Path | None = setting(None, free=True)
     captions: Path = setting(Path("bdd100k_captions.csv"), free=True)  # captions CSV, written anew from the labels
     limit: int | None = None  # use at most this many frames; none: all
     train_share: float = 0.6  # share of the frames for training; whole rides only
