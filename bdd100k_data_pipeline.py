@@ -5,7 +5,11 @@ python bdd100k_data_pipeline.py --census     # the val labels of the Kaggle data
 python bdd100k_data_pipeline.py --demo       # drawn scenes
 """
 
+import sys
 from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # where the package is, which PYTHONSAFEPATH leaves out
 
 from captioner.bdd100k.census import draw_census, print_census
 from captioner.data.captions import caption_labels, find_labels, read_captions

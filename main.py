@@ -9,6 +9,11 @@ LoRA is trained on the NF4 model with the Hugging Face Trainer; the adapter with
 with its processor, generation settings, configuration and split, for eval.py or plain peft.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # where the package is, which PYTHONSAFEPATH leaves out
+
 from captioner.runtime.cli import run_script
 from config import TrainConfig, parse_args
 
@@ -72,8 +77,8 @@ def main(config: TrainConfig) -> None:
 
 
 def choose_way(config: TrainConfig, model_config, device: torch.device) -> PlainWay:
-    """The fast way where that folder is there, which falls back on the plain one where it is not possible."""
-    if importlib.util.find_spec("captioner.fast") is None:
+    """The fast way where that folder is there and wanted; it falls back on the plain one where it is not possible."""
+    if config.fast.fast == "off" or importlib.util.find_spec("captioner.fast") is None:
         return PlainWay(config)
     from captioner.fast.door import FastWay
 

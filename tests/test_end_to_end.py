@@ -105,7 +105,7 @@ def test_the_plain_captioner_gives_the_same_captions(trained, monkeypatch):
         flags = ["--num-samples", 3, "--split", "train", "--batch-size", 2, "--max-new-tokens", 8, *flags]
         assert call_script("eval.py", *flags, "--run-name", "fast-room", cwd=trained).returncode == 0
         with monkeypatch.context() as patch:
-            patch.setattr(eval, "load_captioner", Captioner)
+            patch.setattr(eval, "make_captioner", Captioner)
             assert call_script("eval.py", *flags, "--run-name", "plain-room", cwd=trained).returncode == 0
         fast, plain = ((trained / f"logs/{name}-room/predictions.jsonl").read_bytes() for name in ("fast", "plain"))
         assert fast == plain
@@ -113,7 +113,7 @@ def test_the_plain_captioner_gives_the_same_captions(trained, monkeypatch):
 
 def test_fast_generation_gives_the_same_captions(trained):
     for name, flags in {"slow": ["off"], "fast": ["on", "--batch-size", 3]}.items():
-        flags = ["--num-samples", "all", "--greedy", "--run-name", name, "--fast-generation", *flags]
+        flags = ["--num-samples", "all", "--greedy", "--run-name", name, "--fast", *flags]
         finished = call_script("eval.py", *flags, cwd=trained)
         assert finished.returncode == 0, finished.stderr
         assert " a second" in finished.stdout

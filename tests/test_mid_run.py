@@ -21,7 +21,7 @@ from training_runs import hash_adapter, stop_at, train, wait_for_lock
 import eval as evaluation
 import main
 from captioner.bdd100k import label_files, label_report
-from captioner.blip2 import captioner
+from captioner.blip2 import caption_folder, captioner
 from captioner.data import images as data_images
 from captioner.data.captions import Example
 from captioner.runtime.errors import UserError
@@ -263,7 +263,7 @@ def test_disk_fills_up_while_images_are_captioned(folder, undisturbed, images, m
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"captions.jsonl: can't be .*No space"):
         patch.setattr(captioner.Captioner, "caption", caption)
         # the first two batches leave a page of the disk that the third has to begin another of
-        patch.setattr(evaluation, "format_prediction", lambda row: format_long(row))
+        patch.setattr(caption_folder, "format_row", format_long)
         caption_own(undisturbed, images)
     assert not Path("logs/own/captions.csv").exists()
     Path("logs/own/filler").unlink()
@@ -273,9 +273,8 @@ def test_disk_fills_up_while_images_are_captioned(folder, undisturbed, images, m
     assert Path("logs/own/captions.csv").read_bytes() == (whole / "captions.csv").read_bytes()
 
 
-def format_long(row) -> str:
-    row = {"name": row.name, "prediction": row.prediction, "references": [], "floors": {}, "padding": "x" * 999}
-    return json.dumps(row) + "\n"
+def format_long(name: str, caption: str) -> str:
+    return json.dumps({"name": name, "prediction": caption, "references": [], "padding": "x" * 999}) + "\n"
 
 
 @pytest.mark.parametrize("file", ["predictions.jsonl", "scores.json", "report.html"])
@@ -338,7 +337,7 @@ def test_an_image_vanishes_while_others_are_captioned(folder, undisturbed, image
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "find_images", find_images)
+        patch.setattr(caption_folder, "find_images", find_images)
         caption_own(undisturbed, Path("images"))
     said = capsys.readouterr().out
     assert "1 images can't be read" in said and "No such file" in said and "19 captions in" in said

@@ -144,13 +144,14 @@ def _decode_lines(decoder: msgspec.json.Decoder, data: bytes | memoryview) -> li
 _USUAL, _ANY = _Decoders(_UsualCategory, _UsualLight), _Decoders(str, Any)
 
 
-def decode_frames(data: bytes | memoryview) -> tuple[list, bool]:
+def decode_frames(data: bytes | bytearray | memoryview) -> tuple[list, bool]:
     """The frames of one label file's bytes, and whether they were in a Scalabel wrapper.
 
     Where a type is wrong or a key missing, the frames come back as plain JSON values, to be judged one by one. Raises
     BadFile for bytes that are not JSON.
     """
-    mark = 3 if bytes(data[:3]) == b"\xef\xbb\xbf" else 0
+    data = memoryview(data)  # of which parts are no copies
+    mark = 3 if data[:3] == b"\xef\xbb\xbf" else 0
     try:
         for decoders in (_USUAL, _ANY):
             with contextlib.suppress(msgspec.ValidationError):
@@ -170,7 +171,7 @@ def decode_frames(data: bytes | memoryview) -> tuple[list, bool]:
         raise BadFile("nested too deep", None) from None
 
 
-def _find_bad_text(data: bytes | memoryview) -> tuple[str, int | None]:
+def _find_bad_text(data: memoryview) -> tuple[str, int | None]:
     """Why `data` is no UTF-8, and its byte."""
     try:
         str(data, "utf-8")

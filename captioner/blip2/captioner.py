@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -20,7 +21,9 @@ SLOW_BATCH = 16  # images captioned at once, unless --batch-size says how many
 
 
 class Captioner:
-    """The fine-tuned model with its processor and settings, in each process."""
+    """The fine-tuned model with its processor and settings, in each process. Use it in a with statement."""
+
+    way = "generate"  # transformers' function
 
     def __init__(self, config: EvalConfig, images: int):
         """`images` are to be captioned."""
@@ -114,8 +117,20 @@ class Captioner:
         """The ViT's outputs (B, P, D)."""
         return run_vision(self.vision, torch.stack(inputs))
 
+    def describe_way(self) -> dict[str, str]:
+        """How captions come about, for the signature of their scores."""
+        how = self.config.generation
+        decoding = "greedy" if how.greedy else f"T{how.temperature:g}-p{how.top_p:g}-seed{how.seed}"
+        return {"decoding": decoding, "batch": str(self.batch_size), "by": self.way}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.finish()
+
     def finish(self) -> None:
-        """Called when all is captioned: for what a faster way to caption has still to do."""
+        """Called at the end, whatever has happened: for what a faster way to caption has still to do."""
 
     def caption(self, index: int, outputs: torch.Tensor) -> list[str]:
         """Captions for outputs (B, P, D) of the ViT. Sampling depends on seed and the batch's index, on no other batch.

@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -65,7 +66,8 @@ def find_labels(config: PipelineConfig | TrainConfig) -> Sequence[Path]:
     if config.demo:
         # a process of its own: those that it starts in turn then import the renderer alone
         draw = [sys.executable, "-m", "demo.draw", "--count", str(DEMO_SCENES), "--out", DEMO_DATA.resolve()]
-        if subprocess.run(draw, cwd=Path(__file__).parents[2], check=False, stdout=subprocess.DEVNULL).returncode:
+        how = {"cwd": Path(__file__).parents[2], "env": os.environ | {"PYTHONSAFEPATH": ""}}  # where demo/ is found
+        if subprocess.run(draw, **how, check=False, stdout=subprocess.DEVNULL).returncode:
             raise UserError(f"{DEMO_DATA}: the scenes can't be drawn there, see above; start from a folder of your own")
         return [DEMO_DATA / "labels.json"]
     from captioner.bdd100k.download import fetch_labels  # here: kagglehub takes a while to import

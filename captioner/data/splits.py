@@ -6,13 +6,15 @@ import itertools
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from captioner.bdd100k.frames import NAME
 from captioner.data.captions import Example, caption_labels, find_labels, read_captions
 from captioner.data.images import IMAGE_SUFFIXES, find_image_folder, index_images, match_images
-from captioner.runtime.errors import UserError
+from captioner.data.run_record import explain_adapter
+from captioner.runtime.errors import UserError, escape_controls
 from captioner.runtime.files import atomic_write
 from config import EvalConfig, TrainConfig
 
@@ -114,7 +116,7 @@ def leave_out_unreadable(splits: dict[str, list[Example]], unreadable: dict[Path
         if len(unreadable) > MAX_UNREADABLE * len(everything):
             first = reasons.splitlines()[0].strip()
             raise UserError(f"{told}, more than {MAX_UNREADABLE:.0%}: is the data set complete? The first: {first}")
-        print(f"{told} and are left out:\n{reasons}")
+        print(escape_controls(f"{told} and are left out:\n{reasons}"))
     readable = {
         split: [example for example in examples if example.image not in unreadable]
         for split, examples in splits.items()
@@ -135,7 +137,7 @@ def read_split(folder: Path, split: str, images_root: Path | None = None) -> lis
     """The examples of a split that main.py wrote to `folder`; with the images below `images_root`, if given."""
     path = folder / "split.csv"
     if not path.is_file():
-        raise UserError(f"{folder}: no fine-tuned model in it; train one with python main.py --output {folder}")
+        raise explain_adapter(folder)
     try:
         with open(path, encoding="utf-8", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["split"] == split]
@@ -163,7 +165,7 @@ def move_images(examples: list[Example], root: Path) -> list[Example]:
     images = index_images(root)
     moved = [example._replace(image=images[example.name]) for example in examples if example.name in images]
     if not moved:
-        raise UserError(f"--images-root {root}: none of the {len(examples):,} images of the split is in it")
+        raise UserError(f"--images-root {root}: none of the {len(examples):,} images that are wanted is in it")
     if len(moved) < len(examples):
         print(f"{len(examples) - len(moved):,} of {len(examples):,} images are not in {root} and are left out")
     return moved
@@ -178,12 +180,18 @@ def sample_examples(examples: list[Example], num_samples: int | str, seed: int) 
     return random.Random(seed).sample(examples, min(num_samples, len(examples)))
 
 
-def choose_examples(config: EvalConfig) -> list[Example]:
-    split = read_split(config.adapter, config.split, config.images_root)
-    examples = sample_examples(split, config.num_samples, config.generation.seed)
+def choose_examples(config: EvalConfig) -> tuple[list[Example], Counter]:
+    """A sample of a split, and how many of it are left out by reason.
+
+    The sample is drawn before images are looked for, so that it is the same where some of them are missing.
+    """
+    examples = sample_examples(read_split(config.adapter, config.split), config.num_samples, config.generation.seed)
+    if config.images_root is not None:
+        moved = move_images(examples, config.images_root)
+        return moved, +Counter({"images not in --images-root": len(examples) - len(moved)})
     if not any(os.path.exists(example.image) for example in examples):  # False too where it may not be looked
         raise UserError(
             f"{config.adapter / 'split.csv'}: its images are gone, {examples[0].image} for one; give the folder "
             "where they are now with --images-root"
         )
-    return examples
+    return examples, Counter()

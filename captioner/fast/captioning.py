@@ -76,7 +76,7 @@ class FastCaptioner(Captioner):
     def _make_generator(self, with_copies: int, without: int, images: int) -> None:
         """Choose the batch size, and the fast way to generate where that is wanted and possible."""
         self.batch_size, self.generator = self.config.generation.batch_size or SLOW_BATCH, None
-        wanted = self.config.fast.fast_generation
+        wanted = self.config.fast.fast
         if wanted == "off" or (wanted == "auto" and self.model.device.type != "cuda"):
             return
         size = self.config.generation.batch_size
@@ -89,11 +89,11 @@ class FastCaptioner(Captioner):
         if size <= fitting:
             self.batch_size, self.generator = size, FastGenerator(self.model, size, copies=copies)
         elif wanted == "on" and not supports(self.model):
-            raise UserError("--fast-generation on: not made for this language model; use --fast-generation auto")
+            raise UserError("--fast on: not made for this language model; use --fast auto")
         elif wanted == "on":
             raise UserError(
-                f"--fast-generation on: the GPU has room for {fitting} images at once in this way; take a "
-                "--batch-size of no more, or --fast-generation auto"
+                f"--fast on: the GPU has room for {fitting} images at once in this way; take a "
+                "--batch-size of no more, or --fast auto"
             )
 
     def _read_all(self, images: Sequence[Path]) -> Iterator[tuple[str | None, Tensor] | str]:
@@ -150,6 +150,12 @@ class FastCaptioner(Captioner):
         options = {name: self.options[name] for name in ("do_sample", "temperature", "top_p") if name in self.options}
         tokens = self.generator.generate(outputs, self.longest, **options, seed=seed)
         return decode_captions(self.processor, tokens)
+
+    @property
+    def way(self) -> str:
+        if self.generator is None:
+            return super().way
+        return "FastGenerator" if self.generator.copies else "FastGenerator-packed"
 
     def finish(self) -> None:
         """Say how many outputs were in the store, and wait for those that are being written."""

@@ -11,17 +11,12 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 
+from captioner.data.run_record import read_run
 from captioner.publishing.merge import check_adapter
-from captioner.publishing.model_card import (
-    ADAPTER,
-    format_card,
-    name_base,
-    read_json,
-    read_run,
-    read_scores,
-    strip_paths,
-)
+from captioner.publishing.model_card import format_card
+from captioner.publishing.records import ADAPTER, name_base, read_scores, strip_paths
 from captioner.runtime.errors import UserError
+from captioner.runtime.files import read_json
 
 UPLOADED = (  # what a user of the adapter needs; with the card, run.json and scores.json
     *ADAPTER,
@@ -67,7 +62,8 @@ def stage_files(folder: Path, staging: Path, repo: str) -> None:
     for name in UPLOADED:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, staging / name)
-    run, scores, adapter = read_run(folder), read_scores(folder), read_json(folder / "adapter_config.json")
+    run, scores = read_run(folder), read_scores(folder)
+    adapter = read_json(folder / "adapter_config.json", "train again with python main.py")
     records = {
         "run.json": strip_paths(run),
         "scores.json": scores and strip_paths(scores),

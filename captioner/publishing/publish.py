@@ -9,8 +9,9 @@ from config import TrainConfig
 
 def publish(config: TrainConfig) -> None:
     output = config.run.output
-    with go_on_without("model card"):
-        write_model_card(output)
+    if not (output / "README.md").exists():  # else of this run, resumed after its end
+        with go_on_without("model card"):
+            write_model_card(output)
     if config.run.merge:
         merged = output.with_name(output.name + "-merged")
         merge_adapter(output, merged)

@@ -48,6 +48,8 @@ def print_scores(scores: dict) -> None:
         print(f"{'worst slices, facts F1':<26}" + ", ".join(worst))
     print("\n".join(f"note: {note}" for note in scores["notes"]))
     print(f"signature: {scores['signatures']['corpus_bleu']}")
+    for reason, count in scores.get("left_out", {}).items():
+        print(f"left out: {count:,} {reason}")
 
 
 def choose_digits(figure: dict) -> int:

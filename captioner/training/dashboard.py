@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from captioner.bdd100k.parsing import parse_caption, read_caption
 from captioner.blip2.batches import CaptionDataset
 from captioner.blip2.captioning import GreedyCaptioner
-from captioner.runtime.errors import go_on_without
+from captioner.runtime.errors import escape_controls, go_on_without
 from captioner.runtime.files import atomic_write, explain_writing
 from captioner.scoring.fact_metrics import measure_shares
 from captioner.scoring.text_metrics import score, score_bleu
@@ -156,7 +156,8 @@ class ValidationCaptions(TrainerCallback):
               f"BLEU-4 {shares['BLEU-4']:.3f}")  # fmt: skip
         for example, text in list(zip(examples, texts, strict=True))[:SHOWN]:
             said = text if len(text) <= WIDEST else text[:WIDEST] + " ..."
-            print(f"  {example.name}\n    said:      {said or '(nothing)'}\n    reference: {example.caption}")
+            told = f"  {example.name}\n    said:      {said or '(nothing)'}\n    reference: {example.caption}"
+            print(escape_controls(told))
 
     def generate(self, model, batch_size: int) -> list[str]:
         """Captions, without a trace in the random numbers that training goes on with."""

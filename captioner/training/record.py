@@ -14,13 +14,27 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")  # wh
 GIT_SECONDS = 10  # for git to answer
 
 
+def note_versions(state: dict, before: dict | None) -> None:
+    """Put the versions of what computes into a run's state; say, and keep, what is another than in `before`.
+
+    That is the state of a run that goes on. The model's commit, which is in both, counts as a version.
+    """
+    state["versions"] = {package: get_or_none(importlib.metadata.version, package) for package in PACKAGES}
+    if before is None:
+        return
+    was, now = ({"model": found.get("model_commit"), **found.get("versions", {})} for found in (before, state))
+    changes = [f"{name} {now[name]} (was {was[name]})" for name in now if name in was and now[name] != was[name]]
+    if changes:
+        print(f"note: the run goes on with other versions, and may end otherwise: {', '.join(changes)}")
+    state["changed_versions"] = [*before.get("changed_versions", []), *changes]
+
+
 def describe_run(state: dict, run_name: str, device: torch.device, results: dict) -> dict:
     """What is needed to tell later how an adapter came about; None for what can't be found out."""
     return {
         "run_name": run_name,
         **state,
         "results": results,
-        "versions": {package: get_or_none(importlib.metadata.version, package) for package in PACKAGES},
         "python": get_or_none(platform.python_version),
         "git_commit": get_or_none(read_commit),
         "device": get_or_none(name_device, device),

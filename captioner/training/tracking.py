@@ -5,13 +5,28 @@ import os
 
 from captioner.runtime.errors import UserError
 
+MODES = {  # values of WANDB_MODE, and the mode that each stands for
+    **{mode: mode for mode in ("online", "offline", "disabled")},
+    **{"run": "online", "shared": "online", "dryrun": "offline"},
+}
+
 
 def choose_wandb_mode(wandb: str) -> str:
-    """The mode that wandb is to run in; it is never left to ask for a login."""
+    """The mode that wandb is to run in; it is never left to ask for a login.
+
+    Without a flag, the variables that wandb and transformers know decide.
+    """
+    said = f"--wandb {wandb}"
     if wandb == "auto":
-        wandb = os.environ.get("WANDB_MODE") or ("online" if is_logged_in_to_wandb() else "disabled")
+        wanted = os.environ.get("WANDB_MODE", "").strip().lower()
+        said = f"WANDB_MODE={wanted}"
+        if wanted not in ("", *MODES):
+            raise UserError(f"{said}: must be one of {', '.join(MODES)}; set it so, or give --wandb")
+        if os.environ.get("WANDB_DISABLED", "").strip().lower() in ("1", "true", "yes", "y", "on", "t"):
+            wanted = "disabled"
+        wandb = MODES.get(wanted) or ("online" if is_logged_in_to_wandb() else "disabled")
     if wandb == "online" and not is_logged_in_to_wandb():
-        raise UserError("--wandb online: not logged in; run wandb login, set WANDB_API_KEY, or use --wandb offline")
+        raise UserError(f"{said}: not logged in; run wandb login, set WANDB_API_KEY, or use --wandb offline")
     os.environ["WANDB_MODE"] = wandb
     os.environ.setdefault("WANDB_PROJECT", "blip2-bdd100k")
     return wandb

@@ -78,14 +78,14 @@ def try_to_train(run: Run, build: partial) -> CaptionTrainer | None:
     state, arguments, folder = run.state, run.arguments, checkpoint_folder(run.config.run.output)
     ask_main(write_state, folder, state)
     checkpoint = ask_main(find_checkpoint, folder)
-    done, steps = read_step(checkpoint) if checkpoint else (0, None)
+    done, steps = ask_main(read_step, checkpoint) if checkpoint else (0, None)
     set_micro_batch(arguments, state["micro_batch"], run.config.training.train_batch_size)
     trainer = build()
     if checkpoint:
-        check_pickles(checkpoint)
+        ask_main(check_pickles, checkpoint)
         print(f"goes on after step {done:,} of {steps:,}, from {checkpoint}")
     if done and done == steps:  # only the saving was left to do
-        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        trainer.state = ask_main(TrainerState.load_from_json, str(checkpoint / "trainer_state.json"))
         trainer._load_best_model()
         return trainer
     batches = math.ceil(len(trainer.train_dataset) / (state["micro_batch"] * arguments.world_size))

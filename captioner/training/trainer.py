@@ -7,12 +7,14 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +32,7 @@ from captioner.blip2.batches import IGNORED, CaptionCollator
 from captioner.data.reading import explain_dead_worker
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import measure_free
-from captioner.runtime.processes import gather
+from captioner.runtime.processes import gather, share_folder
 from captioner.training.checkpoints import check_disk, remove_old_checkpoints, seal_checkpoint, step_of
 from captioner.training.guards import check_same_weights
 from captioner.training.order import LengthSampler
@@ -231,9 +233,11 @@ class CaptionTrainer(Trainer):
         ]
         return torch.stack(losses), (inputs["labels"] != IGNORED).sum(1)
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | None = None):
+        folder = resume_from_checkpoint and Path(resume_from_checkpoint)
         try:
-            return super().train(*args, **kwargs)
+            with share_folder(folder) if folder else nullcontext() as here:
+                return super().train(resume_from_checkpoint=here and str(here))
         finally:
             self.finish_writing()
 
@@ -257,6 +261,8 @@ class CaptionTrainer(Trainer):
         check_disk(folder, 4 * copies * trainable + 2**22, "a checkpoint")
         with explain_checkpoint(checkpoint):
             super()._save_checkpoint(model, trial)
+        if self.state.best_global_step:  # in all processes: Trainer asks the disk, which may be another machine's
+            self.state.best_model_checkpoint = str(folder / f"checkpoint-{self.state.best_global_step}")
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             writes, self._to_write = self._to_write, []
@@ -287,10 +293,24 @@ class CaptionTrainer(Trainer):
             self._to_write.append(functools.partial(torch.save, moments, Path(output_dir) / OPTIMIZER_NAME))
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
+    def _save_rng_state(self, output_dir):
+        """Of all processes, written by the first: machines may have no folder in common."""
+        with tempfile.TemporaryDirectory() as folder:
+            super()._save_rng_state(folder)
+            states = gather(lambda: {path.name: path.read_bytes() for path in Path(folder).iterdir()})
+        if self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            for name, content in dict(item for state in states for item in state.items()).items():
+                (Path(output_dir) / name).write_bytes(content)
+
     def _load_best_model(self):
         self.finish_writing()
         self.accelerator.wait_for_everyone()
-        super()._load_best_model()
+        best = self.state.best_model_checkpoint
+        with share_folder(Path(best)) as here:
+            self.state.best_model_checkpoint = str(here)
+            super()._load_best_model()
+        self.state.best_model_checkpoint = best
 
 
 def raise_versions(optimizer: torch.optim.Optimizer, *_) -> None:
@@ -353,7 +373,9 @@ class Pace(TrainerCallback):
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
-        print(f"\n{signal.Signals(number).name}: stops as soon as the state is saved; again: at once", flush=True)
+        said = f"\n{signal.Signals(number).name}: stops as soon as the state is saved; again: at once\n"
+        with suppress(OSError):
+            os.write(2, said.encode())  # by no print(): the signal may have come in the midst of one
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.steps_per_epoch == 0 or state.global_step >= state.max_steps:

@@ -199,7 +199,24 @@ def test_images_that_were_moved_are_found_in_their_new_folder(tmp_path, capsys):
         choose_examples(config)
     for name in "ab":
         (tmp_path / f"new/deep/{name}.jpg").touch()
-    assert sorted(choose_examples(config)) == [
-        Example(f"{name}.jpg", tmp_path / f"new/deep/{name}.jpg", name) for name in "ab"
-    ]
+    found, left_out = choose_examples(config)
+    assert sorted(found) == [Example(f"{name}.jpg", tmp_path / f"new/deep/{name}.jpg", name) for name in "ab"]
+    assert left_out == {"images not in --images-root": 1}
     assert "1 of 3 images are not in" in capsys.readouterr().out
+
+
+def test_the_sample_is_the_same_where_moved_images_are_missing(tmp_path):
+    names = [f"{number}.jpg" for number in range(20)]
+    write_splits(tmp_path / "split.csv", {"test": [Example(name, tmp_path / name, name) for name in names]})
+    (tmp_path / "all").mkdir()
+    for name in names:
+        (tmp_path / name).touch()
+        (tmp_path / "all" / name).touch()
+    sample, _ = choose_examples(EvalConfig(adapter=tmp_path, num_samples=5))
+    config = EvalConfig(adapter=tmp_path, num_samples=5, images_root=tmp_path / "all")
+    moved, left_out = choose_examples(config)
+    assert [example.name for example in moved] == [example.name for example in sample] and not left_out
+    (tmp_path / "all" / sample[2].name).unlink()
+    fewer, left_out = choose_examples(config)
+    assert [example.name for example in fewer] == [sample[place].name for place in (0, 1, 3, 4)]
+    assert left_out == {"images not in --images-root": 1}

@@ -18,7 +18,8 @@ from loopback_push import Hub
 from captioner.publishing import merge, model_card
 from captioner.publishing.hub import push_to_hub, stage_files
 from captioner.publishing.merge import merge_adapter
-from captioner.publishing.model_card import strip_paths, write_model_card
+from captioner.publishing.model_card import write_model_card
+from captioner.publishing.records import strip_paths
 from captioner.runtime.cli import run_script
 from captioner.runtime.errors import UserError
 from captioner.runtime.settings import flatten

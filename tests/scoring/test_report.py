@@ -3,14 +3,10 @@
 import base64
 import io
 import json
-import os
 import re
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable
-from unittest import mock
 
 import pytest
 from conftest import skip_without
@@ -120,9 +116,7 @@ def test_a_report_is_written_without_thumbnails_that_fail(drawn, tmp_path, monke
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(report, "make_thumbnails", fail)
-    monkeypatch.setattr(report, "Process", mock.Mock(side_effect=BlockingIOError))
     image = next((drawn / "images").iterdir())
-    assert report.start_thumbnails([image]) is None
     path = tmp_path / "report.html"
     report.write_report(path, "t", [ReportRow("a", [("A car.", "")], [], {}, None)], {"a": image}, None)
     assert "A car." in path.read_text()
@@ -151,39 +145,6 @@ def test_thumbnails_shrink_until_they_fit(drawn):
     some = make_thumbnails([*paths, None], 5000)
     assert some.side == report.THUMBNAILS[-1][0] and 0 < some.no_room < len(paths)
     assert sum(len(image or "") for image in some.images) <= 5000
-
-
-def test_thumbnails_made_ahead_are_taken_where_there_is_room(drawn, tmp_path, monkeypatch):
-    files = sorted((drawn / "images").iterdir())
-    images = {f"{n:05d}.jpg": path for n, path in enumerate([*files, tmp_path / "nowhere.jpg"])}
-    rows = [make_row(n) for n in range(1, len(images) + 1)]  # one is not captioned, one has no image
-    write_report(tmp_path / "now.html", "", rows, images, None)
-    ahead = report.start_thumbnails(list(images.values()))
-    with monkeypatch.context() as patch:
-        patch.setattr(report, "make_thumbnails", None)
-        write_report(tmp_path / "ahead.html", "", rows, images, None, ahead)
-    assert (tmp_path / "ahead.html").read_bytes() == (tmp_path / "now.html").read_bytes()
-    ahead = report.start_thumbnails(list(images.values()))
-    for end in (kill_yourself, die_as_you_send):
-        with monkeypatch.context() as patch:
-            patch.setattr(report, "make_thumbnails", end)
-            killed = report.start_thumbnails(list(images.values()))
-        time.sleep(1)
-        write_report(tmp_path / "killed.html", "", rows, images, None, killed)
-        assert (tmp_path / "killed.html").read_bytes() == (tmp_path / "now.html").read_bytes()
-    monkeypatch.setattr(report, "MAX_BYTES", 60_000)
-    write_report(tmp_path / "small.html", "", rows, images, None, ahead)
-    assert (tmp_path / "small.html").stat().st_size <= 60_000
-    assert report.start_thumbnails(files) is None  # text may take all
-
-
-def kill_yourself(*args, **kwargs):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_as_you_send(*args, **kwargs):
-    threading.Timer(0.3, kill_yourself).start()
-    return "more than a pipe holds" * 10_000
 
 
 def test_the_whole_file_keeps_to_its_budget(drawn, tmp_path, monkeypatch):

@@ -6,7 +6,6 @@ import os
 import random
 import re
 import threading
-from unittest import mock
 
 import fastjsonschema
 import pytest
@@ -319,18 +318,30 @@ def test_references_without_a_fact_are_not_scored_on_facts(tmp_path):
     assert all(figure is None or figure["value"] is None for figure in figures)
 
 
-@pytest.mark.parametrize("work", ["caption_examples", "caption_images"])
+@pytest.mark.parametrize("work", ["caption_split", "caption_own_images"])
 def test_what_a_captioner_has_open_is_closed_when_captioning_fails(tmp_path, monkeypatch, work):
     import eval as evaluation
+    from captioner.blip2 import caption_folder
+    from captioner.blip2.captioner import Captioner
 
-    captioner = mock.Mock()
-    captioner.map_batches.side_effect = UserError("no memory")
-    monkeypatch.setattr(evaluation, "load_captioner", lambda config, count: captioner)
-    monkeypatch.setattr(evaluation, "start_images", lambda config, run_dir: ([("a.jpg", tmp_path)], {}))
-    examples = [Example("a.jpg", tmp_path, "A car.")]
+    finished = []
+
+    class Failing(Captioner):
+        def __init__(self, config, count):
+            pass
+
+        def map_batches(self, *args):
+            raise UserError("no memory")
+
+        def finish(self):
+            finished.append(True)
+
+    monkeypatch.setattr(evaluation, "make_captioner", Failing)
+    monkeypatch.setattr(evaluation, "choose_examples", lambda config: ([Example("a.jpg", tmp_path, "A car.")], {}))
+    monkeypatch.setattr(caption_folder, "_open", lambda config, run_dir: ({"a.jpg": tmp_path}, {}))
     with pytest.raises(UserError, match="no memory"):
-        getattr(evaluation, work)(EvalConfig(), examples if work == "caption_examples" else tmp_path)
-    captioner.finish.assert_called_once()
+        getattr(evaluation, work)(EvalConfig(), tmp_path)
+    assert finished == [True]
 
 
 def test_few_images_are_said_to_be_few():

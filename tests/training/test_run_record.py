@@ -19,7 +19,9 @@ from config import TrainConfig, make_config
 
 
 def describe() -> dict:
-    described = record.describe_run({}, "run", torch.device("cpu"), {})
+    state: dict = {}
+    record.note_versions(state, None)
+    described = record.describe_run(state, "run", torch.device("cpu"), {})
     json.dumps(described, allow_nan=False)
     return described
 
