@@ -233,6 +233,8 @@ class TrainConfig:
 
     # use the drawn scenes and the small model that ship with the project: CPU, no network
     demo: bool = setting(False, unlisted=True)
+    # go through every stage once and say what the whole run will take; nothing is kept
+    check: bool = setting(False, free=True, unlisted=True)
 
     source: SourceSettings = SourceSettings()
     data: DataSettings = DataSettings()
