@@ -4,7 +4,9 @@ The trial is the run itself, with few frames and steps and in a temporary folder
 hundred images decoded, the model loaded; steps, a validation, a checkpoint, captions and their scores follow.
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -18,8 +20,7 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from captioner.data.captions import read_captions
-from captioner.data.images import find_image_folder, index_images
+from captioner.data.splits import prepare_splits
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import measure_free
 from captioner.runtime.machine import pick_store_gib
@@ -108,7 +109,7 @@ def make_trial(config: TrainConfig, folder: Path) -> TrainConfig:
     return dataclasses.replace(
         config,
         # not all of the val labels as a test split, whose images would all be decoded
-        data=dataclasses.replace(config.data, captions=folder / "captions.csv", limit=few, held_out="rides"),
+        data=dataclasses.replace(config.data, limit=few, held_out="rides"),
         training=dataclasses.replace(config.training, max_steps=STEPS),
         run=dataclasses.replace(
             config.run,
@@ -128,9 +129,10 @@ def make_trial(config: TrainConfig, folder: Path) -> TrainConfig:
 
 def count_frames(config: TrainConfig, trial: TrainConfig) -> int:
     """How many captioned frames have an image, up to --limit."""
-    images = index_images(find_image_folder(config))
-    count = sum(name in images for name in read_captions(trial.data.captions))
-    return min(count, config.data.limit or count)
+    whole = dataclasses.replace(config, data=dataclasses.replace(config.data, held_out="rides"))
+    with contextlib.redirect_stdout(io.StringIO()):  # the trial has said it all
+        splits = prepare_splits(whole, trial.run.output.parent / "whole")
+    return sum(map(len, splits.values()))
 
 
 def estimate_run(config: TrainConfig, trial: TrainConfig, watch: Stopwatch) -> Estimate:
