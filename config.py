@@ -29,7 +29,8 @@ BASE_MODEL = "Salesforce/blip2-opt-2.7b@59a1ef6c1e5117b3f65523d1c6066825bcf315e3
 
 
 # What is known of a field beside its comment: `free` ones don't change what is learnt, and may differ when a run goes
-# on; `unlisted` ones are left out of the model card.
+# on (labels and images may lie elsewhere: what they hold is compared by its fingerprint); `unlisted` ones are left out
+# of the model card.
 
 # --------------------------------------------------------------------------------------------------------------
 # groups
@@ -39,7 +40,8 @@ BASE_MODEL = "Salesforce/blip2-opt-2.7b@59a1ef6c1e5117b3f65523d1c6066825bcf315e3
 class SourceSettings:
     """Labels, and how they are worded."""
 
-    labels: tuple[Path, ...] = ()  # BDD100K label files or folders; none: those of the Kaggle data set
+    # BDD100K label files or folders; none: those of the Kaggle data set
+    labels: tuple[Path, ...] = setting((), free=True)
     # Kaggle handle with its version
     kaggle_dataset: str = setting("solesensei/solesensei_bdd100k/versions/2", unlisted=True)
     # Kaggle labels to use: 10,000 frames, 70,000 or all
@@ -61,7 +63,8 @@ class SourceSettings:
 class DataSettings:
     """Captions with their images, and how they are split."""
 
-    images: Path | None = None  # folder with the images, searched to any depth; none: the Kaggle data set's
+    # folder with the images, searched to any depth; none: the Kaggle data set's
+    images: Path | None = setting(None, free=True)
     # your own captions of these images, in any usual kind of file, or a data set on the hub; none: made from labels
     captions: Path | None = setting(None, free=True)
     group_column: str | None = None  # column of --captions whose groups are not split; none: rides, or each image
@@ -200,6 +203,21 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
+class ReadingSettings:
+    """How --labels are read. None: as for the captions that the model was trained on, by its run's record."""
+
+    # person (2018) or pedestrian (det20); file: as labelled
+    class_names: Literal["file", "2018", "det20"] | None = None
+    lanes: bool | None = None  # count lanes and drivable areas like objects
+    merge_duplicates: bool | None = None  # count boxes of one class that overlap by IoU > 0.85 once
+    min_box_size: float | None = None  # pixels of its shorter side below which a box is not counted
+    without_scene: Literal["skip", "caption"] | None = None  # frames with no scene attributes; caption: score them too
+
+    def __post_init__(self):
+        check(self, "0 or more", lambda value: value >= 0, "min_box_size")
+
+
+@dataclass(frozen=True)
 class GenerationSettings:
     """How captions are generated."""
 
@@ -239,6 +257,8 @@ class TrainConfig:
 
     # use the drawn scenes and the small model that ship with the project: CPU, no network
     demo: bool = setting(False, unlisted=True)
+    # go through every stage once and say what the whole run will take; nothing is kept
+    check: bool = setting(False, free=True, unlisted=True)
 
     source: SourceSettings = SourceSettings()
     data: DataSettings = DataSettings()
@@ -268,7 +288,8 @@ class EvalConfig:
     predictions: Path | None = None  # score this file of name, prediction, references (JSON lines or CSV), no model
     references: Path | None = None  # references of --predictions: a captions CSV, predictions, COCO's captions
     labels: tuple[Path, ...] = ()  # label files whose facts the captions are held against; none: as in the references
-    compare: tuple[Path, Path] | None = None  # two predictions files: how they differ, and whether by chance
+    compare: tuple[Path, ...] = ()  # two predictions files: how they differ, and whether by chance
+    against: tuple[Path, ...] = ()  # with --compare: the other model's files, where each has one for each of its seeds
     images: tuple[Path, ...] = ()  # caption these images or folders; with --predictions: show them in the report
     images_root: Path | None = None  # folder with the split's images if they were moved; none: where they were
     model_floors: bool = False  # score the untuned model and the nearest training image's caption as floors too
@@ -279,6 +300,7 @@ class EvalConfig:
     show: int = 3  # captions printed beside their references
     run_name: str | None = None  # name of the folder in logs/; none: date and time
 
+    reading: ReadingSettings = ReadingSettings()
     generation: GenerationSettings = GenerationSettings()
     fast: FastSettings = FastSettings()
 
@@ -291,6 +313,12 @@ class EvalConfig:
             )
         if self.compare and (self.predictions or self.labels or self.images or self.model_floors):
             raise UserError("--compare: goes with neither --predictions, --labels, --images nor --model-floors")
+        if len(self.compare) != 2 and bool(self.compare) != bool(self.against):
+            raise UserError(
+                "--compare: takes two predictions files, or those of one model with the other's in --against"
+            )
+        if not self.labels and self.reading != ReadingSettings():
+            raise UserError("--labels: is missing; class names, lanes and so on say how label files are read")
         if self.images and not self.predictions and (self.labels or self.model_floors):
             raise UserError(
                 "--images: without --predictions, images are captioned only, and nothing is scored; --images-root is "

@@ -145,10 +145,11 @@ class ValidationCaptions(TrainerCallback):
         texts = self.generate(model, args.eval_batch_size)
         references = [example.caption for example in examples]
         shares = score(
-            measure_shares([parse_caption(text) for text in texts], [parse_caption(text) for text in references])
+            measure_shares([read_caption(text) for text in texts], [parse_caption(text) for text in references])
         )
         shares |= score_bleu(texts, [[reference] for reference in references])
         record = {f"val_{name}": value for name, value in shares.items() if value == value}
+        record["val_captions"] = self.count
         self.log.add({"step": state.global_step, "epoch": state.epoch, **record})
         self.write(state.epoch, examples, texts)
         print(f"\nepoch {state.epoch:g}: {self.count} validation captions, facts F1 {shares['facts_f1']:.3f}, "
@@ -201,7 +202,9 @@ def plot_dashboard(records: list[dict], path: Path) -> None:
             points = [(record["step"], record[key]) for record in records if key in record]
             if points:
                 axis.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 20 else None, ms=3)
-        axis.set(title=title, xlabel="optimiser step")
+        counts = {record["val_captions"] for record in records if "val_captions" in record}
+        said = f" (n = {max(counts)})" if counts and "captions" in title else ""
+        axis.set(title=title + said, xlabel="optimiser step")
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize="small")

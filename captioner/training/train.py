@@ -20,9 +20,11 @@ from captioner.training.arguments import set_micro_batch, split_batch
 from captioner.training.checkpoints import checkpoint_folder, find_checkpoint, read_step, write_state
 from captioner.training.guards import check_pickles
 from captioner.training.micro_batch import find_micro_batch, list_micro_batches
+from captioner.training.pace import Pace, Stopped
 from captioner.training.plain import Parts
+from captioner.training.record import drop_parts
 from captioner.training.run import Run
-from captioner.training.trainer import CaptionTrainer, Pace, RowCollator, Stopped
+from captioner.training.trainer import CaptionTrainer, RowCollator
 
 
 def train_lora(
@@ -94,7 +96,8 @@ def try_to_train(run: Run, build: partial) -> CaptionTrainer | None:
     try:
         with Pace(run.config.run.save_minutes, steps_per_epoch, arguments.world_size) as trainer.pace:
             trainer.add_callback(trainer.pace)
-            trainer.results = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+            output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.results = drop_parts(output.metrics, done)
             return trainer
     except Stopped:
         command = " ".join(["python main.py", *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])

@@ -26,8 +26,9 @@ from captioner.publishing.records import strip_paths
 from captioner.runtime.cli import run_script
 from captioner.runtime.errors import UserError
 from captioner.runtime.settings import flatten
+from captioner.scoring.headlines import HEADLINES
 from captioner.scoring.predictions import Prediction
-from captioner.scoring.scores import HEADLINES, score_predictions
+from captioner.scoring.scores import score_predictions
 from config import EvalConfig, TrainConfig, make_config
 
 NOWHERE = "http://127.0.0.1:9"  # nobody answers there
@@ -105,15 +106,15 @@ def test_card_has_the_real_numbers(tmp_path):
     assert (card.data.library_name, card.data.pipeline_tag, card.data.language) == ("peft", "image-to-text", "en")
     assert card.data.datasets == ["bdd100k"] and {"lora", "qlora", "bdd100k"} <= set(card.data.tags)
     assert card.data.model_name == tmp_path.name
-    figures = [scores["scores"][group][name] for name, group in HEADLINES.items()]
+    figures = [headline.find(scores["scores"], name) for name, headline in HEADLINES.items()]
     stated = [figure for figure in figures if figure["value"] is not None]
     assert [result.metric_value for result in card.data.eval_results] == [figure["value"] for figure in stated]
     assert {(result.dataset_name, result.dataset_split) for result in card.data.eval_results} == {("BDD100K", "test")}
     rows = {line.split(" | ")[0].strip("| "): line for line in card.text.splitlines() if line.startswith("| ")}
-    for name, group in HEADLINES.items():
-        row = rows[model_card.SCORE_NAMES[name][0]]
+    for name, headline in HEADLINES.items():
+        row = rows[headline.words]
         for groups in (scores["scores"], *scores["floors"].values()):
-            figure = groups[group][name]
+            figure = headline.find(groups, name)
             assert f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]" in row
     assert all(f"floor: {floor}" in card.text for floor in scores["floors"])
     assert "| learning_rate | 5e-05 |" in card.text and "| best_eval_loss | 0.123456 |" in card.text
@@ -265,6 +266,29 @@ def test_merged_model_says_what_the_adapter_says(adapter, tiny_checkpoint, tmp_p
     with pytest.raises(UserError, match=r"notes\.txt"):
         merge_adapter(adapter, output)
     assert (output / "notes.txt").is_file() and (output / "config.json").is_file()
+
+
+def test_a_merged_folder_serves_a_pipeline(adapter, drawn, tmp_path):
+    """As docs/serving.md shows it: transformers' pipeline gives the caption of the model's own generate().
+
+    A caption begins after the image's tokens and OPT's first token. OPT's tokenizer writes that one for an empty text,
+    the tests' small one does not.
+    """
+    from PIL import Image
+    from transformers import Blip2ForConditionalGeneration, pipeline
+
+    from captioner.blip2.loading import load_processor
+
+    merge_adapter(adapter, tmp_path / "merged")
+    image = sorted((drawn / "images").iterdir())[0]
+    captioner = pipeline("image-text-to-text", model=str(tmp_path / "merged"), device="cpu")
+    text = "" if captioner.tokenizer("")["input_ids"] else captioner.tokenizer.bos_token
+    [told] = captioner(images=[str(image)], text=text, max_new_tokens=24)
+    model, processor = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "merged"), load_processor(adapter)
+    inputs = processor(images=Image.open(image).convert("RGB"), return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    expected = processor.decode(tokens[0], skip_special_tokens=True)
+    assert expected.strip() and told["generated_text"].removeprefix(text) == expected
 
 
 def test_merging_touches_no_folder_of_others(adapter, tiny_checkpoint):
