@@ -18,8 +18,9 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from captioner.data.captions import read_captions
-from captioner.data.images import find_image_folder, index_images
+from captioner.data.caption_files import read_captions
+from captioner.data.images import find_image_folder, locate_images
+from captioner.data.splits import read_own_captions
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import measure_free
 from captioner.runtime.machine import pick_store_gib
@@ -108,7 +109,7 @@ def make_trial(config: TrainConfig, folder: Path) -> TrainConfig:
     return dataclasses.replace(
         config,
         # not all of the val labels as a test split, whose images would all be decoded
-        data=dataclasses.replace(config.data, captions=folder / "captions.csv", limit=few, held_out="rides"),
+        data=dataclasses.replace(config.data, limit=few, held_out="rides"),
         training=dataclasses.replace(config.training, max_steps=STEPS),
         run=dataclasses.replace(
             config.run,
@@ -118,6 +119,7 @@ def make_trial(config: TrainConfig, folder: Path) -> TrainConfig:
             overwrite=False,
             merge=False,
             push_to_hub=None,
+            push_captions=None,
             logging_steps=1,
             val_captions=1,
             wandb="disabled",
@@ -128,8 +130,12 @@ def make_trial(config: TrainConfig, folder: Path) -> TrainConfig:
 
 def count_frames(config: TrainConfig, trial: TrainConfig) -> int:
     """How many captioned frames have an image, up to --limit."""
-    images = index_images(find_image_folder(config))
-    count = sum(name in images for name in read_captions(trial.data.captions))
+    folder = Path(trial.run.run_name)
+    if config.data.captions is not None:
+        captions, images = read_own_captions(config, folder)
+    else:
+        captions, images = read_captions(folder / "captions.csv"), find_image_folder(config)
+    count = len(locate_images(captions["name"].unique(), images))
     return min(count, config.data.limit or count)
 
 
