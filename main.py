@@ -3,6 +3,7 @@
     python main.py                                                  # Kaggle data, BLIP-2 from the hub, one GPU
     python main.py --demo                                           # drawn scenes, small model, CPU
     python main.py --labels LABELS.json --images FOLDER --model FOLDER
+    python main.py --captions CAPTIONS.csv --images FOLDER          # your own captions
 
 Labels become captions, captions and images a train, a validation and a test split with no ride in two of them;
 LoRA is trained on the NF4 model with the Hugging Face Trainer; the adapter with the best validation loss is saved
@@ -28,7 +29,7 @@ from collections.abc import Callable
 import torch
 from transformers import set_seed
 
-from captioner.blip2.batches import make_datasets
+from captioner.blip2.batches import get_reader, make_datasets
 from captioner.blip2.captioning import make_generation_config
 from captioner.blip2.loading import check_model, load_model, load_processor, pick_device
 from captioner.blip2.lora import add_lora
@@ -73,7 +74,7 @@ def train(config: TrainConfig, choose_way: Callable[..., PlainWay]) -> None:
         model.print_trainable_parameters()
         run.note_inputs(splits, model)
         datasets = make_datasets(config, splits, processor, model.config, features)
-        generation = make_generation_config(model.config, datasets["train"].longest + SPARE_TOKENS)
+        generation = make_generation_config(model.config, get_reader(datasets["train"]).longest + SPARE_TOKENS)
         captioner = way.make_captioner(processor, generation, config.run.val_captions)
         try:
             trainer = train_lora(run, model, datasets, parts, make_callbacks(run, datasets["val"], captioner))

@@ -424,10 +424,10 @@ def measure_floor(args) -> Iterator[tuple]:
 
     from captioner.blip2.batches import tokenize_captions
     from captioner.blip2.loading import load_processor
-    from captioner.data.captions import read_captions
+    from captioner.data.caption_files import read_captions
     from captioner.fast.speed import record_graph
 
-    texts = itertools.islice(read_captions(args.folder / "captions.csv").values(), 1000)
+    texts = read_captions(args.folder / "captions.csv")["caption"][:1000]
     processor = load_processor(args.model)
     lengths = list(map(len, tokenize_captions(list(texts), processor, 256, 0)))
     tokens = statistics.mean(lengths)

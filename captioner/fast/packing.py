@@ -17,7 +17,7 @@ LONGEST_TO = 64  # what positions of its longest row are rounded up to
 
 
 class PackedCollator(CaptionCollator):
-    """Rows of CaptionDataset -> a batch for caption_nll: rows behind each other, without padding between them.
+    """Rows of RowReader -> a batch for caption_nll: rows behind each other, without padding between them.
 
     A label is the token to predict at its place, the next one: a caption's last token is predicted, and never read.
     Padding behind the last row leaves few sizes of batches, for which cuBLAS is fast: multiples of 32 positions take an

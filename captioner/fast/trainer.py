@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from transformers.trainer_pt_utils import nested_gather
 
-from captioner.blip2.batches import CaptionCollator
+from captioner.blip2.batches import CaptionCollator, list_lengths
 from captioner.blip2.lora import get_blip2
 from captioner.fast.caption_loss import sum_nll
 from captioner.fast.layers import draws_by_kernels
@@ -70,7 +70,7 @@ class FastTrainer(CaptionTrainer):
         return super().create_optimizer(*args)
 
     def _get_eval_sampler(self, eval_dataset):
-        lengths = [len(ids) for ids in eval_dataset.caption_ids]
+        lengths = list_lengths(eval_dataset)
         return self.sampler_class(lengths, self.args.eval_batch_size, len(lengths), self.args.seed)
 
     # a step is checked when the one after it has been launched

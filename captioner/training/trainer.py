@@ -28,7 +28,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
-from captioner.blip2.batches import IGNORED, CaptionCollator
+from captioner.blip2.batches import IGNORED, CaptionCollator, get_reader, list_lengths
 from captioner.data.reading import explain_dead_worker
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import measure_free
@@ -143,6 +143,7 @@ class CaptionTrainer(Trainer):
             batches = batches.batch_sampler
         if hasattr(batches.sampler, "set_epoch"):
             batches.sampler.set_epoch(epoch)
+        get_reader(self.train_dataset).epoch = epoch  # before workers start that read rows
         return super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
     def _clip_grad_norm(self, model):
@@ -178,7 +179,7 @@ class CaptionTrainer(Trainer):
             raise UserError(self._describe_bad_batch(step, bad))
 
     def _describe_bad_batch(self, step: Step, rows: list[int]) -> str:
-        names = [self.train_dataset.examples[row].name for row in rows]
+        names = self.train_dataset.with_format(None)[rows]["name"]
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         return (
             f"step {step.number}: the loss is {step.loss:g} and the gradient norm {step.norm:g}, "
@@ -190,13 +191,13 @@ class CaptionTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         if not self.length_window:
             return super()._get_train_sampler(train_dataset)
-        lengths = [len(ids) for ids in self.train_dataset.caption_ids]
+        lengths = list_lengths(self.train_dataset)
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return self.sampler_class(lengths, step, self.length_window, self.args.seed)
 
     def _get_eval_sampler(self, eval_dataset):
         """By length, against padding: the sum over the set is the same in any order."""
-        lengths = [len(ids) for ids in eval_dataset.caption_ids]
+        lengths = list_lengths(eval_dataset)
         return sorted(range(len(lengths)), key=lambda row: -lengths[row])
 
     def evaluation_loop(

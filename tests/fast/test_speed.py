@@ -18,7 +18,7 @@ from training_runs import stop_at, train
 from transformers.trainer_callback import CallbackHandler
 
 import main
-from captioner.blip2.batches import CaptionCollator, CaptionDataset
+from captioner.blip2.batches import CaptionCollator, make_dataset
 from captioner.blip2.loading import load_config, load_model, load_processor
 from captioner.blip2.lora import add_lora
 from captioner.blip2.vision import take_vision_out
@@ -44,7 +44,7 @@ def rows(drawn, tiny_checkpoint):
     examples = [Example(image.name, image, text) for image, text in zip(images, texts, strict=True)]
     processor = load_processor(tiny_checkpoint)
     model = load_model(tiny_checkpoint, False, CPU)
-    dataset = CaptionDataset(examples, processor, 50, model.config.text_config.eos_token_id)
+    dataset = make_dataset(examples, processor, 50, model.config.text_config.eos_token_id)
     return [dataset[row] for row in range(4)], model.config
 
 

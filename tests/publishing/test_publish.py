@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, capture
+from datasets import load_dataset
 from huggingface_hub import ModelCard, close_session, constants
 from loopback_push import Hub
 
+from captioner.data.captions import Example
+from captioner.data.splits import write_splits
 from captioner.publishing import merge, model_card
 from captioner.publishing.hub import push_to_hub, stage_files
 from captioner.publishing.merge import merge_adapter
@@ -23,8 +26,9 @@ from captioner.publishing.records import strip_paths
 from captioner.runtime.cli import run_script
 from captioner.runtime.errors import UserError
 from captioner.runtime.settings import flatten
+from captioner.scoring.headlines import HEADLINES
 from captioner.scoring.predictions import Prediction
-from captioner.scoring.scores import HEADLINES, score_predictions
+from captioner.scoring.scores import score_predictions
 from config import EvalConfig, TrainConfig, make_config
 
 NOWHERE = "http://127.0.0.1:9"  # nobody answers there
@@ -82,15 +86,15 @@ def test_card_has_the_real_numbers(tmp_path):
     assert (card.data.library_name, card.data.pipeline_tag, card.data.language) == ("peft", "image-to-text", "en")
     assert card.data.datasets == ["bdd100k"] and {"lora", "qlora", "bdd100k"} <= set(card.data.tags)
     assert card.data.model_name == tmp_path.name
-    figures = [scores["scores"][group][name] for name, group in HEADLINES.items()]
+    figures = [headline.find(scores["scores"], name) for name, headline in HEADLINES.items()]
     stated = [figure for figure in figures if figure["value"] is not None]
     assert [result.metric_value for result in card.data.eval_results] == [figure["value"] for figure in stated]
     assert {(result.dataset_name, result.dataset_split) for result in card.data.eval_results} == {("BDD100K", "test")}
     rows = {line.split(" | ")[0].strip("| "): line for line in card.text.splitlines() if line.startswith("| ")}
-    for name, group in HEADLINES.items():
-        row = rows[model_card.SCORE_NAMES[name][0]]
+    for name, headline in HEADLINES.items():
+        row = rows[headline.words]
         for groups in (scores["scores"], *scores["floors"].values()):
-            figure = groups[group][name]
+            figure = headline.find(groups, name)
             assert f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]" in row
     assert all(f"floor: {floor}" in card.text for floor in scores["floors"])
     assert "| learning_rate | 5e-05 |" in card.text and "| best_eval_loss | 0.123456 |" in card.text
@@ -301,11 +305,11 @@ run_script(lambda folder: print(push_to_hub(Path(folder), sys.argv[2])), sys.arg
 """
 
 
-def push(adapter: Path, repo: str, tmp_path: Path, **environment) -> subprocess.CompletedProcess:
+def push(adapter: Path, repo: str, tmp_path: Path, code: str = PUSH, **environment) -> subprocess.CompletedProcess:
     """push_to_hub in a process of its own, which knows no token but what `environment` gives."""
     known = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     known |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", **environment}
-    command = [sys.executable, "-c", PUSH, str(adapter), repo]
+    command = [sys.executable, "-c", code, str(adapter), repo]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=known)
 
 
@@ -336,6 +340,37 @@ def test_upload_is_what_a_user_needs_and_no_more(adapter, tmp_path):
     assert len(card.data.eval_results) == len(HEADLINES)
     for name, content in files.items():
         assert b"alice" not in content and str(adapter.parent).encode() not in content, name
+
+
+def test_captions_are_uploaded_without_images_and_load_as_a_data_set(tmp_path):
+    splits = {
+        "train": [Example("a b.jpg", tmp_path / "a b.jpg", 'A "car",\nred', "g1", ("Ein Auto.",))],
+        "val": [Example("猫.png", tmp_path / "猫.png", "Ä cat", "g2")],
+        "test": [Example("c.jpg", tmp_path / "c.jpg", "c", "g3")],
+    }
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    write_splits(folder / "split.csv", splits)
+    write_json(folder / "run.json", {"config": {"model": "m"}, "images_root": str(tmp_path)})
+    with Hub() as hub:
+        code = PUSH.replace("push_to_hub", "push_captions")
+        pushed = push(folder, "me/captions", tmp_path, code, HF_ENDPOINT=hub.url, HF_TOKEN=Hub.TOKEN)
+        assert pushed.returncode == 0, pushed.stderr
+        assert pushed.stdout.strip() == f"{hub.url}/datasets/me/captions"
+        refused = push(folder, "me/captions", tmp_path, code, HF_ENDPOINT=hub.url, HF_TOKEN=Hub.READER)
+        assert refused.returncode == 2 and "--push-captions me/captions: can't be uploaded" in refused.stderr
+    assert hub.visibility == {"me/captions": "private"}
+    (tmp_path / "copy").mkdir()
+    for name, content in hub.files["me/captions"].items():
+        assert str(tmp_path).encode() not in content
+        (tmp_path / "copy" / name).write_bytes(content)
+    assert sorted(hub.files["me/captions"]) == ["README.md", "test.csv", "train.csv", "validation.csv"]
+    loaded = load_dataset(str(tmp_path / "copy"), cache_dir=str(tmp_path / "cache"))
+    assert list(loaded) == ["train", "validation", "test"]
+    assert loaded["train"].to_list() == [
+        {"name": "a b.jpg", "caption": 'A "car",\nred', "group": "g1"},
+        {"name": "a b.jpg", "caption": "Ein Auto.", "group": "g1"},
+    ]
 
 
 def test_hub_name_of_the_base_is_kept(adapter, tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from captioner.runtime.errors import UserError
 from captioner.training import trainer
 from captioner.training.checkpoints import find_checkpoint
 from captioner.training.order import LengthSampler
+from captioner.training.record import OF_A_PART
 
 STEPS_PER_EPOCH = 3
 
@@ -54,6 +56,10 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(folder, settings, undisturbed
     assert train(settings, resume=True) == undisturbed[0]
     said = capsys.readouterr().out
     assert f"goes on after step {step} of 6" in said
+    of_whole, of_parts = (
+        json.loads((run / "blip2-finetuned/run.json").read_text())["results"] for run in (undisturbed[1], folder)
+    )
+    assert of_whole.keys() - of_parts.keys() == set(OF_A_PART)  # the Trainer's, which are wrong of a run in two parts
     records = [json.loads(line) for line in Path("logs/run/metrics.jsonl").read_text().splitlines()]
     assert sorted(record["step"] for record in records if "loss" in record) == list(
         range(1, 7)
@@ -331,3 +337,22 @@ def test_training_goes_on_when_wandb_fails(folder, settings, undisturbed, monkey
     monkeypatch.setattr(wandb, "init", lambda **kwargs: Failing())
     assert train(settings, wandb="offline") == undisturbed[0]
     assert "wandb fails from here on" in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_goes_on_in_wandb(folder, settings, monkeypatch):
+    import wandb
+
+    started = []
+    monkeypatch.setattr(wandb, "init", lambda **how: started.append(how) or mock.Mock())
+    monkeypatch.setenv("WANDB_MODE", "disabled")  # which the run changes, and this puts back
+    monkeypatch.setenv("WANDB_PROJECT", "my-project")
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 2)
+        with pytest.raises(SystemExit):
+            train(settings, wandb="online")
+    train(settings, wandb="online")
+    first, second = started
+    assert first == second and first["id"] and first["resume"] == "allow" and first["project"] == "my-project"
+    train(settings, wandb="online", overwrite=True)
+    assert started[2]["id"] != first["id"]
