@@ -19,19 +19,11 @@ from torch.nn import functional as F
 
 from captioner.blip2.lora import get_blip2
 from captioner.blip2.sampling import pick_tokens
-from captioner.fast.layers import (
-    Rows,
-    apply_linears,
-    copy_lora,
-    embed_images,
-    get_base,
-    gpu_kernels,
-    group_linears,
-    is_written_out,
-    list_groups,
-    read_weight,
-    use_kernels,
-)
+from captioner.fast.adapters import copy_lora
+from captioner.fast.kernels import choice
+from captioner.fast.kernels.attention import attend_one, attend_rows
+from captioner.fast.layers import apply_linears, embed_images, is_written_out
+from captioner.fast.linears import get_base, group_linears, list_groups, read_weight
 from captioner.fast.speed import record_graph
 
 BUCKET = 32  # positions by which the part of the cache that is read grows
@@ -133,7 +125,7 @@ class FastGenerator:
         self.step_size = -(-batch_size // 8)  # n is a multiple of it, so that there are few graphs
         embedding = self.decoder.embed_tokens.weight
         self.device, self.dtype = embedding.device, embedding.dtype
-        self.use_kernel = use_kernels(embedding)
+        self.use_kernel = choice.use_kernels(embedding)
         self.use_graphs = cuda_graphs and self.device.type == "cuda"
         self.cache = self.taken = None
         self.copies: list[tuple[list[torch.nn.Module], Tensor, Tensor]] = []  # a group's layers, weight and bias
@@ -268,22 +260,16 @@ class FastGenerator:
         n, length, _ = x.shape
         table = self.decoder.embed_positions
         x = x + F.embedding(positions + table.offset, table.weight)
-        if mask is None:
-            rows = Rows(torch.arange(0, (n + 1) * length, length, device=self.device), length)
         for layer, (qkv, out, fc1, fc2), (keys, values) in zip(self.decoder.layers, self.linears, cache, strict=True):
-            joined = qkv(layer.self_attn_layer_norm(x))  # (n, T, 3E)
-            new = joined.view(n, length, 3, self.heads, -1)
+            new = qkv(layer.self_attn_layer_norm(x)).view(n, length, 3, self.heads, -1)
             if mask is not None and self.use_kernel:
-                seen = gpu_kernels.attend_one(new[:, 0], keys, values, positions)  # (n, H, D)
+                seen = attend_one(new[:, 0], keys, values, positions)  # (n, H, D)
             else:
                 q, k, v = new.permute(2, 0, 3, 1, 4)  # (n, H, T, D)
                 keys.index_copy_(2, positions, k)
                 values.index_copy_(2, positions, v)
-                if self.use_kernel:
-                    packed = joined.flatten(0, 1).chunk(3, -1)  # as in training, whose kernels are compiled
-                    seen, _ = gpu_kernels.attend(*packed, self.heads, True, 0.0, self.position, 0, rows)
-                elif mask is None:
-                    seen = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+                if mask is None:
+                    seen = attend_rows(*new.unbind(2), is_causal=True)
                 else:
                     mask_of_all = mask.expand(n, self.heads, 1, -1)
                     seen = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask_of_all).transpose(1, 2)

@@ -30,8 +30,9 @@ from captioner.training.checkpoints import (
     refuse_changes,
 )
 from captioner.training.record import describe_run, note_versions
+from captioner.training.sealed_trainer import gather_trainable
 from captioner.training.tracking import choose_wandb_mode
-from captioner.training.trainer import CaptionTrainer, gather_trainable
+from captioner.training.trainer import CaptionTrainer
 from config import TrainConfig
 
 FINISHED = ".checkpoints-of-a-finished-run"
