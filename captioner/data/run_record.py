@@ -1,25 +1,22 @@
 """What main.py wrote about its run, run.json, and what a folder is that has none."""
 
-import json
 import re
 from pathlib import Path
 
 from captioner.runtime.errors import UserError
+from captioner.runtime.files import read_json
 
 
 def read_run(folder: Path) -> dict:
     """What main.py wrote about its run: settings, data, versions. Its settings name the base model at least."""
-    try:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
-            raise ValueError("no JSON object with a config")
-        if not isinstance(run["config"].get("model"), str):
-            raise ValueError("it names no base model")
-        return run
-    except FileNotFoundError:
-        raise explain_adapter(folder) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder / 'run.json'}: can't be read ({error}); train again with python main.py") from None
+    path, remedy = folder / "run.json", "train again with python main.py"
+    if not path.exists():
+        raise explain_adapter(folder)
+    run = read_json(path, remedy)
+    config = run.get("config")
+    if not isinstance(config, dict) or not isinstance(config.get("model"), str):
+        raise UserError(f"{path}: can't be read (its config names no base model); {remedy}")
+    return run
 
 
 def explain_adapter(folder: Path) -> UserError:
@@ -30,7 +27,7 @@ def explain_adapter(folder: Path) -> UserError:
             "FOLDER first, and give that folder with --adapter"
         )
     if not (folder / "adapter_config.json").is_file():
-        there = "no fine-tuned model in it" if folder.exists() else "no such folder"
+        there = "no fine-tuned model in it (run.json is missing)" if folder.exists() else "no such folder"
         return UserError(f"{folder}: {there}; train one with python main.py --output {folder}")
     if not (folder / "run.json").is_file():
         return UserError(

@@ -1,11 +1,10 @@
 """What lies beside an adapter's weights, read for whoever publishes it, without this machine's folders."""
 
-import json
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from captioner.runtime.errors import UserError
-from captioner.runtime.files import split_revision
+from captioner.runtime.files import read_json, split_revision
 from captioner.runtime.settings import name_paths
 from captioner.scoring.scores import SCHEMA_VERSION
 from config import EvalConfig, TrainConfig
@@ -15,27 +14,22 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 PATH_FIELDS = name_paths(TrainConfig) | name_paths(EvalConfig)
 
 
-def read_json(path: Path) -> dict:
-    """What main.py, eval.py, peft or merge_adapter wrote."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: can't be read ({error}); write it again with the script that it is of") from None
-    return record
-
-
 def read_scores(folder: Path) -> dict | None:
     """scores.json of the folder; None where there is none, or where it isn't of this adapter, or of another version."""
     if not (folder / "scores.json").is_file():
         return None
-    scores = read_json(folder / "scores.json")
+    scores = read_json(folder / "scores.json", "write it again with python eval.py")
     config = scores.get("config", {})
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'scores.json'}: its config is no JSON object; write it again with python eval.py")
     foreign = config.get("base") or config.get("blank") or config.get("predictions")
-    return None if foreign or scores.get("schema") != SCHEMA_VERSION else scores
+    if scores.get("schema") != SCHEMA_VERSION:
+        print(
+            f"note: {folder / 'scores.json'}: not read: it is of form {scores.get('schema')}, and this program writes "
+            f"{SCHEMA_VERSION}; score anew with python eval.py --adapter {folder}"
+        )
+        return None
+    return None if foreign else scores
 
 
 def strip_paths(record: dict) -> dict:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from captioner.runtime.errors import UserError, get_or_none
 
@@ -38,6 +39,17 @@ def atomic_write(path: Path) -> Iterator:
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+def read_json(path: Path, remedy: str, kind: type = dict) -> Any:
+    """What a JSON file holds, which must be of that kind. Raises UserError with the remedy where it isn't."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, kind):
+            raise ValueError("no JSON object")
+        return record
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: can't be read ({str(error)[:200]}); {remedy}") from None
 
 
 def write_json(path: Path, content) -> None:

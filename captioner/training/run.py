@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,9 @@ from transformers.utils import logging as transformers_logging
 
 from captioner.data.captions import Example
 from captioner.data.run_record import read_run
-from captioner.data.splits import write_splits
+from captioner.data.splits import find_images_root, write_splits
 from captioner.runtime.errors import UserError
-from captioner.runtime.files import atomic_write, is_inside, name_run
+from captioner.runtime.files import atomic_write, is_inside, name_run, read_json
 from captioner.runtime.processes import ask_main, go_on_alone, is_sharded
 from captioner.runtime.settings import flatten
 from captioner.training.arguments import check_sharding, make_arguments, split_batch
@@ -29,8 +30,9 @@ from captioner.training.checkpoints import (
     refuse_changes,
 )
 from captioner.training.record import describe_run, note_versions
+from captioner.training.sealed_trainer import gather_trainable
 from captioner.training.tracking import choose_wandb_mode
-from captioner.training.trainer import CaptionTrainer, gather_trainable
+from captioner.training.trainer import CaptionTrainer
 from config import TrainConfig
 
 FINISHED = ".checkpoints-of-a-finished-run"
@@ -58,6 +60,9 @@ class Run:
         What they are the main process says, for all: machines may have them at other places.
         """
         self.state["data"] = ask_main(fingerprint_data, splits)
+        if (source := self.folder / "captions.json").is_file():  # of a data set on the hub
+            self.state["captions"] = read_json(source, "start anew with --overwrite")
+        self.state["images_root"] = str(find_images_root(splits))  # which split.csv is relative to
         self.state["model_commit"] = getattr(model.config, "_commit_hash", None)  # that the hub's name stood for
         if self.before:
             ask_main(refuse_changes, self.config.run.output, self.before, self.state)
@@ -85,6 +90,7 @@ def open_run(config: TrainConfig, device: torch.device) -> Run | None:
     folder = ask_main(choose_folder, config.run.run_name, before)
     ask_main(prepare_output, output)
     state["run_dir"] = str(folder)
+    state["wandb_id"] = (before or {}).get("wandb_id") or uuid.uuid4().hex[:8]
     state["micro_batch"] = (before or {}).get("micro_batch") or config.training.per_device_train_batch_size
     return Run(config, device, arguments, wandb_mode, before, folder, state)
 

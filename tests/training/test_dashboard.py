@@ -27,6 +27,17 @@ def test_a_panel_without_figures_is_empty(figures, tmp_path):
     assert not any(axis.lines or axis.get_legend() for axis in figures[0].axes)
 
 
+def test_curves_of_captions_say_of_how_many(figures, tmp_path):
+    plot_dashboard(
+        [{"step": 1, "val_facts_f1": 0.5, "val_BLEU-4": 0.5, "val_captions": 16}], tmp_path / "dashboard.png"
+    )
+    titles = [axis.get_title() for axis in figures[0].axes]
+    assert [title for title in titles if "captions" in title] == [
+        "right facts of validation captions (n = 16)",
+        "BLEU-4 of validation captions (n = 16)",
+    ]
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_captions_of_validation_images_leave_no_trace_in_training(training):
     model, modes = torch.nn.Dropout(), []
