@@ -26,16 +26,20 @@ IGNORED = -100  # label of a position that carries no loss
 
 
 def load_pixels(image: Path, processor: Blip2Processor, blank: bool = False) -> Tensor:
-    """(3, S, S) pixel values of an image file, or of a black image of its size.
+    """(3, S, S) pixel values of an image file, or of a black image of its size."""
+    opened = open_image(image)
+    return prepare_pixels(Image.new("RGB", opened.size) if blank else opened, processor)
+
+
+def prepare_pixels(image: Image.Image, processor: Blip2Processor) -> Tensor:
+    """(3, S, S) pixel values of an RGB image.
 
     The same numbers as the processor gives, which copies the image several times on its way.
     """
-    opened, prepare = open_image(image), processor.image_processor
-    if blank:
-        opened = Image.new("RGB", opened.size)
+    prepare = processor.image_processor
     if not (prepare.do_resize and prepare.do_rescale and prepare.do_normalize and "height" in prepare.size):
-        return prepare(opened, return_tensors="pt")["pixel_values"][0]
-    small = np.asarray(opened.resize((prepare.size["width"], prepare.size["height"]), prepare.resample))  # (S, S, 3)
+        return prepare(image, return_tensors="pt")["pixel_values"][0]
+    small = np.asarray(image.resize((prepare.size["width"], prepare.size["height"]), prepare.resample))  # (S, S, 3)
     values = list_values(prepare)
     return torch.from_numpy(np.stack([values[channel].take(small[:, :, channel]) for channel in range(3)]))
 

@@ -24,11 +24,11 @@ def caption_examples(
     Prints the pace. Raises UserError when none of the images can be read.
     """
 
-    def work(index: int, outputs) -> list[Row]:
-        captions = captioner.caption(index, outputs)
+    def work(names: list[str], outputs) -> list[Row]:
+        captions = captioner.caption(names, outputs)
         if not with_floors:
             return [(caption, {}) for caption in captions]
-        untuned = captioner.caption_untuned(index, outputs)
+        untuned = captioner.caption_untuned(names, outputs)
         return [(caption, {UNTUNED: text}) for caption, text in zip(captions, untuned, strict=True)]
 
     nearest = find_nearest(captioner, examples) if with_floors else {}

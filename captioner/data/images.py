@@ -53,8 +53,7 @@ def open_image(path: Path, draft: bool = False) -> Image.Image:
     try:
         with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we have a limit of our own
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+            _check_size(image)
             if draft:
                 image.draft("RGB", DRAFT)
             image.load()
@@ -76,6 +75,32 @@ def name_kind(path: Path) -> str | None:
     if start[4:8] == b"ftyp":
         kind = "HEIC or AVIF"
     return kind and f"it is {kind}: images must be JPEG or PNG"
+
+
+def normalize_image(image: Image.Image | np.ndarray) -> Image.Image:
+    """The same of an image that is in memory; an array is (H, W), (H, W, 3) or (H, W, 4) of uint8.
+
+    The image handed in stays as it is. Raises UserError for what can't be decoded, is too large, or is no image.
+    """
+    try:
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
+                raise ValueError(f"an array of {image.dtype} and shape {image.shape}")
+            image = Image.fromarray(image)
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"it is a {type(image).__name__}")
+        _check_size(image)
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except (OSError, ValueError, TypeError, SyntaxError) as error:
+        raise UserError(
+            f"not usable as an image ({error}): give a file, a PIL image, or an array of uint8 and shape (H, W), "
+            "(H, W, 3) or (H, W, 4)"
+        ) from None
+
+
+def _check_size(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -248,6 +248,29 @@ def test_merged_model_says_what_the_adapter_says(adapter, tiny_checkpoint, tmp_p
     assert (output / "notes.txt").is_file() and (output / "config.json").is_file()
 
 
+def test_a_merged_folder_serves_a_pipeline(adapter, drawn, tmp_path):
+    """As docs/serving.md shows it: transformers' pipeline gives the caption of the model's own generate().
+
+    A caption begins after the image's tokens and OPT's first token. OPT's tokenizer writes that one for an empty text,
+    the tests' small one does not.
+    """
+    from PIL import Image
+    from transformers import Blip2ForConditionalGeneration, pipeline
+
+    from captioner.blip2.loading import load_processor
+
+    merge_adapter(adapter, tmp_path / "merged")
+    image = sorted((drawn / "images").iterdir())[0]
+    captioner = pipeline("image-text-to-text", model=str(tmp_path / "merged"), device="cpu")
+    text = "" if captioner.tokenizer("")["input_ids"] else captioner.tokenizer.bos_token
+    [told] = captioner(images=[str(image)], text=text, max_new_tokens=24)
+    model, processor = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "merged"), load_processor(adapter)
+    inputs = processor(images=Image.open(image).convert("RGB"), return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    expected = processor.decode(tokens[0], skip_special_tokens=True)
+    assert expected.strip() and told["generated_text"].removeprefix(text) == expected
+
+
 def test_merging_touches_no_folder_of_others(adapter, tiny_checkpoint):
     for folder in (tiny_checkpoint, adapter):
         before = sorted(folder.iterdir())
