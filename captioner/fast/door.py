@@ -15,7 +15,7 @@ from captioner.blip2.vision import start_reading, take_vision_out
 from captioner.data import reading
 from captioner.data.splits import TRAINED_ON, leave_out_unreadable, list_images
 from captioner.fast.captioning import FastGreedyCaptioner
-from captioner.fast.speed import has_room_to_unpack, join_weights, unpack_nf4, use_fast_step
+from captioner.fast.speed import find_obstacle, has_room_to_unpack, join_weights, unpack_nf4, use_fast_step
 from captioner.fast.trainer import speed_up
 from captioner.fast.vision_store import (
     compute_outputs,
@@ -81,6 +81,8 @@ class FastWay(PlainWay):
     def make_parts(self, model) -> Parts:
         plain = super().make_parts(model)
         if not use_fast_step(self.config, model, self.device):
+            reason = find_obstacle(model) if self.device.type == "cuda" else "a CPU, unless --fast on is given"
+            print(f"training goes the plain way: the fast one is not made for {reason}")
             return plain
         lean = self.config.training.gradient_checkpointing
         if not lean and has_room_to_unpack(model, self.device):
