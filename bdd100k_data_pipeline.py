@@ -11,7 +11,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # where the package is, which PYTHONSAFEPATH leaves out
 
-from captioner.bdd100k.census import draw_census, print_census
 from captioner.data.captions import caption_labels, find_labels
 from captioner.runtime.cli import run_script
 from captioner.runtime.errors import go_on_without
@@ -40,7 +39,8 @@ def main(config: PipelineConfig) -> None:
     with lock_folder(run_dir, "--run-name"):
         report = caption_labels(config.source, find_labels(config), config.output, run_dir)
         if config.census:
-            from captioner.data.caption_files import read_captions  # here: it needs pandas
+            from captioner.bdd100k.census import draw_census, print_census  # here: they need pandas
+            from captioner.data.caption_files import read_captions
 
             tokens, tokenizer = count_tokens(read_captions(config.output)["caption"].tolist())
             print_census(report, tokens, tokenizer)
