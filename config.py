@@ -163,8 +163,6 @@ class FastTrainingSettings(FastSettings):
 
     # GiB of ViT outputs kept in memory; none: a quarter of it with a GPU, else 0
     vision_store_gib: float | None = setting(None, unlisted=True)
-    cuda_graphs: bool = True  # with the fast step on a GPU: record the launches of a pass once and replay them
-    unpack_nf4: Literal["auto", "on", "off"] = "auto"  # with the fast step: NF4 values in 16 bits; auto: if room for 3x
 
     def __post_init__(self):
         super().__post_init__()

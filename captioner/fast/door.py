@@ -64,8 +64,7 @@ class FastWay(PlainWay):
         vision, settings = take_vision_out(model), model.config.vision_config
         store = open_store(self.config, vision, settings, processor, write=find_place()[0] == 0)
         self.store = store
-        speed = self.config.fast
-        if speed.cuda_graphs and speed.unpack_nf4 != "off" and use_fast_step(self.config, model, self.device):
+        if use_fast_step(self.config, model, self.device):
             vision = record_vision(vision)
         kept = len(list_images(splits, TRAINED_ON))
         outputs, found = compute_outputs(vision, settings, processor, self.images, store, kept, self.ahead)
@@ -83,11 +82,11 @@ class FastWay(PlainWay):
         plain = super().make_parts(model)
         if not use_fast_step(self.config, model, self.device):
             return plain
-        unpack, lean = self.config.fast.unpack_nf4, self.config.training.gradient_checkpointing
-        if unpack == "on" or (unpack == "auto" and not lean and has_room_to_unpack(model, self.device)):
+        lean = self.config.training.gradient_checkpointing
+        if not lean and has_room_to_unpack(model, self.device):
             print(f"NF4 values of {unpack_nf4(model)} layers are unpacked: more memory, fewer computations")
         join_weights(model)
-        return Parts(*speed_up(self.config, model), plain.eval_batch if lean else EVAL_BATCH)
+        return Parts(*speed_up(self.config, model), plain.eval_batch if lean else EVAL_BATCH, "fast")
 
     def make_captioner(self, processor, generation, count: int) -> GreedyCaptioner:
         return FastGreedyCaptioner(processor, generation, count)

@@ -54,11 +54,13 @@ class Run:
     def is_main(self) -> bool:
         return self.arguments.process_index == 0
 
-    def note_inputs(self, splits: dict[str, list[Example]], model) -> None:
-        """Note the data and the model. Raises UserError unless a run that goes on has the data that it had.
+    def note_inputs(self, splits: dict[str, list[Example]], model, way: str) -> None:
+        """Note the data, the model and the way of training, "plain" or "fast".
 
-        What they are the main process says, for all: machines may have them at other places.
+        Raises UserError unless a run that goes on has the data and the way that it had. What the data are the main
+        process says, for all: machines may have them at other places.
         """
+        self.state["way"] = {"training": way}
         self.state["data"] = ask_main(fingerprint_data, splits)
         if (source := self.folder / "captions.json").is_file():  # of a data set on the hub
             self.state["captions"] = read_json(source, "start anew with --overwrite")
