@@ -82,9 +82,8 @@ class TrainConfig(DataConfig):
     warmup_ratio: float = 0.1  # share of the steps in which the learning rate rises
     max_caption_tokens: int = 256  # a longer caption is cut to this many tokens before its end token
     gradient_checkpointing: bool = False  # recompute activations: less memory, slower
-    vision_store_gib: float | None = None  # GiB of ViT outputs kept in memory; none: a quarter of it with a GPU, else 0
-    vision_store: Literal["auto", "off"] | Path = "auto"  # folder to keep them in; auto: vision-store/ with a GPU
-    vision_store_disk_gib: float = 20.0  # GiB up to which that folder is filled
+    features: Literal["auto", "off"] | Path = "auto"  # folder for the frozen ViT's outputs; auto: picks one with a GPU
+    features_disk_gib: float | None = None  # GiB that they may take; none: half of what is free there
     fast_step: Literal["auto", "on", "off"] = "auto"  # logits of text alone, LoRA in 16 bits; auto: on a GPU with bf16
     cuda_graphs: bool = True  # with the fast step on a GPU: record the launches of a pass once and replay them
     unpack_nf4: Literal["auto", "on", "off"] = "auto"  # with the fast step: NF4 values in 16 bits; auto: if room for 3x
@@ -114,7 +113,7 @@ class TrainConfig(DataConfig):
         _check(self, "more than 0", lambda value: value > 0, "max_caption_tokens", "num_train_epochs")
         _check(self, "0 to 4294967295", lambda value: 0 <= value < 2**32, "seed")
         _check(self, "0 or more", lambda value: value >= 0, "weight_decay", "dataloader_workers", "length_window")
-        _check(self, "0 or more", lambda value: value >= 0, "vision_store_gib", "vision_store_disk_gib")
+        _check(self, "0 or more", lambda value: value >= 0, "features_disk_gib")
         _check(self, "0 or more", lambda value: value >= 0, "min_box_size")
         _check(self, "0 or more, and less than 1", lambda value: 0 <= value < 1, "warmup_ratio", "lora_dropout")
         micro = self.per_device_train_batch_size
@@ -158,8 +157,7 @@ class EvalConfig:
     max_new_tokens: int | None = None  # longest caption in tokens; none: as saved in training
     batch_size: int | None = None  # images captioned at once; none: up to 512 in the fast way, 16 otherwise
     fast_generation: Literal["auto", "on", "off"] = "auto"  # OPT in 16 bits, by CUDA graphs; auto: on a GPU with room
-    vision_store: Literal["auto", "off"] | Path = "auto"  # kept ViT outputs, as in main.py
-    vision_store_disk_gib: float = 20.0  # GiB up to which that folder is filled
+    features: Literal["auto", "off"] | Path = "auto"  # folder of the ViT's outputs that main.py kept; auto: finds it
     show: int = 3  # captions printed beside their references
     seed: int = 42  # of the sample and of sampling
     run_name: str | None = None  # name of the folder in logs/; none: date and time
@@ -169,7 +167,6 @@ class EvalConfig:
         _check(self, "more than 0", lambda value: value > 0, "batch_size")
         _check(self, "0 to 4294967295", lambda value: 0 <= value < 2**32, "seed")
         _check(self, "more than 0, and at most 1", lambda value: 0 < value <= 1, "top_p")
-        _check(self, "0 or more", lambda value: value >= 0, "vision_store_disk_gib")
         if self.num_samples != "all" and self.num_samples < 1:
             raise UserError(f"--num-samples {self.num_samples}: must be 1 or more, or the word all")
         if self.model_floors and (self.base or self.predictions):
@@ -209,7 +206,7 @@ DEMO = {
         "learning_rate": 3e-3,
         "warmup_ratio": 0.03,
         "logging_steps": 25,
-        "vision_store_gib": 1.0,
+        "features": DEMO_DATA / "features",
         "length_window": 0,
         "dataloader_workers": 0,
         "train_share": 800 / DEMO_SCENES,
@@ -217,6 +214,7 @@ DEMO = {
     },
     EvalConfig: {
         "adapter": Path("blip2-finetuned-demo"),
+        "features": DEMO_DATA / "features",
         "num_samples": 200,
         "greedy": True,
         "batch_size": 100,

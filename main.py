@@ -35,20 +35,12 @@ from captioner.blip2.captioning import make_generation_config
 from captioner.blip2.loading import check_model, load_model, load_processor, pick_device, pick_dtype
 from captioner.blip2.lora import add_lora
 from captioner.blip2.vision import start_reading, take_vision_out
-from captioner.data.captions import Example
 from captioner.data.reading import check_images
-from captioner.data.splits import TRAINED_ON, leave_out_unreadable, list_images, prepare_splits
+from captioner.data.splits import leave_out_unreadable, list_images, prepare_splits
 from captioner.fast.captioning import FastGreedyCaptioner
+from captioner.fast.features import INDEX, FeatureFile, choose_place, keep_features
 from captioner.fast.speed import has_room_to_unpack, join_weights, unpack_nf4, use_fast_step
 from captioner.fast.trainer import speed_up
-from captioner.fast.vision_store import (
-    compute_outputs,
-    find_folder,
-    fits_memory,
-    has_outputs,
-    open_store,
-    record_vision,
-)
 from captioner.publishing.hub import push_to_hub
 from captioner.publishing.merge import merge_adapter
 from captioner.publishing.model_card import write_model_card
@@ -79,13 +71,6 @@ from captioner.training.trainer import CaptionTrainer, RowCollator, gather_train
 
 SPARE_TOKENS = 16  # that generation may write beyond the longest training caption
 EVAL_BATCH, LEAN_EVAL_BATCH = 64, 16  # frames a validation pass, unless the user says how many
-
-
-def keep_outputs(config, model_config, splits: dict[str, list[Example]], device: torch.device) -> bool:
-    """Whether memory has room for the ViT's outputs of what is trained on, in each process."""
-    images = len(list_images(splits, TRAINED_ON))
-    vision, dtype = model_config.vision_config, pick_dtype(device)
-    return all(gather(fits_memory, vision, dtype, images, config.vision_store_gib, device.type == "cuda"))
 
 
 def publish(config: TrainConfig) -> None:
@@ -128,28 +113,18 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
     state = describe_state(config, arguments.world_size)
     unfinished = ask_main(find_unfinished, config.output, state, config.resume, config.overwrite)
     ask_main(prepare_output, config.output)
-    stored = keep_outputs(config, model_config, splits, device)
-    for_eval = stored and find_folder(config, device) is not None  # eval.py finds the test split's outputs on disk
-    decoded_later = (*TRAINED_ON, *["test"] * for_eval) if stored else ()  # for the ViT
-    unchecked = list_images(splits, [split for split in splits if split not in decoded_later])
-    unreadable = ask_main(check_images, unchecked)
-    if not stored:
-        splits = leave_out_unreadable(splits, unreadable)  # before the model is fetched
+    images = list_images(splits, splits)
+    vision_config, dtype = model_config.vision_config, pick_dtype(device)
+    place = ask_main(choose_place, config, len(images), vision_config, dtype, device)
+    if place is None:
+        splits = leave_out_unreadable(splits, ask_main(check_images, images))  # before the model is fetched
 
-    processor = load_processor(config.model)
-    if stored:
-        images = list_images(splits, TRAINED_ON)
-        not_kept = list_images(splits, ["test"]) if for_eval and arguments.process_index == 0 else []
-        wanted, ahead, folder = [*images, *not_kept], None, find_folder(config, device)
-        if folder is None or not has_outputs(folder):  # they are decoded while the model is loaded
-            side = model_config.vision_config.image_size
-            how = {"hashes": folder is not None, "pin": device.type == "cuda"}
-            ahead = start_reading(wanted, processor, pick_dtype(device), side, **how)
+    processor, reading = load_processor(config.model), None
+    if place and not (place.folder / INDEX).exists():  # they are decoded while the model is loaded
+        share = images[arguments.process_index :: arguments.world_size]
+        reading = start_reading(share, processor, dtype, vision_config.image_size)
     model = load_model(config.model, config.load_in_4bit, device, checked=True)
-    outputs, store = None, None
-    if stored:
-        vision, settings = take_vision_out(model), model.config.vision_config
-        store = open_store(config, vision, settings, processor, write=arguments.process_index == 0)
+    vision = take_vision_out(model) if place else None
     model = add_lora(model, config.lora_target, config.lora_rank, config.lora_alpha, config.lora_dropout)
     fast = use_fast_step(config, model, device)
     trainer_class, collator, loss = CaptionTrainer, CaptionCollator(model.config), compute_loss
@@ -160,29 +135,23 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
             print(f"NF4 values of {unpack_nf4(model)} layers are unpacked: more memory, fewer computations")
         join_weights(model)
         trainer_class, collator, loss = speed_up(config, model)
-    if stored:
-        if fast and config.cuda_graphs and config.unpack_nf4 != "off":
-            vision = record_vision(vision)
-        outputs, found = compute_outputs(vision, settings, processor, wanted, store, len(images), ahead)
-        if store is not None:
-            print(store.describe())
-        del vision, ahead
-        gc.collect()  # now, not when memory is short
-        for reasons in gather(lambda: found):
-            unreadable |= reasons
+    features = None
+    if place:
+        file = FeatureFile(place.folder, vision, model.config.vision_config, processor)
+        features, unreadable = keep_features(file, place.limit, images, reading)
         splits = leave_out_unreadable(splits, unreadable)
-        print("the frozen ViT's outputs are stored: it is not needed in training")
+        del vision, file, reading
+        gc.collect()  # now, not when memory is short
     if config.demo:
         torch.set_num_threads(1)  # of steps as small as the demo's, several threads mostly wait for each other
     state["data"] = fingerprint_data(splits)
     if unfinished:
         refuse_changes(config.output, unfinished, state)
-    datasets = make_datasets(config, splits, processor, model.config, outputs)
+    datasets = make_datasets(config, splits, processor, model.config, features)
     longest = max(map(len, datasets["train"].caption_ids))
     generation = make_generation_config(model.config, longest + SPARE_TOKENS)
-    if outputs is not None:
+    if features is not None:
         arguments.dataloader_num_workers = 0  # nothing left to decode
-        arguments.dataloader_pin_memory &= not outputs.is_cuda  # or there already
     model.print_trainable_parameters()
     if fast:
         compile_kernels.finish(compiling)
@@ -215,7 +184,7 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
             args=arguments,
             train_dataset=datasets["train"],
             eval_dataset=datasets["val"],
-            data_collator=RowCollator(collator, pin=outputs is not None and outputs.is_cuda),
+            data_collator=RowCollator(collator),
             length_window=config.length_window,
         )
         for callback in make_callbacks(done):
@@ -224,12 +193,8 @@ def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
 
     try:
         trainer, metrics = train_lora(config, arguments, state, model, make_trainer)
-        if store is not None:
-            store.close()
     finally:  # also when it was stopped, and in processes that have nothing to save
         end_workers()
-        if store is not None:
-            store.close(finish=False)
     weights = gather_trainable(model) if is_sharded() else None
     if not is_main:
         return

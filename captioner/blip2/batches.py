@@ -1,7 +1,7 @@
 """Examples -> batches with masked labels."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,22 +58,27 @@ def tokenize_captions(captions: Sequence[str], processor: Blip2Processor, max_to
 class CaptionDataset(Dataset):
     """Examples as {"index": place, "pixel_values": (3, S, S), "caption_ids": list of tokens with the end token}.
 
-    Once `features` holds the ViT's outputs (see vision.py), they stand in for the pixels.
+    Where `features` holds the ViT's output (P, D) of each image, it stands in for the pixels (see vision.py).
     """
 
-    def __init__(self, examples: Sequence[Example], processor: Blip2Processor, max_tokens: int, end: int):
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        processor: Blip2Processor,
+        max_tokens: int,
+        end: int,
+        features: Mapping[Path, Tensor] | None = None,
+    ):
         self.examples, self.processor = examples, processor
         self.caption_ids = tokenize_captions([e.caption for e in examples], processor, max_tokens, end)
-        self.features: Tensor | None = None  # (N, P, D)
+        self.features = features
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict:
-        if self.features is not None:
-            pixels = self.features[index]
-        else:
-            pixels = load_pixels(self.examples[index].image, self.processor)
+        image = self.examples[index].image
+        pixels = load_pixels(image, self.processor) if self.features is None else self.features[image]
         return {"index": index, "pixel_values": pixels, "caption_ids": self.caption_ids[index]}
 
 
@@ -108,13 +113,12 @@ class CaptionCollator:
 
 
 def make_datasets(
-    config: TrainConfig, splits: dict[str, list[Example]], processor, model_config, outputs: torch.Tensor | None
+    config: TrainConfig,
+    splits: dict[str, list[Example]],
+    processor,
+    model_config,
+    features: Mapping[Path, Tensor] | None = None,
 ) -> dict[str, CaptionDataset]:
-    """What is trained on, with the ViT's `outputs` (N, P, D) of all its images in order, if they are stored."""
-    datasets, start = {}, 0
-    for split in TRAINED_ON:
-        dataset = CaptionDataset(splits[split], processor, config.max_caption_tokens, end_token(model_config))
-        if outputs is not None:
-            dataset.features = outputs[start : start + len(dataset)]
-        datasets[split], start = dataset, start + len(dataset)
-    return datasets
+    """What is trained on, with the ViT's output (P, D) of each image in `features`, if they are kept."""
+    tokens = config.max_caption_tokens, end_token(model_config)
+    return {split: CaptionDataset(splits[split], processor, *tokens, features) for split in TRAINED_ON}

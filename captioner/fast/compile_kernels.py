@@ -89,7 +89,7 @@ def make_outputs(model):
     """(P, D) what the ViT might give for an image."""
     import torch
 
-    from captioner.fast.vision_store import shape_outputs
+    from captioner.fast.features import shape_outputs
 
     return torch.zeros(*shape_outputs(model.config.vision_config), dtype=model.dtype, device=model.device)
 

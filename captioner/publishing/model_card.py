@@ -69,8 +69,8 @@ PATH_FIELDS = {
 }
 UNLISTED = PATH_FIELDS | {  # settings that are said elsewhere in the card, or don't change what is learnt
     *("model", "demo", "kaggle_dataset", "subset", "held_out", "strict", "run_name", "wandb", "logging_steps"),
-    *("dataloader_workers", "vision_store_gib", "resume", "overwrite", "save_minutes", "merge", "push_to_hub"),
-    *("val_captions", "vision_store_disk_gib"),
+    *("dataloader_workers", "features", "resume", "overwrite", "save_minutes", "merge", "push_to_hub"),
+    *("val_captions", "features_disk_gib"),
 }
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")

@@ -21,7 +21,7 @@ UNREADABLE = (OSError, ValueError, AttributeError, KeyError, TypeError, Recursio
 GROUPS = ("config", "data", "world", "versions")  # of state.json: what two runs are compared by
 FREE_OF_CHOICE = (  # settings that don't change what is learnt, and may differ when a run goes on
     *("resume", "overwrite", "merge", "push_to_hub", "wandb", "run_name", "logging_steps", "save_minutes"),
-    *("val_captions", "dataloader_workers", "output", "captions", "vision_store", "vision_store_disk_gib"),
+    *("val_captions", "dataloader_workers", "output", "captions", "features", "features_disk_gib"),
 )
 
 
