@@ -12,7 +12,7 @@ from captioner.data.captions import caption_labels, find_labels, read_captions
 from captioner.runtime.cli import run_script
 from captioner.runtime.errors import go_on_without
 from captioner.runtime.files import lock_folder, name_run, split_revision
-from config import DEMO_FOLDER, PipelineConfig, TrainConfig, parse_args
+from config import BASE_MODEL, DEMO_FOLDER, PipelineConfig, parse_args
 
 TOKENISED = 2000  # captions whose tokens are counted for the census
 
@@ -22,7 +22,7 @@ def count_tokens(captions: list[str]) -> tuple[Counter[int], str]:
     from huggingface_hub import try_to_load_from_cache
     from tokenizers import Tokenizer
 
-    name, revision = split_revision(TrainConfig.model)
+    name, revision = split_revision(BASE_MODEL)
     file = try_to_load_from_cache(name, "tokenizer.json", revision=revision)
     if not isinstance(file, str):
         name, file = "demo's", DEMO_FOLDER / "base/tokenizer.json"
@@ -32,9 +32,9 @@ def count_tokens(captions: list[str]) -> tuple[Counter[int], str]:
 
 
 def main(config: PipelineConfig) -> None:
-    run_dir = name_run(config, "-labels")
+    run_dir = name_run(config.run_name, "-labels")
     with lock_folder(run_dir, "--run-name"):
-        report = caption_labels(config, find_labels(config), config.output, run_dir)
+        report = caption_labels(config.source, find_labels(config), config.output, run_dir)
         if config.census:
             tokens, tokenizer = count_tokens(list(read_captions(config.output).values()))
             print_census(report, tokens, tokenizer)

@@ -1,76 +1,109 @@
-"""Settings of the three scripts. Each field's comment is its --help; the units are in it.
+"""Settings of the three scripts: small groups of what belongs together. Each field's comment is its --help, with units.
 
-A script reads its settings before it imports anything heavy, so that --help and a misspelt flag answer at once:
+A field's name is its flag and its name in run.json, whatever group it is in. A script reads its settings before it
+imports anything heavy, so that --help and a misspelt flag answer at once:
 
     config = parse_args(TrainConfig)
     import torch
+
+    config.lora.lora_rank                            # --lora-rank
+    make_config(TrainConfig, lora_rank=8, seed=1)    # the same without a command line
 """
 
-import dataclasses
-import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal
 
 from captioner.bdd100k.wording import Style
-from captioner.runtime.cli import report_error
 from captioner.runtime.errors import UserError
+from captioner.runtime.settings import Config, check, make_config, read_flags, setting
 
 DEMO_FOLDER = Path(__file__).parent / "demo"  # the renderer and the small base model
 DEMO_DATA = Path("demo-data")  # what the renderer draws
 DEMO_SCENES = 1400  # drawn for --demo: 800 to train, 80 to validate, 520 to test
 
-
 # The newest revision as of 2026-11, in safetensors: a repository that changes does not change what is trained.
 BASE_MODEL = "Salesforce/blip2-opt-2.7b@59a1ef6c1e5117b3f65523d1c6066825bcf315e3"
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """Where labels and images come from and how captions are worded."""
+# What is known of a field beside its comment: `free` ones don't change what is learnt, and may differ when a run goes
+# on; `unlisted` ones are left out of the model card.
 
-    demo: bool = False  # use the drawn scenes and the small model that ship with the project: CPU, no network
+# --------------------------------------------------------------------------------------------------------------
+# groups
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """Labels, and how they are worded."""
+
     labels: tuple[Path, ...] = ()  # BDD100K label files or folders; none: those of the Kaggle data set
-    kaggle_dataset: str = "solesensei/solesensei_bdd100k/versions/2"  # Kaggle handle with its version
-    subset: Literal["val", "train", "both"] = "val"  # Kaggle labels to use: 10,000 frames, 70,000 or all
+    # Kaggle handle with its version
+    kaggle_dataset: str = setting("solesensei/solesensei_bdd100k/versions/2", unlisted=True)
+    # Kaggle labels to use: 10,000 frames, 70,000 or all
+    subset: Literal["val", "train", "both"] = setting("val", unlisted=True)
     style: Style = "plain"  # wording of the captions
     class_names: Literal["file", "2018", "det20"] = "file"  # person (2018) or pedestrian (det20); file: as labelled
     lanes: bool = True  # count lanes and drivable areas like objects
     merge_duplicates: bool = False  # count boxes of one class that overlap by IoU > 0.85 once
     min_box_size: float = 0.0  # pixels of its shorter side below which a box is not counted; lights show at any size
     without_scene: Literal["skip", "caption"] = "skip"  # frames with no scene attributes; caption: no first sentence
-    strict: bool = False  # stop at labels with any frame that can't be used or any unknown class or value
-
-
-@dataclass(frozen=True)
-class PipelineConfig(DataConfig):
-    """Turn BDD100K labels into captions, a CSV of name,raw_caption."""
-
-    census: bool = False  # print what the labels hold, and draw it
-    output: Path = Path("bdd100k_captions.csv")  # CSV file to write
-    run_name: str | None = None  # name of the folder in logs/ for the census; none: date and time
+    # stop at labels with any frame that can't be used or any unknown class or value
+    strict: bool = setting(False, unlisted=True)
 
     def __post_init__(self):
-        _check(self, "0 or more", lambda value: value >= 0, "min_box_size")
+        check(self, "0 or more", lambda value: value >= 0, "min_box_size")
 
 
 @dataclass(frozen=True)
-class TrainConfig(DataConfig):
-    """Fine-tune BLIP-2 with QLoRA on captions made from BDD100K labels."""
+class DataSettings:
+    """Captions with their images, and how they are split."""
 
     images: Path | None = None  # folder with the images, searched to any depth; none: the Kaggle data set's
-    captions: Path = Path("bdd100k_captions.csv")  # captions CSV, written anew from the labels
-    output: Path = Path("blip2-finetuned")  # folder of the adapter, processor, settings and split
+    captions: Path = setting(Path("bdd100k_captions.csv"), free=True)  # captions CSV, written anew from the labels
     limit: int | None = None  # use at most this many frames; none: all
+    train_share: float = 0.6  # share of the frames for training; whole rides only
+    val_share: float = 0.28  # share of the frames for validation; what is left is the test split
+    # the test split: a share of the rides, or with --subset train all val labels
+    held_out: Literal["rides", "val"] = setting("rides", unlisted=True)
 
-    model: str = BASE_MODEL  # BLIP-2 checkpoint: name or name@revision on the hub, or a local folder
+    def __post_init__(self):
+        if self.limit is not None and self.limit < 3:
+            raise UserError(f"--limit {self.limit}: must be 3 or more, for train, validation and test")
+        if not (0 < self.train_share < 1 and 0 < self.val_share < 1 and self.train_share + self.val_share < 1):
+            raise UserError(
+                f"--train-share {self.train_share} --val-share {self.val_share}: each must be between 0 and 1, "
+                "and their sum less than 1, so that frames are left to test on"
+            )
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The model that is fine-tuned."""
+
+    # BLIP-2 checkpoint: name or name@revision on the hub, or a local folder
+    model: str = setting(BASE_MODEL, unlisted=True)
     load_in_4bit: bool = True  # quantise the frozen weights to NF4 with double quantisation
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The weights that are learnt."""
+
     lora_target: Literal["qformer", "lm", "both"] = "both"  # where LoRA is added: Q-Former, language model, both
     lora_rank: int = 16  # rank of the LoRA matrices
     lora_alpha: int = 32  # LoRA scale, divided by the rank
     lora_dropout: float = 0.05  # share of LoRA inputs dropped in training
+
+    def __post_init__(self):
+        check(self, "more than 0", lambda value: value > 0, "lora_rank", "lora_alpha")
+        check(self, "0 or more, and less than 1", lambda value: 0 <= value < 1, "lora_dropout")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How they are learnt."""
 
     num_train_epochs: float = 5.0  # passes over the training frames
     max_steps: int = -1  # optimiser steps, overrides the epochs; -1: by epochs
@@ -82,56 +115,129 @@ class TrainConfig(DataConfig):
     warmup_ratio: float = 0.1  # share of the steps in which the learning rate rises
     max_caption_tokens: int = 256  # a longer caption is cut to this many tokens before its end token
     gradient_checkpointing: bool = False  # recompute activations: less memory, slower
-    features: Literal["auto", "off"] | Path = "auto"  # folder for the frozen ViT's outputs; auto: picks one with a GPU
-    features_disk_gib: float | None = None  # GiB that they may take; none: half of what is free there
-    fast_step: Literal["auto", "on", "off"] = "auto"  # logits of text alone, LoRA in 16 bits; auto: on a GPU with bf16
-    cuda_graphs: bool = True  # with the fast step on a GPU: record the launches of a pass once and replay them
-    unpack_nf4: Literal["auto", "on", "off"] = "auto"  # with the fast step: NF4 values in 16 bits; auto: if room for 3x
     length_window: int = 50  # steps among which frames are dealt out by length, against padding; 0: random order
-    dataloader_workers: int = 4  # processes that decode images; 0: the main process
-
-    train_share: float = 0.6  # share of the frames for training; whole rides only
-    val_share: float = 0.28  # share of the frames for validation; what is left is the test split
-    held_out: Literal["rides", "val"] = "rides"  # the test split: a share of the rides, or with --subset train all val
+    # processes that decode images; 0: the main process
+    dataloader_workers: int = setting(4, free=True, unlisted=True)
     seed: int = 42  # of the split, LoRA's start, dropout and the order of frames
 
-    resume: bool = False  # go on with the unfinished run in the output folder; the same adapter comes out
-    overwrite: bool = False  # train anew where an unfinished run is
-    save_minutes: float = 10.0  # minutes between two checkpoints within an epoch
-    merge: bool = False  # also write <output>-merged: the model with the adapter merged in, unquantised
-    push_to_hub: str | None = None  # name of a private repository on the Hugging Face hub to upload the adapter to
-    logging_steps: int = 10  # optimiser steps between two logged losses
-    val_captions: int = 16  # validation images captioned and scored after each epoch; 0: none
-    run_name: str | None = None  # name of the folder in logs/ and of the wandb run; none: date and time
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online if logged in, else disabled
-
     def __post_init__(self):
-        _check(self, "more than 0", lambda value: value > 0, "lora_rank", "lora_alpha", "learning_rate")
-        _check(self, "more than 0", lambda value: value > 0, "train_batch_size", "per_device_eval_batch_size")
-        _check(self, "more than 0", lambda value: value > 0, "logging_steps")
-        _check(self, "0 or more", lambda value: value >= 0, "save_minutes", "val_captions")
-        _check(self, "more than 0", lambda value: value > 0, "max_caption_tokens", "num_train_epochs")
-        _check(self, "0 to 4294967295", lambda value: 0 <= value < 2**32, "seed")
-        _check(self, "0 or more", lambda value: value >= 0, "weight_decay", "dataloader_workers", "length_window")
-        _check(self, "0 or more", lambda value: value >= 0, "features_disk_gib")
-        _check(self, "0 or more", lambda value: value >= 0, "min_box_size")
-        _check(self, "0 or more, and less than 1", lambda value: 0 <= value < 1, "warmup_ratio", "lora_dropout")
+        check(self, "more than 0", lambda value: value > 0, "num_train_epochs", "train_batch_size", "learning_rate")
+        check(self, "more than 0", lambda value: value > 0, "per_device_eval_batch_size", "max_caption_tokens")
+        check(self, "0 or more", lambda value: value >= 0, "weight_decay", "length_window", "dataloader_workers")
+        check(self, "0 or more, and less than 1", lambda value: 0 <= value < 1, "warmup_ratio")
+        check(self, "0 to 4294967295", lambda value: 0 <= value < 2**32, "seed")
         micro = self.per_device_train_batch_size
         if micro is not None and (micro < 1 or self.train_batch_size % micro):
             raise UserError(
                 f"--per-device-train-batch-size {micro}: must divide --train-batch-size {self.train_batch_size}"
             )
+
+
+@dataclass(frozen=True)
+class FastTrainingSettings:
+    """What makes training faster."""
+
+    # folder for the frozen ViT's outputs; auto: with a GPU, one beside the output or in the temporary folder
+    features: Literal["auto", "off"] | Path = setting("auto", free=True)
+    # GiB that they may take; none: half of what is free there
+    features_disk_gib: float | None = setting(None, free=True, unlisted=True)
+    fast_step: Literal["auto", "on", "off"] = "auto"  # logits of text alone, LoRA in 16 bits; auto: on a GPU with bf16
+    cuda_graphs: bool = True  # with the fast step on a GPU: record the launches of a pass once and replay them
+    unpack_nf4: Literal["auto", "on", "off"] = "auto"  # with the fast step: NF4 values in 16 bits; auto: if room for 3x
+
+    def __post_init__(self):
+        check(self, "0 or more", lambda value: value >= 0, "features_disk_gib")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where the run writes, how it goes on, and what it shows of itself."""
+
+    output: Path = setting(Path("blip2-finetuned"), free=True)  # folder of the adapter, processor, settings and split
+    # go on with the unfinished run in the output folder; the same adapter comes out
+    resume: bool = setting(False, free=True, unlisted=True)
+    overwrite: bool = setting(False, free=True, unlisted=True)  # train anew where an unfinished run is
+    # minutes between two checkpoints within an epoch
+    save_minutes: float = setting(10.0, free=True, unlisted=True)
+    # also write <output>-merged: the model with the adapter merged in, unquantised
+    merge: bool = setting(False, free=True, unlisted=True)
+    # name of a private repository on the Hugging Face hub to upload the adapter to
+    push_to_hub: str | None = setting(None, free=True, unlisted=True)
+    logging_steps: int = setting(10, free=True, unlisted=True)  # optimiser steps between two logged losses
+    # validation images captioned and scored after each epoch; 0: none
+    val_captions: int = setting(16, free=True, unlisted=True)
+    # name of the folder in logs/ and of the wandb run; none: date and time
+    run_name: str | None = setting(None, free=True, unlisted=True)
+    # auto: online if logged in, else disabled
+    wandb: Literal["auto", "online", "offline", "disabled"] = setting("auto", free=True, unlisted=True)
+
+    def __post_init__(self):
+        check(self, "0 or more", lambda value: value >= 0, "save_minutes", "val_captions")
+        check(self, "more than 0", lambda value: value > 0, "logging_steps")
         if self.resume and self.overwrite:
             raise UserError("--resume --overwrite: go on with the unfinished run, or train anew, not both")
-        if self.limit is not None and self.limit < 3:
-            raise UserError(f"--limit {self.limit}: must be 3 or more, for train, validation and test")
-        if self.held_out == "val" and (self.subset != "train" or self.labels or self.demo):
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How captions are generated."""
+
+    greedy: bool = False  # take the likeliest token each time instead of sampling
+    temperature: float = 0.7  # of sampling
+    top_p: float = 0.9  # share of the probability that sampling draws from
+    max_new_tokens: int | None = None  # longest caption in tokens; none: as saved in training
+    batch_size: int | None = None  # images captioned at once; none: up to 512 in the fast way, 16 otherwise
+    seed: int = 42  # of the sample and of sampling
+
+    def __post_init__(self):
+        check(self, "more than 0", lambda value: value > 0, "temperature", "batch_size")
+        check(self, "more than 0, and at most 1", lambda value: 0 < value <= 1, "top_p")
+        check(self, "1 or more", lambda value: value >= 1, "max_new_tokens")
+        check(self, "0 to 4294967295", lambda value: 0 <= value < 2**32, "seed")
+
+
+@dataclass(frozen=True)
+class FastCaptionSettings:
+    """What makes captioning faster."""
+
+    fast_generation: Literal["auto", "on", "off"] = "auto"  # OPT in 16 bits, by CUDA graphs; auto: on a GPU with room
+    features: Literal["auto", "off"] | Path = "auto"  # folder where main.py has kept the ViT's outputs; auto: as there
+
+
+# --------------------------------------------------------------------------------------------------------------
+# scripts
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """Turn BDD100K labels into captions, a CSV of name,raw_caption."""
+
+    demo: bool = False  # use the drawn scenes that ship with the project
+    census: bool = False  # print what the labels hold, and draw it
+    output: Path = Path("bdd100k_captions.csv")  # CSV file to write
+    run_name: str | None = None  # name of the folder in logs/ for the census; none: date and time
+
+    source: SourceSettings = SourceSettings()
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Fine-tune BLIP-2 with QLoRA on captions made from BDD100K labels."""
+
+    # use the drawn scenes and the small model that ship with the project: CPU, no network
+    demo: bool = setting(False, unlisted=True)
+
+    source: SourceSettings = SourceSettings()
+    data: DataSettings = DataSettings()
+    base: ModelSettings = ModelSettings()
+    lora: LoraSettings = LoraSettings()
+    training: TrainingSettings = TrainingSettings()
+    run: RunSettings = RunSettings()
+    fast: FastTrainingSettings = FastTrainingSettings()
+
+    def __post_init__(self):
+        if self.data.held_out == "val" and (self.source.subset != "train" or self.source.labels or self.demo):
             raise UserError("--held-out val: goes with --subset train of the Kaggle set, whose val labels it takes")
-        if not (0 < self.train_share < 1 and 0 < self.val_share < 1 and self.train_share + self.val_share < 1):
-            raise UserError(
-                f"--train-share {self.train_share} --val-share {self.val_share}: each must be between 0 and 1, "
-                "and their sum less than 1, so that frames are left to test on"
-            )
 
 
 @dataclass(frozen=True)
@@ -151,22 +257,13 @@ class EvalConfig:
     blank: bool = False  # show black images instead: what scores then is said without looking
     split: Literal["train", "val", "test"] = "test"  # frames to draw the sample from
     num_samples: int | Literal["all"] = 20  # random frames to caption
-    greedy: bool = False  # take the likeliest token each time instead of sampling
-    temperature: float = 0.7  # of sampling
-    top_p: float = 0.9  # share of the probability that sampling draws from
-    max_new_tokens: int | None = None  # longest caption in tokens; none: as saved in training
-    batch_size: int | None = None  # images captioned at once; none: up to 512 in the fast way, 16 otherwise
-    fast_generation: Literal["auto", "on", "off"] = "auto"  # OPT in 16 bits, by CUDA graphs; auto: on a GPU with room
-    features: Literal["auto", "off"] | Path = "auto"  # folder of the ViT's outputs that main.py kept; auto: finds it
     show: int = 3  # captions printed beside their references
-    seed: int = 42  # of the sample and of sampling
     run_name: str | None = None  # name of the folder in logs/; none: date and time
 
+    generation: GenerationSettings = GenerationSettings()
+    fast: FastCaptionSettings = FastCaptionSettings()
+
     def __post_init__(self):
-        _check(self, "more than 0", lambda value: value > 0, "temperature")
-        _check(self, "more than 0", lambda value: value > 0, "batch_size")
-        _check(self, "0 to 4294967295", lambda value: 0 <= value < 2**32, "seed")
-        _check(self, "more than 0, and at most 1", lambda value: 0 < value <= 1, "top_p")
         if self.num_samples != "all" and self.num_samples < 1:
             raise UserError(f"--num-samples {self.num_samples}: must be 1 or more, or the word all")
         if self.model_floors and (self.base or self.predictions):
@@ -188,12 +285,10 @@ class EvalConfig:
             raise UserError("--predictions: no model is loaded, so --base and --blank have nothing to act on")
         if self.references and not (self.predictions or self.compare):
             raise UserError("--references: goes with --predictions or --compare, whose captions they belong to")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens {self.max_new_tokens}: must be 1 or more")
 
 
 # What --demo changes; flags on the command line come on top.
-DEMO = {
+DEMO: dict[type, dict[str, Any]] = {
     PipelineConfig: {"output": DEMO_DATA / "bdd100k_captions.csv"},
     TrainConfig: {
         "captions": DEMO_DATA / "bdd100k_captions.csv",
@@ -222,38 +317,9 @@ DEMO = {
     },
 }
 
-Config = TypeVar("Config", PipelineConfig, TrainConfig, EvalConfig)
-
 
 def parse_args(config_class: type[Config], args: list[str] | None = None) -> Config:
     """Read `args` (default: the command line). A wrong flag prints what it may have meant and exits with 2."""
-    import tyro
-
-    if os.environ.get("RANK", "0") != "0":  # under accelerate launch one process speaks, and all may fail
-        os.environ["TQDM_DISABLE"] = "1"
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     args = sys.argv[1:] if args is None else args
-    defaults = DEMO[config_class] | {"demo": True} if "--demo" in args else {}
-    try:
-        return tyro.cli(config_class, default=config_class(**defaults), args=args)
-    except UserError as error:
-        sys.exit(report_error(error))
-
-
-def config_to_json(config) -> dict:
-    """A configuration as JSON types."""
-    return {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
-
-
-def _plain(value):
-    if isinstance(value, Path):
-        return str(value)
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _check(config, must_be: str, holds: Callable[[float], bool], *names: str) -> None:
-    """Raise UserError unless the settings of those `names` hold; None is none to check."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not holds(value):
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be {must_be}")
+    demo = {**DEMO[config_class], "demo": True} if "--demo" in args else {}
+    return read_flags(make_config(config_class, **demo), args)

@@ -34,10 +34,10 @@ from captioner.bdd100k.parsing import mark_caption, parse_caption
 from captioner.data.captions import Example
 from captioner.data.images import find_images, index_images
 from captioner.data.splits import choose_examples, read_split
-from captioner.runtime.cli import import_bitsandbytes, without_collector
 from captioner.runtime.errors import UserError, escape_controls
 from captioner.runtime.files import atomic_write, explain_writing, lock_folder, name_run
 from captioner.runtime.processes import ask_main, find_place, go_on_alone
+from captioner.runtime.settings import flatten
 from captioner.scoring.console import print_captions, print_comparison, print_left_out, print_scores
 from captioner.scoring.predictions import (
     Prediction,
@@ -50,7 +50,6 @@ from captioner.scoring.predictions import (
 )
 from captioner.scoring.report import ReportRow, make_rows, start_thumbnails, write_report
 from captioner.scoring.scores import compare_predictions, score_predictions
-from config import config_to_json
 
 UNTUNED, NEAREST = "the untuned model", "nearest training image"  # floors that need a model
 RESUMED = (
@@ -65,9 +64,8 @@ RESUMED = (
 
 def load_captioner(config: EvalConfig, images: int):
     """The fine-tuned model, for so many images. Torch is imported here: who only scores captions does without."""
-    with without_collector():
-        import_bitsandbytes()  # before transformers and peft do
-        from captioner.fast.captioning import FastCaptioner
+    from captioner.fast.captioning import FastCaptioner
+
     return FastCaptioner(config, images)
 
 
@@ -129,7 +127,7 @@ def read_finished(path: Path, config: EvalConfig) -> dict[str, str]:
     """{name: caption} of an earlier run under this name, which must have had the same settings."""
     from captioner.data.run_record import read_run
 
-    settings = {name: value for name, value in config_to_json(config).items() if name in RESUMED}
+    settings = {name: value for name, value in flatten(config).items() if name in RESUMED}
     settings |= {"images": [str(image.resolve()) for image in config.images], "trained": read_run(config.adapter)}
     noted = path.with_name("settings.json")
     if not path.exists():
@@ -248,7 +246,7 @@ def evaluate(config: EvalConfig, run_dir: Path) -> None:
     except ValueError as error:
         raise UserError(f"{predictions_file}: {error}") from None
     scores |= {"left_out": dict(+left_out), "facts_from": "labels" if config.labels else "references"}
-    scores |= {"predictions": str(predictions_file), "config": config_to_json(config)}
+    scores |= {"predictions": str(predictions_file), "config": flatten(config)}
     with atomic_write(run_dir / "scores.json") as file:
         json.dump(scores, file, indent=1, allow_nan=False)
     origin = ", ".join(signature.values()) if config.predictions is None else config.predictions.name
@@ -282,9 +280,10 @@ def add_to_adapter(adapter: Path, scores: dict) -> None:
 
 
 def describe_decoding(config: EvalConfig) -> str:
-    if config.greedy:
+    if config.generation.greedy:
         return "greedy"
-    return f"T{config.temperature:g}-p{config.top_p:g}-seed{config.seed}-batch{config.batch_size or 'auto'}"
+    way = config.generation
+    return f"T{way.temperature:g}-p{way.top_p:g}-seed{way.seed}-batch{way.batch_size or 'auto'}"
 
 
 def compare(config: EvalConfig, run_dir: Path) -> None:
@@ -303,7 +302,7 @@ def compare(config: EvalConfig, run_dir: Path) -> None:
 
 
 def main(config: EvalConfig) -> None:
-    run_dir = name_run(config, "-eval")
+    run_dir = name_run(config.run_name, "-eval")
     if (config.compare or config.predictions) and int(os.environ.get("RANK", 0)) > 0:
         return  # there is nothing to share out
     with lock_folder(run_dir, "--run-name"):

@@ -9,206 +9,76 @@ LoRA is trained on the NF4 model with the Hugging Face Trainer; the adapter with
 with its processor, generation settings, configuration and split, for eval.py or plain peft.
 """
 
-import gc
-
-from captioner.fast import compile_kernels
-from captioner.runtime.cli import import_bitsandbytes, run_script
+from captioner.runtime.cli import run_script
 from config import TrainConfig, parse_args
 
 if __name__ == "__main__":
     config = parse_args(TrainConfig)  # before the heavy imports, so that --help answers at once
-    compiling = compile_kernels.start(config)
-    gc.disable()  # until run_script, for a fifth of the time that imports take
-import_bitsandbytes()  # before transformers and peft do
 
-import functools
-import subprocess
+import dataclasses
+import importlib.util
 import time
-from pathlib import Path
 
 import torch
-from transformers import TrainerCallback, set_seed
-from transformers.utils import logging as transformers_logging
+from transformers import set_seed
 
-from captioner.blip2.batches import CaptionCollator, make_datasets
+from captioner.blip2.batches import make_datasets
 from captioner.blip2.captioning import make_generation_config
-from captioner.blip2.loading import check_model, load_model, load_processor, pick_device, pick_dtype
+from captioner.blip2.loading import check_model, load_model, load_processor, pick_device
 from captioner.blip2.lora import add_lora
-from captioner.blip2.vision import start_reading, take_vision_out
-from captioner.data.reading import check_images
-from captioner.data.splits import leave_out_unreadable, list_images, prepare_splits
-from captioner.fast.captioning import FastGreedyCaptioner
-from captioner.fast.features import INDEX, FeatureFile, choose_place, keep_features
-from captioner.fast.speed import has_room_to_unpack, join_weights, unpack_nf4, use_fast_step
-from captioner.fast.trainer import speed_up
-from captioner.publishing.hub import push_to_hub
-from captioner.publishing.merge import merge_adapter
-from captioner.publishing.model_card import write_model_card
-from captioner.runtime.errors import go_on_without
-from captioner.runtime.files import lock_folder, name_run
-from captioner.runtime.processes import ask_main, gather, go_on_alone, is_sharded
-from captioner.training.arguments import check_sharding, make_arguments, split_batch
-from captioner.training.checkpoints import (
-    checkpoint_folder,
-    find_unfinished,
-    fingerprint_data,
-    read_state,
-    refuse_changes,
-)
-from captioner.training.dashboard import RunLog, ValidationCaptions, choose_wandb_mode, start_wandb
-from captioner.training.micro_batch import compute_loss, find_micro_batch
-from captioner.training.run import (
-    describe_run,
-    describe_state,
-    end_workers,
-    is_finished,
-    prepare_output,
-    remove_checkpoints,
-    save_finetuned,
-    train_lora,
-)
-from captioner.training.trainer import CaptionTrainer, RowCollator, gather_trainable
+from captioner.data.splits import prepare_splits
+from captioner.publishing.publish import publish
+from captioner.runtime.files import lock_folder
+from captioner.runtime.processes import ask_main
+from captioner.training.dashboard import make_callbacks
+from captioner.training.plain import PlainWay
+from captioner.training.run import open_run, save_run
+from captioner.training.train import train_lora
 
 SPARE_TOKENS = 16  # that generation may write beyond the longest training caption
-EVAL_BATCH, LEAN_EVAL_BATCH = 64, 16  # frames a validation pass, unless the user says how many
 
 
-def publish(config: TrainConfig) -> None:
-    """What is made of the saved adapter: its model card; the merged model and the copy on the hub, where asked for."""
-    with go_on_without("model card"):
-        write_model_card(config.output)
-    if config.merge:
-        merged = config.output.with_name(config.output.name + "-merged")
-        merge_adapter(config.output, merged)
-        print(f"merged model saved to {merged}")
-    if config.push_to_hub:
-        print(f"uploaded to {push_to_hub(config.output, config.push_to_hub)}")
+def main(config: TrainConfig) -> None:
+    with lock_folder(config.run.output, "--output"):
+        start, device = time.perf_counter(), pick_device()
+        run = open_run(config, device)
+        if run is None:  # it has come to its end before
+            return publish(config)
+        set_seed(config.training.seed)  # before LoRA draws its first weights
+        model_config = check_model(config.base.model, config.base.load_in_4bit, device)  # before hours of download
+        splits = ask_main(prepare_splits, config, run.folder)
+        processor = load_processor(config.base.model)
+        way = choose_way(config, model_config, device)
+        splits = way.check_images(splits, processor)
+        model = load_model(config.base.model, config.base.load_in_4bit, device, checked=True)
+        splits, features = way.encode_images(model, processor, splits)
+        model = add_lora(model, *dataclasses.astuple(config.lora))
+        parts = way.make_parts(model)
+        model.print_trainable_parameters()
+        run.note_inputs(splits, model)
+        datasets = make_datasets(config, splits, processor, model.config, features)
+        generation = make_generation_config(model.config, datasets["train"].longest + SPARE_TOKENS)
+        captioner = way.make_captioner(processor, generation, config.run.val_captions)
+        try:
+            trainer = train_lora(run, model, datasets, parts, make_callbacks(run, datasets["val"], captioner))
+            way.finish()
+        finally:
+            way.close()
+        save_run(run, trainer, processor, generation, splits)
+        if run.is_main:
+            print(f"adapter saved to {config.run.output} after {time.perf_counter() - start:.0f} s")
+            publish(config)
+            print("next: python eval.py" + (" --demo" if config.demo else f" --adapter {config.run.output}"))
 
 
-def main(config: TrainConfig, compiling: subprocess.Popen | None = None) -> None:
-    with lock_folder(config.output, "--output"):
-        train(config, compiling)
+def choose_way(config: TrainConfig, model_config, device: torch.device) -> PlainWay:
+    """The fast way where that folder is there, which falls back on the plain one where it is not possible."""
+    if importlib.util.find_spec("captioner.fast") is None:
+        return PlainWay(config)
+    from captioner.fast.door import FastWay
 
-
-def train(config: TrainConfig, compiling: subprocess.Popen | None) -> None:
-    start = time.perf_counter()
-    transformers_logging.set_verbosity_error()
-    if is_sharded():
-        check_sharding(config)
-    wandb_mode = choose_wandb_mode(config.wandb)
-    device = pick_device()
-    arguments = make_arguments(config, device)
-    micro_batch_limit = split_batch(config, arguments.world_size)  # by now the processes are joined
-    if config.resume and ask_main(is_finished, config):
-        print(f"the run in {config.output} is finished, nothing is left to train")
-        go_on_alone()
-        publish(config)
-        return
-    set_seed(config.seed)  # before LoRA draws its first weights
-    model_config = check_model(config.model, config.load_in_4bit, device)  # before hours of download
-
-    unfinished = None if config.overwrite else ask_main(read_state, checkpoint_folder(config.output))
-    run_dir = Path(unfinished["run_dir"]) if unfinished else ask_main(name_run, config)
-    splits = ask_main(prepare_splits, config, run_dir)
-    state = describe_state(config, arguments.world_size)
-    unfinished = ask_main(find_unfinished, config.output, state, config.resume, config.overwrite)
-    ask_main(prepare_output, config.output)
-    images = list_images(splits, splits)
-    vision_config, dtype = model_config.vision_config, pick_dtype(device)
-    place = ask_main(choose_place, config, len(images), vision_config, dtype, device)
-    if place is None:
-        splits = leave_out_unreadable(splits, ask_main(check_images, images))  # before the model is fetched
-
-    processor, reading = load_processor(config.model), None
-    if place and not (place.folder / INDEX).exists():  # they are decoded while the model is loaded
-        share = images[arguments.process_index :: arguments.world_size]
-        reading = start_reading(share, processor, dtype, vision_config.image_size)
-    model = load_model(config.model, config.load_in_4bit, device, checked=True)
-    vision = take_vision_out(model) if place else None
-    model = add_lora(model, config.lora_target, config.lora_rank, config.lora_alpha, config.lora_dropout)
-    fast = use_fast_step(config, model, device)
-    trainer_class, collator, loss = CaptionTrainer, CaptionCollator(model.config), compute_loss
-    if fast:
-        if config.unpack_nf4 == "on" or (
-            config.unpack_nf4 == "auto" and not config.gradient_checkpointing and has_room_to_unpack(model, device)
-        ):
-            print(f"NF4 values of {unpack_nf4(model)} layers are unpacked: more memory, fewer computations")
-        join_weights(model)
-        trainer_class, collator, loss = speed_up(config, model)
-    features = None
-    if place:
-        file = FeatureFile(place.folder, vision, model.config.vision_config, processor)
-        features, unreadable = keep_features(file, place.limit, images, reading)
-        splits = leave_out_unreadable(splits, unreadable)
-        del vision, file, reading
-        gc.collect()  # now, not when memory is short
-    if config.demo:
-        torch.set_num_threads(1)  # of steps as small as the demo's, several threads mostly wait for each other
-    state["data"] = fingerprint_data(splits)
-    if unfinished:
-        refuse_changes(config.output, unfinished, state)
-    datasets = make_datasets(config, splits, processor, model.config, features)
-    longest = max(map(len, datasets["train"].caption_ids))
-    generation = make_generation_config(model.config, longest + SPARE_TOKENS)
-    if features is not None:
-        arguments.dataloader_num_workers = 0  # nothing left to decode
-    model.print_trainable_parameters()
-    if fast:
-        compile_kernels.finish(compiling)
-
-    lean = not fast or config.gradient_checkpointing
-    eval_batch = config.per_device_eval_batch_size or (LEAN_EVAL_BATCH if lean else EVAL_BATCH)
-    arguments.per_device_eval_batch_size = eval_batch
-    state["run_dir"] = str(run_dir)
-    state["model_commit"] = getattr(model.config, "_commit_hash", None)  # that the hub's name stood for
-    state["micro_batch"] = (unfinished or {}).get("micro_batch") or config.per_device_train_batch_size
-    if state["micro_batch"] is None:
-        search = (find_micro_batch, model, datasets["train"], micro_batch_limit, collator, loss)
-        state["micro_batch"] = min(gather(*search))
-    steps = micro_batch_limit // state["micro_batch"]
-    print(f"{config.train_batch_size} frames an optimiser step: {state['micro_batch']} a forward pass, {steps} passes")
-    is_main = arguments.process_index == 0
-    wandb_run = start_wandb(wandb_mode, run_dir.name, state["config"]) if is_main else None
-
-    def make_callbacks(done: int) -> list[TrainerCallback]:
-        if not is_main:
-            return []
-        log = RunLog(run_dir, done, wandb_run)
-        count = min(config.val_captions, len(datasets["val"]))
-        caption = FastGreedyCaptioner(processor, generation, count)
-        return [ValidationCaptions(log, datasets["val"], count, caption), log]
-
-    def make_trainer(done: int) -> CaptionTrainer:
-        trainer = trainer_class(
-            model=model,
-            args=arguments,
-            train_dataset=datasets["train"],
-            eval_dataset=datasets["val"],
-            data_collator=RowCollator(collator),
-            length_window=config.length_window,
-        )
-        for callback in make_callbacks(done):
-            trainer.add_callback(callback)
-        return trainer
-
-    try:
-        trainer, metrics = train_lora(config, arguments, state, model, make_trainer)
-    finally:  # also when it was stopped, and in processes that have nothing to save
-        end_workers()
-    weights = gather_trainable(model) if is_sharded() else None
-    if not is_main:
-        return
-    results = {**metrics, "best_eval_loss": trainer.state.best_metric}
-    if device.type == "cuda":
-        results["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-    run = describe_run(state, run_dir.name, device, results)
-    save_finetuned(config.output, model, weights, processor, generation, splits, run)
-    remove_checkpoints(config.output)
-    print(f"best validation loss {trainer.state.best_metric:.4f}; curves in {run_dir / 'dashboard.png'}")
-    print(f"adapter saved to {config.output} after {time.perf_counter() - start:.0f} s")
-    publish(config)
-    print("next: python eval.py" + (" --demo" if config.demo else f" --adapter {config.output}"))
+    return FastWay(config, model_config, device)
 
 
 if __name__ == "__main__":
-    run_script(functools.partial(main, compiling=compiling), config)
+    run_script(main, config)

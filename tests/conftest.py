@@ -1,5 +1,6 @@
 """What the tests share: a tiny BLIP-2 with random weights in the hub's layout, and drawn frames to train it on."""
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -28,6 +29,7 @@ needs_real_samples = pytest.mark.skipif(not SHARED.is_dir(), reason="the real BD
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # what is imported stays: each search for garbage, of which a training makes several, passes it over
+    atexit.register(gc.unfreeze)  # else libraries complain of what is left
 
 
 def skip_without(what: str, reason: str) -> NoReturn:
@@ -51,8 +53,6 @@ def capture(call: Callable[[], object], cwd: Path | None = None, **environment) 
 
     Only sys.exit is caught: where a user would see a traceback, the test fails.
     """
-    from captioner.runtime import cli
-
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     code = 0
     with (
@@ -60,14 +60,11 @@ def capture(call: Callable[[], object], cwd: Path | None = None, **environment) 
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         mock.patch.dict(os.environ, {name: str(value) for name, value in environment.items()}),
-        mock.patch.object(gc, "freeze"),  # this process goes on
     ):
         try:
             call()
         except SystemExit as stopped:
             code = stopped.code or 0
-        finally:
-            cli._DONE.clear()
     texts = (stream.buffer.getvalue().decode() for stream in (out, err))
     return subprocess.CompletedProcess(sys.argv, code, *texts)
 
@@ -210,10 +207,10 @@ def undisturbed(tmp_path_factory, settings):
     from training_runs import hash_adapter
 
     import main
-    from config import TrainConfig
+    from config import TrainConfig, make_config
 
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        main.main(TrainConfig(**settings))
+        main.main(make_config(TrainConfig, **settings))
     return hash_adapter(folder), folder

@@ -138,6 +138,7 @@ def config_target(folder: Path) -> tuple[list[bytes], Check]:
     import eval as evaluation
     from captioner.data import splits
     from captioner.publishing import model_card
+    from captioner.runtime.settings import flatten
     from captioner.training import checkpoints
     from captioner.training.run import is_finished
 
@@ -155,7 +156,10 @@ def config_target(folder: Path) -> tuple[list[bytes], Check]:
     seeds = [bytes([kind]) + line.replace(b" ", b"\n") for kind in range(3) for line in options]
     seeds += [bytes([kind]) + json.dumps(value).encode() for kind, value in enumerate((run, scores, state, trainer), 3)]
     seeds += [b"\7name,split,image,raw_caption\na.jpg,test,a.jpg,x\n", b'\x08{"name": "a.jpg", "caption": "x"}\n']
-    settings, eval_settings = config.TrainConfig(output=output), config.EvalConfig(adapter=output)
+    settings, eval_settings = (
+        config.make_config(config.TrainConfig, output=output),
+        config.make_config(config.EvalConfig, adapter=output),
+    )
 
     def check_arguments(class_, data: bytes) -> None:
         args = data.decode("utf-8", errors="surrogateescape").replace("\0", "").split("\n")
@@ -164,7 +168,7 @@ def config_target(folder: Path) -> tuple[list[bytes], Check]:
         except SystemExit as stop:
             assert stop.code in (0, 2), stop.code
             return
-        json.dumps(config.config_to_json(parsed), allow_nan=False)  # a run saves its settings
+        json.dumps(flatten(parsed), allow_nan=False)  # a run saves its settings
 
     def check(data: bytes) -> None:
         kind, data = data[0] % 9 if data else 0, data[1:]

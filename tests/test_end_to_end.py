@@ -308,7 +308,7 @@ def test_evaluation_without_a_model_says_how_to_train_one(tmp_path):
 def test_official_val_is_held_out(tmp_path, monkeypatch):
     """With --subset train --held-out val the val labels are the test split, and none of their rides is trained on."""
     from captioner.data.splits import prepare_splits
-    from config import TrainConfig
+    from config import TrainConfig, make_config
     from demo.draw import draw_scene
 
     images, frames = zip(*(draw_scene(seed) for seed in range(12)), strict=True)
@@ -322,7 +322,7 @@ def test_official_val_is_held_out(tmp_path, monkeypatch):
         "captioner.bdd100k.download.fetch_labels", lambda dataset, subset: [tmp_path / f"{subset}.json"]
     )
     monkeypatch.setattr("captioner.bdd100k.download.fetch_images", lambda dataset: tmp_path / "images")
-    config = TrainConfig(subset="train", held_out="val", captions=tmp_path / "captions.csv")
+    config = make_config(TrainConfig, subset="train", held_out="val", captions=tmp_path / "captions.csv")
     splits = prepare_splits(config, tmp_path / "run")
     names = {split: {example.name for example in examples} for split, examples in splits.items()}
     assert names["test"] == {frame["name"] for frame in frames[8:]}

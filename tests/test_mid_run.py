@@ -29,7 +29,7 @@ from captioner.runtime.files import lock_folder, name_run
 from captioner.training import dashboard, trainer
 from captioner.training import run as training_run
 from captioner.training.checkpoints import find_checkpoint, fingerprint_data
-from config import EvalConfig
+from config import EvalConfig, make_config
 
 OUTPUT = Path("blip2-finetuned")
 CHECKPOINTS = OUTPUT / "checkpoints"
@@ -185,14 +185,14 @@ def test_a_second_signal_ends_the_writing(folder, settings, undisturbed, capsys)
 def test_disk_fills_up_while_the_adapter_is_saved(folder, settings, undisturbed, mount, capsys):
     """At the very end: nothing is trained again."""
     mount(OUTPUT, "32m")
-    real = training_run.save_finetuned
+    real = training_run.save_run
 
-    def save_finetuned(*args):
+    def save_run(*args):
         fill(OUTPUT)
         real(*args)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"adapter can't be saved .*--resume"):
-        patch.setattr(main, "save_finetuned", save_finetuned)
+        patch.setattr(main, "save_run", save_run)
         train(settings)
     assert sorted(path.name for path in OUTPUT.iterdir()) == ["checkpoints", "filler"]
     (OUTPUT / "filler").unlink()
@@ -223,7 +223,7 @@ def test_disk_of_the_logs_fills_up(folder, settings, undisturbed, mount):
 @pytest.mark.parametrize("file", ["metrics.jsonl", "captions.md", "dashboard.png"])
 def test_full_disk_names_the_log(tmp_path, file):
     log = dashboard.RunLog(tmp_path)
-    log.path.unlink()
+    log.path.unlink(missing_ok=True)
     for name in ("metrics.jsonl", "captions.md", "dashboard.tmp.png"):
         (tmp_path / name).symlink_to("/dev/full")
     writers = {
@@ -244,9 +244,9 @@ def images(tmp_path_factory, scenes) -> Path:
 def caption_own(undisturbed, images, **changes) -> Path:
     """What eval.py --images does with the adapter; the folder that it writes."""
     options = {"images": (images,), "adapter": undisturbed[1] / OUTPUT, "run_name": "own", "max_new_tokens": 8}
-    config = EvalConfig(**options | {"batch_size": 4} | changes)
+    config = make_config(EvalConfig, **options | {"batch_size": 4} | changes)
     evaluation.main(config)
-    return name_run(config)
+    return name_run(config.run_name)
 
 
 def test_disk_fills_up_while_images_are_captioned(folder, undisturbed, images, mount, monkeypatch, capsys):
@@ -292,7 +292,7 @@ def test_disk_fills_up_while_eval_writes(folder, undisturbed, mount, file):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=rf"{file}: can't be .*No space left"):
         patch.setattr(evaluation, writer[file], filled)
-        evaluation.main(EvalConfig(adapter=undisturbed[1] / OUTPUT, run_name="run", max_new_tokens=8))
+        evaluation.main(make_config(EvalConfig, adapter=undisturbed[1] / OUTPUT, run_name="run", max_new_tokens=8))
     order = ["predictions.jsonl", "scores.json", "report.html"]
     assert {path.name for path in Path("logs/run").iterdir()} == {"filler", *order[: order.index(file)]}
     assert {path.name: path.read_bytes() for path in (undisturbed[1] / OUTPUT).iterdir()} == before
@@ -307,7 +307,7 @@ def test_an_image_vanishes_in_training(folder, settings, undisturbed, images, wo
     """The image is named; once it is back the run goes on."""
     options = {"images": Path("images"), "dataloader_workers": workers, "vision_store_gib": 0.0}
     shutil.copytree(images, "images")
-    real = training_run.train_lora
+    real = main.train_lora
 
     def train_lora(*args):
         for path in Path("images").iterdir():
@@ -427,7 +427,7 @@ def test_no_run_writes_over_one_of_the_same_second(folder, monkeypatch):
     moment = runtime_files.datetime(2026, 10, 25, 2, 30, 0)
     monkeypatch.setattr(runtime_files, "datetime", type("Clock", (), {"now": staticmethod(lambda: moment)}))
     for expected in ("2026-10-25_02-30-00-eval", "2026-10-25_02-30-00-2-eval", "2026-10-25_02-30-00-3-eval"):
-        run_dir = name_run(EvalConfig(), "-eval")
+        run_dir = name_run(None, "-eval")
         assert run_dir == Path("logs") / expected and run_dir.is_dir()
 
 

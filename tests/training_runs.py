@@ -10,7 +10,7 @@ from captioner.runtime.errors import UserError
 from captioner.runtime.files import lock_folder
 from captioner.training import trainer
 from captioner.training.checkpoints import hash_file
-from config import TrainConfig
+from config import TrainConfig, make_config
 
 
 def hash_adapter(folder: Path) -> str:
@@ -19,7 +19,7 @@ def hash_adapter(folder: Path) -> str:
 
 def train(settings, **changes) -> str:
     """Train in the current folder; the adapter's SHA-256."""
-    main.main(TrainConfig(**(settings | changes)))
+    main.main(make_config(TrainConfig, **(settings | changes)))
     return hash_adapter(Path())
 
 

@@ -18,6 +18,8 @@ from config import TrainConfig
 
 IGNORED = -100  # label of a position that carries no loss
 
+Features = Mapping[Path, Tensor]  # the ViT's output (P, D) of each image
+
 
 def load_pixels(image: Path, processor: Blip2Processor, blank: bool = False) -> Tensor:
     """(3, S, S) pixel values of an image file, or of a black image of its size.
@@ -67,11 +69,16 @@ class CaptionDataset(Dataset):
         processor: Blip2Processor,
         max_tokens: int,
         end: int,
-        features: Mapping[Path, Tensor] | None = None,
+        features: Features | None = None,
     ):
         self.examples, self.processor = examples, processor
         self.caption_ids = tokenize_captions([e.caption for e in examples], processor, max_tokens, end)
         self.features = features
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest caption, its end token included."""
+        return max(map(len, self.caption_ids))
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -113,12 +120,8 @@ class CaptionCollator:
 
 
 def make_datasets(
-    config: TrainConfig,
-    splits: dict[str, list[Example]],
-    processor,
-    model_config,
-    features: Mapping[Path, Tensor] | None = None,
+    config: TrainConfig, splits: dict[str, list[Example]], processor, model_config, features: Features | None
 ) -> dict[str, CaptionDataset]:
-    """What is trained on, with the ViT's output (P, D) of each image in `features`, if they are kept."""
-    tokens = config.max_caption_tokens, end_token(model_config)
-    return {split: CaptionDataset(splits[split], processor, *tokens, features) for split in TRAINED_ON}
+    """What is trained on, with the ViT's outputs of all its images, if they are kept."""
+    how = config.training.max_caption_tokens, end_token(model_config), features
+    return {split: CaptionDataset(splits[split], processor, *how) for split in TRAINED_ON}

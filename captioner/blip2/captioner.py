@@ -26,12 +26,12 @@ class Captioner:
         """`images` are to be captioned."""
         self.config = config
         gather(self._load)
-        self.options = {"do_sample": not config.greedy}
-        if not config.greedy:
-            self.options |= {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
-        if config.max_new_tokens is not None:
-            self.options["max_new_tokens"] = config.max_new_tokens
-        self.batch_size = config.batch_size or SLOW_BATCH
+        self.options = {"do_sample": not config.generation.greedy}
+        if not config.generation.greedy:
+            self.options |= {"temperature": config.generation.temperature, "top_p": config.generation.top_p, "top_k": 0}
+        if config.generation.max_new_tokens is not None:
+            self.options["max_new_tokens"] = config.generation.max_new_tokens
+        self.batch_size = config.generation.batch_size or SLOW_BATCH
         self._prepare(images)
         place, processes = find_place()
         if place == 0 and processes > 1:
@@ -123,8 +123,8 @@ class Captioner:
         So whichever process has a batch, and whatever came before, its captions are the same; on a CPU only with as
         many threads, which decide in what order numbers are added up.
         """
-        mixed = np.random.SeedSequence((self.config.seed, index)).generate_state(1)  # a CPU takes 32 bits of a seed
-        return self._generate(outputs, int(mixed[0]))
+        mixed = np.random.SeedSequence((self.config.generation.seed, index)).generate_state(1)
+        return self._generate(outputs, int(mixed[0]))  # a CPU takes 32 bits of a seed
 
     def _generate(self, outputs: torch.Tensor, seed: int) -> list[str]:
         torch.manual_seed(seed)

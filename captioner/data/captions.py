@@ -15,7 +15,7 @@ from captioner.bdd100k.label_report import LabelReport
 from captioner.bdd100k.wording import describe
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write
-from config import DEMO_DATA, DEMO_SCENES, DataConfig
+from config import DEMO_DATA, DEMO_SCENES, PipelineConfig, SourceSettings, TrainConfig
 
 CSV_HEADER = ["name", "raw_caption"]
 
@@ -58,10 +58,10 @@ def read_captions(path: Path) -> dict[str, str]:
         raise UserError(f"{path}: not readable as CSV ({error})") from None
 
 
-def find_labels(config: DataConfig) -> Sequence[Path]:
+def find_labels(config: PipelineConfig | TrainConfig) -> Sequence[Path]:
     """The label files to read: those given, the drawn ones, or those of the Kaggle data set."""
-    if config.labels:
-        return config.labels
+    if config.source.labels:
+        return config.source.labels
     if config.demo:
         # a process of its own: those that it starts in turn then import the renderer alone
         draw = [sys.executable, "-m", "demo.draw", "--count", str(DEMO_SCENES), "--out", DEMO_DATA.resolve()]
@@ -70,19 +70,19 @@ def find_labels(config: DataConfig) -> Sequence[Path]:
         return [DEMO_DATA / "labels.json"]
     from captioner.bdd100k.download import fetch_labels  # here: kagglehub takes a while to import
 
-    return fetch_labels(config.kaggle_dataset, config.subset)
+    return fetch_labels(config.source.kaggle_dataset, config.source.subset)
 
 
-def caption_labels(config: DataConfig, labels: Sequence[Path], output: Path, run_dir: Path) -> LabelReport:
+def caption_labels(source: SourceSettings, labels: Sequence[Path], output: Path, run_dir: Path) -> LabelReport:
     """Write the captions of all frames in `labels` to the CSV `output`, and print what was read.
 
     What the labels hold goes to `run_dir`/census.json.
     """
     options = LabelOptions(
-        config.class_names, config.lanes, config.merge_duplicates, config.min_box_size, config.without_scene
+        source.class_names, source.lanes, source.merge_duplicates, source.min_box_size, source.without_scene
     )
     report = LabelReport()
-    write_captions(output, _caption_rows(config, labels, options, report))
+    write_captions(output, _caption_rows(source, labels, options, report))
     with atomic_write(run_dir / "census.json") as file:
         json.dump(report.to_json(), file, indent=1)
     print(report)
@@ -90,11 +90,13 @@ def caption_labels(config: DataConfig, labels: Sequence[Path], output: Path, run
     return report
 
 
-def _caption_rows(config: DataConfig, labels, options: LabelOptions, report: LabelReport) -> Iterator[tuple[str, str]]:
-    for name, caption in read_labels(labels, report, options, convert=functools.partial(describe, style=config.style)):
+def _caption_rows(
+    source: SourceSettings, labels, options: LabelOptions, report: LabelReport
+) -> Iterator[tuple[str, str]]:
+    for name, caption in read_labels(labels, report, options, convert=functools.partial(describe, style=source.style)):
         report.caption_words[caption.count(" ") + 1] += 1  # words are one space apart
         yield name, caption
-    if config.strict and (report.skipped or report.remarks):
+    if source.strict and (report.skipped or report.remarks):
         raise UserError(
             f"--strict: {report.skipped.total():,} frames can't be used, {report.remarks.total():,} values are "
             f"unknown, nothing is written\n{report}"

@@ -157,15 +157,15 @@ def match_images(captions: dict[str, str], images: dict[str, Path]) -> list[Exam
 
 
 def find_image_folder(config: TrainConfig) -> Path:
-    if config.images is not None:
-        return config.images
-    if config.labels:
+    if config.data.images is not None:
+        return config.data.images
+    if config.source.labels:
         raise UserError("--labels without --images: give the folder with the images too")
     if config.demo:
         return DEMO_IMAGES
     from captioner.bdd100k.download import fetch_images  # here: kagglehub takes a while to import
 
-    return fetch_images(config.kaggle_dataset)
+    return fetch_images(config.source.kaggle_dataset)
 
 
 def find_images(paths: Sequence[Path]) -> list[tuple[str, Path]]:

@@ -68,20 +68,20 @@ def prepare_splits(config: TrainConfig, run_dir: Path) -> dict[str, list[Example
     """Labels -> captions CSV -> examples with images -> {split: examples}."""
     labels = find_labels(config)
     images = index_images(find_image_folder(config))
-    shares = {"train": config.train_share, "val": config.val_share}
+    shares = {"train": config.data.train_share, "val": config.data.val_share}
     held_out: list[Example] = []
-    if config.held_out == "val":
+    if config.data.held_out == "val":
         held_out = caption_held_out(config, images, run_dir)
         shares = {split: share / sum(shares.values()) for split, share in shares.items()}
     else:
         shares["test"] = 1 - sum(shares.values())
-    caption_labels(config, labels, config.captions, run_dir)
-    examples = match_images(read_captions(config.captions), images)
+    caption_labels(config.source, labels, config.data.captions, run_dir)
+    examples = match_images(read_captions(config.data.captions), images)
     rides = {ride_of(example.name) for example in held_out}
     by_name = {example.name: example for example in examples if ride_of(example.name) not in rides}
     if len(by_name) < len(examples):
         print(f"{len(examples) - len(by_name):,} frames are of rides that are held out, and are left out")
-    names = split_by_ride(list(by_name)[: config.limit], shares, config.seed)
+    names = split_by_ride(list(by_name)[: config.data.limit], shares, config.training.seed)
     splits = {split: [by_name[name] for name in names[split]] for split in names}
     splits.setdefault("test", held_out)
     return splits
@@ -91,8 +91,8 @@ def caption_held_out(config: TrainConfig, images: dict[str, Path], run_dir: Path
     """The examples of Kaggle's val labels, all of them the test split."""
     from captioner.bdd100k.download import fetch_labels  # here: kagglehub takes a while to import
 
-    captions = config.captions.with_stem(config.captions.stem + "_val")
-    caption_labels(config, fetch_labels(config.kaggle_dataset, "val"), captions, run_dir / "held_out")
+    captions = config.data.captions.with_stem(config.data.captions.stem + "_val")
+    caption_labels(config.source, fetch_labels(config.source.kaggle_dataset, "val"), captions, run_dir / "held_out")
     return match_images(read_captions(captions), images)
 
 
@@ -180,7 +180,7 @@ def sample_examples(examples: list[Example], num_samples: int | str, seed: int) 
 
 def choose_examples(config: EvalConfig) -> list[Example]:
     split = read_split(config.adapter, config.split, config.images_root)
-    examples = sample_examples(split, config.num_samples, config.seed)
+    examples = sample_examples(split, config.num_samples, config.generation.seed)
     if not any(os.path.exists(example.image) for example in examples):  # False too where it may not be looked
         raise UserError(
             f"{config.adapter / 'split.csv'}: its images are gone, {examples[0].image} for one; give the folder "

@@ -52,9 +52,9 @@ class FastCaptioner(Captioner):
         super()._load()
         folder = None
         if not self.config.blank:
-            folder = find_folder(self.config.features, self.config.adapter, self.model.device)
+            folder = find_folder(self.config.fast.features, self.config.adapter, self.model.device)
         self.features = folder and FeatureFile(folder, self.vision, self.model.config.vision_config, self.processor)
-        self.longest = self.config.max_new_tokens or self.generation.max_new_tokens
+        self.longest = self.config.generation.max_new_tokens or self.generation.max_new_tokens
 
     def _prepare(self, images: int) -> None:
         sizes = gather(self._measure_room)  # batches are of one size in all processes, which share them out
@@ -74,11 +74,11 @@ class FastCaptioner(Captioner):
 
     def _make_generator(self, with_copies: int, without: int, images: int) -> None:
         """Choose the batch size, and the fast way to generate where that is wanted and possible."""
-        self.batch_size, self.generator = self.config.batch_size or SLOW_BATCH, None
-        wanted = self.config.fast_generation
+        self.batch_size, self.generator = self.config.generation.batch_size or SLOW_BATCH, None
+        wanted = self.config.fast.fast_generation
         if wanted == "off" or (wanted == "auto" and self.model.device.type != "cuda"):
             return
-        size = self.config.batch_size
+        size = self.config.generation.batch_size
         copies = with_copies >= min(size or SLOW_BATCH, without)
         fitting = with_copies if copies else without
         if size is None:

@@ -20,7 +20,6 @@ from pathlib import Path
 if __name__ == "__main__":  # run by its path, so that it may start in any folder
     sys.path[0] = str(Path(__file__).parents[2])
 
-from captioner.runtime.cli import import_bitsandbytes, without_collector
 from captioner.runtime.processes import is_sharded
 
 ROOM = 32 * 2**30  # bytes of GPU memory that must be free: a small model beside main.py's is no matter then
@@ -35,13 +34,13 @@ GPUS = Path("/proc/driver/nvidia/gpus")  # where Linux tells their models
 def start(config) -> subprocess.Popen | None:
     """Start compiling for a TrainConfig; None where it is of no use, or an earlier run has done it."""
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if config.fast_step == "off" or is_sharded() or not is_first or shutil.which("nvidia-smi") is None:
+    if config.fast.fast_step == "off" or is_sharded() or not is_first or shutil.which("nvidia-smi") is None:
         return None
-    lora = (config.lora_target, config.lora_rank, config.lora_alpha, config.lora_dropout)
+    lora = (config.lora.lora_target, config.lora.lora_rank, config.lora.lora_alpha, config.lora.lora_dropout)
     with suppress(OSError, RuntimeError, importlib.metadata.PackageNotFoundError):  # main.py can do without
-        stamp = find_stamp(config.model, *lora)
+        stamp = find_stamp(config.base.model, *lora)
         if not stamp.exists():
-            command = [sys.executable, __file__, stamp, config.model, *lora]
+            command = [sys.executable, __file__, stamp, config.base.model, *lora]
             return subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return None
 
@@ -135,12 +134,10 @@ def main(stamp: str, source: str, target: str, rank: str, alpha: str, dropout: s
     if not helps and target != "qformer" and count_cores() >= CORES:
         helper = [sys.executable, __file__, stamp, source, "lm", rank, alpha, dropout, "helps"]
         subprocess.Popen(helper, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    with without_collector():
-        import_bitsandbytes()  # before transformers and peft do
-        import torch
+    import torch
 
-        from captioner.blip2.loading import load_config, pick_device, pick_dtype
-        from captioner.fast.layers import use_kernels
+    from captioner.blip2.loading import load_config, pick_device, pick_dtype
+    from captioner.fast.layers import use_kernels
 
     device = pick_device()
     if use_kernels(torch.empty(0, device=device)):

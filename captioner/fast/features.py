@@ -74,17 +74,22 @@ def list_folders(setting: Literal["auto", "off"] | Path, output: Path, device: t
 
 def find_folder(setting: Literal["auto", "off"] | Path, output: Path, device: torch.device) -> Path | None:
     """The folder where an earlier run has kept features."""
-    return next((folder for folder in list_folders(setting, output, device) if (folder / INDEX).exists()), None)
+    return next(filter(has_rows, list_folders(setting, output, device)), None)
 
 
-def choose_place(config, images: int, vision_config, dtype: torch.dtype, device: torch.device) -> Place | None:
-    """Where main.py is to keep the features of so many images; None, and a line that says why, if nowhere."""
-    where = config.features, config.output, device
-    before, places = find_folder(*where), [measure_place(f, config.features_disk_gib) for f in list_folders(*where)]
-    need = images * measure_row(vision_config, dtype)
-    place = max(places, key=lambda place: (place.folder == before, place.limit), default=None)
+def has_rows(folder: Path) -> bool:
+    """Whether an earlier run has kept features there."""
+    return (folder / INDEX).exists()
+
+
+def choose_place(config, need: int, device: torch.device) -> Place | None:
+    """Where main.py is to keep `need` bytes of features; None, and a line that says why, if nowhere."""
+    fast = config.fast
+    folders = list_folders(fast.features, config.run.output, device)
+    places = [measure_place(folder, fast.features_disk_gib) for folder in folders]
+    place = max(places, key=lambda place: (has_rows(place.folder), place.limit), default=None)
     if place is None:
-        reason = "--features off" if config.features == "off" else "--features auto keeps them where there is a GPU"
+        reason = "--features off" if fast.features == "off" else "--features auto keeps them where there is a GPU"
     elif count_processes() < find_place()[1]:
         reason = "the processes run on several machines"
     elif need > place.limit:

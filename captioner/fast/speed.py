@@ -333,7 +333,7 @@ class JoinedAdamW(torch.optim.AdamW):
 
 def use_fast_step(config: TrainConfig, model, device: torch.device) -> bool:
     """Whether FastStep is wanted and possible."""
-    if config.fast_step == "off":
+    if config.fast.fast_step == "off":
         return False
     obstacle = (
         "weights that FSDP spreads over the GPUs"
@@ -344,6 +344,6 @@ def use_fast_step(config: TrainConfig, model, device: torch.device) -> bool:
         if not caption_loss.supports(model)
         else None
     )
-    if config.fast_step == "on" and obstacle:
+    if config.fast.fast_step == "on" and obstacle:
         raise UserError(f"--fast-step on: not made for {obstacle}; use --fast-step auto")
-    return config.fast_step == "on" or (device.type == "cuda" and not obstacle)
+    return config.fast.fast_step == "on" or (device.type == "cuda" and not obstacle)

@@ -18,9 +18,9 @@ from config import TrainConfig
 
 def speed_up(config: TrainConfig, model) -> tuple[Callable[..., CaptionTrainer], CaptionCollator, Callable]:
     """What stands in for CaptionTrainer, its collator, and micro_batch.compute_loss; see speed.use_fast_step."""
-    graphs = config.cuda_graphs and model.device.type == "cuda"
-    if config.gradient_checkpointing:  # which asks torch for its generator's state if that draws dropouts
-        graphs = graphs and draws_by_kernels(get_blip2(model).query_tokens, [config.lora_rank])
+    graphs = config.fast.cuda_graphs and model.device.type == "cuda"
+    if config.training.gradient_checkpointing:  # which asks torch for its generator's state if that draws dropouts
+        graphs = graphs and draws_by_kernels(get_blip2(model).query_tokens, [config.lora.lora_rank])
     return functools.partial(FastTrainer, cuda_graphs=graphs), PackedCollator(model.config), sum_nll
 
 

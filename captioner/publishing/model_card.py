@@ -5,7 +5,6 @@
 The card says only what run.json (of main.py) and scores.json (of eval.py) say. No torch.
 """
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -17,6 +16,7 @@ from captioner.bdd100k.facts import Facts, ObjectKind
 from captioner.bdd100k.wording import describe
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write, split_revision
+from captioner.runtime.settings import name_fields, name_paths
 from captioner.scoring.scores import HEADLINES, SCHEMA_VERSION
 from config import EvalConfig, TrainConfig
 
@@ -61,17 +61,8 @@ WORST_SLICES = 3  # that the card names
 BDD100K_LICENCE = "https://doc.bdd100k.com/license.html"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
-PATH_FIELDS = {
-    field.name
-    for config in (TrainConfig, EvalConfig)
-    for field in dataclasses.fields(config)
-    if "Path" in str(field.type)
-}
-UNLISTED = PATH_FIELDS | {  # settings that are said elsewhere in the card, or don't change what is learnt
-    *("model", "demo", "kaggle_dataset", "subset", "held_out", "strict", "run_name", "wandb", "logging_steps"),
-    *("dataloader_workers", "features", "resume", "overwrite", "save_minutes", "merge", "push_to_hub"),
-    *("val_captions", "features_disk_gib"),
-}
+PATH_FIELDS = name_paths(TrainConfig) | name_paths(EvalConfig)
+UNLISTED = PATH_FIELDS | name_fields(TrainConfig, "unlisted")
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 

@@ -3,15 +3,10 @@
 run_script(main, config)
 """
 
-import atexit
-import ctypes
-import gc
 import logging
 import os
 import select
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 
 from captioner.runtime.errors import UserError, escape_controls
 
@@ -19,34 +14,8 @@ from captioner.runtime.errors import UserError, escape_controls
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-@contextmanager
-def without_collector() -> Iterator[None]:
-    """Python's garbage collector looks at all that is imported again and again, which takes a fifth of the imports."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def import_bitsandbytes() -> None:
-    """Import bitsandbytes without torch's compiler: what it has compiled at import is for machines without its library.
-
-    That takes 0.8 s; torch.compile can be used afterwards.
-    """
-    before = os.environ.get("TORCHDYNAMO_DISABLE")
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    import bitsandbytes  # noqa: F401
-
-    del os.environ["TORCHDYNAMO_DISABLE"]
-    if before is not None:
-        os.environ["TORCHDYNAMO_DISABLE"] = before
-
-
 def run_script(main, config) -> None:
     """Call main(config); an error that the user can mend is one message and exit code 2, no traceback."""
-    gc.enable()
-    gc.freeze()  # what is imported stays, and need not be looked at
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not in a notebook
             stream.reconfigure(errors="backslashreplace")  # captions and names may hold what the terminal can't show
@@ -64,7 +33,6 @@ def run_script(main, config) -> None:
             raise
         print("nobody reads what is printed any more: ended", file=sys.stderr)
         sys.exit(141)  # as a shell tells of SIGPIPE
-    _DONE.append(True)
 
 
 def _has_lost_reader() -> bool:
@@ -78,25 +46,6 @@ def _has_lost_reader() -> bool:
     except (AttributeError, TypeError, ValueError, OSError):  # Windows has no poll, a notebook's output no file
         pass
     return False
-
-
-_DONE: list[bool] = []  # by run_script
-
-
-@atexit.register
-def _leave() -> None:
-    """At exit, when threads have ended and what was registered since this was imported is done: end a script's process.
-
-    Python would look for garbage in all that was imported, a second or two for nothing.
-    """
-    gc.unfreeze()  # else libraries complain of what is left
-    if _DONE:
-        with suppress(TypeError, AttributeError):  # not on Windows
-            ctypes.CDLL(None).fflush(None)  # what libraries in C have printed
-        with suppress(OSError, ValueError, AttributeError):  # where nobody reads any more
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
 
 
 def report_error(error: UserError) -> int:

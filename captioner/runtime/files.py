@@ -143,14 +143,14 @@ def split_revision(model: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
-def name_run(config, suffix: str = "") -> Path:
-    """The folder of a run in logs/: its --run-name, else date, time and suffix, and a number if there is such a folder.
+def name_run(run_name: str | None, suffix: str = "") -> Path:
+    """The folder of a run in logs/: its `run_name`, else date, time and suffix, and a number if there is such a folder.
 
     There is one when two runs start within a second, and when the clock was set back, as it is each autumn. So the
     folder is made here, by the main process; lock_folder removes it if nothing is written there.
     """
-    if config.run_name:
-        return Path("logs") / config.run_name
+    if run_name:
+        return Path("logs") / run_name
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     names = itertools.chain([stamp + suffix], (f"{stamp}-{number}{suffix}" for number in itertools.count(2)))
     for folder in (Path("logs") / name for name in names):

@@ -16,30 +16,30 @@ def make_arguments(config: TrainConfig, device: torch.device) -> TrainingArgumen
     """The Trainer's settings, but for the frames a pass (see set_micro_batch and EVAL_BATCH)."""
     dtype = pick_dtype(device)
     arguments = TrainingArguments(
-        output_dir=str(checkpoint_folder(config.output)),
-        num_train_epochs=config.num_train_epochs,
-        max_steps=config.max_steps,
-        **(checkpoint_activations() if config.gradient_checkpointing else {}),
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        warmup_steps=config.warmup_ratio,  # below 1 it is a share of all steps
+        output_dir=str(checkpoint_folder(config.run.output)),
+        num_train_epochs=config.training.num_train_epochs,
+        max_steps=config.training.max_steps,
+        **(checkpoint_activations() if config.training.gradient_checkpointing else {}),
+        learning_rate=config.training.learning_rate,
+        weight_decay=config.training.weight_decay,
+        warmup_steps=config.training.warmup_ratio,  # below 1 it is a share of all steps
         lr_scheduler_type="linear",
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=device.type == "cpu",
-        seed=config.seed,
+        seed=config.training.seed,
         eval_strategy="epoch",
         save_strategy="epoch",  # and within epochs, see trainer.Pace
         save_total_limit=None,  # see checkpoints.remove_old_checkpoints
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
-        logging_steps=config.logging_steps,
+        logging_steps=config.run.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # a NaN must show
         prediction_loss_only=True,
         remove_unused_columns=False,  # the dataset's columns become model inputs in the collator
         label_names=["labels"],
-        dataloader_num_workers=config.dataloader_workers,
+        dataloader_num_workers=config.training.dataloader_workers,
         dataloader_persistent_workers=False,  # they would take their seed once, and a run that goes on again
         dataloader_pin_memory=device.type == "cuda",
         accelerator_config={"non_blocking": device.type == "cuda"},
@@ -68,11 +68,11 @@ def set_micro_batch(arguments: TrainingArguments, micro_batch: int, batch_size: 
 
 def split_batch(config: TrainConfig, world_size: int) -> int:
     """Frames that each device takes of an optimiser step."""
-    share, rest = divmod(config.train_batch_size, world_size)
-    micro = config.per_device_train_batch_size
+    share, rest = divmod(config.training.train_batch_size, world_size)
+    micro = config.training.per_device_train_batch_size
     if rest or (micro and share % micro):
         raise UserError(
-            f"--train-batch-size {config.train_batch_size}: must be a multiple of the {world_size} processes"
+            f"--train-batch-size {config.training.train_batch_size}: must be a multiple of the {world_size} processes"
             + (f" times --per-device-train-batch-size {micro}" if micro else "")
         )
     return share
@@ -80,10 +80,10 @@ def split_batch(config: TrainConfig, world_size: int) -> int:
 
 def check_sharding(config: TrainConfig) -> None:
     """Raise UserError for what does not go with weights that are spread over the GPUs."""
-    if config.load_in_4bit:
+    if config.base.load_in_4bit:
         raise UserError("--load-in-4bit: FSDP can't spread NF4 weights; give --no-load-in-4bit, or leave FSDP out")
-    if config.val_captions:
+    if config.run.val_captions:
         raise UserError(
-            f"--val-captions {config.val_captions}: with FSDP no process has the whole model to caption with; give "
+            f"--val-captions {config.run.val_captions}: with FSDP no process has the whole model to caption with; give "
             "--val-captions 0, and caption with eval.py after training"
         )

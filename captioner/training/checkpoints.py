@@ -15,14 +15,13 @@ from pathlib import Path
 from captioner.data.captions import Example
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write, measure_free
+from captioner.runtime.settings import name_fields
+from config import TrainConfig
 
 MANIFEST = "manifest.json"
 UNREADABLE = (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError)  # what damaged files lead to
 GROUPS = ("config", "data", "world", "versions")  # of state.json: what two runs are compared by
-FREE_OF_CHOICE = (  # settings that don't change what is learnt, and may differ when a run goes on
-    *("resume", "overwrite", "merge", "push_to_hub", "wandb", "run_name", "logging_steps", "save_minutes"),
-    *("val_captions", "dataloader_workers", "output", "captions", "features", "features_disk_gib"),
-)
+FREE_OF_CHOICE = name_fields(TrainConfig, "free")
 
 
 def checkpoint_folder(output: Path) -> Path:
@@ -183,7 +182,6 @@ def find_unfinished(output: Path, state: dict, resume: bool, overwrite: bool) ->
     """
     folder = checkpoint_folder(output)
     if overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
         return None
     before = read_state(folder)
     if before is None:

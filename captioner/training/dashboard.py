@@ -5,8 +5,6 @@ images after each epoch, dashboard.png the curves of it all.
 """
 
 import json
-import netrc
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +16,12 @@ from transformers import TrainerCallback
 from captioner.bdd100k.parsing import parse_caption, read_caption
 from captioner.blip2.batches import CaptionDataset
 from captioner.blip2.captioning import GreedyCaptioner
-from captioner.runtime.errors import UserError, go_on_without
+from captioner.runtime.errors import go_on_without
 from captioner.runtime.files import atomic_write, explain_writing
 from captioner.scoring.fact_metrics import measure_shares
 from captioner.scoring.text_metrics import score, score_bleu
+from captioner.training.run import Run
+from captioner.training.tracking import start_wandb
 
 REMEDY = "the checkpoints before are kept: see to the disk, then go on with --resume"
 SHOWN = 2  # captions of each epoch that go to the console
@@ -46,19 +46,23 @@ PANELS = {  # title: {key of the records: its label}
 class RunLog(TrainerCallback):
     """Keeps what the Trainer logs: each record at once as a JSON line and in wandb, the curves as an image.
 
-    With `done` > 0, steps that an earlier process took, its records up to there are kept and the run goes on.
+    Of a run that goes on, the records up to its step are kept.
     """
 
-    def __init__(self, run_dir: Path, done: int = 0, wandb_run=None):
+    def __init__(self, run_dir: Path, wandb_run=None):
         self.run_dir, self.wandb_run = run_dir, wandb_run
         self.path = run_dir / "metrics.jsonl"
-        with explain_writing(run_dir, REMEDY):
-            run_dir.mkdir(parents=True, exist_ok=True)
-        self.records = read_records(self.path, done)
+        self.records: list[dict] = []
+        self.last = (time.perf_counter(), 0)  # when the speed was last logged, and the step then
+        self.drawer, self.drawing = ThreadPoolExecutor(1), None  # half a second a time, beside training
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        with explain_writing(self.run_dir, REMEDY):
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.records = read_records(self.path, state.global_step)
         with atomic_write(self.path) as file:
             file.writelines(json.dumps(record) + "\n" for record in self.records)
-        self.last = (time.perf_counter(), done)  # when the speed was last logged, and the step then
-        self.drawer, self.drawing = ThreadPoolExecutor(1), None  # half a second a time, beside training
+        self.last = (time.perf_counter(), state.global_step)
 
     def add(self, record: dict) -> None:
         self.records.append(record)
@@ -127,19 +131,6 @@ def read_records(path: Path, done: int) -> list[dict]:
     return records
 
 
-def start_wandb(mode: str, name: str, config: dict):
-    """A wandb run, or None when it is not wanted or can't be had: that must not keep anybody from training."""
-    if mode == "disabled":
-        return None
-    try:
-        import wandb
-
-        return wandb.init(project="blip2-bdd100k", name=name, config=config, mode=mode, dir=".")
-    except Exception as error:  # its failures have no class in common
-        print(f"wandb can't be used, training goes on without ({error})")
-        return None
-
-
 class ValidationCaptions(TrainerCallback):
     """After each epoch: greedy captions of the first `count` validation images, and how right they are."""
 
@@ -188,6 +179,14 @@ class ValidationCaptions(TrainerCallback):
                 file.write(f"{example.name}{cut}\n- said: {text}\n- reference: {example.caption}\n\n")
 
 
+def make_callbacks(run: Run, dataset: CaptionDataset, caption: GreedyCaptioner) -> list[TrainerCallback]:
+    """What the main process shows of the run; `caption` is for the first images of the validation dataset."""
+    if not run.is_main:
+        return []
+    log = RunLog(run.folder, start_wandb(run.wandb_mode, run.folder.name, run.state["config"]))
+    return [ValidationCaptions(log, dataset, min(run.config.run.val_captions, len(dataset)), caption), log]
+
+
 def plot_dashboard(records: list[dict], path: Path) -> None:
     """Curves over the optimiser steps, as PNG."""
     from matplotlib.figure import Figure  # which, unlike pyplot, may be used by any thread
@@ -210,23 +209,3 @@ def plot_dashboard(records: list[dict], path: Path) -> None:
     with explain_writing(path, REMEDY):
         figure.savefig(path.with_suffix(".tmp.png"), dpi=110)
         path.with_suffix(".tmp.png").replace(path)
-
-
-def choose_wandb_mode(wandb: str) -> str:
-    """The mode that wandb is to run in; it is never left to ask for a login."""
-    if wandb == "auto":
-        wandb = os.environ.get("WANDB_MODE") or ("online" if is_logged_in_to_wandb() else "disabled")
-    if wandb == "online" and not is_logged_in_to_wandb():
-        raise UserError("--wandb online: not logged in; run wandb login, set WANDB_API_KEY, or use --wandb offline")
-    os.environ["WANDB_MODE"] = wandb
-    os.environ.setdefault("WANDB_PROJECT", "blip2-bdd100k")
-    return wandb
-
-
-def is_logged_in_to_wandb() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

@@ -88,6 +88,7 @@ class CaptionTrainer(Trainer):
         if self.is_fsdp_enabled:
             fit_fsdp(self.accelerator.state.fsdp_plugin, self.model)
         self.pace: Pace | None = None
+        self.results: dict = {}  # what train() measured, once it has come to its end
         self._rows: list[torch.Tensor] = []  # of this optimiser step
         self._losses: list[torch.Tensor] = []
         self._writer, self._writing = ThreadPoolExecutor(1), None  # of the newest checkpoint

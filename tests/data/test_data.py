@@ -8,7 +8,7 @@ from captioner.data.captions import Example, read_captions, write_captions
 from captioner.data.images import find_images, index_images, match_images, open_image, tell_once
 from captioner.data.splits import choose_examples, read_split, ride_of, split_by_ride, write_splits
 from captioner.runtime.errors import UserError
-from config import EvalConfig
+from config import EvalConfig, make_config
 
 SHARES = {"train": 0.6, "val": 0.28, "test": 0.12}
 rides = st.dictionaries(st.integers(0, 2**32 - 1), st.integers(1, 9), min_size=3, max_size=60)
@@ -191,10 +191,10 @@ def test_images_that_were_moved_are_found_in_their_new_folder(tmp_path, capsys):
     examples = [Example(f"{name}.jpg", tmp_path / f"old/{name}.jpg", name) for name in "abc"]
     write_splits(tmp_path / "split.csv", {"test": examples})
     with pytest.raises(UserError, match=r"split\.csv: its images are gone, .*old/.*--images-root"):
-        choose_examples(EvalConfig(adapter=tmp_path))
+        choose_examples(make_config(EvalConfig, adapter=tmp_path))
     (tmp_path / "new/deep").mkdir(parents=True)
     (tmp_path / "new/d.jpg").touch()
-    config = EvalConfig(adapter=tmp_path, images_root=tmp_path / "new")
+    config = make_config(EvalConfig, adapter=tmp_path, images_root=tmp_path / "new")
     with pytest.raises(UserError, match=r"--images-root .*new: none of the 3 images"):
         choose_examples(config)
     for name in "ab":

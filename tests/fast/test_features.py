@@ -22,7 +22,7 @@ from captioner.data import reading, splits
 from captioner.fast import vision_store
 from captioner.fast.vision_store import HEADER, VisionStore, compute_outputs, describe_outputs, open_store
 from captioner.runtime.errors import UserError
-from config import EvalConfig, TrainConfig
+from config import EvalConfig, TrainConfig, make_config
 
 CPU = torch.device("cpu")
 STORED = {"vision_store_gib": 1.0, "vision_store": Path("store"), "num_train_epochs": 1}
@@ -232,7 +232,7 @@ def test_captions_are_the_same(folder, trained, monkeypatch, capsys, fast):
 
     def caption(name, **changes):
         options = {"split": "train", "num_samples": 9, "batch_size": 4, "max_new_tokens": 12, "fast_generation": fast}
-        eval.main(EvalConfig(**options | {"run_name": name, "seed": 3} | changes))
+        eval.main(make_config(EvalConfig, **options | {"run_name": name, "seed": 3} | changes))
         said = capsys.readouterr().out
         return (Path("logs") / name / "predictions.jsonl").read_bytes(), said
 
@@ -256,7 +256,7 @@ def test_captioning_reads_what_training_wrote(folder, settings, capsys):
     for split in ("val", "test"):
         capsys.readouterr()
         options = {"split": split, "num_samples": "all", "greedy": True, "max_new_tokens": 5}
-        eval.main(EvalConfig(**options, vision_store=Path("store")))
+        eval.main(make_config(EvalConfig, **options, vision_store=Path("store")))
         found, asked = capsys.readouterr().out.partition("outputs of ")[2].split(" images")[0].split(" of ")
         assert found == asked != "0"
 
@@ -422,17 +422,14 @@ def test_the_header_holds_the_sum_of_what_follows(folder, model, processor, imag
 
 
 def test_it_is_for_gpus_unless_asked_for(folder, model, processor):
-    config = SimpleNamespace(vision_store="auto", vision_store_disk_gib=1.0)
     parts = (model.vision_model, model.config.vision_config, processor)
-    assert open_store(config, *parts) is None
-    config.vision_store = "off"
-    assert open_store(config, *parts) is None
-    config.vision_store = Path("store")
-    assert open_store(config, *parts).root == Path("store")
+    assert open_store(make_config(TrainConfig), *parts) is None
+    assert open_store(make_config(TrainConfig, vision_store="off"), *parts) is None
+    assert open_store(make_config(EvalConfig, vision_store=Path("store")), *parts).root == Path("store")
     with pytest.raises(UserError, match="--vision-store-disk-gib -1"):
-        TrainConfig(vision_store_disk_gib=-1)
+        make_config(TrainConfig, vision_store_disk_gib=-1)
     with pytest.raises(UserError, match="--vision-store-disk-gib -1"):
-        EvalConfig(vision_store_disk_gib=-1)
+        make_config(EvalConfig, vision_store_disk_gib=-1)
 
 
 def test_more_than_memory_allows_is_computed_in_training(folder, settings, trained, capsys):

@@ -16,7 +16,7 @@ from captioner.fast.captioning import FastCaptioner
 from captioner.fast.generation import FastGenerator, max_batch, pick_tokens, supports
 from captioner.fast.layers import copy_lora, embed_images, join_lora
 from captioner.runtime.errors import UserError
-from config import EvalConfig
+from config import EvalConfig, make_config
 
 CPU = torch.device("cpu")
 NEW_TOKENS = 60  # positions 9 to 68: five buckets of 16
@@ -311,7 +311,10 @@ def test_image_tokens_in_half_precision(tiny_checkpoint, monkeypatch, load_in_4b
 )
 def test_way_to_generate_is_chosen_by_room(tiny_checkpoint, room, batch_size, chosen):
     captioner = FastCaptioner.__new__(FastCaptioner)  # without loading
-    captioner.config, captioner.model = EvalConfig(fast_generation="on", batch_size=batch_size), load(tiny_checkpoint)
+    captioner.config, captioner.model = (
+        make_config(EvalConfig, fast_generation="on", batch_size=batch_size),
+        load(tiny_checkpoint),
+    )
     if chosen is None:
         with pytest.raises(UserError, match=f"room for {room[1]} images"):
             captioner._make_generator(*room, 1024)

@@ -1,7 +1,6 @@
 """Each lever of speed.py: with it and without it loss, gradients and adapter agree."""
 
 import copy
-import dataclasses
 import itertools
 import json
 import operator
@@ -32,7 +31,7 @@ from captioner.fast.packing import PackedCollator, PackedSampler
 from captioner.fast.speed import FastStep, JoinedAdamW, add_over_processes, join_weights, unpack_nf4
 from captioner.training import trainer
 from captioner.training.checkpoints import hash_file
-from config import TrainConfig
+from config import TrainConfig, make_config
 
 CPU = torch.device("cpu")
 
@@ -324,12 +323,12 @@ def test_compiling_starts_once_and_where_there_is_a_gpu(folder, settings, monkey
     monkeypatch.setenv("PATH", "")
     started = []
     monkeypatch.setattr(subprocess, "Popen", lambda command, **_: started.append(command))
-    config = TrainConfig(**settings)
+    config = make_config(TrainConfig, **settings)
     compile_kernels.start(config)
     assert not started
     Path("nvidia-smi").touch(mode=0o755)
     monkeypatch.setenv("PATH", ".")
-    compile_kernels.start(dataclasses.replace(config, fast_step="off"))
+    compile_kernels.start(make_config(TrainConfig, **settings, fast_step="off"))
     monkeypatch.setenv("LOCAL_RANK", "1")
     compile_kernels.start(config)
     assert not started
@@ -341,7 +340,7 @@ def test_compiling_starts_once_and_where_there_is_a_gpu(folder, settings, monkey
     Path(stamp).touch()
     compile_kernels.start(config)
     assert len(started) == 1
-    compile_kernels.start(dataclasses.replace(config, lora_rank=32))
+    compile_kernels.start(make_config(TrainConfig, **settings, lora_rank=32))
     assert len(started) == 2
 
 
@@ -487,7 +486,7 @@ def test_fast_run_is_the_plain_run(folder, settings):
     losses = {}
     for name, changes in {"plain": {}, "fast": {"fast_step": "on", "unpack_nf4": "on"}}.items():
         changes |= {"run_name": name, "output": Path(name), "lora_dropout": 0.0, "length_window": 0}  # of one order
-        main.main(TrainConfig(**settings | changes))
+        main.main(make_config(TrainConfig, **settings | changes))
         records = [json.loads(line) for line in Path(f"logs/{name}/metrics.jsonl").read_text().splitlines()]
         losses[name] = [r[key] for r in records for key in ("loss", "eval_loss", "grad_norm") if key in r]
     assert losses["fast"] == pytest.approx(losses["plain"], rel=1e-3)
@@ -497,7 +496,7 @@ def test_fast_run_is_the_plain_run(folder, settings):
 def test_a_stopped_fast_run_goes_on_to_the_same_adapter(folder, settings):
     """Bit for bit, without a flag that says so."""
     expected = train(settings, fast_step="on")
-    halves = TrainConfig(**settings | {"fast_step": "on", "output": Path("halves")})
+    halves = make_config(TrainConfig, **settings | {"fast_step": "on", "output": Path("halves")})
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 4)
         with pytest.raises(SystemExit):

@@ -21,9 +21,10 @@ from captioner.publishing.merge import merge_adapter
 from captioner.publishing.model_card import strip_paths, write_model_card
 from captioner.runtime.cli import run_script
 from captioner.runtime.errors import UserError
+from captioner.runtime.settings import flatten
 from captioner.scoring.predictions import Prediction
 from captioner.scoring.scores import HEADLINES, score_predictions
-from config import EvalConfig, TrainConfig, config_to_json
+from config import EvalConfig, TrainConfig, make_config
 
 NOWHERE = "http://127.0.0.1:9"  # nobody answers there
 FINGERPRINT = "5e" * 32
@@ -39,16 +40,18 @@ def make_scores(**config) -> dict:
     predictions = [Prediction(f"{name}.jpg", CAPTIONS[0], [caption]) for name, caption in pairs]
     scores = score_predictions(predictions, {"split": "test", "decoding": "greedy"}, resamples=50)
     scores |= {"left_out": {"unreadable images": 3}, "facts_from": "references"}
-    evaluation = EvalConfig(adapter=Path("/home/alice/adapter"), greedy=True, num_samples="all", **config)
-    return scores | {"predictions": "/home/alice/logs/predictions.jsonl", "config": config_to_json(evaluation)}
+    evaluation = make_config(EvalConfig, adapter=Path("/home/alice/adapter"), greedy=True, num_samples="all", **config)
+    return scores | {"predictions": "/home/alice/logs/predictions.jsonl", "config": flatten(evaluation)}
 
 
 def make_run(**config) -> dict:
     """What main.py writes."""
-    training = TrainConfig(labels=(Path("/home/alice/labels.json"),), images=Path("/home/alice/images"), **config)
+    training = make_config(
+        TrainConfig, labels=(Path("/home/alice/labels.json"),), images=Path("/home/alice/images"), **config
+    )
     return {
         "run_name": "first",
-        "config": config_to_json(training),
+        "config": flatten(training),
         "data": {"fingerprint": FINGERPRINT, "frames": {"train": 6001, "val": 2800, "test": 1199}},
         "run_dir": "/home/alice/logs/first",
         "results": {"train_loss": 0.25, "best_eval_loss": 0.123456},

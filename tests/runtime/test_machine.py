@@ -26,7 +26,6 @@ from captioner.runtime.files import atomic_write, lock_folder, measure_free, nam
 from captioner.scoring.console import print_captions, print_left_out
 from captioner.scoring.predictions import Prediction
 from captioner.training.checkpoints import find_damage, hash_file, read_state
-from config import EvalConfig
 
 HOLD = """
 import multiprocessing, sys, time
@@ -202,14 +201,7 @@ class NotebookStream(io.TextIOBase):
         return len(text)
 
 
-@pytest.fixture
-def ending(monkeypatch):
-    monkeypatch.setattr(cli.gc, "freeze", lambda: None)
-    yield
-    cli._DONE.clear()
-
-
-def test_a_script_runs_in_a_notebook(monkeypatch, ending):
+def test_a_script_runs_in_a_notebook(monkeypatch):
     monkeypatch.setattr(sys, "stdout", NotebookStream())
     monkeypatch.setattr(sys, "stderr", NotebookStream())
     cli.run_script(print, "done")
@@ -222,15 +214,13 @@ def test_a_script_runs_in_a_notebook(monkeypatch, ending):
         cli.run_script(fail, None)
 
 
-def test_a_script_runs_without_streams(monkeypatch, ending):
+def test_a_script_runs_without_streams(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
     cli.run_script(lambda _: None, None)
-    monkeypatch.setattr(cli.os, "_exit", lambda code: None)
-    cli._leave()
 
 
-def test_a_broken_pipe_is_told_where_there_is_no_poll(monkeypatch, ending):
+def test_a_broken_pipe_is_told_where_there_is_no_poll(monkeypatch):
     def fail(_):
         raise BrokenPipeError("of a worker")
 
@@ -264,7 +254,7 @@ def test_free_space_that_cannot_be_found_out_is_none(tmp_path, monkeypatch):
 
 def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_dir = name_run(EvalConfig(), "-eval")
+    run_dir = name_run(None, "-eval")
     assert run_dir.is_dir()
     with lock_folder(run_dir, "--run-name"):
         pass
@@ -274,14 +264,14 @@ def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path, monkeypatch):
 def test_another_process_of_a_run_makes_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RANK", "1")
-    assert not name_run(EvalConfig()).exists()
+    assert not name_run(None).exists()
 
 
 def test_a_logs_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "logs").touch()
     with pytest.raises(UserError, match=r"logs/.*: can't be written .* start from a folder of your own"):
-        name_run(EvalConfig())
+        name_run(None)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -301,4 +291,4 @@ def test_no_control_character_of_a_name_reaches_the_terminal(capsys):
 def test_a_link_to_nowhere_in_the_place_of_logs_is_an_error(folder):
     Path("logs").symlink_to(folder / "nowhere")
     with pytest.raises(UserError, match=r"logs/.*can't be written"):
-        name_run(EvalConfig())
+        name_run(None)

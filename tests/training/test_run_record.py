@@ -7,20 +7,21 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
-import main
-from captioner.training import checkpoints, dashboard, run
-from config import TrainConfig
+from captioner.publishing import publish
+from captioner.training import checkpoints, dashboard, record, run, tracking, train
+from config import TrainConfig, make_config
 
 
 def describe() -> dict:
-    record = run.describe_run({}, "run", torch.device("cpu"), {})
-    json.dumps(record, allow_nan=False)
-    return record
+    described = record.describe_run({}, "run", torch.device("cpu"), {})
+    json.dumps(described, allow_nan=False)
+    return described
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,7 @@ def test_a_record_is_written_without_a_commit(tmp_path, monkeypatch, git):
         (tmp_path / "git").write_text(f"#!/bin/sh\n{git}\n")
         (tmp_path / "git").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if git == "sleep 30" else str(tmp_path))
-    monkeypatch.setattr(run, "GIT_SECONDS", 0.2)
+    monkeypatch.setattr(record, "GIT_SECONDS", 0.2)
     if git is None:
         with pytest.raises(FileNotFoundError):
             subprocess.run(["git"], check=False)
@@ -55,24 +56,27 @@ def test_a_record_is_written_without_versions_and_device(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", fail)
     monkeypatch.setattr(platform, "python_version", fail)
     monkeypatch.setattr(platform, "processor", fail)
-    record = describe()
-    assert record["versions"] == dict.fromkeys(run.PACKAGES)
-    assert record["python"] is None and record["device"] is None
+    described = describe()
+    assert described["versions"] == dict.fromkeys(record.PACKAGES)
+    assert described["python"] is None and described["device"] is None
 
 
 def test_an_adapter_is_saved_without_its_model_card(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(main, "write_model_card", fail)
-    parts = {name: mock.Mock() for name in ("model", "weights", "processor", "generation")}
-    parts["model"].save_pretrained.side_effect = lambda folder, state_dict: folder.mkdir()
-    run.save_finetuned(tmp_path, **parts, splits={}, run={"config": {}})
-    main.publish(TrainConfig(output=tmp_path))
+    monkeypatch.setattr(publish, "write_model_card", fail)
+    config = make_config(TrainConfig, output=tmp_path)
+    arguments = mock.Mock(process_index=0)
+    finished = run.Run(config, torch.device("cpu"), arguments, "disabled", None, Path("run"), {"config": {}})
+    trainer = mock.Mock(results={}, state=mock.Mock(best_metric=0.5))
+    trainer.model.save_pretrained.side_effect = lambda folder, state_dict: folder.mkdir()
+    run.save_run(finished, trainer, mock.Mock(), mock.Mock(), splits={})
+    publish.publish(config)
     assert (tmp_path / "run.json").is_file()
-    assert capsys.readouterr().out == "note: no model card (not to be had)\n"
+    assert capsys.readouterr().out.endswith("\nnote: no model card (not to be had)\n")
 
 
 def test_workers_are_ended_where_there_is_no_signal_for_it(monkeypatch):
     monkeypatch.delattr(signal, "SIGCHLD")
-    run.end_workers()
+    train.end_workers()
 
 
 def test_training_goes_on_where_curves_and_wandb_fail(tmp_path, monkeypatch, capsys):
@@ -88,7 +92,7 @@ def test_training_goes_on_where_curves_and_wandb_fail(tmp_path, monkeypatch, cap
 
 def test_training_goes_on_without_wandb(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert dashboard.start_wandb("offline", "run", {}) is None
+    assert tracking.start_wandb("offline", "run", {}) is None
 
 
 def test_a_checkpoint_is_written_where_free_space_is_not_told(tmp_path, monkeypatch):

@@ -74,18 +74,19 @@ def training_step(self, model, inputs, *args):
 training.Trainer.training_step = training_step
 """
 ONE_LOOKS = """
-from captioner.training import run
+from captioner.training import run, train
 def refuse(*args):
     raise AssertionError("the first process looks for all")
 if rank == 1:
-    main.read_state = main.find_unfinished = main.is_finished = run.find_checkpoint = run.write_state = refuse
+    run.find_unfinished = run.is_finished = train.find_checkpoint = train.write_state = refuse
 main.publish = lambda config: open(f"published-by-{rank}", "w").close()
 """
 FSDP = """
 import accelerate.state
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
-real_arguments, real_gather = main.make_arguments, main.gather_trainable
+from captioner.training import run
+real_arguments, real_gather = run.make_arguments, run.gather_trainable
 def make_arguments(*args):
     arguments = real_arguments(*args)
     arguments.device  # joins the processes; accelerate leaves FSDP out where it sees no GPUs
@@ -94,7 +95,7 @@ def make_arguments(*args):
 def gather_trainable(model):
     print(f"{sum(isinstance(weight, DTensor) for weight in model.parameters())} weights are spread")
     return real_gather(model)
-main.make_arguments, main.gather_trainable = make_arguments, gather_trainable
+run.make_arguments, run.gather_trainable = make_arguments, gather_trainable
 """
 
 

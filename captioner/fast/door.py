@@ -1,0 +1,71 @@
+"""The door to what exists for speed alone: main.py asks for FastWay where this folder is there.
+
+Each method falls back on the plain way's where the fast one is not wanted or not possible.
+"""
+
+import gc
+from collections.abc import Iterator
+
+import torch
+
+from captioner.blip2.batches import Features
+from captioner.blip2.captioning import GreedyCaptioner
+from captioner.blip2.loading import pick_dtype
+from captioner.blip2.vision import start_reading, take_vision_out
+from captioner.data.splits import leave_out_unreadable, list_images
+from captioner.fast import compile_kernels
+from captioner.fast.captioning import FastGreedyCaptioner
+from captioner.fast.features import FeatureFile, Place, choose_place, has_rows, keep_features, measure_row
+from captioner.fast.speed import has_room_to_unpack, join_weights, unpack_nf4, use_fast_step
+from captioner.fast.trainer import speed_up
+from captioner.runtime.processes import ask_main, find_place
+from captioner.training.plain import Parts, PlainWay, Splits
+from config import TrainConfig
+
+EVAL_BATCH = 64  # frames a validation pass with all of a GPU's memory
+
+
+class FastWay(PlainWay):
+    """The ViT's outputs kept, passes that are recorded once, captions by a recorded generator."""
+
+    def __init__(self, config: TrainConfig, model_config, device: torch.device):
+        super().__init__(config)
+        self.model_config, self.device = model_config, device
+        self.compiling = compile_kernels.start(config)
+        self.place: Place | None = None  # where the ViT's outputs are kept
+        self.reading: Iterator | None = None  # the images that they are made of, decoded while the model is loaded
+
+    def check_images(self, splits: Splits, processor) -> Splits:
+        vision, dtype, images = self.model_config.vision_config, pick_dtype(self.device), list_images(splits, splits)
+        self.place = ask_main(choose_place, self.config, len(images) * measure_row(vision, dtype), self.device)
+        if self.place is None:
+            return super().check_images(splits, processor)
+        if not has_rows(self.place.folder):
+            index, processes = find_place()
+            self.reading = start_reading(images[index::processes], processor, dtype, vision.image_size)
+        return splits
+
+    def encode_images(self, model, processor, splits: Splits) -> tuple[Splits, Features | None]:
+        if self.place is None:
+            return super().encode_images(model, processor, splits)
+        file = FeatureFile(self.place.folder, take_vision_out(model), model.config.vision_config, processor)
+        images = list_images(splits, splits)  # eval.py finds those of the test split
+        features, unreadable = keep_features(file, self.place.limit, images, self.reading)
+        self.reading = None
+        del file
+        gc.collect()  # the ViT: now, not when memory is short
+        return leave_out_unreadable(splits, unreadable), features
+
+    def make_parts(self, model) -> Parts:
+        plain = super().make_parts(model)
+        if not use_fast_step(self.config, model, self.device):
+            return plain
+        unpack, lean = self.config.fast.unpack_nf4, self.config.training.gradient_checkpointing
+        if unpack == "on" or (unpack == "auto" and not lean and has_room_to_unpack(model, self.device)):
+            print(f"NF4 values of {unpack_nf4(model)} layers are unpacked: more memory, fewer computations")
+        join_weights(model)
+        compile_kernels.finish(self.compiling)
+        return Parts(*speed_up(self.config, model), plain.eval_batch if lean else EVAL_BATCH)
+
+    def make_captioner(self, processor, generation, count: int) -> GreedyCaptioner:
+        return FastGreedyCaptioner(processor, generation, count)

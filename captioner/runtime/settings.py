@@ -1,0 +1,92 @@
+"""Settings as small frozen dataclasses, a group each for what belongs together, and their flat names.
+
+A field's name is its flag and its name in run.json, whatever group it is in; its comment is its --help:
+
+    config = make_config(TrainConfig, lora_rank=8, seed=1)    # config.lora.lora_rank
+    config = read_flags(config, ["--lora-rank", "4"])
+    flatten(config)["lora_rank"]
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from captioner.runtime.cli import report_error
+from captioner.runtime.errors import UserError
+
+Config = TypeVar("Config")
+
+
+def setting(default, **known: bool) -> Any:
+    """A field with its default, and what is known of it beside its comment; see name_fields()."""
+    return dataclasses.field(default=default, metadata=known)
+
+
+def read_flags(default: Config, args: Sequence[str]) -> Config:
+    """`default` with the flags in `args`. A wrong flag prints what it may have meant and exits with 2."""
+    import tyro
+
+    if os.environ.get("RANK", "0") != "0":  # under accelerate launch one process speaks, and all may fail
+        os.environ["TQDM_DISABLE"] = "1"
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        return tyro.cli(type(default), default=default, args=args, config=(tyro.conf.OmitArgPrefixes,))
+    except UserError as error:
+        sys.exit(report_error(error))
+
+
+def make_config(config_class: type[Config], **settings) -> Config:
+    """A configuration with these settings, by their flat names. Raises TypeError for one that there is none of."""
+    groups: dict[str, dict] = {}
+    for name, value in settings.items():
+        owners = [group for group, known in list_fields(config_class) if known.name == name]
+        if not owners:
+            raise TypeError(f"{config_class.__name__} has no setting {name}")
+        groups.setdefault(owners[0], {})[name] = value
+    own = groups.pop("", {})
+    types = {known.name: known.type for known in dataclasses.fields(config_class)}
+    return config_class(**own, **{group: types[group](**values) for group, values in groups.items()})
+
+
+def list_fields(config_class: type) -> Iterator[tuple[str, dataclasses.Field]]:
+    """(group, field) of each setting; the group "" is the configuration itself."""
+    for known in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(known.type):
+            yield from ((known.name, inner) for inner in dataclasses.fields(known.type))
+        else:
+            yield "", known
+
+
+def name_fields(config_class: type, known: str) -> set[str]:
+    """The settings of which that is known, as in setting(default, free=True)."""
+    return {field.name for _, field in list_fields(config_class) if field.metadata.get(known)}
+
+
+def name_paths(config_class: type) -> set[str]:
+    """The settings that are paths, or may be."""
+    return {field.name for _, field in list_fields(config_class) if "Path" in str(field.type)}
+
+
+def flatten(config) -> dict:
+    """{name: value} of all settings, as JSON types."""
+    return {
+        field.name: _plain(getattr(getattr(config, group) if group else config, field.name))
+        for group, field in list_fields(type(config))
+    }
+
+
+def _plain(value):
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def check(group, must_be: str, holds: Callable[[Any], bool], *names: str) -> None:
+    """Raise UserError unless the settings of those `names` hold; None is none to check."""
+    for name in names:
+        value = getattr(group, name)
+        if value is not None and not holds(value):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be {must_be}")
