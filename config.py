@@ -109,7 +109,7 @@ class TrainingSettings:
     max_steps: int = -1  # optimiser steps, overrides the epochs; -1: by epochs
     train_batch_size: int = 16  # frames an optimiser step, over all devices
     per_device_train_batch_size: int | None = None  # frames a forward pass on each device; none: the most that fit
-    per_device_eval_batch_size: int | None = None  # frames a validation pass; none: 64 in the fast step, else 16
+    per_device_eval_batch_size: int | None = None  # frames a validation pass; none: 64 in the fast way, else 16
     learning_rate: float = 5e-5  # peak of the linear schedule
     weight_decay: float = 0.01  # AdamW's
     warmup_ratio: float = 0.1  # share of the steps in which the learning rate rises
@@ -134,14 +134,21 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True)
-class FastTrainingSettings:
-    """What makes training faster."""
+class FastSettings:
+    """What makes it faster. All of it is in captioner/fast; off: as if that folder were not there."""
 
-    # folder for the frozen ViT's outputs; auto: with a GPU, one beside the output or in the temporary folder
+    # auto: on a GPU, where it is possible; on: on a CPU too, and refused where it is not possible
+    fast: Literal["auto", "on", "off"] = "auto"
+    # folder of the frozen ViT's outputs, which main.py keeps; auto: with a GPU, beside the adapter's or a temporary one
     features: Literal["auto", "off"] | Path = setting("auto", free=True)
+
+
+@dataclass(frozen=True)
+class FastTrainingSettings(FastSettings):
+    """What makes training faster. All of it is in captioner/fast; off: as if that folder were not there."""
+
     # GiB that they may take; none: half of what is free there
     features_disk_gib: float | None = setting(None, free=True, unlisted=True)
-    fast_step: Literal["auto", "on", "off"] = "auto"  # logits of text alone, LoRA in 16 bits; auto: on a GPU with bf16
     cuda_graphs: bool = True  # with the fast step on a GPU: record the launches of a pass once and replay them
     unpack_nf4: Literal["auto", "on", "off"] = "auto"  # with the fast step: NF4 values in 16 bits; auto: if room for 3x
 
@@ -194,14 +201,6 @@ class GenerationSettings:
         check(self, "more than 0, and at most 1", lambda value: 0 < value <= 1, "top_p")
         check(self, "1 or more", lambda value: value >= 1, "max_new_tokens")
         check(self, "0 to 4294967295", lambda value: 0 <= value < 2**32, "seed")
-
-
-@dataclass(frozen=True)
-class FastCaptionSettings:
-    """What makes captioning faster."""
-
-    fast_generation: Literal["auto", "on", "off"] = "auto"  # OPT in 16 bits, by CUDA graphs; auto: on a GPU with room
-    features: Literal["auto", "off"] | Path = "auto"  # folder where main.py has kept the ViT's outputs; auto: as there
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -261,7 +260,7 @@ class EvalConfig:
     run_name: str | None = None  # name of the folder in logs/; none: date and time
 
     generation: GenerationSettings = GenerationSettings()
-    fast: FastCaptionSettings = FastCaptionSettings()
+    fast: FastSettings = FastSettings()
 
     def __post_init__(self):
         if self.num_samples != "all" and self.num_samples < 1:
@@ -313,7 +312,7 @@ DEMO: dict[type, dict[str, Any]] = {
         "num_samples": 200,
         "greedy": True,
         "batch_size": 100,
-        "fast_generation": "on",
+        "fast": "on",
     },
 }
 

@@ -54,7 +54,7 @@ from captioner.scoring.scores import compare_predictions, score_predictions
 UNTUNED, NEAREST = "the untuned model", "nearest training image"  # floors that need a model
 RESUMED = (
     *("adapter", "base", "blank", "greedy", "temperature", "top_p", "max_new_tokens", "seed", "batch_size"),
-    "fast_generation",
+    "fast",
 )
 
 

@@ -72,8 +72,8 @@ def main(config: TrainConfig) -> None:
 
 
 def choose_way(config: TrainConfig, model_config, device: torch.device) -> PlainWay:
-    """The fast way where that folder is there, which falls back on the plain one where it is not possible."""
-    if importlib.util.find_spec("captioner.fast") is None:
+    """The fast way where that folder is there and wanted; it falls back on the plain one where it is not possible."""
+    if config.fast.fast == "off" or importlib.util.find_spec("captioner.fast") is None:
         return PlainWay(config)
     from captioner.fast.door import FastWay
 

@@ -47,7 +47,8 @@ def read_comments(group: type) -> dict[str, str]:
 @pytest.mark.parametrize("config", [PipelineConfig, TrainConfig, EvalConfig])
 def test_help_has_all_of_each_fields_comment(config, monkeypatch, capsys):
     groups = [config, *(known.type for known in dataclasses.fields(config) if dataclasses.is_dataclass(known.type))]
-    documented = dict(itertools.chain.from_iterable(read_comments(group).items() for group in groups))
+    written = [parent for group in groups for parent in group.__mro__ if dataclasses.is_dataclass(parent)]
+    documented = dict(itertools.chain.from_iterable(read_comments(group).items() for group in written))
     documented = {name: comment for name, comment in documented.items() if name in flatten(config())}
     assert documented.keys() == flatten(config()).keys()
     monkeypatch.setenv("COLUMNS", "1000")

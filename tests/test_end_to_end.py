@@ -113,7 +113,7 @@ def test_the_plain_captioner_gives_the_same_captions(trained, monkeypatch):
 
 def test_fast_generation_gives_the_same_captions(trained):
     for name, flags in {"slow": ["off"], "fast": ["on", "--batch-size", 3]}.items():
-        flags = ["--num-samples", "all", "--greedy", "--run-name", name, "--fast-generation", *flags]
+        flags = ["--num-samples", "all", "--greedy", "--run-name", name, "--fast", *flags]
         finished = call_script("eval.py", *flags, cwd=trained)
         assert finished.returncode == 0, finished.stderr
         assert " a second" in finished.stdout

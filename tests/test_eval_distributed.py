@@ -106,7 +106,7 @@ cli.run_script(eval.main, config.parse_args(config.EvalConfig))
 def test_gpus_with_unequal_room_share_the_smaller_batches(trained):
     """Room as the processes see it is made up: there is a CPU alone."""
     (trained / "unequal.py").write_text(UNEQUAL)
-    flags = ["--num-samples", "all", "--split", "train", "--fast-generation", "on", *SHORT]
+    flags = ["--num-samples", "all", "--split", "train", "--fast", "on", *SHORT]
     with start_ranks(trained / "unequal.py", *flags, "--run-name", "unequal", cwd=trained) as unequal:
         equal = call_script("eval.py", *flags, "--batch-size", 2, "--run-name", "equal", cwd=trained)
     assert equal.returncode == 0, equal.stderr

@@ -51,7 +51,7 @@ class FastCaptioner(Captioner):
     def _load(self) -> None:
         super()._load()
         folder = None
-        if not self.config.blank:
+        if self.config.fast.fast != "off" and not self.config.blank:
             folder = find_folder(self.config.fast.features, self.config.adapter, self.model.device)
         self.features = folder and FeatureFile(folder, self.vision, self.model.config.vision_config, self.processor)
         self.longest = self.config.generation.max_new_tokens or self.generation.max_new_tokens
@@ -75,7 +75,7 @@ class FastCaptioner(Captioner):
     def _make_generator(self, with_copies: int, without: int, images: int) -> None:
         """Choose the batch size, and the fast way to generate where that is wanted and possible."""
         self.batch_size, self.generator = self.config.generation.batch_size or SLOW_BATCH, None
-        wanted = self.config.fast.fast_generation
+        wanted = self.config.fast.fast
         if wanted == "off" or (wanted == "auto" and self.model.device.type != "cuda"):
             return
         size = self.config.generation.batch_size
@@ -88,11 +88,11 @@ class FastCaptioner(Captioner):
         if size <= fitting:
             self.batch_size, self.generator = size, FastGenerator(self.model, size, copies=copies)
         elif wanted == "on" and not supports(self.model):
-            raise UserError("--fast-generation on: not made for this language model; use --fast-generation auto")
+            raise UserError("--fast on: not made for this language model; use --fast auto")
         elif wanted == "on":
             raise UserError(
-                f"--fast-generation on: the GPU has room for {fitting} images at once in this way; take a "
-                "--batch-size of no more, or --fast-generation auto"
+                f"--fast on: the GPU has room for {fitting} images at once in this way; take a "
+                "--batch-size of no more, or --fast auto"
             )
 
     def _read_all(self, images: Sequence[Path]) -> Iterator[Tensor | str]:

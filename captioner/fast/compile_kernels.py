@@ -34,7 +34,7 @@ GPUS = Path("/proc/driver/nvidia/gpus")  # where Linux tells their models
 def start(config) -> subprocess.Popen | None:
     """Start compiling for a TrainConfig; None where it is of no use, or an earlier run has done it."""
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if config.fast.fast_step == "off" or is_sharded() or not is_first or shutil.which("nvidia-smi") is None:
+    if is_sharded() or not is_first or shutil.which("nvidia-smi") is None:
         return None
     lora = (config.lora.lora_target, config.lora.lora_rank, config.lora.lora_alpha, config.lora.lora_dropout)
     with suppress(OSError, RuntimeError, importlib.metadata.PackageNotFoundError):  # main.py can do without

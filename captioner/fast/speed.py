@@ -333,8 +333,6 @@ class JoinedAdamW(torch.optim.AdamW):
 
 def use_fast_step(config: TrainConfig, model, device: torch.device) -> bool:
     """Whether FastStep is wanted and possible."""
-    if config.fast.fast_step == "off":
-        return False
     obstacle = (
         "weights that FSDP spreads over the GPUs"
         if is_sharded()
@@ -344,6 +342,6 @@ def use_fast_step(config: TrainConfig, model, device: torch.device) -> bool:
         if not caption_loss.supports(model)
         else None
     )
-    if config.fast.fast_step == "on" and obstacle:
-        raise UserError(f"--fast-step on: not made for {obstacle}; use --fast-step auto")
-    return config.fast.fast_step == "on" or (device.type == "cuda" and not obstacle)
+    if config.fast.fast == "on" and obstacle:
+        raise UserError(f"--fast on: not made for {obstacle}; use --fast auto")
+    return config.fast.fast == "on" or (device.type == "cuda" and not obstacle)

@@ -231,7 +231,7 @@ def test_captions_are_the_same(folder, trained, monkeypatch, capsys, fast):
     shutil.rmtree("store", ignore_errors=True)
 
     def caption(name, **changes):
-        options = {"split": "train", "num_samples": 9, "batch_size": 4, "max_new_tokens": 12, "fast_generation": fast}
+        options = {"split": "train", "num_samples": 9, "batch_size": 4, "max_new_tokens": 12, "fast": fast}
         eval.main(make_config(EvalConfig, **options | {"run_name": name, "seed": 3} | changes))
         said = capsys.readouterr().out
         return (Path("logs") / name / "predictions.jsonl").read_bytes(), said

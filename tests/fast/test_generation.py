@@ -312,7 +312,7 @@ def test_image_tokens_in_half_precision(tiny_checkpoint, monkeypatch, load_in_4b
 def test_way_to_generate_is_chosen_by_room(tiny_checkpoint, room, batch_size, chosen):
     captioner = FastCaptioner.__new__(FastCaptioner)  # without loading
     captioner.config, captioner.model = (
-        make_config(EvalConfig, fast_generation="on", batch_size=batch_size),
+        make_config(EvalConfig, fast="on", batch_size=batch_size),
         load(tiny_checkpoint),
     )
     if chosen is None:

@@ -328,7 +328,6 @@ def test_compiling_starts_once_and_where_there_is_a_gpu(folder, settings, monkey
     assert not started
     Path("nvidia-smi").touch(mode=0o755)
     monkeypatch.setenv("PATH", ".")
-    compile_kernels.start(make_config(TrainConfig, **settings, fast_step="off"))
     monkeypatch.setenv("LOCAL_RANK", "1")
     compile_kernels.start(config)
     assert not started
@@ -456,7 +455,7 @@ def passes(request, tmp_path_factory, settings):
         patch.chdir(tmp_path_factory.mktemp("passes"))
         patch.setattr(trainer.CaptionTrainer, "training_step", training_step)
         patch.setattr(CallbackHandler, "on_prediction_step", note_validation)
-        train(settings, fast_step=request.param)
+        train(settings, fast=request.param)
     return modes, validated, versions
 
 
@@ -484,7 +483,7 @@ def test_each_step_raises_the_versions_of_weights(passes):
 def test_fast_run_is_the_plain_run(folder, settings):
     """Through main.py: the same losses to rounding."""
     losses = {}
-    for name, changes in {"plain": {}, "fast": {"fast_step": "on", "unpack_nf4": "on"}}.items():
+    for name, changes in {"plain": {}, "fast": {"fast": "on", "unpack_nf4": "on"}}.items():
         changes |= {"run_name": name, "output": Path(name), "lora_dropout": 0.0, "length_window": 0}  # of one order
         main.main(make_config(TrainConfig, **settings | changes))
         records = [json.loads(line) for line in Path(f"logs/{name}/metrics.jsonl").read_text().splitlines()]
@@ -495,8 +494,8 @@ def test_fast_run_is_the_plain_run(folder, settings):
 @pytest.mark.slow
 def test_a_stopped_fast_run_goes_on_to_the_same_adapter(folder, settings):
     """Bit for bit, without a flag that says so."""
-    expected = train(settings, fast_step="on")
-    halves = make_config(TrainConfig, **settings | {"fast_step": "on", "output": Path("halves")})
+    expected = train(settings, fast="on")
+    halves = make_config(TrainConfig, **settings | {"fast": "on", "output": Path("halves")})
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 4)
         with pytest.raises(SystemExit):

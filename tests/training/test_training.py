@@ -130,8 +130,8 @@ def test_a_batch_has_frames_of_about_one_length():
 # guards
 
 
-@pytest.mark.parametrize("fast_step", ["off", "on"])
-def test_a_loss_that_is_no_number_stops_the_run(folder, settings, fast_step):
+@pytest.mark.parametrize("fast", ["off", "on"])
+def test_a_loss_that_is_no_number_stops_the_run(folder, settings, fast):
     """The batch is named, no weight has changed, the checkpoint before is kept."""
     real = trainer.Trainer.training_step
 
@@ -140,7 +140,7 @@ def test_a_loss_that_is_no_number_stops_the_run(folder, settings, fast_step):
         return loss * float("nan") if self.state.global_step == STEPS_PER_EPOCH + 1 else loss
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as stopped:
-        if fast_step == "off":
+        if fast == "off":
             patch.setattr(trainer.Trainer, "training_step", training_step)
         else:
             step = speed.FastStep.__call__
@@ -150,7 +150,7 @@ def test_a_loss_that_is_no_number_stops_the_run(folder, settings, fast_step):
                 return step(self, *args) * (float("nan") if next(calls) // 2 == STEPS_PER_EPOCH + 1 else 1)
 
             patch.setattr(speed.FastStep, "__call__", fail)
-        train(settings, fast_step=fast_step)
+        train(settings, fast=fast)
     message = str(stopped.value)
     assert "step 5: the loss is nan" in message and "bf16" in message
     assert message.count(".jpg") == 4

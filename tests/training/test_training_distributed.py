@@ -120,7 +120,7 @@ def train_two(settings, tmp_path):
         given |= {"--num-train-epochs": 2, "--train-batch-size": 4, "--per-device-train-batch-size": 1}
         given |= {"--dataloader-workers": 0, "--warmup-ratio": 0, "--learning-rate": 1e-3, "--logging-steps": 1}
         given |= {"--val-captions": 0, "--wandb": "disabled", "--run-name": "run", "--lora-dropout": 0}
-        given |= {"--fast-step": "on", **dict(zip(flags[::2], flags[1::2], strict=True))}
+        given |= {"--fast": "on", **dict(zip(flags[::2], flags[1::2], strict=True))}
         words = [word for pair in given.items() for word in pair if word is not None]
         with start(script, *words, cwd=Path(folder), how=how) as ended:
             pass
@@ -173,7 +173,7 @@ def check_same_run(one: Path, two: Path) -> None:
 )
 def test_two_processes_match_one(folder, train_one, train_two, target, micro_batch):
     """The losses of one process, and its weights; only the main process writes."""
-    one = train_one(fast_step="on", lora_target=target)
+    one = train_one(fast="on", lora_target=target)
     flags = ("--lora-target", target, "--per-device-train-batch-size", micro_batch)
     done = train_two("two", *flags, "--vision-store-gib", 2 - micro_batch, patch=NO_DDP)
     assert done.returncode == 0, done.err[-3000:]
@@ -214,7 +214,7 @@ def test_nan_in_one_process_stops_both(folder, train_two, what):
 @pytest.mark.slow
 def test_two_processes_out_of_memory_end_with_the_remedy(folder, train_two):
     """One alone would go on with fewer frames a pass, and could not agree with the other about it."""
-    flags = ("--fast-step", "off", "--per-device-train-batch-size", 2)
+    flags = ("--fast", "off", "--per-device-train-batch-size", 2)
     done = train_two("two", *flags, patch=OUT_OF_MEMORY)
     assert done.codes == [2, 2]
     assert all("out of GPU memory with 2 frames" in err and "--gradient-checkpointing" in err for err in done.errs)
@@ -251,7 +251,7 @@ def test_frames_of_a_step_have_about_one_length_in_all_processes():
 def test_spread_weights_match_one_process(folder, train_one, train_two, store, start):
     """fsdp.yaml with gloo, the ViT in the model and taken out of it; the latter by the real launcher."""
     one = train_one(load_in_4bit=False)
-    flags = ("--no-load-in-4bit", None, "--fast-step", "auto", "--vision-store-gib", store)
+    flags = ("--no-load-in-4bit", None, "--fast", "auto", "--vision-store-gib", store)
     done = train_two("two", *flags, patch=FSDP, how=BY_FSDP, start=start)
     assert done.returncode == 0, done.err[-3000:]
     assert int(re.search(r"(\d+) weights are spread", done.out)[1]) > 50
@@ -260,7 +260,7 @@ def test_spread_weights_match_one_process(folder, train_one, train_two, store, s
 
 @pytest.mark.slow
 def test_a_stopped_run_of_spread_weights_goes_on_to_the_same_adapter(folder, train_two):
-    flags = ("--no-load-in-4bit", None, "--fast-step", "auto", "--lora-dropout", 0.1, "--length-window", 1)
+    flags = ("--no-load-in-4bit", None, "--fast", "auto", "--lora-dropout", 0.1, "--length-window", 1)
     done = train_two("undisturbed", *flags, patch=FSDP, how=BY_FSDP)
     assert done.returncode == 0, done.err[-3000:]
     stopped = train_two("stopped", *flags, patch=FSDP + STOP, how=BY_FSDP)
@@ -272,7 +272,7 @@ def test_a_stopped_run_of_spread_weights_goes_on_to_the_same_adapter(folder, tra
 
 @pytest.mark.slow
 def test_nan_stops_processes_of_spread_weights(folder, train_two):
-    flags = ("--no-load-in-4bit", None, "--fast-step", "auto")
+    flags = ("--no-load-in-4bit", None, "--fast", "auto")
     done = train_two("two", *flags, patch=FSDP + PLAIN_NAN, how=BY_FSDP)
     assert done.codes == [2, 2]
     assert all("error: step 4: the loss is nan and the gradient norm" in err for err in done.errs)
