@@ -48,11 +48,14 @@ class FastWay(PlainWay):
     def encode_images(self, model, processor, splits: Splits) -> tuple[Splits, Features | None]:
         if self.place is None:
             return super().encode_images(model, processor, splits)
-        file = FeatureFile(self.place.folder, take_vision_out(model), model.config.vision_config, processor)
+        vision = take_vision_out(model)
+        file = FeatureFile(self.place.folder, vision, model.config.vision_config, processor)
+        if has_room_to_unpack(vision, self.device):
+            unpack_nf4(vision)  # which the file is not known by, and which changes no digit
         images = list_images(splits, splits)  # eval.py finds those of the test split
         features, unreadable = keep_features(file, self.place.limit, images, self.reading)
         self.reading = None
-        del file
+        del vision, file
         gc.collect()  # the ViT: now, not when memory is short
         return leave_out_unreadable(splits, unreadable), features
 

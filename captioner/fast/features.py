@@ -19,8 +19,8 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -37,7 +37,6 @@ from captioner.runtime.processes import ask_main, count_cores, count_processes, 
 
 ABOUT, ROWS, INDEX = "about.json", "features.bin", "index.bin"
 RECORD = 64  # bytes
-WRITERS = 4  # threads
 FORM = 2  # of the files, and of the way in which load_pixels() makes numbers of an image: a new one makes all new
 VISION_SETTINGS = ("image_size", "patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")
 REMEDY = "free some space, name another folder with --features, or do without: --features off"
@@ -215,35 +214,38 @@ class FeatureFile:
 
         Returns {path: why} of the images that can't be read, which get no row.
         """
-        unreadable, waiting, writing, is_main = {}, zip(images, numbers, strict=True), [], find_place()[0] == 0
+        unreadable, waiting, written, is_main = {}, zip(images, numbers, strict=True), None, find_place()[0] == 0
         with (
             explain_writing(self.folder, REMEDY),
-            ThreadPoolExecutor(WRITERS) as pool,
+            ThreadPoolExecutor(1) as writer,
             tqdm(total=len(images), desc="encoding images", unit="image", disable=not is_main) as progress,
         ):
             for pixels, reasons in reading:
                 batch = list(zip(reasons, waiting, strict=False))
                 unreadable |= {image: reason for reason, (image, _) in batch if reason is not None}
                 readable = [place for reason, place in batch if reason is None]
-                outputs, wait = copy_to_cpu(run_vision(self.vision, pixels)) if readable else ((), None)
-                finish(writing)  # those before, while a GPU computes these
-                writing = [pool.submit(self.write_row, *row, wait) for row in zip(readable, outputs, strict=True)]
+                outputs, wait = copy_to_cpu(run_vision(self.vision, pixels)) if readable else ((), lambda: None)
+                if written is not None:
+                    written.result()  # those before, while a GPU computes these
+                written = writer.submit(self.write_rows, readable, outputs, wait)
                 progress.update(len(reasons))
-            finish(writing)
+            if written is not None:
+                written.result()
         return unreadable
 
-    def write_row(self, place: tuple[Path, int], output: Tensor, wait: Callable[[], None]) -> None:
-        """Write an image's output (P, D), which is there after wait(), to the row of that number, then its record."""
+    def write_rows(self, places: Sequence[tuple[Path, int]], outputs: Iterable[Tensor], wait: Callable) -> None:
+        """Write the outputs (P, D) of images, which are there after wait(), to the rows of those numbers."""
         wait()
-        image, number = place
-        image_sum = hash_image(image)
-        for name, size, content in (
-            (ROWS, self.row_bytes, view_bytes(output)),
-            (INDEX, RECORD, image_sum + self.sum_row(image_sum, output)),
+        with (
+            open(self.folder / ROWS, "r+b", buffering=0) as file,
+            open(self.folder / INDEX, "r+b", buffering=0) as index,
         ):
-            with open(self.folder / name, "r+b", buffering=0) as file:
-                file.seek(number * size)
-                file.write(content)
+            for (image, number), output in zip(places, outputs, strict=True):
+                file.seek(number * self.row_bytes)
+                file.write(view_bytes(output))
+                image_sum = hash_image(image)
+                index.seek(number * RECORD)
+                index.write(image_sum + self.sum_row(image_sum, output))
 
 
 def keep_features(
@@ -282,12 +284,6 @@ def copy_to_cpu(outputs: Tensor) -> tuple[Tensor, Callable[[], None]]:
     event = torch.cuda.Event(blocking=True)
     event.record(torch.cuda.current_stream(outputs.device))
     return copy, event.synchronize
-
-
-def finish(work: Sequence[Future]) -> None:
-    """Until all is done. Raises what went wrong."""
-    for future in work:
-        future.result()
 
 
 def reserve(file, size: int) -> None:

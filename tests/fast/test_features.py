@@ -1,15 +1,16 @@
-"""Stored outputs of the ViT: the same captions, loss and adapter with them as without; nothing damaged is trusted."""
+"""Kept outputs of the ViT: the same captions, loss and adapter with them as without; nothing damaged is trusted."""
 
-import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 import signal
-import time
+import tempfile
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from training_runs import hash_adapter, stop_at, train
@@ -18,14 +19,16 @@ import eval
 from captioner.blip2.batches import load_pixels
 from captioner.blip2.loading import load_model, load_processor
 from captioner.blip2.vision import run_vision
-from captioner.data import reading, splits
-from captioner.fast import vision_store
-from captioner.fast.vision_store import HEADER, VisionStore, compute_outputs, describe_outputs, open_store
+from captioner.data import splits
+from captioner.fast import features
+from captioner.fast.features import ABOUT, INDEX, RECORD, ROWS, FeatureFile, Place, choose_place, keep_features
 from captioner.runtime.errors import UserError
+from captioner.runtime.files import lock_folder
 from config import EvalConfig, TrainConfig, make_config
 
-CPU = torch.device("cpu")
-STORED = {"vision_store_gib": 1.0, "vision_store": Path("store"), "num_train_epochs": 1}
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+STORE = Path("store")
+STORED = {"features": STORE, "num_train_epochs": 1}
 
 
 @pytest.fixture(scope="module")
@@ -43,27 +46,27 @@ def images(scenes):
     return sorted((scenes / "images").iterdir())
 
 
-def open_here(model, processor, gib=1.0, **about):
-    """The store in the folder `store`; `about` changes what outputs are said to depend on."""
-    described = describe_outputs(model.vision_model, model.config.vision_config, processor.image_processor) | about
-    shape = vision_store.shape_outputs(model.config.vision_config)
-    return VisionStore(Path("store"), described, shape, torch.float32, CPU, gib)
+@pytest.fixture(scope="module")
+def expected(model, processor, images):
+    """The ViT's outputs (N, P, D) of all images."""
+    pixels = torch.stack([load_pixels(image, processor) for image in images])
+    with torch.inference_mode():
+        return model.vision_model(pixels).last_hidden_state
 
 
-def compute(model, processor, images, store, **options):
-    return compute_outputs(model.vision_model, model.config.vision_config, processor, images, store, **options)
+def open_file(model, processor) -> FeatureFile:
+    return FeatureFile(STORE, model.vision_model, model.config.vision_config, processor)
 
 
-def fill(model, processor, images, **options):
-    """(outputs, the store, closed) of the images."""
-    store = open_here(model, processor, **options)
-    outputs, unreadable = compute(model, processor, images, store)
+def keep(model, processor, images, limit=1e9) -> torch.Tensor:
+    """The kept outputs (N, P, D) of images that can all be read."""
+    kept, unreadable = keep_features(open_file(model, processor), limit, images)
     assert not unreadable
-    store.close()
-    return outputs, store
+    return torch.stack([kept[image] for image in images])
 
 
-def count_computed(monkeypatch):
+@pytest.fixture
+def counts(monkeypatch):
     """A list that gets the number of images each time that the ViT runs."""
     counts, real = [], run_vision
 
@@ -71,74 +74,29 @@ def count_computed(monkeypatch):
         counts.append(len(pixels))
         return real(vision, pixels)
 
-    monkeypatch.setattr(vision_store, "run_vision", run)
+    monkeypatch.setattr(features, "run_vision", run)
     return counts
-
-
-def list_files():
-    return sorted(Path("store").glob("*/*.bin"))
 
 
 # --------------------------------------------------------------------------------------------------------------
 # the same results
 
 
-def test_a_recorded_vit_gives_the_same(folder, tiny_checkpoint, processor, images, monkeypatch):
-    """With a stand-in for CUDA's graph, which does the work again and writes over what it gave before."""
-
-    def record_graph(work):
-        outputs = work()
-        return SimpleNamespace(replay=lambda: outputs.copy_(work())), outputs
-
-    monkeypatch.setattr(vision_store, "record_graph", record_graph)
-    model = load_model(tiny_checkpoint, True, CPU)
-    vision, settings = model.vision_model, model.config.vision_config
-    expected, _ = compute(model, processor, images, None)
-    assert vision_store.record_vision(vision) is vision  # a CPU waits for no launches
-    monkeypatch.setattr(vision_store, "has_room_to_unpack", lambda *_: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**40, 2**40))
-    monkeypatch.setattr("captioner.blip2.vision.BATCH", 4)
-    monkeypatch.setattr(reading, "BATCH", 4)  # five passes of one recording
-    store, write = open_here(model, processor), VisionStore._write
-    monkeypatch.setattr(VisionStore, "_write", lambda *args: time.sleep(0.02) or write(*args))
-    recorded = vision_store.record_vision(vision)
-    assert isinstance(recorded, vision_store.RecordedVision) and recorded.recording is None
-    outputs, _ = compute_outputs(recorded, settings, processor, images, store, kept=6)
-    store.close()
-    assert torch.equal(outputs, expected[:6])
-    found = [store.look_up(image)[1] for image in images]
-    assert torch.equal(torch.stack(found), expected)  # what was written while later passes ran
-
-
-def test_outputs_beyond_those_kept_are_only_stored(folder, model, processor, images, monkeypatch):
-    store = open_here(model, processor)
-    monkeypatch.setattr(vision_store, "PART", 3)
-    outputs, _ = compute(model, processor, images, store, kept=7)
-    store.close()
-    assert len(outputs) == 7 and len(list_files()) == 20
-    again, store = fill(model, processor, images)
-    assert store.found == 20 and torch.equal(again[:7], outputs)
-    assert torch.equal(again, compute(model, processor, images, None)[0])
-
-
-def test_outputs_are_those_of_the_vit_and_read_back_the_same(folder, model, processor, images, monkeypatch):
-    pixels = torch.stack([load_pixels(image, processor) for image in images])
-    with torch.inference_mode():
-        expected = model.vision_model(pixels).last_hidden_state
-    counts = count_computed(monkeypatch)
-    assert torch.equal(compute(model, processor, images, None)[0], expected)
-    first, _ = fill(model, processor, images[:7])
-    again, store = fill(model, processor, images)  # seven are there, the rest is computed
-    assert torch.equal(first, expected[:7]) and torch.equal(again, expected)
-    assert counts == [20, 7, 13] and not store.damaged
-    assert len(list_files()) == 20
-    counts.clear()
-    assert torch.equal(fill(model, processor, images[::-1])[0], expected.flip(0)) and counts == []
+def test_kept_outputs_are_those_of_the_vit(folder, model, processor, images, expected, counts, capsys):
+    assert torch.equal(keep(model, processor, images[:7]), expected[:7])
+    assert torch.equal(keep(model, processor, images), expected)  # seven are there, the rest is computed
+    assert torch.equal(keep(model, processor, images[::-1]), expected.flip(0))
+    assert counts == [7, 13]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(" had ")[1] for line in said] == ["0 of 7", "7 of 20", "20 of 20"]
+    file = open_file(model, processor)
+    assert os.path.getsize(STORE / ROWS) == 20 * file.row_bytes and os.path.getsize(STORE / INDEX) == 20 * RECORD
+    assert torch.equal(file.map_rows(), expected)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, settings):
-    """A folder in which main.py has run for an epoch, without the store."""
+    """A folder in which main.py has run for an epoch, without kept outputs."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -149,11 +107,10 @@ def trained(tmp_path_factory, settings):
 def test_training_gives_the_same_adapter(folder, settings, trained, capsys):
     without = hash_adapter(trained)
     assert train(settings, **STORED) == without
-    assert "store had the frozen ViT's outputs of 0 of 20 images" in capsys.readouterr().out
+    assert "store had 0 of 20" in capsys.readouterr().out
     assert train(settings, **STORED, logging_steps=2) == without
     said = capsys.readouterr().out
-    assert "store had the frozen ViT's outputs of 20 of 20 images" in said
-    assert said.count("frames, split by ride") == 1
+    assert "store had 20 of 20" in said and said.count("frames, split by ride") == 1
 
 
 @pytest.mark.slow
@@ -198,65 +155,53 @@ def test_other_settings_are_refused_before_images_are_encoded(folder, settings, 
         train(settings, **STORED)
 
 
-def test_a_stopped_run_closes_its_store(folder, settings, monkeypatch):
-    """Its threads end without what is left to write; a run that ends by itself writes it."""
-    closed, real = [], VisionStore.close
-
-    def close(self, finish=True):
-        closed.append(finish)
-        real(self, finish)
-
-    monkeypatch.setattr(VisionStore, "close", close)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        stop_at(patch, 1)
-        train(settings, **STORED)
-    assert closed == [False]
-    train(settings, **STORED)
-    assert closed[1] is True
-
-
 @pytest.mark.slow
-def test_a_run_goes_on_with_stored_outputs_to_the_same_adapter(folder, settings, trained):
+def test_a_run_goes_on_with_damaged_outputs_to_the_same_adapter(folder, settings, trained, capsys):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         stop_at(patch, 2)
         train(settings, **STORED)
-    for path in list_files()[:3]:
-        path.write_bytes(b"damaged")
+    damage("flipped", 3)
     assert train(settings, **STORED, resume=True) == hash_adapter(trained)
+    assert "store had 19 of 20, and 1 damaged ones computed anew" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("fast", ["on", pytest.param("off", marks=pytest.mark.slow)])
-def test_captions_are_the_same(folder, trained, monkeypatch, capsys, fast):
+@pytest.mark.parametrize("fast", ["on", pytest.param("auto", marks=pytest.mark.slow)])
+def test_captions_are_the_same(folder, trained, model, processor, images, monkeypatch, capsys, fast):
+    """With some of the images' outputs kept, with all, and with none."""
     monkeypatch.chdir(trained)
-    shutil.rmtree("store", ignore_errors=True)
+    shutil.rmtree(STORE, ignore_errors=True)
 
     def caption(name, **changes):
         options = {"split": "train", "num_samples": 9, "batch_size": 4, "max_new_tokens": 12, "fast": fast}
-        eval.main(make_config(EvalConfig, **options | {"run_name": name, "seed": 3} | changes))
+        eval.main(make_config(EvalConfig, **options | {"run_name": f"{name}-{fast}", "seed": 3} | changes))
         said = capsys.readouterr().out
-        return (Path("logs") / name / "predictions.jsonl").read_bytes(), said
+        return (Path("logs") / f"{name}-{fast}" / "predictions.jsonl").read_bytes(), said
 
-    live, said = caption(f"live-{fast}")
-    assert "outputs of" not in said and not Path("store").exists()
-    store = {"vision_store": Path("store")}
-    said = caption(f"few-{fast}", **store, num_samples=5)[1]
-    assert "outputs of 0 of 5 images" in said
-    mixed, said = caption(f"mixed-{fast}", **store)
-    assert mixed == live and "outputs of 0 of 9" not in said and "outputs of 9 of 9" not in said
-    stored, said = caption(f"stored-{fast}", **store)
+    live, said = caption("live")
+    assert "outputs of" not in said
+    empty, said = caption("empty", features=STORE)
+    assert empty == live and "outputs of" not in said
+    keep(model, processor, images[::2])
+    mixed, said = caption("mixed", features=STORE)
+    assert mixed == live and 0 < int(said.partition("outputs of ")[2].split()[0]) < 9
+    keep(model, processor, images)
+    stored, said = caption("stored", features=STORE)
     assert stored == live and "outputs of 9 of 9 images" in said
-    blank, said = caption(f"blank-{fast}", **store, blank=True)
+    blank, said = caption("blank", features=STORE, blank=True)
     assert blank != live and "outputs of" not in said
-    assert caption(f"blank-off-{fast}", blank=True)[0] == blank
+    assert caption("blank-off", blank=True)[0] == blank
+    said = caption("off", features=STORE, fast="off")[1]
+    assert "outputs of" not in said
 
 
-def test_captioning_reads_what_training_wrote(folder, settings, capsys):
+def test_captioning_finds_what_training_kept(folder, settings, capsys, monkeypatch):
     """Processor and model of the adapter's folder give the same key as those of the checkpoint."""
-    train(settings, **STORED)
+    monkeypatch.setattr(features, "list_folders", lambda setting, output, device: [Path(f"{output}-features")])
+    train(settings, num_train_epochs=1)
     for split in ("val", "test"):
         capsys.readouterr()
         options = {"split": split, "num_samples": "all", "greedy": True, "max_new_tokens": 5}
-        eval.main(make_config(EvalConfig, **options, vision_store=Path("store")))
+        eval.main(make_config(EvalConfig, **options))
         found, asked = capsys.readouterr().out.partition("outputs of ")[2].split(" images")[0].split(" of ")
         assert found == asked != "0"
 
@@ -265,50 +210,77 @@ def test_captioning_reads_what_training_wrote(folder, settings, capsys):
 # what is not trusted
 
 
-def damage(path: Path, how: str) -> None:
-    content = bytearray(path.read_bytes())
+def damage(how: str, row: int) -> None:
+    """Of the first four rows and their records."""
+    rows, index = bytearray((STORE / ROWS).read_bytes()), bytearray((STORE / INDEX).read_bytes())
+    size, place = len(rows) * RECORD // len(index), row * RECORD
     if how == "flipped":
-        content[HEADER + len(content) // 2] ^= 1
-    elif how == "flipped header":
-        content[HEADER - 1] ^= 1
-    elif how == "truncated":
-        content = content[:-1]
-    elif how == "longer":
-        content += b"x"
+        rows[row * size + size // 2] ^= 1
+    elif how == "flipped image sum":
+        index[place] ^= 1
+    elif how == "flipped sum":
+        index[place + RECORD - 1] ^= 1
+    elif how == "cut":
+        rows = rows[: row * size + size // 2]
+    elif how == "cut index":
+        index = index[: place + 40]
+    elif how == "no index":
+        index = b""
     elif how == "empty":
-        content = b""
+        rows = b""
+    elif how == "rows exchanged":
+        rows[row * size : (row + 1) * size], rows[:size] = rows[:size], rows[row * size : (row + 1) * size]
     elif how == "another image's":
-        content = next(other for other in list_files() if other != path).read_bytes()
-    path.write_bytes(content)
+        index[place : place + 32] = index[:32]
+    (STORE / ROWS).write_bytes(rows)
+    (STORE / INDEX).write_bytes(index)
 
 
-@pytest.mark.parametrize("how", ["flipped", "flipped header", "truncated", "longer", "empty", "another image's"])
-def test_a_damaged_file_is_computed_anew(folder, model, processor, images, monkeypatch, how):
-    expected, _ = fill(model, processor, images[:4])
-    path = list_files()[2]
-    before = path.read_bytes()
-    damage(path, how)
-    counts = count_computed(monkeypatch)
-    outputs, store = fill(model, processor, images[:4])
-    assert torch.equal(outputs, expected) and counts == [1] and store.damaged == [path]
-    assert path.read_bytes() == before
-    assert "3 of 4 images; 1 were damaged, and are computed anew" in store.describe()
+@pytest.mark.parametrize(
+    ("how", "computed", "told"),
+    [
+        ("flipped", 1, 1),
+        ("flipped image sum", 1, 0),  # as if there were no row
+        ("flipped sum", 1, 1),
+        ("cut", 2, 2),
+        ("cut index", 2, 1),
+        ("no index", 4, 0),
+        ("empty", 4, 4),
+        ("rows exchanged", 2, 2),
+        ("another image's", 2, 1),
+    ],
+)
+def test_damaged_rows_are_computed_anew(
+    folder, model, processor, images, expected, counts, capsys, how, computed, told
+):
+    keep(model, processor, images[:4])
+    damage(how, 2)
+    counts.clear()
+    capsys.readouterr()
+    assert torch.equal(keep(model, processor, images[:4]), expected[:4]) and counts == [computed]
+    said = capsys.readouterr().out
+    assert f"had {4 - computed} of 4" in said and (f"{told} damaged" in said if told else "damaged" not in said)
+    keep(model, processor, images[:4])
+    assert counts == [computed]
+    kept = open_file(model, processor).read(images[:5])
+    assert list(kept) == images[:4] and torch.equal(torch.stack(list(kept.values())), expected[:4])
 
 
-def test_a_file_of_another_model_is_not_read(folder, model, processor, images):
-    expected, store = fill(model, processor, images[:2])
-    other = open_here(model, processor, weights="another's")
-    assert other.folder != store.folder
-    for path in list_files():
-        shutil.copy(path, other.folder)
-    assert [other.look_up(image)[1] for image in images[:2]] == [None, None]
-    assert not list(other.folder.glob("*.bin"))  # deleted
-    assert torch.equal(fill(model, processor, images[:2])[0], expected)
+def test_rows_of_another_model_are_not_read(folder, tiny_checkpoint, model, processor, images, expected, counts):
+    keep(model, processor, images[:4])
+    reader = open_file(model, processor).map_rows()
+    other = load_model(tiny_checkpoint, False, CPU)
+    assert open_file(other, processor).read(images) == {}
+    assert not torch.equal(keep(other, processor, images[:2]), expected[:2])
+    assert counts == [4, 2] and os.path.getsize(STORE / INDEX) == 2 * RECORD
+    assert torch.equal(reader, expected[:4])  # a run that reads them goes on with them
+    (STORE / ABOUT).write_text(open_file(model, processor).about)  # as if they were this model's
+    assert open_file(model, processor).read(images) == {}
 
 
-def test_weights_precision_and_preparation_have_a_folder_each(folder, tiny_checkpoint, model, processor):
+def test_weights_precision_and_preparation_have_a_key_each(folder, tiny_checkpoint, model, processor):
     def key(model, processor=processor):
-        return open_here(model, processor).key
+        return open_file(model, processor).key
 
     plain = load_model(tiny_checkpoint, False, CPU)
     keys = [key(model), key(plain), key(load_model(tiny_checkpoint, False, CPU).bfloat16())]
@@ -325,115 +297,225 @@ def test_weights_precision_and_preparation_have_a_folder_each(folder, tiny_check
     assert key(load_model(tiny_checkpoint, True, CPU), load_processor(tiny_checkpoint)) == keys[0]
 
 
-def test_an_image_is_known_by_its_content(folder, model, processor, images, monkeypatch):
-    fill(model, processor, images[:2])
+def test_an_image_is_known_by_its_content(folder, model, processor, images, expected, counts):
+    keep(model, processor, images[:2])
     shutil.copy(images[0], "renamed.jpg")
     shutil.copy(images[1], images[2].name)  # another image under a name that was there before
-    counts = count_computed(monkeypatch)
-    fill(model, processor, [Path("renamed.jpg"), Path(images[2].name)])
-    assert counts == []
+    keep(model, processor, [Path("renamed.jpg"), Path(images[2].name)])
+    assert counts == [2]
     shutil.copy(images[3], "renamed.jpg")
-    outputs, _ = fill(model, processor, [Path("renamed.jpg")])
-    assert counts == [1] and torch.equal(
-        outputs, run_vision(model.vision_model, load_pixels(images[3], processor)[None])
-    )
+    assert torch.equal(keep(model, processor, [Path("renamed.jpg")])[0], expected[3]) and counts == [2, 1]
 
 
-def test_unreadable_images_are_left_out_of_the_outputs(folder, model, processor, images, scenes, monkeypatch):
-    shutil.copytree(scenes / "images", "images")
+def test_unreadable_images_get_no_row(folder, model, processor, images, expected):
+    shutil.copytree(images[0].parent, "images")
     paths = sorted(Path("images").iterdir())[:6]
     paths[2].write_bytes(b"no image")
     paths[4].unlink()
-    store, slow = open_here(model, processor), VisionStore._write
-    monkeypatch.setattr(VisionStore, "_write", lambda *args: time.sleep(0.05) or slow(*args))
-    outputs, unreadable = compute(model, processor, paths, store)
-    assert list(unreadable) == [paths[2], paths[4]]
-    assert all(f"{path}: not readable as an image" in reason for path, reason in unreadable.items())
-    expected = compute(model, processor, [images[row] for row in (0, 1, 3, 5)], None)[0]
-    assert torch.equal(outputs, expected)
-    store.close()
-    assert torch.equal(compute(model, processor, paths, store)[0], expected)  # what was written is right too
+    for _ in range(2):
+        kept, unreadable = keep_features(open_file(model, processor), 1e9, paths)
+        assert list(unreadable) == [paths[2], paths[4]]
+        assert all(f"{path}: not readable as an image" in reason for path, reason in unreadable.items())
+        assert torch.equal(torch.stack(list(kept.values())), expected[[0, 1, 3, 5]])
+    shutil.copy(images[4], paths[4])
+    assert keep_features(open_file(model, processor), 1e9, paths)[0].keys() == {*paths} - {paths[2]}
+    assert os.path.getsize(STORE / INDEX) == 6 * RECORD
 
 
 # --------------------------------------------------------------------------------------------------------------
-# disks and processes
+# processes that are killed, or share the work
 
 
-def test_no_more_is_written_than_the_bound(folder, model, processor, images, capsys):
-    size = HEADER + 4 * vision_store.shape_outputs(model.config.vision_config)[0] * 64
-    outputs, _ = fill(model, processor, images, gib=(3.5 * size + 2000) / 2**30)
-    assert len(list_files()) == 3
-    assert capsys.readouterr().out.count("no room is left") == 1
-    assert torch.equal(outputs, compute(model, processor, images, None)[0])
-    fill(model, processor, images[5:9], gib=3 * size / 2**30, weights="another's")  # the bound is for all models
-    assert len(list_files()) == 3
-    fill(model, processor, images, gib=0)
-    assert len(list_files()) == 3
+def fork(work, *args) -> int:
+    """The exit code of a process that does the work."""
+    process = multiprocessing.get_context("fork").Process(target=work, args=args)
+    process.start()
+    process.join()
+    return process.exitcode
 
 
-def test_a_folder_that_cant_be_made_is_no_obstacle(folder, model, processor, images, capsys):
-    Path("store").write_text("a file")
-    outputs, _ = fill(model, processor, images[:2])
-    assert torch.equal(outputs, compute(model, processor, images[:2], None)[0])
-    said = capsys.readouterr().out
-    assert said.count("are kept there no more") == 1 and "store" in said
+def test_a_killed_run_keeps_what_it_has_written(folder, model, processor, images, expected, counts):
+    """The kill comes between a row and its record."""
+    real, sums = FeatureFile.sum_row, []
+
+    def sum_row(self, *args):
+        sums.append(args)
+        if len(sums) == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, *args)
+
+    def keep_and_die():
+        FeatureFile.sum_row = sum_row
+        keep(model, processor, images)
+
+    assert fork(keep_and_die) == -signal.SIGKILL
+    assert len(open_file(model, processor).read(images)) == 5
+    assert torch.equal(keep(model, processor, images), expected) and counts == [15]
+    assert os.path.getsize(STORE / INDEX) == 20 * RECORD
 
 
-def test_a_folder_that_becomes_unwritable_is_no_obstacle(folder, model, processor, images, capsys, monkeypatch):
-    store = open_here(model, processor)
-    shutil.rmtree(store.folder)
-    outputs, _ = compute(model, processor, images[:2], store)
-    store.close()
-    assert torch.equal(outputs, compute(model, processor, images[:2], None)[0])
-    assert capsys.readouterr().out.count("are kept there no more") == 1
+def test_two_processes_write_a_share_each(folder, model, processor, images, expected):
+    file = open_file(model, processor)
+    STORE.mkdir()
+    rows, _ = file.prepare(images, 1e9)
+    shares = [(images[place::2], [row.number for row in rows[place::2]]) for place in range(2)]
+    pixels = [torch.stack([load_pixels(image, processor) for image in share]) for share, _ in shares]
+
+    def write(place):
+        file.write(*shares[place], [(pixels[place], [None] * len(pixels[place]))])
+
+    writers = [multiprocessing.get_context("fork").Process(target=write, args=(place,)) for place in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert torch.equal(torch.stack(list(file.read(images).values())), expected)
 
 
-def write_and_die() -> None:
-    """As a run that is killed between writing a stored output and giving the file its name."""
-    store = VisionStore(Path("store"), {}, (4, 8), torch.float32, CPU, 1.0)
-    os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
-    store.save(["ab" * 32], [torch.ones(4, 8)])
-    store.close()
+def test_processes_of_several_machines_keep_none(folder, monkeypatch, capsys):
+    monkeypatch.setattr(features, "find_place", lambda: (0, 4))
+    assert choose_place(make_config(TrainConfig, features=STORE), 1, CPU) is None
+    assert "computed in each pass (the processes run on several machines)" in capsys.readouterr().out
 
 
-def test_a_kill_in_writing_leaves_no_file_under_its_name(folder):
-    killed = multiprocessing.get_context("fork").Process(target=write_and_die)
-    killed.start()
-    killed.join()
-    assert killed.exitcode == -signal.SIGKILL
-    [left] = Path("store").glob("*/.*.tmp")
-    assert list_files() == [] and left.stat().st_size == HEADER + 4 * 8 * 4
-    options = ({}, (4, 8), torch.float32, CPU, 1.0)
-    VisionStore(Path("store"), *options)
-    assert left.exists()  # it may be another run's, that is writing it
-    os.utime(left, (0, 0))
-    VisionStore(Path("store"), *options)
-    assert not left.exists()
+def test_a_folder_that_another_run_fills_is_refused(folder, model, processor, images):
+    with lock_folder(STORE, "--features"), pytest.raises(UserError, match="--features store: another run is writing"):
+        keep(model, processor, images[:2])
 
 
-def test_the_header_holds_the_sum_of_what_follows(folder, model, processor, images):
-    _, store = fill(model, processor, images[:1])
-    [path] = list_files()
-    content = path.read_bytes()
-    assert path.stem == hashlib.sha256(images[0].read_bytes()).hexdigest()
-    assert content[HEADER - 32 : HEADER] == hashlib.sha256(content[HEADER:]).digest()
-    about = json.loads((store.folder / "settings.json").read_text())
-    assert about["machine"]["torch"] == torch.__version__ and about["weights"]
+# --------------------------------------------------------------------------------------------------------------
+# disk and memory
 
 
-def test_it_is_for_gpus_unless_asked_for(folder, model, processor):
-    parts = (model.vision_model, model.config.vision_config, processor)
-    assert open_store(make_config(TrainConfig), *parts) is None
-    assert open_store(make_config(TrainConfig, vision_store="off"), *parts) is None
-    assert open_store(make_config(EvalConfig, vision_store=Path("store")), *parts).root == Path("store")
-    with pytest.raises(UserError, match="--vision-store-disk-gib -1"):
-        make_config(TrainConfig, vision_store_disk_gib=-1)
-    with pytest.raises(UserError, match="--vision-store-disk-gib -1"):
-        make_config(EvalConfig, vision_store_disk_gib=-1)
+@pytest.fixture
+def disks(folder, monkeypatch):
+    """{folder: bytes that are free on its disk}, of the folder of the output and the temporary one."""
+    disks = {Path.cwd(): 1000, Path.cwd() / "tmp": 1000}
+    (folder / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(folder / "tmp"))
+
+    def measure_free(place: Path) -> int:
+        return next(disks[parent] for parent in (place / "x").absolute().parents if parent in disks)
+
+    monkeypatch.setattr(features, "measure_free", measure_free)
+    return disks
 
 
-def test_more_than_memory_allows_is_computed_in_training(folder, settings, trained, capsys):
-    """Then nothing is read from disk either, and all images are checked first."""
-    adapter = train(settings, **(STORED | {"vision_store_gib": 0.0}))
-    assert not Path("store").exists() and "checking images" in capsys.readouterr().err
-    assert adapter == hash_adapter(trained) == hash_adapter(Path())
+def choose(need=100, device=GPU, **settings) -> Place | None:
+    return choose_place(make_config(TrainConfig, output=Path("out"), **settings), need, device)
+
+
+def test_the_roomiest_disk_is_taken_and_half_of_it(disks, capsys):
+    near, far = list(disks)
+    disks[near] = 1002
+    assert choose(501) == Place(Path.cwd() / "out-features", 501)
+    disks[far] = 1004
+    place = choose(502)
+    assert place.folder.parent == far and place.limit == 502
+    assert capsys.readouterr().out == ""
+    assert choose(503) is None
+    told = f"the frozen ViT's outputs are not kept, but computed in each pass ({place.folder} may take "
+    assert capsys.readouterr().out.startswith(told)
+    disks[near] = 2000
+    place.folder.mkdir()
+    (place.folder / INDEX).touch()
+    assert choose().folder == place.folder  # which holds some already
+    assert features.find_folder("auto", Path("out"), GPU) == place.folder
+    assert features.find_folder("auto", Path("other"), GPU) is None
+
+
+def test_the_user_says_where_and_how_much(disks, capsys):
+    gib = 2**30
+    disks[Path.cwd()] = 3 * gib
+    assert choose(features=STORE) == choose(features=STORE, device=CPU) == Place(STORE, 1.5 * gib)
+    assert choose(features=STORE, features_disk_gib=2.5).limit == 2.5 * gib
+    assert choose(features=STORE, features_disk_gib=5).limit == 3 * gib
+    STORE.mkdir()
+    with open(STORE / ROWS, "wb") as file:
+        file.truncate(gib)
+    assert choose(features=STORE).limit == 2 * gib  # what they take is theirs
+    assert capsys.readouterr().out == ""
+    for settings, reason in (({"features": "off"}, "off"), ({"device": CPU}, "auto keeps them where there is a GPU")):
+        assert choose(**settings) is None
+        assert f"not kept, but computed in each pass (--features {reason})" in capsys.readouterr().out
+    assert choose(gib, features=STORE, features_disk_gib=0.5) is None
+    assert "(store may take 0.5 GB (--features-disk-gib), they take 1.1)" in capsys.readouterr().out
+
+
+def test_rows_of_other_images_go_where_there_is_no_room_for_both(folder, model, processor, images, expected, counts):
+    size = open_file(model, processor).row_bytes
+    keep(model, processor, images[:6])
+    assert torch.equal(keep(model, processor, images[4:12], 12 * size), expected[4:12])
+    assert os.path.getsize(STORE / ROWS) == 12 * size and counts == [6, 6]
+    reader = open_file(model, processor).map_rows()
+    assert torch.equal(keep(model, processor, images[12:], 8 * size), expected[12:])
+    assert os.path.getsize(STORE / ROWS) == 8 * size and counts == [6, 6, 8]
+    assert len(reader) == 12 and torch.equal(reader[:6], expected[:6])
+
+
+def test_a_run_without_room_trains_without(folder, settings, trained, capsys):
+    adapter = train(settings, **STORED, features_disk_gib=0)
+    said = capsys.readouterr()
+    assert said.out.count("the frozen ViT's outputs are not kept") == 1 and "checking images" in said.err
+    assert not STORE.exists() and adapter == hash_adapter(trained)
+
+
+def test_a_folder_that_cant_be_written_is_named(folder, model, processor, images, monkeypatch):
+    STORE.write_text("a file")
+    with pytest.raises(UserError, match="--features store: can't be written"):
+        keep(model, processor, images[:2])
+    STORE.unlink()
+    STORE.mkdir()
+    (STORE / ROWS).mkdir()
+    with pytest.raises(UserError, match=r"store: can't be written .*--features off"):
+        keep(model, processor, images[:2])
+
+
+def test_the_disk_space_is_taken_before_images_are_encoded(folder, model, processor, images, counts, mount):
+    mount(STORE, "64k")  # of 87,040 bytes
+    with pytest.raises(UserError, match=r"store: can't be written \(No space left on device\); free some space"):
+        keep(model, processor, images)
+    assert counts == []
+
+
+class LargeVision(torch.nn.Module):
+    """Outputs (B, 257, 704) in fp32, 0.7 MB for each image."""
+
+    def __init__(self):
+        super().__init__()
+        self.post_layernorm = torch.nn.LayerNorm(704)
+
+    def forward(self, pixel_values):
+        return SimpleNamespace(last_hidden_state=pixel_values[:, :1, :1, :1].reshape(-1, 1, 1).expand(-1, 257, 704) + 1)
+
+
+def test_neither_writing_nor_reading_holds_all_rows_in_memory(folder, processor):
+    count, size = 400, 257 * 704 * 4
+    sizes = {"image_size": 224, "patch_size": 14, "hidden_size": 704, "num_attention_heads": 1}
+    vision_config = SimpleNamespace(**sizes, hidden_act="gelu", layer_norm_eps=1e-6)
+    images = [Path(f"{number}.jpg") for number in range(count)]
+    for number, image in enumerate(images):
+        image.write_bytes(number.to_bytes(2))
+    pixels = torch.arange(count).view(-1, 1, 1, 1).expand(-1, 3, 2, 2).float()
+    file = FeatureFile(STORE, LargeVision(), vision_config, processor)
+    process, peak, done = psutil.Process(), [0], threading.Event()
+
+    def measure():
+        memory = process.memory_info()
+        return memory.rss - memory.shared  # the page cache is the system's
+
+    def watch():
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], measure())
+
+    before, watcher = measure(), threading.Thread(target=watch)
+    watcher.start()
+    reading = ((part, [None] * len(part)) for part in pixels.split(32))
+    kept, _ = keep_features(file, 1e9, images, reading)
+    assert kept[images[7]].mean() == 8
+    assert torch.equal(torch.stack([kept[image][3, 5] for image in images]), torch.arange(count) + 1.0)
+    assert sum(output.sum(dtype=torch.float64).item() for output in kept.values()) > 0  # all is read
+    done.set()
+    watcher.join()
+    assert os.path.getsize(STORE / ROWS) == count * size
+    assert peak[0] - before < count * size / 2
