@@ -3,11 +3,17 @@
     python main.py                                                  # Kaggle data, BLIP-2 from the hub, one GPU
     python main.py --demo                                           # drawn scenes, small model, CPU
     python main.py --labels LABELS.json --images FOLDER --model FOLDER
+    python main.py --captions CAPTIONS.csv --images FOLDER          # your own captions
 
 Labels become captions, captions and images a train, a validation and a test split with no ride in two of them;
 LoRA is trained on the NF4 model with the Hugging Face Trainer; the adapter with the best validation loss is saved
 with its processor, generation settings, configuration and split, for eval.py or plain peft.
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # where the package is, which PYTHONSAFEPATH leaves out
 
 from captioner.runtime.cli import run_script
 from config import TrainConfig, parse_args
@@ -22,7 +28,7 @@ import time
 import torch
 from transformers import set_seed
 
-from captioner.blip2.batches import make_datasets
+from captioner.blip2.batches import get_reader, make_datasets
 from captioner.blip2.captioning import make_generation_config
 from captioner.blip2.loading import check_model, load_model, load_processor, pick_device
 from captioner.blip2.lora import add_lora
@@ -57,13 +63,9 @@ def main(config: TrainConfig) -> None:
         model.print_trainable_parameters()
         run.note_inputs(splits, model)
         datasets = make_datasets(config, splits, processor, model.config, features)
-        generation = make_generation_config(model.config, datasets["train"].longest + SPARE_TOKENS)
+        generation = make_generation_config(model.config, get_reader(datasets["train"]).longest + SPARE_TOKENS)
         captioner = way.make_captioner(processor, generation, config.run.val_captions)
-        try:
-            trainer = train_lora(run, model, datasets, parts, make_callbacks(run, datasets["val"], captioner))
-            way.finish()
-        finally:
-            way.close()
+        trainer = train_lora(run, model, datasets, parts, make_callbacks(run, datasets["val"], captioner))
         save_run(run, trainer, processor, generation, splits)
         if run.is_main:
             print(f"adapter saved to {config.run.output} after {time.perf_counter() - start:.0f} s")

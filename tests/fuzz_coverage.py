@@ -32,7 +32,12 @@ os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="
 
 MODULES = (
     *("captioner.bdd100k.facts", "captioner.bdd100k.parsing", "captioner.bdd100k.frames"),
-    *("captioner.bdd100k.label_files", "captioner.data.captions", "captioner.data.splits", "captioner.blip2.loading"),
+    *(
+        "captioner.bdd100k.label_files",
+        "captioner.data.caption_files",
+        "captioner.data.splits",
+        "captioner.blip2.loading",
+    ),
     *("captioner.scoring.predictions", "captioner.training.checkpoints", "captioner.publishing.model_card"),
     *("config", "eval", "main"),
 )
@@ -102,7 +107,7 @@ def labels_target(folder: Path) -> tuple[list[bytes], Check]:
 
 
 def predictions_target(folder: Path) -> tuple[list[bytes], Check]:
-    from captioner.data.captions import read_captions
+    from captioner.data.caption_files import read_captions
     from captioner.scoring import predictions
 
     rows = [
@@ -135,9 +140,9 @@ def predictions_target(folder: Path) -> tuple[list[bytes], Check]:
 
 def config_target(folder: Path) -> tuple[list[bytes], Check]:
     import config
-    import eval as evaluation
+    from captioner.blip2.caption_folder import read_finished
     from captioner.data import splits
-    from captioner.publishing import model_card
+    from captioner.publishing import model_card, records
     from captioner.runtime.settings import flatten
     from captioner.training import checkpoints
     from captioner.training.run import is_finished
@@ -147,7 +152,7 @@ def config_target(folder: Path) -> tuple[list[bytes], Check]:
     checkpoint.mkdir(parents=True)
     state = {"config": {"seed": 42}, "data": {}, "world": {"processes": 1}, "micro_batch": 4, "run_dir": "logs/run"}
     run = {"run_name": "run", **state, "results": {"best_eval_loss": 0.5}, "versions": {}, "git_commit": None}
-    scores = {"schema": model_card.SCHEMA_VERSION, "config": {"base": False, "predictions": None}, "n": 4, "scores": {}}
+    scores = {"schema": records.SCHEMA_VERSION, "config": {"base": False, "predictions": None}, "n": 4, "scores": {}}
     trainer = {"global_step": 2, "max_steps": 4, "best_model_checkpoint": "checkpoint-2"}
     options = [b"--limit 60 --max-steps 4 --style natural", b"--demo --output a --no-lanes --seed 7", b"--help",
                b"--labels a b --images c --train-share 0.5 --val-share 0.4 --learning-rate 1e-4",
@@ -187,7 +192,7 @@ def config_target(folder: Path) -> tuple[list[bytes], Check]:
                 (output / "run.json").write_text(json.dumps(run))
                 (output / "scores.json").write_bytes(data)
                 with expect_user_error(output):
-                    model_card.read_scores(output)
+                    records.read_scores(output)
             case 5:
                 (output / "checkpoints" / "state.json").write_bytes(data)
                 with expect_user_error(output):
@@ -208,10 +213,10 @@ def config_target(folder: Path) -> tuple[list[bytes], Check]:
                 (output / "run.json").write_text(json.dumps(run))
                 captions = folder / "unfinished" / "captions.jsonl"
                 captions.unlink(missing_ok=True)
-                evaluation.read_finished(captions, eval_settings)  # writes the settings
+                read_finished(captions, eval_settings)  # writes the settings
                 captions.write_bytes(data)
                 with expect_user_error(captions.parent):
-                    evaluation.read_finished(captions, eval_settings)
+                    read_finished(captions, eval_settings)
 
     return seeds, check
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,10 +66,11 @@ def start_server() -> None:
 
 
 @contextmanager
-def start_ranks(script: Path, *args, cwd: Path, how: tuple = BY_DDP) -> Iterator[Ended]:
+def start_ranks(script: Path, *args, cwd: Path | Sequence[Path], how: tuple = BY_DDP) -> Iterator[Ended]:
     """Run the script in two ranks; what came of them is there when the block ends, in which a test may do other work.
 
-    Raises AssertionError if a rank has not ended SECONDS later.
+    With a sequence for `cwd` each has a folder of its own, as on two machines. Raises AssertionError if a rank has not
+    ended SECONDS later.
     """
     start_server()
     ended = Ended()
@@ -79,8 +80,11 @@ def start_ranks(script: Path, *args, cwd: Path, how: tuple = BY_DDP) -> Iterator
         for path in itertools.chain(*files):
             path.touch()
         command = [str(script), *map(str, args)]
+        folders = [cwd] * 2 if isinstance(cwd, Path) else cwd
         ranks = [
-            SERVER.Process(target=_run, args=(command, cwd, make_environment(rank, store.port, how), *files[rank]))
+            SERVER.Process(
+                target=_run, args=(command, folders[rank], make_environment(rank, store.port, how), *files[rank])
+            )
             for rank in range(2)
         ]
         for rank in ranks:

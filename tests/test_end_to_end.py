@@ -105,7 +105,7 @@ def test_the_plain_captioner_gives_the_same_captions(trained, monkeypatch):
         flags = ["--num-samples", 3, "--split", "train", "--batch-size", 2, "--max-new-tokens", 8, *flags]
         assert call_script("eval.py", *flags, "--run-name", "fast-room", cwd=trained).returncode == 0
         with monkeypatch.context() as patch:
-            patch.setattr(eval, "load_captioner", Captioner)
+            patch.setattr(eval, "make_captioner", Captioner)
             assert call_script("eval.py", *flags, "--run-name", "plain-room", cwd=trained).returncode == 0
         fast, plain = ((trained / f"logs/{name}-room/predictions.jsonl").read_bytes() for name in ("fast", "plain"))
         assert fast == plain
@@ -323,7 +323,7 @@ def test_official_val_is_held_out(tmp_path, monkeypatch):
         "captioner.bdd100k.download.fetch_labels", lambda dataset, subset: [tmp_path / f"{subset}.json"]
     )
     monkeypatch.setattr("captioner.bdd100k.download.fetch_images", lambda dataset: tmp_path / "images")
-    config = make_config(TrainConfig, subset="train", held_out="val", captions=tmp_path / "captions.csv")
+    config = make_config(TrainConfig, subset="train", held_out="val")
     splits = prepare_splits(config, tmp_path / "run")
     names = {split: {example.name for example in examples} for split, examples in splits.items()}
     assert names["test"] == {frame["name"] for frame in frames[8:]}

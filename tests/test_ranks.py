@@ -68,3 +68,31 @@ def test_a_rank_that_hangs_is_ended(tmp_path, monkeypatch):
             time.sleep(0.05)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "hangs").read_text()), 0)
+
+
+SHARE = """
+import os, sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from captioner.runtime.processes import share_folder
+with share_folder(Path("adapter")) as here:
+    print(here == Path("adapter"), here.name, sorted((path.name, path.read_text()) for path in here.glob("w*")))
+print(here.exists())
+"""
+
+
+def test_a_process_without_the_folder_of_the_first_has_a_copy_for_a_while(tmp_path):
+    """Another machine's folder may be absent, or hold an older adapter; what is there stays as it is."""
+    script = tmp_path / "share.py"
+    script.write_text(SHARE.format(root=str(ranks.ROOT)))
+    machines = [tmp_path / "first", tmp_path / "second"]
+    for machine, content in zip(machines, ("new", "old"), strict=True):
+        (machine / "adapter" / "checkpoints").mkdir(parents=True)
+        (machine / "adapter" / "weights").write_text(content)
+    for cwd, shared in ((machines, "False"), (machines[0], "True")):
+        with start_ranks(script, cwd=cwd) as ended:
+            pass
+        assert ended.codes == [0, 0], ended.err
+        files = "adapter [('weights', 'new')]"
+        assert ended.outs == [f"True {files}\nTrue\n", f"{shared} {files}\n{shared}\n"]
+    assert (machines[1] / "adapter" / "weights").read_text() == "old"

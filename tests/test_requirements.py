@@ -8,7 +8,6 @@ from conftest import ROOT
 from lowest_requirements import REQUIREMENTS, list_lowest
 
 MODULES = {"pillow": "PIL"}  # imported under another name than the package's
-UNUSED = {"datasets", "pandas"}  # which the design names; a test alone reads its CSV with pandas
 BROUGHT_ALONG = {"requests", "safetensors", "tokenizers"}  # by kagglehub and transformers
 OPTIONAL = {"triton"}  # comes with torch where there is a GPU
 
@@ -29,7 +28,7 @@ def list_imports() -> set[str]:
 
 def test_requirements_are_what_is_imported():
     required = {MODULES.get(name.lower(), name) for name in list_lowest(REQUIREMENTS.read_text())}
-    assert required - UNUSED == list_imports() - BROUGHT_ALONG - OPTIONAL
+    assert required == list_imports() - BROUGHT_ALONG - OPTIONAL
 
 
 def test_lowest_versions_are_read_from_the_requirements():

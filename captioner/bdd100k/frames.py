@@ -16,6 +16,7 @@ from captioner.bdd100k.facts import (
     LIGHTS,
     MAX_COUNT,
     SCENES,
+    SYNONYMS,
     TIMES_OF_DAY,
     TRAFFIC_LIGHT,
     UNDEFINED,
@@ -32,9 +33,7 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,250}")
 ClassNames = Literal["file", "2018", "det20"]
 # The same class in the 2018 release, in det_20, and in other variants.
 _SYNONYMS = [
-    ("person", "pedestrian"),
-    ("bike", "bicycle"),
-    ("motor", "motorcycle"),
+    *((name, other) for other, name in SYNONYMS.items()),
     ("drivable area", "drivable area", "area/drivable", "area/alternative", "direct", "alternative"),
     ("lane", "lane", "crosswalk", "double other", "double white", "double yellow", "road curb", "single other",
      "single white", "single yellow"),
@@ -144,13 +143,14 @@ def _decode_lines(decoder: msgspec.json.Decoder, data: bytes | memoryview) -> li
 _USUAL, _ANY = _Decoders(_UsualCategory, _UsualLight), _Decoders(str, Any)
 
 
-def decode_frames(data: bytes | memoryview) -> tuple[list, bool]:
+def decode_frames(data: bytes | bytearray | memoryview) -> tuple[list, bool]:
     """The frames of one label file's bytes, and whether they were in a Scalabel wrapper.
 
     Where a type is wrong or a key missing, the frames come back as plain JSON values, to be judged one by one. Raises
     BadFile for bytes that are not JSON.
     """
-    mark = 3 if bytes(data[:3]) == b"\xef\xbb\xbf" else 0
+    data = memoryview(data)  # of which parts are no copies
+    mark = 3 if data[:3] == b"\xef\xbb\xbf" else 0
     try:
         for decoders in (_USUAL, _ANY):
             with contextlib.suppress(msgspec.ValidationError):
@@ -170,7 +170,7 @@ def decode_frames(data: bytes | memoryview) -> tuple[list, bool]:
         raise BadFile("nested too deep", None) from None
 
 
-def _find_bad_text(data: bytes | memoryview) -> tuple[str, int | None]:
+def _find_bad_text(data: memoryview) -> tuple[str, int | None]:
     """Why `data` is no UTF-8, and its byte."""
     try:
         str(data, "utf-8")

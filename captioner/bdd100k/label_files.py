@@ -17,6 +17,7 @@ A wrong cut can't go unnoticed, since neither side of it would then be JSON: the
 import functools
 import gc
 import gzip
+import math
 import mmap
 import multiprocessing.connection
 import os
@@ -38,8 +39,9 @@ from captioner.bdd100k.facts import Facts, Frame
 from captioner.bdd100k.file_kinds import WANTED, name_kind
 from captioner.bdd100k.frames import DEFAULT_OPTIONS, BadFile, BadFrame, LabelOptions, _Frame, decode_frames, read_frame
 from captioner.bdd100k.label_report import LabelReport
-from captioner.runtime.errors import UserError
+from captioner.runtime.errors import UserError, get_or_none
 from captioner.runtime.files import is_inside
+from captioner.runtime.processes import pick_start
 
 LABEL_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".zip")
 
@@ -49,6 +51,7 @@ HEAD = 4096  # bytes that tell what a file is
 GZIP_LIMIT = 2 * 2**30  # bytes of a .json.gz or a member when unpacked; BDD100K's largest label file has 1.4 GB
 
 T = TypeVar("T")
+_Bytes = bytes | bytearray | memoryview
 
 
 class _Member(NamedTuple):
@@ -123,11 +126,8 @@ def find_label_files(paths: Sequence[Path]) -> list[Path]:
     files = []
     for path in paths:
         if path.is_dir():
-            below = sorted(file for file in path.rglob("*") if not _is_hidden(file.relative_to(path).parts))
-            found = [file for file in below if _has_suffix(file.name, LABEL_SUFFIXES) and file.is_file()]
-            found = [file for file in found if is_inside(file, path)]  # no link leads out of the folder
+            found, others = _list_folder(path)
             if not found:
-                others = [file for file in below if file.is_file() and is_inside(file, path)]
                 raise UserError(f"{path}: no .json file in this folder{_describe_others(others)}; {WANTED}")
             files += found
         elif path.is_file():
@@ -135,6 +135,22 @@ def find_label_files(paths: Sequence[Path]) -> list[Path]:
         else:
             raise UserError(f"{path}: no such file or folder; give BDD100K labels with --labels, or try --demo")
     return files
+
+
+def _list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(the label files, the other files) below a folder, in alphabetical order. No link leads out of it."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: can't be read ({error.strerror}); see to the folder") from None
+
+    found, others = [], []
+    for parent, folders, names in os.walk(folder, onerror=refuse):  # which enters no linked folder
+        folders[:] = [name for name in folders if not _is_hidden([name])]
+        for name in names:
+            path = Path(parent, name)
+            if not _is_hidden([name]) and (not path.is_symlink() or (path.is_file() and is_inside(path, folder))):
+                (found if _has_suffix(name, LABEL_SUFFIXES) else others).append(path)
+    return sorted(found), sorted(others)
 
 
 def _has_suffix(name: str, suffixes: tuple[str, ...]) -> bool:
@@ -150,7 +166,8 @@ def _describe_others(files: Sequence[Path]) -> str:
     """What is there instead of label files: how many, and what the first one is."""
     if not files:
         return ""
-    kind = name_kind(_read_head(files[0]))
+    head = get_or_none(_read_head, files[0])
+    kind = head and name_kind(head)
     return f" but {len(files):,} others, as {files[0].name}" + (f" ({kind[0]})" if kind else "")
 
 
@@ -218,7 +235,8 @@ def _plan_archive(path: Path) -> Iterator[_Job]:
 def _run_jobs(run: Callable[[_Job], _Result], jobs: Sequence[_Job]) -> Iterator[_Result]:
     """Results in the order of the jobs, from all cores if there is enough to do.
 
-    Processes take jobs themselves and answer through a pipe each, so that this one has little to do beside them.
+    Processes take jobs themselves and answer through a pipe each, so that this one has little to do beside them. Of
+    the large files that can't be cut one is read at a time, which may need three times its size in memory.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers, total = min(cores, len(jobs)), sum(job.size for job in jobs)
@@ -226,25 +244,30 @@ def _run_jobs(run: Callable[[_Job], _Result], jobs: Sequence[_Job]) -> Iterator[
         yield from map(run, jobs)
         return
     step = max(1, min(32, PIECE * len(jobs) // (total + 1)))  # many small files at once
-    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
-    taken, processes = context.Value("q", 0), {}
+    context = multiprocessing.get_context(pick_start())
+    taken, memory, processes = context.Value("q", 0), context.Lock(), {}
     try:
         for _ in range(workers):
             answer, send = context.Pipe(duplex=False)
             inherited = [*processes, answer] if context.get_start_method() == "fork" else []
-            process = context.Process(target=_work, args=(run, jobs, step, taken, send, inherited), daemon=True)
+            process = context.Process(target=_work, args=(run, jobs, step, taken, memory, send, inherited), daemon=True)
             process.start()
             send.close()
             processes[answer] = process
-        yield from _gather(dict(processes), len(jobs))
+        yield from _gather(dict(processes), jobs)
     finally:  # also when nobody asks for the rest
         for process in processes.values():
             process.kill()
             process.join()
 
 
-def _work(run: Callable[[_Job], _Result], jobs: Sequence[_Job], step: int, taken, send, inherited: list) -> None:
-    """What a process does: take the next `step` jobs and send (number of the first, results) until none are left."""
+def _work(
+    run: Callable[[_Job], _Result], jobs: Sequence[_Job], step: int, taken, memory, send, inherited: list
+) -> None:
+    """What a process does: take the next `step` jobs and send (number of the first, results) until none are left.
+
+    What goes wrong, beyond what is wrong with a file, is sent too.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process to answer
     threading.Thread(target=_end_with_parent, daemon=True).start()
     for answer in inherited:  # else nobody would notice when the main process is killed
@@ -257,9 +280,24 @@ def _work(run: Callable[[_Job], _Result], jobs: Sequence[_Job], step: int, taken
         if first >= len(jobs):
             return
         try:
-            send.send((first, [run(job) for job in jobs[first : first + step]]))
+            results = []
+            for job in jobs[first : first + step]:
+                with memory if _is_large(job) else nullcontext():
+                    results.append(run(job))
+            send.send((first, results))
         except BrokenPipeError:
             return
+        except Exception as error:
+            send.send((first, f"{type(error).__name__}: {error}".strip(": ")))
+            return
+
+
+def _is_large(job: _Job) -> bool:
+    """Whether a job may take much memory: a large file or member that is not a stretch."""
+    if job.members:
+        return max(member.size for member in job.members) > 2 * PIECE
+    packed = _has_suffix(job.path.name, (".gz",))  # to a twentieth, mostly
+    return job.stop is None and job.size > (PIECE // 10 if packed else 2 * PIECE)
 
 
 def _end_with_parent() -> None:
@@ -268,14 +306,17 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _gather(processes: dict, count: int) -> Iterator[_Result]:
-    """What {pipe: process} answer, in the order of the jobs. Raises UserError when one of them was killed."""
+def _gather(processes: dict, jobs: Sequence[_Job]) -> Iterator[_Result]:
+    """What {pipe: process} answer, in the order of the jobs. Raises UserError when one of them failed or was killed."""
     early: dict[int, _Result] = {}
-    for number in range(count):
+    for number in range(len(jobs)):
         while number not in early:
             for pipe in multiprocessing.connection.wait(processes):
                 try:
                     first, results = pipe.recv()
+                    if isinstance(results, str):
+                        paths = f"{jobs[first].path}" + (" or a file after it" if len(jobs) > 1 else "")
+                        raise UserError(f"a process that reads labels failed at {paths} ({results}); start again")
                     early.update(enumerate(results, start=first))
                 except EOFError:
                     process = processes.pop(pipe)
@@ -320,8 +361,9 @@ def _decode(job: _Job, archive, member: _Member | None) -> Iterator[tuple[list, 
     for cut in (False,) if job.skip else (True, False):
         data = None
         try:
-            for data in _load(job, archive, member, cut):
+            for data, in_wrapper in _load(job, archive, member, cut):
                 raw_frames, wrapped = decode_frames(data)
+                wrapped |= in_wrapper
                 raw_frames = raw_frames if cut else raw_frames[done:]
                 done += len(raw_frames)
                 yield raw_frames, wrapped
@@ -371,50 +413,66 @@ def _finish(frames: list[Frame], count: int, report: LabelReport, convert) -> _R
     return _Result([(name, convert(facts)) for name, facts in frames] if convert else frames, count, report)
 
 
-def _load(job: _Job, archive, member: _Member | None, cut: bool) -> Iterator[bytes | bytearray | memoryview]:
-    """The bytes of a label file or member, in pieces if it is packed, large and to be cut; or of a stretch."""
+def _load(job: _Job, archive, member: _Member | None, cut: bool) -> Iterator[tuple[_Bytes, bool]]:
+    """The bytes of a label file or member, in pieces if it is large and to be cut; or of a stretch.
+
+    With each, whether it is a part of a wrapper's frames without the wrapper.
+    """
     if job.stop is not None:
-        yield _load_stretch(job)
+        yield _load_stretch(job), False
     elif member is None:
         with open(job.path, "rb") as file:
-            head = file.read(2)
-            if head == b"\x1f\x8b":
+            head = file.read(HEAD)
+            file.seek(0)
+            if head.startswith(b"\x1f\x8b"):
                 with gzip.open(job.path) as stream:
-                    yield from _unpack(stream, cut)
+                    yield from _cut(stream, cut, GZIP_LIMIT)
             elif os.fstat(file.fileno()).st_size <= 2 * PIECE:
-                yield head + file.read()
+                yield file.read(), False
+            elif cut and b"{" in _OPENING.match(head)[0]:
+                yield from _cut(file, cut, math.inf)
             else:
-                yield memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                yield memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), False
     elif member.flags & 1:
         raise BadFile("it is encrypted", None, _UNPACK)
     elif member.size > GZIP_LIMIT:
         raise BadFile(f"it has {member.size:,} bytes, of a member {GZIP_LIMIT:,} are read", None, _UNPACK)
     elif member.size <= 2 * PIECE and member.method in _DECOMPRESS:
-        yield _load_member(archive, member)
+        yield _load_member(archive, member), False
     else:
         with zipfile.ZipFile(job.path) as opened, opened.open(member.name) as stream:
-            yield from _unpack(stream, cut)
+            yield from _cut(stream, cut, GZIP_LIMIT)
 
 
 _UNPACK = "unpack it and give the folder"
+# What comes before the first frame: of an array, of a wrapper; nothing for JSON lines.
+_OPENING = re.compile(rb'(?:(?:\xef\xbb\xbf)?\s*(?:\{\s*"frames"\s*:\s*)?\[)?')
 
 
-def _unpack(stream, cut: bool) -> Iterator[bytearray]:
-    """What a packed file holds: as a whole, or cut where frames begin, each piece JSON of its own."""
+def _cut(stream, cut: bool, limit: float) -> Iterator[tuple[bytearray, bool]]:
+    """What a stream holds: as a whole, or cut where frames begin, each piece JSON of its own; see _load for the bool.
+
+    The last piece has what comes after the frames. Raises BadFile for more than `limit` bytes.
+    """
     data, size, searched = bytearray(), 0, PIECE
     while chunk := stream.read(PIECE):
         data += chunk
         size += len(chunk)
-        if size > GZIP_LIMIT:
-            raise BadFile(f"unpacked it has more than {GZIP_LIMIT:,} bytes", None, _UNPACK)
+        if size > limit:
+            raise BadFile(f"unpacked it has more than {limit:,} bytes", None, _UNPACK)
         if cut and len(data) >= 2 * PIECE:
-            if found := _BOUNDARY.search(data, searched):
-                is_array = b"," in found[0]
-                yield data[: found.start() + 1] + b"]" * is_array
-                data, searched = bytearray(b"[" * is_array) + data[found.end() :], PIECE
+            opening = _OPENING.match(data)[0]
+            found = _BOUNDARY.search(data, searched)
+            if found and (b"," in found[0]) == bool(opening):
+                end, following = found.start() + 1, found.end()
+                found = None  # it holds on to the data
+                piece = bytearray(b"[") * bool(opening) + memoryview(data)[len(opening) : end] + b"]" * bool(opening)
+                yield piece, b"{" in opening
+                del data[len(opening) : following]
+                searched = PIECE
             else:
                 searched = max(PIECE, len(data) - HEAD)
-    yield data
+    yield data, False
 
 
 def _load_member(archive, member: _Member) -> bytes:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from captioner.bdd100k.facts import AREAS, Frame, ObjectKind
+from captioner.runtime.errors import escape_controls
 
 LISTED = 20  # frames left out that are listed by name for each reason
 
@@ -31,7 +32,7 @@ class LabelReport:
         self.skipped[reason] += 1
         listed = self.listed.setdefault(reason, [])
         if len(listed) < LISTED:
-            listed.append(str(name)[:80])
+            listed.append(escape_controls(str(name)[:80]))
 
     def add(self, frames: Sequence[Frame]) -> None:
         """Count frames that are used."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from transformers.utils import logging
 
 from captioner.blip2.captioning import generate_captions
 from captioner.blip2.loading import load_finetuned, pick_device
+from captioner.blip2.sampling import DrawTokens, seed_image
 from captioner.blip2.vision import read_each, run_vision, take_vision_out
 from captioner.data.reading import one_ahead
 from captioner.runtime.errors import UserError
@@ -20,17 +22,14 @@ SLOW_BATCH = 16  # images captioned at once, unless --batch-size says how many
 
 
 class Captioner:
-    """The fine-tuned model with its processor and settings, in each process."""
+    """The fine-tuned model with its processor and settings, in each process. Use it in a with statement."""
+
+    way = "generate"  # transformers' function
 
     def __init__(self, config: EvalConfig, images: int):
         """`images` are to be captioned."""
         self.config = config
         gather(self._load)
-        self.options = {"do_sample": not config.generation.greedy}
-        if not config.generation.greedy:
-            self.options |= {"temperature": config.generation.temperature, "top_p": config.generation.top_p, "top_k": 0}
-        if config.generation.max_new_tokens is not None:
-            self.options["max_new_tokens"] = config.generation.max_new_tokens
         self.batch_size = config.generation.batch_size or SLOW_BATCH
         self._prepare(images)
         place, processes = find_place()
@@ -41,6 +40,8 @@ class Captioner:
         logging.set_verbosity_error()
         config = self.config
         self.model, self.processor, self.generation = load_finetuned(config.adapter, pick_device(), config.base)
+        if config.generation.max_new_tokens is not None:
+            self.generation.max_new_tokens = config.generation.max_new_tokens
         self.vision = take_vision_out(self.model)
 
     def _prepare(self, images: int) -> None:
@@ -55,26 +56,22 @@ class Captioner:
     ) -> Iterator[list[tuple]]:
         """Rows (name, result) of batch after batch, the same in every process.
 
-        A batch is `batch_size` images in a row. work(index of the batch, outputs of the ViT (B, P, D)) gives the B
-        results of those that can be read; the others go into `unreadable` with why. Of N processes the r-th works on
-        batches r, r + N, ...; after N batches the results are exchanged. Batches with no image to do that is not in
-        `finished` are passed over.
+        A batch is `batch_size` images in a row. work(names, outputs of the ViT (B, P, D)) gives the B results of those
+        that can be read; the others go into `unreadable` with why. Of N processes the r-th works on batches r, r + N,
+        ...; after N batches the results are exchanged. Batches whose images are all in `finished` are passed over.
         """
         place, processes = find_place()
-        size = self.batch_size
-        batches = [(index, images[size * index : size * (index + 1)]) for index in range(-(-len(images) // size))]
-        batches = [(index, batch) for index, batch in batches if any(name not in finished for name, _ in batch)]
-        total = sum(len(batch) for _, batch in batches)
-        mine = [batch for _, batch in batches[place::processes]]
+        batches = [images[start : start + self.batch_size] for start in range(0, len(images), self.batch_size)]
+        batches = [batch for batch in batches if any(name not in finished for name, _ in batch)]
+        mine = batches[place::processes]
         reading = one_ahead(self._read_batches(mine, self._read_all([image for batch in mine for _, image in batch])))
-        with tqdm(total=total, desc="captioning", unit="image", disable=place > 0) as progress:
+        with tqdm(total=sum(map(len, batches)), desc="captioning", unit="image", disable=place > 0) as progress:
             for first in range(0, len(batches), processes):
                 now = batches[first : first + processes]
-                index = now[place][0] if place < len(now) else None
-                for rows, reasons in gather(self._do_batch, index, reading, work, finished):
+                for rows, reasons in gather(self._do_batch, reading, work, finished):
                     unreadable.update(reasons)
                     yield rows
-                progress.update(sum(len(batch) for _, batch in now))
+                progress.update(sum(map(len, now)))
 
     def _read_all(self, images: Sequence[Path]) -> Iterator:
         """What the ViT reads of each image, or why it can't be read: by processes, which start at the call."""
@@ -97,14 +94,13 @@ class Captioner:
         """A batch of what _read_all gave, as _run_vision takes it; made while the batch before is captioned."""
         return inputs
 
-    def _do_batch(self, index: int | None, reading: Iterator[tuple], work: Callable, finished: Collection[str]):
-        if index is None:
-            return [], {}
-        names, inputs, unreadable = next(reading)
+    def _do_batch(self, reading: Iterator[tuple], work: Callable, finished: Collection[str]):
+        """Rows of this process's next batch, and {name: why not}; nothing where it has none left."""
+        names, inputs, unreadable = next(reading, ((), (), {}))
         if all(name in finished for name in names):
             return [], unreadable
         try:
-            return list(zip(names, work(index, self._run_vision(inputs)), strict=True)), unreadable
+            return list(zip(names, work(names, self._run_vision(inputs)), strict=True)), unreadable
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
             size = self.batch_size
@@ -114,30 +110,45 @@ class Captioner:
         """The ViT's outputs (B, P, D)."""
         return run_vision(self.vision, torch.stack(inputs))
 
+    def describe_way(self) -> dict[str, str]:
+        """How captions come about, for the signature of their scores."""
+        how = self.config.generation
+        decoding = "greedy" if how.greedy else f"T{how.temperature:g}-p{how.top_p:g}-seed{how.seed}"
+        return {"decoding": decoding, "batch": str(self.batch_size), "by": self.way}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.finish()
+
     def finish(self) -> None:
-        """Called when all is captioned: for what a faster way to caption has still to do."""
+        """Called at the end, whatever has happened: for what a faster way to caption has still to do."""
 
-    def caption(self, index: int, outputs: torch.Tensor) -> list[str]:
-        """Captions for outputs (B, P, D) of the ViT. Sampling depends on seed and the batch's index, on no other batch.
+    def caption(self, names: Sequence[str], outputs: torch.Tensor) -> list[str]:
+        """Captions for outputs (B, P, D) of the ViT, of images of those names.
 
-        So whichever process has a batch, and whatever came before, its captions are the same; on a CPU only with as
-        many threads, which decide in what order numbers are added up.
+        What is drawn for an image depends on the seed and its name alone. Its probabilities may differ in their last
+        digits with the size of the batch, and on a CPU with the number of threads, as numbers are then added up in
+        another order.
         """
-        mixed = np.random.SeedSequence((self.config.generation.seed, index)).generate_state(1)
-        return self._generate(outputs, int(mixed[0]))  # a CPU takes 32 bits of a seed
+        seeds = [seed_image(self.config.generation.seed, name) for name in names]
+        return self._generate(outputs, seeds)
 
-    def _generate(self, outputs: torch.Tensor, seed: int) -> list[str]:
-        torch.manual_seed(seed)
-        return generate_captions(self.model, self.processor, outputs, self.generation, **self.options)
+    def _generate(self, outputs: torch.Tensor, seeds: list[int]) -> list[str]:
+        how, draw = self.config.generation, None
+        if not how.greedy:
+            draw = DrawTokens(how.temperature, how.top_p, seeds, self.model.device)
+        return generate_captions(self.model, self.processor, outputs, self.generation, draw)
 
     def describe_memory(self) -> str:
         used = torch.cuda.max_memory_allocated() / 2**30
         return f", {used:.2f} GiB of GPU memory at most" if used else ""
 
-    def caption_untuned(self, index: int, outputs) -> list[str]:
+    def caption_untuned(self, names: Sequence[str], outputs) -> list[str]:
         """The same without the adapter: what --base gives."""
         with self.model.disable_adapter():
-            return self.caption(index, outputs)
+            return self.caption(names, outputs)
 
     def encode(self, outputs) -> np.ndarray:
         """(B, D) image features of length 1: the frozen ViT's pooled output, from its outputs (B, P, D)."""

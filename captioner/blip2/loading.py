@@ -23,6 +23,7 @@ from captioner.blip2.trust import ADAPTER_WEIGHTS, check_adapter_folder, check_m
 from captioner.data.run_record import read_run
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import split_revision
+from captioner.runtime.processes import share_folder
 
 # peft 0.21 asks transformers by a name that is dropped in v6.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -188,18 +189,20 @@ def load_pretrained(auto_class, source: str | Path, **options):
 
 
 def load_finetuned(folder: Path, device: torch.device, base: bool = False):
-    """(model, processor, generation settings) of a folder that main.py wrote; `base` leaves the adapter out."""
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder}: no fine-tuned model in it; train one with python main.py --output {folder}")
-    run = read_run(folder)
-    source = run["config"]["model"]
-    check_adapter_folder(folder, LORA_TARGETS.values(), split_revision(source)[0])
-    model, processor = load_model(source, run["config"]["load_in_4bit"], device), load_processor(folder)
-    check_adapter_fits(folder, model, processor)
-    if not base:
-        with torch.device(model.device):  # as in add_lora
-            model = PeftModel.from_pretrained(model, folder)
-    return model.eval(), processor, GenerationConfig.from_pretrained(folder)
+    """(model, processor, generation settings) of a folder that main.py wrote; `base` leaves the adapter out.
+
+    Called in all processes; the main one's folder counts.
+    """
+    with share_folder(folder) as here:
+        run = read_run(here)
+        source = run["config"]["model"]
+        check_adapter_folder(here, LORA_TARGETS.values(), split_revision(source)[0])
+        model, processor = load_model(source, run["config"]["load_in_4bit"], device), load_processor(here)
+        check_adapter_fits(here, model, processor)
+        if not base:
+            with torch.device(model.device):  # as in add_lora
+                model = PeftModel.from_pretrained(model, here)
+        return model.eval(), processor, GenerationConfig.from_pretrained(here)
 
 
 def check_adapter_fits(folder: Path, model, processor: Blip2Processor) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from captioner.runtime.errors import UserError
-from captioner.runtime.files import is_inside
+from captioner.runtime.files import is_inside, read_json
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MAX_JSON = 64 * 2**20  # bytes of a JSON file beside a model; the largest, a tokenizer, has 4 MB
@@ -39,7 +39,7 @@ def check_model_folder(folder: Path) -> None:
 
 def walk(path: Path) -> Iterator[tuple[str, object]]:
     """The keys and values of a JSON file's objects, at any depth but in tokenizer.json, which has no settings."""
-    stack = [read_json(path)] if path.name != "tokenizer.json" else []
+    stack = [read_json(path, "fetch it again", object)] if path.name != "tokenizer.json" else []
     while stack:
         value = stack.pop()
         if isinstance(value, dict):
@@ -47,13 +47,6 @@ def walk(path: Path) -> Iterator[tuple[str, object]]:
             stack += value.values()
         elif isinstance(value, list):
             stack += value
-
-
-def read_json(path: Path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({str(error)[:200]}); fetch it again") from None
 
 
 def check_adapter_folder(folder: Path, targets: Collection[str], base: str) -> None:
@@ -74,7 +67,7 @@ def check_adapter_folder(folder: Path, targets: Collection[str], base: str) -> N
             else f"{folder / ADAPTER_WEIGHTS}: not there; train again with python main.py"
         )
     path = folder / "adapter_config.json"
-    settings = read_json(path)
+    settings = read_json(path, "fetch it again", object)
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         raise UserError(f"{path}: must be a LoRA adapter's; train one with python main.py")
     defaults = LoraConfig().to_dict()

@@ -1,15 +1,16 @@
-"""Labels -> the captions CSV, and the CSV read back."""
+"""Labels -> the captions CSV."""
 
-import csv
 import functools
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from captioner.bdd100k.frames import NAME, LabelOptions
+from captioner.bdd100k.frames import LabelOptions
 from captioner.bdd100k.label_files import read_labels
 from captioner.bdd100k.label_report import LabelReport
 from captioner.bdd100k.wording import describe
@@ -18,14 +19,22 @@ from captioner.runtime.files import atomic_write
 from config import DEMO_DATA, DEMO_SCENES, PipelineConfig, SourceSettings, TrainConfig
 
 CSV_HEADER = ["name", "raw_caption"]
+# Names of images that are no path below a folder: absolute ones, addresses, .. and control characters.
+LEADS_OUT = re.compile(r"[/~]|[A-Za-z]:|\w+://|(.*/)?\.\.(/|$)|.*[\0-\x1f\x7f]", re.DOTALL)
 
 
 class Example(NamedTuple):
-    """An image and its caption."""
+    """An image and its captions."""
 
-    name: str
+    name: str  # as captions name it: its file, or its path below the folder of images
     image: Path
-    caption: str
+    caption: str  # the first
+    group: str = ""  # what must not be in two splits: a ride
+    more: tuple[str, ...] = ()  # captions
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return (self.caption, *self.more)
 
 
 def write_captions(path: Path, rows: Iterable[tuple[str, str]]) -> int:
@@ -39,25 +48,6 @@ def write_captions(path: Path, rows: Iterable[tuple[str, str]]) -> int:
     return count
 
 
-def read_captions(path: Path) -> dict[str, str]:
-    """Read a captions CSV as {name: caption}."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such captions file; write it with python bdd100k_data_pipeline.py --output {path}")
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            reader = csv.reader(file)
-            if (header := next(reader, None)) != CSV_HEADER:
-                raise UserError(f"{path}: its first line must be {','.join(CSV_HEADER)}, not {header}")
-            captions = {}
-            for row in reader:
-                if len(row) != 2 or not NAME.fullmatch(row[0]) or row[0] in captions:
-                    raise UserError(f"{path}, line {reader.line_num}: must be a new image name and a caption")
-                captions[row[0]] = row[1]
-            return captions
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as CSV ({error})") from None
-
-
 def find_labels(config: PipelineConfig | TrainConfig) -> Sequence[Path]:
     """The label files to read: those given, the drawn ones, or those of the Kaggle data set."""
     if config.source.labels:
@@ -65,7 +55,8 @@ def find_labels(config: PipelineConfig | TrainConfig) -> Sequence[Path]:
     if config.demo:
         # a process of its own: those that it starts in turn then import the renderer alone
         draw = [sys.executable, "-m", "demo.draw", "--count", str(DEMO_SCENES), "--out", DEMO_DATA.resolve()]
-        if subprocess.run(draw, cwd=Path(__file__).parents[2], check=False, stdout=subprocess.DEVNULL).returncode:
+        how = {"cwd": Path(__file__).parents[2], "env": os.environ | {"PYTHONSAFEPATH": ""}}  # where demo/ is found
+        if subprocess.run(draw, **how, check=False, stdout=subprocess.DEVNULL).returncode:
             raise UserError(f"{DEMO_DATA}: the scenes can't be drawn there, see above; start from a folder of your own")
         return [DEMO_DATA / "labels.json"]
     from captioner.bdd100k.download import fetch_labels  # here: kagglehub takes a while to import

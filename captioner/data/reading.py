@@ -6,6 +6,7 @@ for images in read_batches(open_image, paths, list): ...     # by processes
 """
 
 import itertools
+import re
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -131,8 +132,11 @@ def explain_dead_worker(error: Exception) -> UserError | None:
 
 def _explain_loader(error: Exception) -> UserError | None:
     text = str(error).strip()
-    if isinstance(error, UserError) and text.startswith("Caught UserError in DataLoader worker"):
-        return UserError(text.splitlines()[-1].partition("UserError: ")[2])
+    if caught := re.match(r"Caught (\w+) in (?:DataLoader worker|pin memory thread)", text):  # torch raises it anew
+        what = text.splitlines()[-1]
+        if caught[1] == UserError.__name__:
+            return UserError(what.partition("UserError: ")[2])
+        return UserError(f"a process that reads images failed ({what}); start again with --dataloader-workers 0")
     frames = traceback.extract_tb(error.__traceback__)
     # it may die between a message and the memory that the message speaks of: the answer then ends in its midst
     cut = isinstance(error, (EOFError, ConnectionError)) and any("torch/utils/data" in f.filename for f in frames)

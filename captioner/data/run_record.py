@@ -1,17 +1,40 @@
-"""What main.py wrote about its run: run.json."""
+"""What main.py wrote about its run, run.json, and what a folder is that has none."""
 
-import json
+import re
 from pathlib import Path
 
 from captioner.runtime.errors import UserError
+from captioner.runtime.files import read_json
 
 
 def read_run(folder: Path) -> dict:
-    """What main.py wrote about its run: configuration, images, versions."""
-    try:
-        run = json.loads((folder / "run.json").read_text())
-        if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
-            raise ValueError("no JSON object with a config")
-        return run
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder / 'run.json'}: can't be read ({error}); train again with python main.py") from None
+    """What main.py wrote about its run: settings, data, versions. Its settings name the base model at least."""
+    path, remedy = folder / "run.json", "train again with python main.py"
+    if not path.exists():
+        raise explain_adapter(folder)
+    run = read_json(path, remedy)
+    config = run.get("config")
+    if not isinstance(config, dict) or not isinstance(config.get("model"), str):
+        raise UserError(f"{path}: can't be read (its config names no base model); {remedy}")
+    return run
+
+
+def explain_adapter(folder: Path) -> UserError:
+    """Why `folder` can't be evaluated, which lacks run.json, split.csv or both, and what helps."""
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+        return UserError(
+            f"{folder}: no such folder; if that is its name on the hub, fetch it with hf download {folder} --local-dir "
+            "FOLDER first, and give that folder with --adapter"
+        )
+    if not (folder / "adapter_config.json").is_file():
+        there = "no fine-tuned model in it (run.json is missing)" if folder.exists() else "no such folder"
+        return UserError(f"{folder}: {there}; train one with python main.py --output {folder}")
+    if not (folder / "run.json").is_file():
+        return UserError(
+            f"{folder}: an adapter that main.py did not write: run.json, which names its base model and settings, is "
+            "missing; caption with plain peft, and score the captions with eval.py --predictions FILE"
+        )
+    return UserError(
+        f"{folder}: has no split.csv, which --push-to-hub does not upload: caption images with --images FOLDER, or "
+        "give the folder that main.py wrote"
+    )

@@ -5,5 +5,4 @@ speed_up(config, model) -> Trainer's class, collator, loss   # trainer: in the p
 FastCaptioner(config, count)                                 # captioning: in the place of Captioner
 FastGreedyCaptioner(processor, generation, count)            # captioning: in the place of GreedyCaptioner
 keep_features(file, limit, images) -> {image: (P, D)}        # features: the frozen ViT's outputs, in a file
-start(config) -> process                                     # compile_kernels: compiles beside the imports
 """

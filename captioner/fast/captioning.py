@@ -54,7 +54,6 @@ class FastCaptioner(Captioner):
         if self.config.fast.fast != "off" and not self.config.blank:
             folder = find_folder(self.config.fast.features, self.config.adapter, self.model.device)
         self.features = folder and FeatureFile(folder, self.vision, self.model.config.vision_config, self.processor)
-        self.longest = self.config.generation.max_new_tokens or self.generation.max_new_tokens
 
     def _prepare(self, images: int) -> None:
         sizes = gather(self._measure_room)  # batches are of one size in all processes, which share them out
@@ -69,7 +68,9 @@ class FastCaptioner(Captioner):
             return FAST_BATCH, 0
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info()[0]
-        with_copies, without = (max_batch(self.model, self.longest, free, copies) for copies in (True, False))
+        with_copies, without = (
+            max_batch(self.model, self.generation.max_new_tokens, free, copies) for copies in (True, False)
+        )
         return with_copies, min(without, CHUNK)
 
     def _make_generator(self, with_copies: int, without: int, images: int) -> None:
@@ -109,9 +110,16 @@ class FastCaptioner(Captioner):
         outputs = [next(computed) if each.dim() == 3 else each for each in inputs]
         return torch.stack([output.to(self.model.device, non_blocking=True) for output in outputs])
 
-    def _generate(self, outputs: Tensor, seed: int) -> list[str]:
+    def _generate(self, outputs: Tensor, seeds: list[int]) -> list[str]:
         if self.generator is None:
-            return super()._generate(outputs, seed)
-        options = {name: self.options[name] for name in ("do_sample", "temperature", "top_p") if name in self.options}
-        tokens = self.generator.generate(outputs, self.longest, **options, seed=seed)
+            return super()._generate(outputs, seeds)
+        how = self.config.generation
+        choice = None if how.greedy else (how.temperature, how.top_p)
+        tokens = self.generator.generate(outputs, self.generation.max_new_tokens, choice, seeds)
         return decode_captions(self.processor, tokens)
+
+    @property
+    def way(self) -> str:
+        if self.generator is None:
+            return super().way
+        return "FastGenerator" if self.generator.copies else "FastGenerator-packed"

@@ -13,7 +13,6 @@ from captioner.blip2.captioning import GreedyCaptioner
 from captioner.blip2.loading import pick_dtype
 from captioner.blip2.vision import start_reading, take_vision_out
 from captioner.data.splits import leave_out_unreadable, list_images
-from captioner.fast import compile_kernels
 from captioner.fast.captioning import FastGreedyCaptioner
 from captioner.fast.features import FeatureFile, Place, choose_place, has_rows, keep_features, measure_row
 from captioner.fast.speed import has_room_to_unpack, join_weights, unpack_nf4, use_fast_step
@@ -31,7 +30,6 @@ class FastWay(PlainWay):
     def __init__(self, config: TrainConfig, model_config, device: torch.device):
         super().__init__(config)
         self.model_config, self.device = model_config, device
-        self.compiling = compile_kernels.start(config)
         self.place: Place | None = None  # where the ViT's outputs are kept
         self.reading: Iterator | None = None  # the images that they are made of, decoded while the model is loaded
 
@@ -67,7 +65,6 @@ class FastWay(PlainWay):
         if unpack == "on" or (unpack == "auto" and not lean and has_room_to_unpack(model, self.device)):
             print(f"NF4 values of {unpack_nf4(model)} layers are unpacked: more memory, fewer computations")
         join_weights(model)
-        compile_kernels.finish(self.compiling)
         return Parts(*speed_up(self.config, model), plain.eval_batch if lean else EVAL_BATCH)
 
     def make_captioner(self, processor, generation, count: int) -> GreedyCaptioner:

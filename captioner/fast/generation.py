@@ -9,7 +9,7 @@ A row is [Q image embeddings][bos][new tokens]; all rows have the same length, s
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import bitsandbytes as bnb
 import torch
@@ -18,24 +18,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from captioner.blip2.lora import get_blip2
-from captioner.fast.layers import (
-    Rows,
-    apply_linears,
-    copy_lora,
-    embed_images,
-    get_base,
-    gpu_kernels,
-    group_linears,
-    is_written_out,
-    list_groups,
-    read_weight,
-    use_kernels,
-)
+from captioner.blip2.sampling import pick_tokens
+from captioner.fast.adapters import copy_lora
+from captioner.fast.kernels import choice
+from captioner.fast.kernels.attention import attend_one, attend_rows
+from captioner.fast.layers import apply_linears, embed_images, is_written_out
+from captioner.fast.linears import get_base, group_linears, list_groups, read_weight
 from captioner.fast.speed import record_graph
 
 BUCKET = 32  # positions by which the part of the cache that is read grows
 CHUNK = 128  # images that ViT, Q-Former and the prefix's pass take at once
-NUCLEUS = 1024  # most likely tokens among which top-p draws
 CHECK_EVERY = 8  # steps between two looks at whether every caption has ended: each look waits for the GPU
 WORKSPACE = 3 * 2**30  # bytes that passes of CHUNK images through a full-size model, and the graphs, take
 
@@ -109,26 +101,6 @@ def max_batch(model, max_new_tokens: int, free_bytes: int, copies: bool = True) 
 
 
 # --------------------------------------------------------------------------------------------------------------
-# choosing tokens
-
-
-def pick_tokens(logits: Tensor, temperature: float, top_p: float, noise: Tensor) -> Tensor:
-    """Draw one token (n,) a row from logits (n, V), in the way of transformers' temperature and top_p.
-
-    `noise` is exponential: (n, V) for top_p = 1, else (n, min(NUCLEUS, V)), as the nucleus is drawn from the NUCLEUS
-    most likely tokens: where those hold less than top_p of the probability, the tail behind them is lost.
-    The largest of probability / exponential noise is a draw from the probabilities, and needs no look by the CPU.
-    """
-    probabilities = (logits.float() / temperature).softmax(-1)
-    if top_p >= 1:
-        return (probabilities / noise).argmax(-1)
-    top, tokens = probabilities.topk(noise.shape[1])  # from the most likely on
-    before = top.cumsum(-1) - top  # a token stays while those before it hold less than top_p
-    drawn = (top.masked_fill(before >= top_p, 0) / noise).argmax(-1, keepdim=True)
-    return tokens.gather(-1, drawn).squeeze(-1)
-
-
-# --------------------------------------------------------------------------------------------------------------
 # generation
 
 
@@ -153,7 +125,7 @@ class FastGenerator:
         self.step_size = -(-batch_size // 8)  # n is a multiple of it, so that there are few graphs
         embedding = self.decoder.embed_tokens.weight
         self.device, self.dtype = embedding.device, embedding.dtype
-        self.use_kernel = use_kernels(embedding)
+        self.use_kernel = choice.use_kernels(embedding)
         self.use_graphs = cuda_graphs and self.device.type == "cuda"
         self.cache = self.taken = None
         self.copies: list[tuple[list[torch.nn.Module], Tensor, Tensor]] = []  # a group's layers, weight and bias
@@ -178,23 +150,20 @@ class FastGenerator:
         self,
         pixel_values: Tensor,
         max_new_tokens: int,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        choice: tuple[float, float] | None = None,
+        seeds: Sequence[int] = (),
     ) -> Tensor:
         """(B, N) new tokens for pixel_values (B, 3, S, S), N as the longest caption and at most max_new_tokens.
 
-        A row ends with eos and is filled up with pad. Greedy, or drawn as pick_tokens says: captions then depend on
-        `seed`, on the batch and on the device, and on no call before.
+        A row ends with eos and is filled up with pad. Greedy, or drawn as pick_tokens says with `choice`, temperature
+        and top_p, and the rows' `seeds`.
         """
         rows = len(pixel_values)
         assert 0 < rows <= self.batch_size, f"{rows} images in a batch of {self.batch_size}"
         self._make_room(max_new_tokens)
         self._take_weights()
-        choice = (temperature, top_p) if do_sample else None
-        draw_noise = self._start(rows, choice, seed)
-        self._read_prefix(pixel_values, choice, draw_noise)
+        self._start(rows, seeds)
+        self._read_prefix(pixel_values, choice)
 
         size = self._round_rows(rows)  # n
         end = self.prefix + max_new_tokens  # where the longest caption ends
@@ -207,7 +176,6 @@ class FastGenerator:
                     break
                 if at_border:
                     size = self._drop_finished(size, unfinished, position)
-            draw_noise()
             # the kernel reads no more of the cache than is filled, whatever its length
             length = self.cache.shape[4] if self.use_kernel else round_up(position + 1, self.bucket)
             self._run_step(size, length, choice)
@@ -225,7 +193,7 @@ class FastGenerator:
         assert self.prefix + max_new_tokens <= limit, f"{max_new_tokens} new tokens, but OPT has {limit} positions"
         if self.cache is not None and positions <= self.cache.shape[4]:
             return
-        self.cache, self.noise = None, {}  # frees the old ones first
+        self.cache = None  # frees the old one first
         self._forget_graphs()
         size, width = self.batch_size, self.decoder.config.hidden_size // self.heads
         shape = (self.layers, 2, size, self.heads, positions, width)  # keys and values
@@ -234,6 +202,7 @@ class FastGenerator:
         self.rows = torch.empty(size, dtype=torch.long, device=self.device)  # which of `tokens` a decoded row is
         self.current = torch.empty(size, dtype=torch.long, device=self.device)  # token that a decoded row is fed
         self.finished = torch.empty(size, dtype=torch.bool, device=self.device)
+        self.seeds = torch.empty(size, dtype=torch.long, device=self.device)  # of whole rows
         self.position = torch.empty(1, dtype=torch.long, device=self.device)  # of `current`
 
     def _forget_graphs(self) -> None:
@@ -254,29 +223,22 @@ class FastGenerator:
             for linear, weight_part, bias_part in parts:
                 copy_linear(linear, weight_part, bias_part)
 
-    def _start(self, rows: int, choice: tuple | None, seed: int):
-        """Empty the state; rows behind the first `rows` count as finished. Returns what draws a step's noise."""
+    def _start(self, rows: int, seeds: Sequence[int]) -> None:
+        """Empty the state; rows behind the first `rows` count as finished."""
         self.cache.zero_()  # a position that is masked counts 0 times its value, and 0 times NaN is NaN
         self.tokens.fill_(self.pad)
         torch.arange(self.batch_size, out=self.rows)
         self.current.fill_(self.pad)
         self.finished.fill_(False)
         self.finished[rows:] = True
+        self.seeds.fill_(0)
+        self.seeds[: len(seeds)] = torch.tensor(seeds, dtype=torch.long)
         self.position.fill_(self.prefix - 1)
-        if choice is None:
-            return lambda: None
-        vocabulary = self.decoder.vocab_size
-        width = vocabulary if choice[1] >= 1 else min(NUCLEUS, vocabulary)
-        if choice not in self.noise:
-            self.noise[choice] = torch.ones(self.batch_size, width, device=self.device)
-        noise = self.noise[choice][:rows]
-        generator = torch.Generator(self.device).manual_seed(seed)
-        return lambda: noise.exponential_(generator=generator)
 
     def _round_rows(self, rows: int) -> int:
         return min(round_up(rows, self.step_size), self.batch_size)
 
-    def _read_prefix(self, pixel_values: Tensor, choice: tuple | None, draw_noise) -> None:
+    def _read_prefix(self, pixel_values: Tensor, choice: tuple | None) -> None:
         """Fill the cache with image tokens and bos, and choose the first new token of each row."""
         positions = torch.arange(self.prefix, device=self.device)
         bos = self.decoder.embed_tokens(torch.tensor([[self.bos]], device=self.device))  # (1, 1, E)
@@ -288,7 +250,6 @@ class FastGenerator:
             cache = self.cache[:, :, start : start + len(image)]
             last.append(self._run_layers(prefix, positions, cache, None)[:, -1])
             start += len(image)
-        draw_noise()
         self._choose(torch.cat(last), choice)
 
     def _run_layers(self, x: Tensor, positions: Tensor, cache: Tensor, mask: Tensor | None) -> Tensor:
@@ -299,22 +260,16 @@ class FastGenerator:
         n, length, _ = x.shape
         table = self.decoder.embed_positions
         x = x + F.embedding(positions + table.offset, table.weight)
-        if mask is None:
-            rows = Rows(torch.arange(0, (n + 1) * length, length, device=self.device), length)
         for layer, (qkv, out, fc1, fc2), (keys, values) in zip(self.decoder.layers, self.linears, cache, strict=True):
-            joined = qkv(layer.self_attn_layer_norm(x))  # (n, T, 3E)
-            new = joined.view(n, length, 3, self.heads, -1)
+            new = qkv(layer.self_attn_layer_norm(x)).view(n, length, 3, self.heads, -1)
             if mask is not None and self.use_kernel:
-                seen = gpu_kernels.attend_one(new[:, 0], keys, values, positions)  # (n, H, D)
+                seen = attend_one(new[:, 0], keys, values, positions)  # (n, H, D)
             else:
                 q, k, v = new.permute(2, 0, 3, 1, 4)  # (n, H, T, D)
                 keys.index_copy_(2, positions, k)
                 values.index_copy_(2, positions, v)
-                if self.use_kernel:
-                    packed = joined.flatten(0, 1).chunk(3, -1)  # as in training, whose kernels are compiled
-                    seen, _ = gpu_kernels.attend(*packed, self.heads, True, 0.0, self.position, 0, rows)
-                elif mask is None:
-                    seen = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+                if mask is None:
+                    seen = attend_rows(*new.unbind(2), is_causal=True)
                 else:
                     mask_of_all = mask.expand(n, self.heads, 1, -1)
                     seen = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask_of_all).transpose(1, 2)
@@ -329,7 +284,8 @@ class FastGenerator:
         if choice is None:
             token = logits.argmax(-1)
         else:
-            token = pick_tokens(logits, *choice, self.noise[choice][self.rows[:n]])
+            place = self.position + 1 - self.prefix  # of the token in its caption
+            token = pick_tokens(logits, *choice, self.seeds[self.rows[:n]], place)
         token = token.masked_fill(self.finished[:n], self.pad)
         self.current[:n] = token
         self.finished[:n] |= token == self.eos

@@ -10,9 +10,10 @@ import re
 import shutil
 from pathlib import Path
 
-from captioner.publishing.model_card import ADAPTER, read_json, read_run, take_names
+from captioner.data.run_record import read_run
+from captioner.publishing.records import ADAPTER, take_names
 from captioner.runtime.errors import UserError
-from captioner.runtime.files import atomic_write, measure_free, split_revision
+from captioner.runtime.files import atomic_write, measure_free, read_json, split_revision
 
 MERGED = "merged.json"  # what tells a folder that merge_adapter wrote from any other
 MERGING_MARGIN = 1_000_000_000  # bytes beside the weights; a model of 3.2 GB took 0.3 GB more than that in memory
@@ -75,7 +76,9 @@ def check_replaceable(output: Path) -> None:
     if not output.exists():
         return
     found = {path.name for path in output.iterdir()} if output.is_dir() else {output.name}
-    ours = set(read_json(output / MERGED).get("files", [])) | {MERGED} if MERGED in found and output.is_dir() else set()
+    ours = set()
+    if MERGED in found and output.is_dir():
+        ours = {MERGED, *read_json(output / MERGED, "name another folder").get("files", [])}
     if strange := sorted(found - ours):
         raise UserError(
             f"{output}: is there, and is no merged model of an earlier run ({strange[0]} is none of its files); move "

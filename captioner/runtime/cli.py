@@ -12,6 +12,18 @@ from captioner.runtime.errors import UserError, escape_controls
 
 # On a CPU bitsandbytes warns at import that an optional kernel, which it would fetch from the hub, is not there.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# Nothing here needs torchvision, but transformers imports one that is there, and fails on one of another torch.
+sys.modules.setdefault("torchvision", None)
+
+
+def find_home() -> None:
+    """Make the current folder the home where there is none, as for a user of a container who is in no passwd.
+
+    Libraries keep their caches there, and some can't even be imported without.
+    """
+    if os.path.expanduser("~") == "~":
+        os.environ["HOME"] = os.getcwd()
+        print(f"note: HOME is not set, and this user has no home: caches are kept in {os.environ['HOME']}")
 
 
 def run_script(main, config) -> None:

@@ -6,12 +6,14 @@ with lock_folder(output, "--output"), atomic_write(output / "a.json") as file: .
 import errno
 import functools
 import itertools
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from captioner.runtime.errors import UserError, get_or_none
 
@@ -37,6 +39,23 @@ def atomic_write(path: Path) -> Iterator:
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+def read_json(path: Path, remedy: str, kind: type = dict) -> Any:
+    """What a JSON file holds, which must be of that kind. Raises UserError with the remedy where it isn't."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, kind):
+            raise ValueError("no JSON object")
+        return record
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: can't be read ({str(error)[:200]}); {remedy}") from None
+
+
+def write_json(path: Path, content) -> None:
+    """Write `content` as JSON. Raises ValueError for NaN, which JSON has no word for."""
+    with atomic_write(path) as file:
+        json.dump(content, file, indent=1, allow_nan=False)
 
 
 @contextmanager
@@ -71,6 +90,8 @@ def lock_folder(folder: Path, flag: str) -> Iterator[None]:
             yield
         finally:
             _locks.discard(file)
+            if fcntl is None:
+                file.close()  # Windows removes no file that is open
             with suppress(OSError):  # it may be gone, or the disk have become read-only
                 path.unlink()
                 for empty in made:

@@ -3,20 +3,28 @@
 place, processes = find_place()
 parts = gather(work)             # what work() returns in each
 settings = ask_main(read)        # what read() returns in the main process
+with share_folder(folder) as here: ...   # the main process's folder, wherever this one runs
 """
 
+import hashlib
+import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from operator import methodcaller
+from pathlib import Path
 from typing import TypeVar
 
 from captioner.runtime.errors import UserError
 
 NICE = 10  # of processes that read
 WAITING = 6 * 3600  # seconds that processes wait for the first, which may have a data set to fetch
+PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # variables of a launcher, for each process
+MEETING = ("MASTER_ADDR", "MASTER_PORT")  # and where they meet
 
 T = TypeVar("T")
 
@@ -26,6 +34,39 @@ def step_back(worker: int = 0) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with suppress(AttributeError, OSError):  # not on Windows
         os.nice(NICE)
+
+
+def check_launcher() -> None:
+    """See that the variables of a launcher are all there, or none: some images and clusters leave a few of them set.
+
+    A process that is alone works alone, and its stray variables are dropped. Raises UserError where others are meant to
+    be there and can't be found.
+    """
+    given = {name: os.environ[name] for name in (*PLACE, *MEETING) if os.environ.get(name)}
+    for name in PLACE:
+        if not given.get(name, "0").removeprefix("-").isdecimal():
+            raise UserError(f"{name}={given[name]}: must be a number; unset it, or use accelerate launch")
+    if int(given.get("WORLD_SIZE", 1)) > 1:
+        if missing := [name for name in ("RANK", "LOCAL_RANK", *MEETING) if name not in given]:
+            raise UserError(
+                f"WORLD_SIZE={given['WORLD_SIZE']} is set, but not {', '.join(missing)}, as a launcher does: unset it, "
+                "or use accelerate launch"
+            )
+        if int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+            raise UserError(
+                f"RANK={given['RANK']} WORLD_SIZE={given['WORLD_SIZE']}: a rank is less than their number; unset both, "
+                "or use accelerate launch"
+            )
+        return
+    for name in PLACE:
+        os.environ.pop(name, None)
+
+
+def pick_start() -> str:
+    """How processes are to be started: by fork, but not once a GPU is in use, since its driver survives no fork."""
+    torch = sys.modules.get("torch")
+    uses_gpu = torch is not None and torch.cuda.is_initialized()
+    return "fork" if "fork" in multiprocessing.get_all_start_methods() and not uses_gpu else "spawn"
 
 
 def count_cores() -> int:
@@ -92,6 +133,54 @@ def ask_main(work: Callable[..., T], *args) -> T:
     """What work(*args) returns in the main process, which alone calls it."""
     is_main = find_place()[0] == 0
     return gather(lambda: work(*args) if is_main else None)[0]
+
+
+@contextmanager
+def share_folder(folder: Path) -> Iterator[Path]:
+    """The files of the main process's `folder`, for each process: in its own folder of that name, if they are the same.
+
+    Else in a copy, removed afterwards, since machines may have no folder in common, and the first alone is to keep
+    anything. Called in all processes; folders within are left out.
+    """
+    if find_place()[1] == 1:
+        yield folder
+        return
+    wanted = ask_main(_hash_files, folder)
+    has_all = gather(lambda: _hash_files(folder) == wanted)
+    contents = None if all(has_all) else _send(_read_files, folder)
+    if has_all[find_place()[0]]:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        here = Path(copy, folder.name)
+        here.mkdir()
+        for name, content in contents.items():
+            (here / name).write_bytes(content)
+        yield here
+
+
+def _hash_files(folder: Path) -> dict[str, str]:
+    return _read_files(folder, lambda file: hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _read_files(folder: Path, read: Callable[..., T] = methodcaller("read")) -> dict[str, T]:
+    """{name: read(open file)}; nothing where there is no such folder."""
+    found = {}
+    with suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    found[path.name] = read(file)
+    return found
+
+
+def _send(work: Callable[..., T], *args) -> T:
+    """What work(*args) returns in the main process, too large to be gathered from each."""
+    from accelerate.utils import broadcast_object_list
+
+    sent = [work(*args) if find_place()[0] == 0 else None]
+    broadcast_object_list(sent)
+    return sent[0]
 
 
 def go_on_alone(index: int = 0) -> None:

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from captioner.runtime.cli import report_error
+from captioner.runtime.cli import find_home, report_error
 from captioner.runtime.errors import UserError
+from captioner.runtime.processes import check_launcher
 
 Config = TypeVar("Config")
 
@@ -29,9 +30,14 @@ def read_flags(default: Config, args: Sequence[str]) -> Config:
     """`default` with the flags in `args`. A wrong flag prints what it may have meant and exits with 2."""
     import tyro
 
+    try:
+        check_launcher()
+    except UserError as error:
+        sys.exit(report_error(error))
     if os.environ.get("RANK", "0") != "0":  # under accelerate launch one process speaks, and all may fail
         os.environ["TQDM_DISABLE"] = "1"
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    find_home()
     try:
         return tyro.cli(type(default), default=default, args=args, config=(tyro.conf.OmitArgPrefixes,))
     except UserError as error:

@@ -16,9 +16,6 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from multiprocessing import Pipe, Process
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,12 +23,12 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from captioner.bdd100k.facts import Facts
-from captioner.bdd100k.parsing import mark_caption, parse_caption
+from captioner.bdd100k.parsing import mark_caption, read_caption
 from captioner.data.images import FORMATS, MAX_PIXELS
 from captioner.runtime.errors import go_on_without
 from captioner.runtime.files import atomic_write
-from captioner.runtime.processes import step_back
-from captioner.scoring.fact_metrics import list_statements
+from captioner.scoring.fact_metrics import count_right
+from captioner.scoring.headlines import HEADLINES, MORE
 from captioner.scoring.predictions import Prediction
 from captioner.scoring.scores import slice_names
 
@@ -43,7 +40,6 @@ MAX_BYTES = 50_000_000  # of the whole file; the thumbnails take what the text l
 SIDES = (480, 400, 320, 288, 256, 232, 208, 192, 176, 160, 144, 128, 112, 80)
 QUALITIES = (80, 76, 72, 70, 68, 66, 64, 62, 60, 57, 54, 51, 48, 40)
 THUMBNAILS = tuple(zip(SIDES, QUALITIES, strict=True))
-ROW_BYTES = 4000  # of an image's text, for which start_thumbnails leaves room: the demo's takes 1,100
 SAMPLE = 48  # images by whose size it is judged whether all will fit
 
 Pieces = list[tuple[str, str]]  # (text, verdict), one of VERDICTS; the texts together are the caption
@@ -74,28 +70,22 @@ def write_report(
     rows: Sequence[ReportRow],
     images: Mapping[str, Path],
     scores: dict | None,
-    ahead: Connection | None = None,
 ) -> int:
     """Write the page to `path` and return its size in bytes, which is MAX_BYTES at most unless the text alone is more.
 
-    `images` is {row name: image file}; a row without one, or with one that can't be read, gets no image. `ahead` is
-    what start_thumbnails gave for the files of `images`: taken if there is room for it.
+    `images` is {row name: image file}; a row without one, or with one that can't be read, gets no image.
     `scores` is what eval.py writes to scores.json; None: a gallery of captions alone. Raises UserError when `path`
     can't be written, ValueError for a verdict that is not in VERDICTS and for NaN, which JSON has no word for.
     """
     paths = [images.get(row.name) for row in rows]
     report = {"title": title, "rows": [row_to_json(row) for row in rows], "scores": scores}
+    report["headlines"] = [{"name": name, **headline._asdict()} for name, headline in (HEADLINES | MORE).items()]
     template = TEMPLATE.read_text(encoding="utf-8")
     values = {"POLICY": write_policy(template), "REPORT": to_script_json(report)}
     room = MAX_BYTES - len(template.encode()) - len(values["REPORT"]) - 6 * len(rows) - 2000  # 6: null, comma, space
-    thumbnails = None
-    if ahead is not None:
-        with suppress(Exception):  # it was killed, or what it sent can't be read
-            thumbnails = take_thumbnails(ahead.recv(), list(images.values()), paths, room)
-    if thumbnails is None:
-        thumbnails = Thumbnails([None] * len(paths), 0, 0, no_room=0)
-        with go_on_without(f"thumbnails in {path}"):
-            thumbnails = make_thumbnails(paths, room)
+    thumbnails = Thumbnails([None] * len(paths), 0, 0, no_room=0)
+    with go_on_without(f"thumbnails in {path}"):
+        thumbnails = make_thumbnails(paths, room)
     values["IMAGES"] = json.dumps(thumbnails.images)
     values["FILE"] = to_script_json(count_images(paths, thumbnails))
     size = len(fill_template(template, {**values, "BYTES": " " * 12}).encode())
@@ -152,40 +142,7 @@ def to_script_json(value) -> str:
 # images
 
 
-def start_thumbnails(paths: Sequence[Path]) -> Connection | None:
-    """Have a process make thumbnails, which sends them; None if the text of the page, yet to come, may need the room.
-
-    Threads would hold up the imports and launches of this process. None, too, where no process can be started.
-    """
-    if not paths or len(paths) * ROW_BYTES > MAX_BYTES / 5:
-        return None
-    with suppress(OSError):
-        receiver, sender = Pipe(duplex=False)
-        with sender:
-            Process(target=_send_thumbnails, args=(receiver, sender, paths), daemon=True).start()
-        return receiver
-    return None
-
-
-def _send_thumbnails(receiver: Connection, sender: Connection, paths: Sequence[Path]) -> None:
-    step_back()
-    receiver.close()  # else it would wait for ever if nobody is left to receive
-    made = make_thumbnails(paths, MAX_BYTES - ROW_BYTES * len(paths), quiet=True)
-    with suppress(BrokenPipeError):
-        sender.send(made)
-
-
-def take_thumbnails(
-    made: Thumbnails, files: Sequence[Path], paths: Sequence[Path | None], room: int
-) -> Thumbnails | None:
-    """Of the thumbnails of `files` those of `paths`; None if these take more than `room` bytes, or some had no room."""
-    by_file = dict(zip(files, made.images, strict=True))
-    images = [by_file.get(path) for path in paths]
-    fits = not made.no_room and sum(len(image or "") for image in images) <= room
-    return made._replace(images=images) if fits else None
-
-
-def make_thumbnails(paths: Sequence[Path | None], room: int, quiet: bool = False) -> Thumbnails:
+def make_thumbnails(paths: Sequence[Path | None], room: int) -> Thumbnails:
     """Thumbnails of the images, as large as go into `room` bytes together. An image that can't be read is None."""
     found = [path for path in paths if path is not None]
     sample = random.Random(0).sample(found, min(SAMPLE, len(found)))
@@ -194,20 +151,20 @@ def make_thumbnails(paths: Sequence[Path | None], room: int, quiet: bool = False
         expected = sum(sizes) / max(len(sizes), 1) * len(found)
         if expected > 0.97 * room and (side, quality) != THUMBNAILS[-1]:
             continue
-        made = make_all_thumbnails(paths, side, quality, quiet)
+        made = make_all_thumbnails(paths, side, quality)
         if sum(len(image or "") for image in made) <= room:
             break
     images = keep_first(made, room)
     return Thumbnails(images, side, quality, no_room=images.count(None) - made.count(None))
 
 
-def make_all_thumbnails(paths: Sequence[Path | None], side: int, quality: int, quiet: bool) -> list[str | None]:
+def make_all_thumbnails(paths: Sequence[Path | None], side: int, quality: int) -> list[str | None]:
     def make(path: Path | None) -> str | None:
         return None if path is None else make_thumbnail(path, side, quality)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads do: Pillow lets go of the lock while it works
         made = pool.map(make, paths)
-        return list(tqdm(made, desc="thumbnails", total=len(paths), unit="image", disable=quiet))
+        return list(tqdm(made, desc="thumbnails", total=len(paths), unit="image"))
 
 
 def make_thumbnail(path: Path, side: int, quality: int) -> str | None:
@@ -255,10 +212,15 @@ def make_rows(predictions: Sequence[Prediction], facts: Sequence[Facts]) -> list
     """The report's cards."""
     rows = []
     for prediction, expected in zip(predictions, facts, strict=True):
-        said = parse_caption(prediction.prediction)
+        reading = read_caption(prediction.prediction)
         marked = mark_caption(prediction.prediction, expected, "invented")
-        references = [mark_caption(text, said, "missing") for text in prediction.references]
-        mine, theirs = list_statements(said), list_statements(expected)
-        score = 2 * len(mine & theirs) / (len(mine) + len(theirs)) if theirs else None
+        references = [mark_caption(text, reading.facts, "missing") for text in prediction.references]
+        right, said, there = count_right(reading, expected)
+        score = 2 * right / (said + there) if there else None
         rows.append(ReportRow(prediction.name, marked, references, slice_names(expected), score))
     return rows
+
+
+def make_gallery(captions: Mapping[str, str]) -> list[ReportRow]:
+    """The cards of captions that have no reference."""
+    return [ReportRow(name, mark_caption(text, Facts(), ""), [], {}, None) for name, text in captions.items()]

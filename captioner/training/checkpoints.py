@@ -15,12 +15,16 @@ from pathlib import Path
 from captioner.data.captions import Example
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write, measure_free
-from captioner.runtime.settings import name_fields
+from captioner.runtime.settings import flatten, name_fields
 from config import TrainConfig
 
 MANIFEST = "manifest.json"
 UNREADABLE = (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError)  # what damaged files lead to
-GROUPS = ("config", "data", "world", "versions")  # of state.json: what two runs are compared by
+GROUPS = ("config", "data", "world")  # of state.json: what two runs are compared by
+FORMS = {
+    **dict.fromkeys((*GROUPS, "versions"), dict),
+    **{"changed_versions": list, "run_dir": str, "wandb_id": str, "micro_batch": int},
+}
 FREE_OF_CHOICE = name_fields(TrainConfig, "free")
 
 
@@ -137,7 +141,8 @@ def fingerprint_data(splits: dict[str, list[Example]]) -> dict:
                 size = e.image.stat().st_size
             except OSError as error:
                 raise UserError(f"{e.image}: can't be read any more ({error.strerror}); see to the folder") from None
-            digest.update(f"{split}\0{e.name}\0{size}\0{e.caption}\n".encode())
+            captions = "\0".join(e.captions)
+            digest.update(f"{split}\0{e.name}\0{size}\0{captions}\n".encode())
     return {
         "fingerprint": digest.hexdigest(),
         "frames": {split: len(examples) for split, examples in splits.items()},
@@ -153,8 +158,10 @@ def read_state(folder: Path) -> dict | None:
     """What write_state wrote there; None when no run is unfinished."""
     try:
         state = json.loads((folder / "state.json").read_text())
-        if not isinstance(state, dict) or not all(isinstance(state.get(group, {}), dict) for group in GROUPS):
-            raise ValueError("not what a run writes")
+        if not isinstance(state, dict):
+            raise ValueError("no JSON object")
+        if wrong := [key for key, form in FORMS.items() if not isinstance(state.get(key, form()), form)]:
+            raise ValueError(f"{wrong[0]} is {state[wrong[0]]!r:.40}")
         return state
     except FileNotFoundError:
         return None
@@ -167,6 +174,8 @@ def list_changes(before: dict, now: dict) -> list[str]:
     lines = []
     for group in [group for group in GROUPS if group in now]:
         old, new = before.get(group) or {}, now.get(group) or {}
+        if group == "config":  # a program of another time may have had other settings
+            old = {name: old.get(name, default) for name, default in flatten(TrainConfig()).items()}
         for name in dict.fromkeys([*old, *new]):
             was, is_now = old.get(name), new.get(name)
             if was != is_now and not (group == "config" and name in FREE_OF_CHOICE):

@@ -12,6 +12,22 @@ from captioner.runtime.errors import get_or_none
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")  # whose versions a run records
 GIT_SECONDS = 10  # for git to answer
+OF_A_PART = ("train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+
+
+def note_versions(state: dict, before: dict | None) -> None:
+    """Put the versions of what computes into a run's state; say, and keep, what is another than in `before`.
+
+    That is the state of a run that goes on. The model's commit, which is in both, counts as a version.
+    """
+    state["versions"] = {package: get_or_none(importlib.metadata.version, package) for package in PACKAGES}
+    if before is None:
+        return
+    was, now = ({"model": found.get("model_commit"), **found.get("versions", {})} for found in (before, state))
+    changes = [f"{name} {now[name]} (was {was[name]})" for name in now if name in was and now[name] != was[name]]
+    if changes:
+        print(f"note: the run goes on with other versions, and may end otherwise: {', '.join(changes)}")
+    state["changed_versions"] = [*before.get("changed_versions", []), *changes]
 
 
 def describe_run(state: dict, run_name: str, device: torch.device, results: dict) -> dict:
@@ -20,12 +36,19 @@ def describe_run(state: dict, run_name: str, device: torch.device, results: dict
         "run_name": run_name,
         **state,
         "results": results,
-        "versions": {package: get_or_none(importlib.metadata.version, package) for package in PACKAGES},
         "python": get_or_none(platform.python_version),
         "git_commit": get_or_none(read_commit),
         "device": get_or_none(name_device, device),
         "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
+
+
+def drop_parts(metrics: dict, done: int) -> dict:
+    """The Trainer's metrics; of a run that went on after `done` steps without those that are wrong of the whole run.
+
+    The Trainer divides the loss and the time of its last part by the steps of all.
+    """
+    return {name: value for name, value in metrics.items() if not (done and name in OF_A_PART)}
 
 
 def read_commit() -> str | None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,9 @@ from transformers.utils import logging as transformers_logging
 
 from captioner.data.captions import Example
 from captioner.data.run_record import read_run
-from captioner.data.splits import write_splits
+from captioner.data.splits import find_images_root, write_splits
 from captioner.runtime.errors import UserError
-from captioner.runtime.files import atomic_write, name_run
+from captioner.runtime.files import atomic_write, is_inside, name_run, read_json
 from captioner.runtime.processes import ask_main, go_on_alone, is_sharded
 from captioner.runtime.settings import flatten
 from captioner.training.arguments import check_sharding, make_arguments, split_batch
@@ -28,9 +29,10 @@ from captioner.training.checkpoints import (
     read_state,
     refuse_changes,
 )
-from captioner.training.record import describe_run
+from captioner.training.record import describe_run, note_versions
+from captioner.training.sealed_trainer import gather_trainable
 from captioner.training.tracking import choose_wandb_mode
-from captioner.training.trainer import CaptionTrainer, gather_trainable
+from captioner.training.trainer import CaptionTrainer
 from config import TrainConfig
 
 FINISHED = ".checkpoints-of-a-finished-run"
@@ -55,9 +57,13 @@ class Run:
     def note_inputs(self, splits: dict[str, list[Example]], model) -> None:
         """Note the data and the model. Raises UserError unless a run that goes on has the data that it had."""
         self.state["data"] = fingerprint_data(splits)
+        if (source := self.folder / "captions.json").is_file():  # of a data set on the hub
+            self.state["captions"] = read_json(source, "start anew with --overwrite")
+        self.state["images_root"] = str(find_images_root(splits))  # which split.csv is relative to
         self.state["model_commit"] = getattr(model.config, "_commit_hash", None)  # that the hub's name stood for
         if self.before:
             refuse_changes(self.config.run.output, self.before, self.state)
+        note_versions(self.state, self.before)
 
 
 def open_run(config: TrainConfig, device: torch.device) -> Run | None:
@@ -78,11 +84,20 @@ def open_run(config: TrainConfig, device: torch.device) -> Run | None:
         return None
     state = describe_state(config, arguments.world_size)
     before = ask_main(find_unfinished, output, state, config.run.resume, config.run.overwrite)
-    folder = Path(before["run_dir"]) if before else ask_main(name_run, config.run.run_name)
+    folder = ask_main(choose_folder, config.run.run_name, before)
     ask_main(prepare_output, output)
     state["run_dir"] = str(folder)
+    state["wandb_id"] = (before or {}).get("wandb_id") or uuid.uuid4().hex[:8]
     state["micro_batch"] = (before or {}).get("micro_batch") or config.training.per_device_train_batch_size
     return Run(config, device, arguments, wandb_mode, before, folder, state)
+
+
+def choose_folder(run_name: str | None, before: dict | None) -> Path:
+    """The folder of a run in logs/: a new one, but that of a run that goes on if what its state names lies there."""
+    named = Path(before["run_dir"]) if before and before.get("run_dir") else None
+    if named and is_inside(named, Path("logs")) and named.resolve() != Path("logs").resolve():
+        return named
+    return name_run(run_name)
 
 
 def is_finished(config: TrainConfig) -> bool:

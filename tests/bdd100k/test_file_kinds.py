@@ -2,15 +2,18 @@
 
 import gzip
 import io
+import itertools
 import json
 import lzma
 import pickle
 import tarfile
+import time
 import zipfile
 
 import pytest
 
-from captioner.bdd100k import label_files
+from captioner.bdd100k import frames, label_files
+from captioner.bdd100k.frames import decode_frames
 from captioner.bdd100k.label_files import read_labels
 from captioner.bdd100k.label_report import LabelReport
 from captioner.runtime.errors import UserError
@@ -217,3 +220,137 @@ def test_a_frame_whose_name_repeats_is_counted_once(tmp_path, monkeypatch, piece
     assert report.attributes["weather"] == {"clear": 45}
     assert report.objects.total() == 3 * 45
     assert report.boxes_a_frame == {3: 45}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# large files, and folders of many
+
+
+def note_sizes(monkeypatch):
+    sizes, real = [], label_files.decode_frames
+    monkeypatch.setattr(label_files, "decode_frames", lambda data: sizes.append(len(data)) or real(data))
+    return sizes
+
+
+@pytest.mark.parametrize("name", ["labels.json", "labels.json.gz", "labels.zip"])
+@pytest.mark.parametrize("opening", ['{"frames": [', '\ufeff {\n "frames" : ['])
+def test_a_wrapper_is_read_in_pieces(tmp_path, monkeypatch, name, opening):
+    monkeypatch.setattr(label_files, "PIECE", 2**9)
+    monkeypatch.setattr(label_files, "_run_jobs", map)
+    sizes = note_sizes(monkeypatch)
+    data = WRAPPED.replace('{"frames": [', opening, 1).encode()
+    data = {"labels.zip": lambda: pack("m.json", data), "labels.json.gz": lambda: gzip.compress(data)}.get(
+        name, lambda: data
+    )()
+    (tmp_path / name).write_bytes(data)
+    names, report = read(tmp_path / name)
+    assert names == [frame["name"] for frame in FRAMES]
+    assert report.variants == {"Scalabel wrapper": 40} and not report.skipped
+    assert max(sizes) < 4 * 2**9 < len(WRAPPED)
+
+
+@pytest.mark.parametrize("rest", ['"categories": [{}]}}', '"config": {{"categories": [{}]}}}}'])
+def test_what_follows_the_frames_of_a_wrapper_is_taken_for_no_frame(tmp_path, monkeypatch, rest):
+    """However much it looks like frames: a cut within it is noticed, and the file then read as a whole."""
+    monkeypatch.setattr(label_files, "PIECE", 2**9)
+    monkeypatch.setattr(label_files, "_run_jobs", map)
+    others = ", ".join(json.dumps(frame) for frame in list_frames(30, 100))
+    (tmp_path / "labels.json").write_text(f'{{"frames": {TEXT}, ' + rest.format(others))
+    names, report = read(tmp_path / "labels.json")
+    assert names == [frame["name"] for frame in FRAMES]
+    assert (report.frames, report.skipped.total()) == (40, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "is_large"), [("a.json", 10, True), ("a.json", 8, False), ("a.json.gz", 1, True)]
+)
+def test_a_file_that_is_read_whole_is_large_by_what_it_takes(monkeypatch, name, size, is_large):
+    monkeypatch.setattr(label_files, "PIECE", 4)
+    assert label_files._is_large(label_files._Job(label_files.Path(name), size)) == is_large
+    assert not label_files._is_large(label_files._Job(label_files.Path(name), size, 0, size))  # a stretch
+
+
+def test_an_archive_is_large_by_its_largest_member(monkeypatch):
+    monkeypatch.setattr(label_files, "PIECE", 4)
+    members = [label_files._Member("a.json", 0, 1, size, 0, 0, 0) for size in (1, 9, 1)]
+    job = label_files._Job(label_files.Path("a.zip"), 3, members=tuple(members))
+    assert label_files._is_large(job) and not label_files._is_large(job._replace(members=tuple(members[:1])))
+
+
+def wait_where_it_is_large(job):
+    """Tells when it began and ended."""
+    began = time.monotonic()
+    time.sleep(0.1)
+    return label_files._Result([(str(job.path), (began, time.monotonic()))], 1, LabelReport())
+
+
+def test_of_large_files_that_cannot_be_cut_one_is_read_at_a_time(monkeypatch):
+    monkeypatch.setattr(label_files.os, "sched_getaffinity", lambda _: range(4), raising=False)
+    for size, at_once in ((3 * label_files.PIECE, False), (label_files.PIECE, True)):
+        jobs = [label_files._Job(label_files.Path(f"{number}.json"), size) for number in range(4)]
+        times = [result.frames[0][1] for result in label_files._run_jobs(wait_where_it_is_large, jobs)]
+        times.sort()
+        assert all(end <= began for (_, end), (began, _) in itertools.pairwise(times)) != at_once
+
+
+def fail_at_the_third(job):
+    if job.path.name == "2.json":
+        raise ZeroDivisionError("by a frame")
+    return label_files._Result([], 0, LabelReport())
+
+
+def test_what_went_wrong_in_a_process_is_said():
+    jobs = [label_files._Job(label_files.Path(f"{number}.json"), label_files.PIECE) for number in range(4)]
+    with pytest.raises(UserError, match=r"failed at 2\.json.*\(ZeroDivisionError: by a frame\)") as raised:
+        list(label_files._run_jobs(fail_at_the_third, jobs))
+    assert "killed" not in str(raised.value)
+
+
+def test_labels_are_read_by_processes_that_were_not_forked(tmp_path, monkeypatch):
+    monkeypatch.setattr(label_files, "pick_start", lambda: "spawn")
+    monkeypatch.setattr(label_files, "PIECE", 2**11)
+    (tmp_path / "a.json").write_text(TEXT)
+    assert len(read(tmp_path / "a.json")[0]) == 40
+
+
+def test_a_folder_that_cannot_be_looked_into_is_named(tmp_path, monkeypatch):
+    (tmp_path / "labels.json").write_text(TEXT)
+    (tmp_path / "more").mkdir()
+    real = label_files.os.scandir
+
+    def scandir(path):
+        if str(path).endswith("more"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(label_files.os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"more: can't be read \(Permission denied\)"):
+        read(tmp_path)
+
+
+def test_a_folder_of_files_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").touch()
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(label_files, "_read_head", refuse)
+    with pytest.raises(UserError, match=r"no \.json file in this folder but 1 others, as a\.txt; "):
+        read(tmp_path)
+
+
+def test_a_hidden_folder_is_not_entered(tmp_path, monkeypatch):
+    (tmp_path / "labels.json").write_text(TEXT)
+    (tmp_path / ".git").mkdir()
+    entered, real = [], label_files.os.scandir
+    monkeypatch.setattr(label_files.os, "scandir", lambda path: entered.append(str(path)) or real(path))
+    read(tmp_path)
+    assert entered == [str(tmp_path)]
+
+
+def test_bytes_are_decoded_where_they_lie(monkeypatch):
+    data, seen = bytearray(b"\xef\xbb\xbf" + TEXT.encode()), []
+    real = frames._Decoders.decode
+    monkeypatch.setattr(frames._Decoders, "decode", lambda self, part: seen.append(part) or real(self, part))
+    assert len(decode_frames(data)[0]) == 40
+    assert all(part.obj is data for part in seen)

@@ -9,7 +9,7 @@ from captioner.bdd100k.facts import ObjectKind
 from captioner.bdd100k.frames import LabelOptions, decode_frames
 from captioner.bdd100k.label_files import read_labels
 from captioner.bdd100k.label_report import LabelReport
-from captioner.data.captions import read_captions
+from captioner.data.caption_files import read_captions
 from captioner.runtime.errors import UserError
 
 SCENE = {"timeofday": "night", "weather": "clear", "scene": "highway"}
@@ -113,7 +113,7 @@ def test_strict_accepts_known_classes_in_other_cases_and_small_boxes(tmp_path):
     args = ("--labels", labels, "--output", output, "--run-name", tmp_path / "run", "--min-box-size", 5)
     run = call_script("bdd100k_data_pipeline.py", *args, "--strict")
     assert run.returncode == 0, run.stderr
-    assert read_captions(output)["a.jpg"].endswith("There is one car.")
+    assert read_captions(output).set_index("name")["caption"]["a.jpg"].endswith("There is one car.")
 
 
 @pytest.mark.parametrize("category", ["crosswalk", "single white", "lane/road curb", "direct", "area/alternative"])

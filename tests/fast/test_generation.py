@@ -4,17 +4,20 @@ import contextlib
 
 import pytest
 import torch
-from conftest import import_kernels
+from conftest import need_triton
 from transformers import Blip2ForConditionalGeneration, TopPLogitsWarper
 
 from benchmarks.full_size import build_full_size_config
-from captioner.blip2 import batches, captioning, lora
+from captioner.blip2 import batches, captioning, lora, sampling
 from captioner.blip2 import loading as blip2
 from captioner.blip2.lora import get_blip2
+from captioner.blip2.sampling import DrawTokens, seed_image
 from captioner.fast import generation
+from captioner.fast.adapters import copy_lora, join_lora
 from captioner.fast.captioning import FastCaptioner
-from captioner.fast.generation import FastGenerator, max_batch, pick_tokens, supports
-from captioner.fast.layers import copy_lora, embed_images, join_lora
+from captioner.fast.generation import FastGenerator, max_batch, supports
+from captioner.fast.kernels import choice
+from captioner.fast.layers import embed_images
 from captioner.runtime.errors import UserError
 from config import EvalConfig, make_config
 
@@ -144,18 +147,37 @@ def test_adapter_switched_off_and_trained_between_calls(tiny_checkpoint, copies,
     assert not torch.equal(trained, with_adapter)
 
 
+CHOICE = (0.9, 0.8)  # temperature and top_p
+SEEDS = list(range(100, 116))
+
+
 def test_seed_alone_decides_what_is_drawn(tiny_checkpoint, monkeypatch):
     """Not the calls before, nor which rows left the batch."""
     model, pixels = load(tiny_checkpoint, with_lora=True), make_pixels(16)
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": True, "temperature": 0.9, "top_p": 0.8}
-    end_early(model, FastGenerator(model, batch_size=16).generate(pixels, **options, seed=1))
+    end_early(model, FastGenerator(model, batch_size=16).generate(pixels, NEW_TOKENS, CHOICE, SEEDS))
     generator, steps = FastGenerator(model, batch_size=16, bucket=16), note_steps(monkeypatch)
-    first = generator.generate(pixels, **options, seed=1)
+    first = generator.generate(pixels, NEW_TOKENS, CHOICE, SEEDS)
     assert steps[-1][0] < 16, steps
-    assert not torch.equal(generator.generate(pixels, **options, seed=2), first)
+    assert not torch.equal(generator.generate(pixels, NEW_TOKENS, CHOICE, SEEDS[::-1]), first)
     generator.generate(pixels[:3], 10)
-    assert torch.equal(generator.generate(pixels, **options, seed=1), first)
-    assert torch.equal(FastGenerator(model, batch_size=16, bucket=128).generate(pixels, **options, seed=1), first)
+    assert torch.equal(generator.generate(pixels, NEW_TOKENS, CHOICE, SEEDS), first)
+    other = FastGenerator(model, batch_size=16, bucket=128)
+    assert torch.equal(other.generate(pixels, NEW_TOKENS, CHOICE, SEEDS), first)
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_what_is_drawn_for_an_image_depends_on_no_other(tiny_checkpoint, load_in_4bit):
+    """On neither the batch that it is in nor its place there; and transformers' generate() draws the same."""
+    model, pixels = load(tiny_checkpoint, load_in_4bit, with_lora=True), make_pixels(16)
+    together = FastGenerator(model, batch_size=16).generate(pixels, NEW_TOKENS, CHOICE, SEEDS)
+    assert len(together.unique(dim=0)) == 16
+    small = FastGenerator(model, batch_size=5)
+    for rows in ([3], [15, 0, 7], [4, 5, 6, 7, 8]):
+        seeds = [SEEDS[row] for row in rows]
+        assert torch.equal(small.generate(pixels[rows], NEW_TOKENS, CHOICE, seeds), together[rows])
+    settings = captioning.make_generation_config(model.config, NEW_TOKENS)
+    draw = DrawTokens(*CHOICE, SEEDS, CPU)
+    assert torch.equal(captioning.generate_tokens(model, pixels, settings, draw), together)
 
 
 def test_more_tokens_than_the_model_has_positions_are_refused(tiny_checkpoint):
@@ -166,11 +188,11 @@ def test_more_tokens_than_the_model_has_positions_are_refused(tiny_checkpoint):
 
 def test_the_whole_vocabulary_is_drawn_from_without_a_nucleus(tiny_checkpoint, monkeypatch):
     """With top-p 1, however few tokens a nucleus may have: these two are the likeliest, and others are drawn too."""
-    monkeypatch.setattr(generation, "NUCLEUS", 2)
+    monkeypatch.setattr(sampling, "NUCLEUS", 2)
     generator, pixels = FastGenerator(load(tiny_checkpoint), batch_size=3), make_pixels(3)
 
     def draw(top_p: float) -> set[int]:
-        drawn = [generator.generate(pixels, 1, do_sample=True, top_p=top_p, seed=seed) for seed in range(8)]
+        drawn = [generator.generate(pixels, 1, (1.0, top_p), range(seed, seed + 3)) for seed in range(8)]
         return set(torch.cat(drawn).flatten().tolist())
 
     assert len(draw(0.999)) <= 2 * 3 < len(draw(1.0))  # of three images
@@ -179,7 +201,7 @@ def test_the_whole_vocabulary_is_drawn_from_without_a_nucleus(tiny_checkpoint, m
 def test_tiny_nucleus_is_greedy(tiny_checkpoint):
     model, pixels = load(tiny_checkpoint), make_pixels(3)
     generator = FastGenerator(model, batch_size=3)
-    drawn = generator.generate(pixels, 30, do_sample=True, top_p=1e-6, seed=5)
+    drawn = generator.generate(pixels, 30, (1.0, 1e-6), SEEDS[:3])
     assert torch.equal(drawn, generator.generate(pixels, 30))
 
 
@@ -192,7 +214,8 @@ def test_first_token_has_the_distribution_of_transformers(tiny_checkpoint, top_p
         logits = model(pixel_values=pixels, input_ids=prefix).logits[:, -1] / temperature
     expected = (TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits).softmax(-1)[0]  # (V,)
     generator = FastGenerator(model, batch_size=rows)
-    drawn = generator.generate(pixels.expand(rows, -1, -1, -1), 1, True, temperature, top_p)
+    seeds = [seed_image(0, f"{row}.jpg") for row in range(rows)]
+    drawn = generator.generate(pixels.expand(rows, -1, -1, -1), 1, (temperature, top_p), seeds)
     counts = torch.bincount(drawn[:, 0], minlength=len(expected))
     assert expected.count_nonzero() > 5
     assert (counts[expected == 0] == 0).all()
@@ -200,31 +223,16 @@ def test_first_token_has_the_distribution_of_transformers(tiny_checkpoint, top_p
     assert ((counts - rows * expected).abs() <= 5 * deviation + 1).all()
 
 
-def test_nucleus_is_drawn_from_the_most_likely_tokens():
-    logits = torch.log(torch.tensor([[0.4, 0.1, 0.3, 0.2]])).expand(1000, -1)
-    noise = torch.empty(1000, 4).exponential_(generator=torch.Generator().manual_seed(0))
-    for temperature, top_p, width, tokens in [
-        (1.0, 1.0, 4, [0, 1, 2, 3]),
-        (1.0, 0.75, 4, [0, 2, 3]),
-        (1.0, 0.65, 4, [0, 2]),
-        (1.0, 0.95, 2, [0, 2]),  # cut at two tokens
-        (1.0, 0.0, 4, [0]),
-        (0.01, 0.75, 4, [0]),
-    ]:
-        assert pick_tokens(logits, temperature, top_p, noise[:, :width]).unique().tolist() == tokens
-
-
 def test_kernels_give_the_same_captions(tiny_checkpoint, monkeypatch):
-    """In Triton's interpreter; the prefix's attention and that of one token are both taken."""
-    kernels = import_kernels()
+    """In Triton's interpreter: attention of one token is taken."""
+    need_triton()
     model, pixels = load(tiny_checkpoint), make_pixels(3)
     expected = FastGenerator(model, 3).generate(pixels, 12)
-    calls, attend, attend_one = [], kernels.attend, kernels.attend_one
-    monkeypatch.setattr(generation, "use_kernels", lambda x: True)
-    monkeypatch.setattr(kernels, "attend", lambda *args: calls.append("prefix") or attend(*args))
-    monkeypatch.setattr(kernels, "attend_one", lambda *args: calls.append("token") or attend_one(*args))
+    calls, attend_one = [], generation.attend_one
+    monkeypatch.setattr(choice, "use_kernels", lambda x: True)
+    monkeypatch.setattr(generation, "attend_one", lambda *args: calls.append(args) or attend_one(*args))
     assert torch.equal(FastGenerator(model, 3).generate(pixels, 12), expected)
-    assert set(calls) == {"prefix", "token"} and len(expected.unique(dim=0)) > 1
+    assert calls and len(expected.unique(dim=0)) > 1
 
 
 def test_graphs_are_captured_once_and_replayed(tiny_checkpoint, monkeypatch):

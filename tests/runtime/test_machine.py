@@ -135,7 +135,7 @@ def test_a_damaged_run_record_is_named(tmp_path, content):
 
 
 def test_scores_whose_config_is_no_object(tmp_path):
-    from captioner.publishing.model_card import read_scores
+    from captioner.publishing.records import read_scores
 
     (tmp_path / "scores.json").write_text('{"config": []}')
     with pytest.raises(UserError, match=r"scores.json: its config"):

@@ -22,3 +22,14 @@ def test_each_panel_has_its_curves(figures, tmp_path):
 def test_a_panel_without_figures_is_empty(figures, tmp_path):
     plot_dashboard([], tmp_path / "dashboard.png")
     assert not any(axis.lines or axis.get_legend() for axis in figures[0].axes)
+
+
+def test_curves_of_captions_say_of_how_many(figures, tmp_path):
+    plot_dashboard(
+        [{"step": 1, "val_facts_f1": 0.5, "val_BLEU-4": 0.5, "val_captions": 16}], tmp_path / "dashboard.png"
+    )
+    titles = [axis.get_title() for axis in figures[0].axes]
+    assert [title for title in titles if "captions" in title] == [
+        "right facts of validation captions (n = 16)",
+        "BLEU-4 of validation captions (n = 16)",
+    ]

@@ -106,13 +106,18 @@ def server():
 
 @pytest.fixture
 def train_two(settings, tmp_path):
-    """train_two(folder, *flags, patch=source): main.py in two processes, there; what it printed and its exit codes."""
+    """train_two(folder, *flags, patch=source): main.py in two processes, there; what it printed and its exit codes.
 
-    def train_two(folder: str, *flags, patch: str = "", how=BY_DDP, start=start_ranks) -> Ended:
-        Path(folder).mkdir(exist_ok=True)
+    With `other` the second has that folder, as on another machine.
+    """
+
+    def train_two(folder: str, *flags, patch: str = "", how=BY_DDP, start=start_ranks, other: str = "") -> Ended:
+        folders = [Path(folder), Path(other or folder)]
+        for path in folders:
+            path.mkdir(exist_ok=True)
         script = tmp_path / "patched.py"
         script.write_text(
-            "import os, signal, torch, main\nfrom captioner.training import trainer as training\n"
+            "import os, signal, torch, main\nfrom captioner.training import pace as training\n"
             "from config import TrainConfig, parse_args\nfrom captioner.runtime.cli import run_script\n"
             f"rank = int(os.environ['RANK'])\n{patch}\nrun_script(main.main, parse_args(TrainConfig))\n"
         )
@@ -122,7 +127,7 @@ def train_two(settings, tmp_path):
         given |= {"--val-captions": 0, "--wandb": "disabled", "--run-name": "run", "--lora-dropout": 0}
         given |= {"--fast": "on", **dict(zip(flags[::2], flags[1::2], strict=True))}
         words = [word for pair in given.items() for word in pair if word is not None]
-        with start(script, *words, cwd=Path(folder), how=how) as ended:
+        with start(script, *words, cwd=folders if other else folders[0], how=how) as ended:
             pass
         return ended
 
@@ -200,7 +205,30 @@ def test_two_stopped_processes_go_on_to_the_same_adapter(folder, train_two):
     assert [path.name for path in Path("stopped").glob("published-*")] == ["published-by-0"]
 
 
-@pytest.mark.parametrize("what", ["loss = loss * float('nan')", slow("self.flat[0] = float('nan')"), slow("")])
+@pytest.mark.slow
+def test_machines_without_a_common_folder_train_are_stopped_go_on_and_caption(folder, train_two):
+    """The first has the checkpoints, the adapter and the logs; the second is sent what it needs, and keeps nothing."""
+    flags = ("--lora-dropout", 0.1, "--learning-rate", 1e-2)
+    done = train_two("together", *flags)
+    assert done.returncode == 0, done.err[-3000:]
+    stopped = train_two("first", *flags, patch=STOP, other="second")
+    assert stopped.returncode != 0 and "saved after step 4 of 6" in stopped.out, stopped.err[-3000:]
+    resumed = train_two("first", *flags, other="second")
+    assert resumed.codes == [0, 0] and "goes on after step 4 of 6" in resumed.out, resumed.err[-3000:]
+    assert hash_adapter(Path("first")) == hash_adapter(Path("together"))
+    finished = train_two("first", *flags, "--resume", None, other="second")
+    assert finished.codes == [0, 0] and "nothing is left to train" in finished.out, finished.err[-3000:]
+    captions = ROOT / "eval.py", "--num-samples", "all", "--batch-size", 1, "--greedy", "--run-name", "scored"
+    for cwd in ([Path("first"), Path("second")], Path("together")):
+        with start_ranks(*captions, cwd=cwd) as scored:
+            pass
+        assert scored.codes == [0, 0] and "captioning in 2 processes" in scored.out, scored.err[-3000:]
+    first, together = (Path(name, "logs/scored/predictions.jsonl").read_text() for name in ("first", "together"))
+    assert first == together
+    assert not list(Path("second").iterdir())
+
+
+@pytest.mark.parametrize("what", ["loss = loss * float('nan')", slow("self.whole.grad[0] = float('nan')"), slow("")])
 def test_nan_in_one_process_stops_both(folder, train_two, what):
     """The batch is named by both, whichever had it, and neither waits for the other."""
     done = train_two("two", patch=(NAN if what else SENT_NAN).format(steps=STEPS_PER_EPOCH, what=what))
