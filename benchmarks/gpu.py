@@ -159,7 +159,7 @@ def train(args, name: str, *flags, **options) -> Training:
     for old in (logs, output):
         shutil.rmtree(old, ignore_errors=True)
     data = ("--labels", args.folder / "labels.json", "--images", args.folder / "images", "--model", args.model)
-    places = ("--captions", args.folder / "captions.csv", "--output", output, "--run-name", logs.name)
+    places = ("--output", output, "--run-name", logs.name)
     seconds, text = run("main.py", *data, *places, "--wandb", "disabled", *flags, **options)
     (args.folder / f"{name}.log").write_text(text)
     records = [json.loads(line) for line in (logs / "metrics.jsonl").read_text().splitlines()]

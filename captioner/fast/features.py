@@ -37,6 +37,7 @@ from captioner.runtime.processes import ask_main, count_cores, count_processes, 
 
 ABOUT, ROWS, INDEX = "about.json", "features.bin", "index.bin"
 RECORD = 64  # bytes
+WRITERS = 4  # threads
 FORM = 2  # of the files, and of the way in which load_pixels() makes numbers of an image: a new one makes all new
 VISION_SETTINGS = ("image_size", "patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")
 REMEDY = "free some space, name another folder with --features, or do without: --features off"
@@ -214,10 +215,10 @@ class FeatureFile:
 
         Returns {path: why} of the images that can't be read, which get no row.
         """
-        unreadable, waiting, written, is_main = {}, zip(images, numbers, strict=True), None, find_place()[0] == 0
+        unreadable, waiting, written, is_main = {}, zip(images, numbers, strict=True), [], find_place()[0] == 0
         with (
             explain_writing(self.folder, REMEDY),
-            ThreadPoolExecutor(1) as writer,
+            ThreadPoolExecutor(WRITERS) as pool,
             tqdm(total=len(images), desc="encoding images", unit="image", disable=not is_main) as progress,
         ):
             for pixels, reasons in reading:
@@ -225,12 +226,13 @@ class FeatureFile:
                 unreadable |= {image: reason for reason, (image, _) in batch if reason is not None}
                 readable = [place for reason, place in batch if reason is None]
                 outputs, wait = copy_to_cpu(run_vision(self.vision, pixels)) if readable else ((), lambda: None)
-                if written is not None:
-                    written.result()  # those before, while a GPU computes these
-                written = writer.submit(self.write_rows, readable, outputs, wait)
+                for future in written:  # the batch before, while a GPU computes this one
+                    future.result()
+                parts = [(readable[first::WRITERS], outputs[first::WRITERS]) for first in range(WRITERS)]
+                written = [pool.submit(self.write_rows, *part, wait) for part in parts]
                 progress.update(len(reasons))
-            if written is not None:
-                written.result()
+            for future in written:
+                future.result()
         return unreadable
 
     def write_rows(self, places: Sequence[tuple[Path, int]], outputs: Iterable[Tensor], wait: Callable) -> None:
