@@ -29,7 +29,8 @@ BASE_MODEL = "Salesforce/blip2-opt-2.7b@59a1ef6c1e5117b3f65523d1c6066825bcf315e3
 
 
 # What is known of a field beside its comment: `free` ones don't change what is learnt, and may differ when a run goes
-# on; `unlisted` ones are left out of the model card.
+# on (labels and images may lie elsewhere: what they hold is compared by its fingerprint); `unlisted` ones are left out
+# of the model card.
 
 # --------------------------------------------------------------------------------------------------------------
 # groups
@@ -39,7 +40,8 @@ BASE_MODEL = "Salesforce/blip2-opt-2.7b@59a1ef6c1e5117b3f65523d1c6066825bcf315e3
 class SourceSettings:
     """Labels, and how they are worded."""
 
-    labels: tuple[Path, ...] = ()  # BDD100K label files or folders; none: those of the Kaggle data set
+    # BDD100K label files or folders; none: those of the Kaggle data set
+    labels: tuple[Path, ...] = setting((), free=True)
     # Kaggle handle with its version
     kaggle_dataset: str = setting("solesensei/solesensei_bdd100k/versions/2", unlisted=True)
     # Kaggle labels to use: 10,000 frames, 70,000 or all
@@ -61,7 +63,8 @@ class SourceSettings:
 class DataSettings:
     """Captions with their images, and how they are split."""
 
-    images: Path | None = None  # folder with the images, searched to any depth; none: the Kaggle data set's
+    # folder with the images, searched to any depth; none: the Kaggle data set's
+    images: Path | None = setting(None, free=True)
     # your own captions of these images, in any usual kind of file, or a data set on the hub; none: made from labels
     captions: Path | None = setting(None, free=True)
     group_column: str | None = None  # column of --captions whose groups are not split; none: rides, or each image
@@ -249,6 +252,8 @@ class TrainConfig:
 
     # use the drawn scenes and the small model that ship with the project: CPU, no network
     demo: bool = setting(False, unlisted=True)
+    # go through every stage once and say what the whole run will take; nothing is kept
+    check: bool = setting(False, free=True, unlisted=True)
 
     source: SourceSettings = SourceSettings()
     data: DataSettings = DataSettings()

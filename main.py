@@ -24,6 +24,7 @@ if __name__ == "__main__":
 import dataclasses
 import importlib.util
 import time
+from collections.abc import Callable
 
 import torch
 from transformers import set_seed
@@ -35,7 +36,9 @@ from captioner.blip2.lora import add_lora
 from captioner.data.splits import prepare_splits
 from captioner.publishing.publish import publish
 from captioner.runtime.files import lock_folder
+from captioner.runtime.machine import describe_machine
 from captioner.runtime.processes import ask_main
+from captioner.training.check import check_run
 from captioner.training.dashboard import make_callbacks
 from captioner.training.plain import PlainWay
 from captioner.training.run import open_run, save_run
@@ -45,11 +48,19 @@ SPARE_TOKENS = 16  # that generation may write beyond the longest training capti
 
 
 def main(config: TrainConfig) -> None:
+    if config.check:
+        return check_run(config, train, choose_way)
+    train(config, choose_way)
+
+
+def train(config: TrainConfig, choose_way: Callable[..., PlainWay]) -> None:
     with lock_folder(config.run.output, "--output"):
         start, device = time.perf_counter(), pick_device()
         run = open_run(config, device)
         if run is None:  # it has come to its end before
             return publish(config)
+        workers, store_gib = config.training.dataloader_workers, config.fast.vision_store_gib
+        print(describe_machine(config.run.output, workers, store_gib, cuda=device.type == "cuda"))
         set_seed(config.training.seed)  # before LoRA draws its first weights
         model_config = check_model(config.base.model, config.base.load_in_4bit, device)  # before hours of download
         splits = ask_main(prepare_splits, config, run.folder)
@@ -70,6 +81,7 @@ def main(config: TrainConfig) -> None:
         if run.is_main:
             print(f"adapter saved to {config.run.output} after {time.perf_counter() - start:.0f} s")
             publish(config)
+        if run.is_main and not config.check:
             print("next: python eval.py" + (" --demo" if config.demo else f" --adapter {config.run.output}"))
 
 
