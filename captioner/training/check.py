@@ -18,13 +18,13 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from captioner.blip2.batches import Features
 from captioner.data.captions import read_captions
 from captioner.data.images import find_image_folder, index_images
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import measure_free
-from captioner.runtime.machine import pick_store_gib
 from captioner.training.plain import PlainWay
-from config import TrainConfig
+from config import FastTrainingSettings, TrainConfig
 
 FRAMES = 100  # of the trial
 STEPS = 3  # of it; the first records and warms up, the last is timed
@@ -37,7 +37,7 @@ class Stopwatch:
     def __init__(self, way: PlainWay, checkpoints: Path):
         self.way, self.checkpoints = way, checkpoints
         self.seconds: Counter[str] = Counter()
-        self.features: torch.Tensor | None = None
+        self.features: Features | None = None
         self.checkpoint_bytes = self.resident_bytes = 0
 
     def __getattr__(self, name: str):
@@ -74,7 +74,7 @@ class Estimate(NamedTuple):
     steps: int
     stages: dict[str, float]  # seconds
     memory_bytes: int  # of the GPU at the most or, without one, of the process after training
-    stored_bytes: int  # of the ViT's outputs of all images trained on, in memory; 0: they are not kept
+    stored_bytes: int  # of the ViT's outputs of all images, on the disk; 0: they are not kept
     disk_bytes: int  # of checkpoints and adapter
 
 
@@ -90,8 +90,7 @@ def check_run(config: TrainConfig, train: Callable, choose_way: Callable[..., Pl
 
         def choose(trial: TrainConfig, model_config, device: torch.device) -> Stopwatch:
             share = min(1.0, FRAMES / max(1, count_frames(config, trial)))
-            limit = pick_store_gib(config.fast.vision_store_gib, device.type == "cuda") * share  # as for all images
-            trial = dataclasses.replace(trial, fast=dataclasses.replace(trial.fast, vision_store_gib=limit))
+            trial = dataclasses.replace(trial, fast=limit_features(config, folder, share, device))
             watches.append(Stopwatch(choose_way(trial, model_config, device), trial.run.output / "checkpoints"))
             return watches[0]
 
@@ -122,8 +121,23 @@ def make_trial(config: TrainConfig, folder: Path) -> TrainConfig:
             val_captions=1,
             wandb="disabled",
         ),
-        fast=dataclasses.replace(config.fast, vision_store="off"),
     )
+
+
+def limit_features(config: TrainConfig, folder: Path, share: float, device: torch.device) -> FastTrainingSettings:
+    """The settings with which the trial keeps the ViT's outputs, in `folder`, if the run has room for them.
+
+    `share`: of the run's images that the trial has.
+    """
+    fast, output = config.fast, config.run.output.absolute()
+    if fast.features == "off" or (fast.features == "auto" and device.type != "cuda"):
+        return fast
+    places = [output, folder] if fast.features == "auto" else [fast.features.absolute()]
+    disks = [next(parent for parent in (place, *place.parents) if parent.exists()) for place in places]
+    limit = fast.features_disk_gib
+    if limit is None:
+        limit = max(measure_free(disk) or 0 for disk in disks) / 2 / 2**30
+    return dataclasses.replace(fast, features=folder / "features", features_disk_gib=limit * share)
 
 
 def count_frames(config: TrainConfig, trial: TrainConfig) -> int:
@@ -160,7 +174,7 @@ def estimate_run(config: TrainConfig, trial: TrainConfig, watch: Stopwatch) -> E
     memory = run["results"].get("peak_memory_gib", watch.resident_bytes / 2**30) * 2**30
     stored = 0
     if watch.features is not None:
-        stored = round(watch.features[0].nbytes * (counts["train"] + counts["val"]))
+        stored = next(iter(watch.features.values())).nbytes * sum(counts.values())
     adapter = sum(file.stat().st_size for file in trial.run.output.iterdir() if file.is_file())
     return Estimate(counts, steps, stages, round(memory), stored, CHECKPOINTS * watch.checkpoint_bytes + adapter)
 
@@ -174,7 +188,7 @@ def report_estimate(config: TrainConfig, estimate: Estimate) -> None:
     print(f"  time     {hours:.2f} hours for {estimate.steps:,} steps (minutes: {parts}), the model's loading beside")
     print(f"  memory   {estimate.memory_bytes / 2**30:.1f} GiB, on {name_memory()}")
     if estimate.stored_bytes:
-        print(f"  stored   the ViT's outputs of each image, {estimate.stored_bytes / 2**30:.1f} GiB of memory")
+        print(f"  stored   the ViT's outputs of each image, {estimate.stored_bytes / 2**30:.1f} GiB of disk")
     else:
         print("  stored   no outputs of the ViT: each image is decoded and encoded in each epoch")
     print(f"  disk     {estimate.disk_bytes / 1e6:,.0f} MB of checkpoints and adapter in {config.run.output}")

@@ -58,3 +58,6 @@ class PlainWay:
     def make_captioner(self, processor, generation, count: int) -> GreedyCaptioner:
         """What captions `count` validation images after each epoch."""
         return GreedyCaptioner(processor, generation)
+
+    def finish(self) -> None:
+        """Called when training has come to its end."""
