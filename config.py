@@ -159,8 +159,6 @@ class FastTrainingSettings(FastSettings):
 
     # GiB that they may take; none: half of what is free there
     features_disk_gib: float | None = setting(None, free=True, unlisted=True)
-    cuda_graphs: bool = True  # with the fast step on a GPU: record the launches of a pass once and replay them
-    unpack_nf4: Literal["auto", "on", "off"] = "auto"  # with the fast step: NF4 values in 16 bits; auto: if room for 3x
 
     def __post_init__(self):
         check(self, "0 or more", lambda value: value >= 0, "features_disk_gib")

@@ -71,7 +71,7 @@ def train(config: TrainConfig, choose_way: Callable[..., PlainWay]) -> None:
         model = add_lora(model, *dataclasses.astuple(config.lora))
         parts = way.make_parts(model)
         model.print_trainable_parameters()
-        run.note_inputs(splits, model)
+        run.note_inputs(splits, model, parts.way)
         datasets = make_datasets(config, splits, processor, model.config, features)
         generation = make_generation_config(model.config, get_reader(datasets["train"]).longest + SPARE_TOKENS)
         captioner = way.make_captioner(processor, generation, config.run.val_captions)

@@ -61,11 +61,11 @@ class FastWay(PlainWay):
         plain = super().make_parts(model)
         if not use_fast_step(self.config, model, self.device):
             return plain
-        unpack, lean = self.config.fast.unpack_nf4, self.config.training.gradient_checkpointing
-        if unpack == "on" or (unpack == "auto" and not lean and has_room_to_unpack(model, self.device)):
+        lean = self.config.training.gradient_checkpointing
+        if not lean and has_room_to_unpack(model, self.device):
             print(f"NF4 values of {unpack_nf4(model)} layers are unpacked: more memory, fewer computations")
         join_weights(model)
-        return Parts(*speed_up(self.config, model), plain.eval_batch if lean else EVAL_BATCH)
+        return Parts(*speed_up(self.config, model), plain.eval_batch if lean else EVAL_BATCH, "fast")
 
     def make_captioner(self, processor, generation, count: int) -> GreedyCaptioner:
         return FastGreedyCaptioner(processor, generation, count)

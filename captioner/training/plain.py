@@ -31,6 +31,7 @@ class Parts(NamedTuple):
     collator: CaptionCollator
     compute_loss: Callable[..., torch.Tensor]  # of a batch, to find out what fits; see micro_batch.find_micro_batch
     eval_batch: int  # frames a validation pass, unless the user says how many
+    way: str = "plain"  # which of the ways it is: the order of frames and the optimiser's state depend on it
 
 
 class PlainWay:

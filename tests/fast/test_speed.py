@@ -4,6 +4,7 @@ import itertools
 import json
 import operator
 import statistics
+import weakref
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -25,6 +26,7 @@ from captioner.fast.kernels import choice
 from captioner.fast.layers import draws_by_kernels, spare_columns
 from captioner.fast.packing import PackedCollator, PackedSampler
 from captioner.fast.speed import FastStep, join_weights, unpack_nf4
+from captioner.runtime.errors import UserError
 from captioner.training import trainer
 from captioner.training.checkpoints import hash_file
 from config import TrainConfig, make_config
@@ -381,7 +383,7 @@ def test_each_step_raises_the_versions_of_weights(passes):
 def test_fast_run_is_the_plain_run(folder, settings):
     """Through main.py: the same losses to rounding."""
     losses = {}
-    for name, changes in {"plain": {}, "fast": {"fast": "on", "unpack_nf4": "on"}}.items():
+    for name, changes in {"plain": {}, "fast": {"fast": "on"}}.items():
         changes |= {"run_name": name, "output": Path(name), "lora_dropout": 0.0, "length_window": 0}  # of one order
         main.main(make_config(TrainConfig, **settings | changes))
         records = [json.loads(line) for line in Path(f"logs/{name}/metrics.jsonl").read_text().splitlines()]
@@ -400,3 +402,30 @@ def test_a_stopped_fast_run_goes_on_to_the_same_adapter(folder, settings):
             main.main(halves)
     main.main(halves)
     assert hash_file(Path("halves/adapter_model.safetensors")) == expected
+
+
+def test_a_run_does_not_go_on_in_another_way(folder, settings):
+    """With --fast auto, on a machine where that is another: the order of frames and the optimiser's state differ."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, 4)
+        train(settings)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="way training: was plain, is fast"):
+        patch.setattr("captioner.fast.door.use_fast_step", lambda *_: True)
+        train(settings)
+
+
+def test_recorded_passes_go_when_memory_is_short(folder, settings, monkeypatch):
+    """They are of the size that did not fit, and the model lives on."""
+    steps, real = [], FastStep.__call__
+
+    def fail_once(self, batch, *args):
+        if all(self is not step() for step in steps):
+            steps.append(weakref.ref(self))
+        if len(batch["starts"]) > 3:  # more than one row
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        assert steps[0]() is None, "the first Trainer's passes are still there"
+        return real(self, batch, *args)
+
+    monkeypatch.setattr(FastStep, "__call__", fail_once)
+    train(settings, fast="on", num_train_epochs=1)
+    assert len(steps) == 2

@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch
 import main
 from captioner.runtime.errors import UserError
 from captioner.training import check
-from captioner.training.check import Estimate, estimate_run, make_trial, report_estimate
+from captioner.training.check import Estimate, Stopwatch, estimate_run, make_trial, report_estimate
 from config import TrainConfig, make_config
 
 
@@ -44,7 +43,7 @@ def test_a_launcher_is_refused(folder, settings, monkeypatch):
 
 
 @pytest.fixture
-def estimate(tmp_path, monkeypatch):
+def estimate(tmp_path):
     """estimate(features, **settings): of 10,000 frames, by a trial that took what is easy to reckon with."""
 
     def reckon(features: dict[Path, torch.Tensor] | None, **settings) -> Estimate:
@@ -54,12 +53,34 @@ def estimate(tmp_path, monkeypatch):
         records = [{"samples_per_second": 1.0}, {"samples_per_second": 20.0}, {"eval_samples_per_second": 40.0}]
         (tmp_path / "logs" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         (trial.run.output / "run.json").write_text(json.dumps({"results": {"peak_memory_gib": 9.0}}))
-        monkeypatch.setattr(check, "count_frames", lambda *configs: 10_000)
-        seconds = Counter(check_images=2.0, encode_images=5.0)
-        watch = SimpleNamespace(seconds=seconds, features=features, checkpoint_bytes=10**6, resident_bytes=0)
+        watch = Stopwatch(lambda share: None, tmp_path)
+        watch.seconds = Counter(check_images=2.0, encode_images=5.0)
+        watch.frames, watch.share = {"train": 6000, "val": 2800, "test": 1200}, 0.01
+        watch.features, watch.checkpoint_bytes = features, 10**6
         return estimate_run(config, trial, watch)
 
     return reckon
+
+
+def test_the_trial_has_a_hundred_frames_of_all_splits_and_their_share_of_memory():
+    shares, seen = [], {}
+
+    class Way:
+        def check_images(self, splits, processor):
+            seen.update(splits)
+            return splits
+
+    def choose(share: float) -> Way:
+        shares.append(share)
+        return Way()
+
+    splits = {"train": range(6000), "val": range(2800), "test": range(1200)}
+    watch = Stopwatch(choose, Path())
+    watch.check_images(splits, None)
+    assert shares == [0.01]
+    assert {split: len(frames) for split, frames in seen.items()} == {"train": 60, "val": 28, "test": 12}
+    assert seen["val"][:2] == [0, 100] and seen["val"][-1] == 2700
+    assert watch.frames == {"train": 6000, "val": 2800, "test": 1200}
 
 
 def test_the_estimate_is_the_trial_scaled(estimate):
@@ -76,10 +97,10 @@ def test_the_estimate_is_the_trial_scaled(estimate):
 
 
 def test_what_is_not_stored_takes_no_time_of_its_own(estimate):
-    known = estimate(None, max_steps=100, held_out="val", subset="train")
+    known = estimate(None, max_steps=100)
     assert known.stages["images encoded"] == known.stored_bytes == 0
     assert known.steps == 100
-    assert known.frames == {"train": 6818, "val": 3182}
+    assert known.stages["validation"] == pytest.approx(2800 / 40)  # in the first epoch, which is not all gone through
 
 
 def test_a_disk_that_is_too_small_is_told(estimate, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,7 @@ def train_two(settings, tmp_path):
             path.mkdir(exist_ok=True)
         script = tmp_path / "patched.py"
         script.write_text(
-            "import os, signal, torch, main\nfrom captioner.training import pace as training\n"
+            "import os, signal, torch, main\nfrom captioner.training import sealed_trainer as training\n"
             "from config import TrainConfig, parse_args\nfrom captioner.runtime.cli import run_script\n"
             f"rank = int(os.environ['RANK'])\n{patch}\nrun_script(main.main, parse_args(TrainConfig))\n"
         )
@@ -206,9 +207,12 @@ def test_two_stopped_processes_go_on_to_the_same_adapter(folder, train_two):
 
 
 @pytest.mark.slow
-def test_machines_without_a_common_folder_train_are_stopped_go_on_and_caption(folder, train_two):
+def test_machines_without_a_common_folder_train_are_stopped_go_on_and_caption(folder, train_two, settings):
     """The first has the checkpoints, the adapter and the logs; the second is sent what it needs, and keeps nothing."""
-    flags = ("--lora-dropout", 0.1, "--learning-rate", 1e-2)
+    flags = ("--lora-dropout", 0.1, "--learning-rate", 1e-2, "--model", "base", "--images", "images")
+    for name in ("together", "first", "second"):
+        shutil.copytree(settings["model"], Path(name, "base"))
+        shutil.copytree(settings["images"], Path(name, "images"))
     done = train_two("together", *flags)
     assert done.returncode == 0, done.err[-3000:]
     stopped = train_two("first", *flags, patch=STOP, other="second")
@@ -225,7 +229,7 @@ def test_machines_without_a_common_folder_train_are_stopped_go_on_and_caption(fo
         assert scored.codes == [0, 0] and "captioning in 2 processes" in scored.out, scored.err[-3000:]
     first, together = (Path(name, "logs/scored/predictions.jsonl").read_text() for name in ("first", "together"))
     assert first == together
-    assert not list(Path("second").iterdir())
+    assert sorted(path.name for path in Path("second").iterdir()) == ["base", "images"]
 
 
 @pytest.mark.parametrize("what", ["loss = loss * float('nan')", slow("self.whole.grad[0] = float('nan')"), slow("")])
