@@ -192,11 +192,11 @@ def caption(args, name: str, *flags, **options) -> Captioning:
 
 
 def measure_job(args) -> Iterator[tuple]:
-    shutil.rmtree(find_store(args), ignore_errors=True)  # nothing that an earlier run has left
-    job = train(args, "job", "--num-train-epochs", args.epochs, "--vision-store", find_store(args))
+    shutil.rmtree(find_features(args), ignore_errors=True)  # nothing that an earlier run has left
+    job = train(args, "job", "--num-train-epochs", args.epochs, "--features", find_features(args))
     yield TRAINING, job.samples_per_second, "samples/s", job.peak_gib
     yield f"main.py: {args.frames:,} frames, {args.epochs} epochs", job.seconds, "s", math.nan
-    drawn = caption(args, "job", "--num-samples", "all", "--vision-store", find_store(args))
+    drawn = caption(args, "job", "--num-samples", "all", "--features", find_features(args))
     yield "eval.py: captions of the test split and all scores", drawn.seconds, "s", math.nan
     yield "whole job", job.seconds + drawn.seconds, "s", math.nan
     yield from list_paces(CAPTIONING, drawn)
@@ -204,12 +204,12 @@ def measure_job(args) -> Iterator[tuple]:
 
 def measure_greedy(args) -> Iterator[tuple]:
     """Greedy captions by the adapter that the part job has trained."""
-    done = caption(args, "job", "--num-samples", "all", "--greedy", "--vision-store", find_store(args))
+    done = caption(args, "job", "--num-samples", "all", "--greedy", "--features", find_features(args))
     yield from list_paces("captioning, greedy", done)
 
 
-def find_store(args) -> Path:
-    return args.folder / "job-vision-store"
+def find_features(args) -> Path:
+    return args.folder / "job-features"
 
 
 def list_paces(what: str, done: Captioning) -> Iterator[tuple]:

@@ -96,7 +96,7 @@ def lock_folder(folder: Path, flag: str) -> Iterator[None]:
                 path.unlink()
                 for empty in made:
                     empty.rmdir()
-            while _named:
+            while _named and not _locks:
                 with suppress(OSError):
                     _named.pop().rmdir()
 
