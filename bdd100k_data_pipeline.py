@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # where the package is, which PYTHONSAFEPATH leaves out
 
-from captioner.data.captions import caption_labels, find_labels
+from captioner.data.captions import caption_labels, check_replaceable, find_labels
 from captioner.runtime.cli import run_script
 from captioner.runtime.errors import go_on_without
 from captioner.runtime.files import lock_folder, name_run, split_revision
@@ -35,6 +35,7 @@ def count_tokens(captions: list[str]) -> tuple[Counter[int], str]:
 
 
 def main(config: PipelineConfig) -> None:
+    check_replaceable(config.output)
     run_dir = name_run(config.run_name, "-labels")
     with lock_folder(run_dir, "--run-name"):
         report = caption_labels(config.source, find_labels(config), config.output, run_dir)
