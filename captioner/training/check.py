@@ -19,12 +19,12 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from captioner.blip2.batches import Features
 from captioner.data.captions import Example
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import measure_free
-from captioner.runtime.machine import pick_store_gib
 from captioner.training.plain import PlainWay, Splits
-from config import TrainConfig
+from config import FastTrainingSettings, TrainConfig
 
 FRAMES = 100  # of the trial
 STEPS = 3  # of it; the first records and warms up, the last is timed
@@ -34,7 +34,7 @@ CHECKPOINTS = 3  # that lie on the disk at once: the newest, the one before and 
 class Stopwatch:
     """A way to train (see PlainWay) with a few frames of each split, that notes how long each of its methods takes.
 
-    `choose(share)` makes the way, which has that share of the memory for the ViT's outputs: it keeps them or not as it
+    `choose(share)` makes the way, which has that share of the disk for the ViT's outputs: it keeps them or not as it
     would with all frames.
     """
 
@@ -44,7 +44,7 @@ class Stopwatch:
         self.frames: dict[str, int] = {}  # of each split of the whole run
         self.share = 1.0  # of them that are in the trial
         self.seconds: Counter[str] = Counter()
-        self.features: torch.Tensor | None = None
+        self.features: Features | None = None
         self.checkpoint_bytes = self.resident_bytes = 0
 
     def __getattr__(self, name: str):
@@ -92,7 +92,7 @@ class Estimate(NamedTuple):
     steps: int
     stages: dict[str, float]  # seconds
     memory_bytes: int  # of the GPU at the most or, without one, of the process after training
-    stored_bytes: int  # of the ViT's outputs of all images trained on, in memory; 0: they are not kept
+    stored_bytes: int  # of the ViT's outputs of all images, on the disk; 0: they are not kept
     disk_bytes: int  # of checkpoints and adapter
 
 
@@ -107,10 +107,8 @@ def check_run(config: TrainConfig, train: Callable, choose_way: Callable[..., Pl
         trial, watches = make_trial(config, Path(name)), []
 
         def choose(trial: TrainConfig, model_config, device: torch.device) -> Stopwatch:
-            limit = pick_store_gib(config.fast.vision_store_gib, device.type == "cuda")
-
             def choose_for(share: float) -> PlainWay:
-                fast = dataclasses.replace(trial.fast, vision_store_gib=limit * share)
+                fast = limit_features(config, Path(name), share, device)
                 return choose_way(dataclasses.replace(trial, fast=fast), model_config, device)
 
             watches.append(Stopwatch(choose_for, trial.run.output / "checkpoints"))
@@ -137,8 +135,23 @@ def make_trial(config: TrainConfig, folder: Path) -> TrainConfig:
         wandb="disabled",
     )
     training = dataclasses.replace(config.training, max_steps=STEPS)
-    fast = dataclasses.replace(config.fast, vision_store="off")
-    return dataclasses.replace(config, run=run, training=training, fast=fast)
+    return dataclasses.replace(config, run=run, training=training)
+
+
+def limit_features(config: TrainConfig, folder: Path, share: float, device: torch.device) -> FastTrainingSettings:
+    """The settings with which the trial keeps the ViT's outputs, in `folder`, if the run has room for them.
+
+    `share`: of the run's images that the trial has.
+    """
+    fast, output = config.fast, config.run.output.absolute()
+    if fast.features == "off" or (fast.features == "auto" and device.type != "cuda"):
+        return fast
+    places = [output, folder] if fast.features == "auto" else [fast.features.absolute()]
+    disks = [next(parent for parent in (place, *place.parents) if parent.exists()) for place in places]
+    limit = fast.features_disk_gib
+    if limit is None:
+        limit = max(measure_free(disk) or 0 for disk in disks) / 2 / 2**30
+    return dataclasses.replace(fast, features=folder / "features", features_disk_gib=limit * share)
 
 
 def estimate_run(config: TrainConfig, trial: TrainConfig, watch: Stopwatch) -> Estimate:
@@ -161,7 +174,7 @@ def estimate_run(config: TrainConfig, trial: TrainConfig, watch: Stopwatch) -> E
     memory = results.get("peak_memory_gib", watch.resident_bytes / 2**30) * 2**30
     stored = 0
     if watch.features is not None:
-        stored = watch.features[0].nbytes * (frames["train"] + frames["val"])
+        stored = next(iter(watch.features.values())).nbytes * sum(frames.values())
     adapter = sum(file.stat().st_size for file in trial.run.output.iterdir() if file.is_file())
     return Estimate(frames, steps, stages, round(memory), stored, CHECKPOINTS * watch.checkpoint_bytes + adapter)
 
@@ -175,7 +188,7 @@ def report_estimate(config: TrainConfig, estimate: Estimate) -> None:
     print(f"  time     {hours:.2f} hours for {estimate.steps:,} steps (minutes: {parts}), the model's loading beside")
     print(f"  memory   {estimate.memory_bytes / 2**30:.1f} GiB, on {name_memory()}")
     if estimate.stored_bytes:
-        print(f"  stored   the ViT's outputs of each image, {estimate.stored_bytes / 2**30:.1f} GiB of memory")
+        print(f"  stored   the ViT's outputs of each image, {estimate.stored_bytes / 2**30:.1f} GiB of disk")
     else:
         print("  stored   no outputs of the ViT: each image is decoded and encoded in each epoch")
     print(f"  disk     {estimate.disk_bytes / 1e6:,.0f} MB of checkpoints and adapter in {config.run.output}")

@@ -46,7 +46,7 @@ def test_a_launcher_is_refused(folder, settings, monkeypatch):
 def estimate(tmp_path):
     """estimate(features, **settings): of 10,000 frames, by a trial that took what is easy to reckon with."""
 
-    def reckon(features: torch.Tensor | None, **settings) -> Estimate:
+    def reckon(features: dict[Path, torch.Tensor] | None, **settings) -> Estimate:
         config = make_config(TrainConfig, **settings)
         trial = make_trial(config, tmp_path)
         (tmp_path / "logs").mkdir(), trial.run.output.mkdir()
@@ -84,14 +84,14 @@ def test_the_trial_has_a_hundred_frames_of_all_splits_and_their_share_of_memory(
 
 
 def test_the_estimate_is_the_trial_scaled(estimate):
-    known = estimate(torch.zeros(88, 2, 3, dtype=torch.float16))
+    known = estimate({Path("a.jpg"): torch.zeros(2, 3, dtype=torch.float16)})
     assert known.frames == {"train": 6000, "val": 2800, "test": 1200}
     assert known.steps == 5 * 375
     assert known.stages["training"] == pytest.approx(5 * 6000 / 20)
     assert known.stages["validation"] == pytest.approx(5 * 2800 / 40)
     assert known.stages["images decoded"] == pytest.approx(200)
     assert known.stages["images encoded"] == pytest.approx(500)
-    assert known.stored_bytes == 8800 * 2 * 3 * 2
+    assert known.stored_bytes == 10_000 * 2 * 3 * 2
     assert known.memory_bytes == 9 * 2**30
     assert 3 * 10**6 < known.disk_bytes < 3 * 10**6 + 100
 
@@ -109,3 +109,20 @@ def test_a_disk_that_is_too_small_is_told(estimate, monkeypatch, capsys):
     report_estimate(make_config(TrainConfig), known)
     said = capsys.readouterr().out
     assert "only 1 MB are free" in said and "decoded and encoded in each epoch" in said
+
+
+def test_outputs_are_kept_in_the_trial_where_the_run_has_room(folder, monkeypatch):
+    disks = {folder: 4 * 2**30, folder / "trial": 8 * 2**30}
+    (folder / "trial").mkdir()
+    monkeypatch.setattr(check, "measure_free", disks.get)
+
+    def limit(device: str, **settings):
+        config = make_config(TrainConfig, **settings)
+        fast = check.limit_features(config, folder / "trial", 0.01, torch.device(device))
+        return fast.features, fast.features_disk_gib
+
+    kept = folder / "trial" / "features"
+    assert limit("cuda") == (kept, 0.04)  # the half of the larger disk, for as much of the images
+    assert limit("cuda", features=Path("here")) == limit("cpu", features=Path("here")) == (kept, 0.02)
+    assert limit("cuda", features_disk_gib=7.0) == (kept, 0.07)
+    assert limit("cpu") == ("auto", None) and limit("cuda", features="off") == ("off", None)

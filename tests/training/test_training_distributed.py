@@ -181,7 +181,7 @@ def test_two_processes_match_one(folder, train_one, train_two, target, micro_bat
     """The losses of one process, and its weights; only the main process writes."""
     one = train_one(fast="on", lora_target=target)
     flags = ("--lora-target", target, "--per-device-train-batch-size", micro_batch)
-    done = train_two("two", *flags, "--vision-store-gib", 2 - micro_batch, patch=NO_DDP)
+    done = train_two("two", *flags, "--features", "off" if micro_batch == 2 else "features", patch=NO_DDP)
     assert done.returncode == 0, done.err[-3000:]
     assert done.out.count("adapter saved to") == 1
     runs = [json.loads((run / "blip2-finetuned/run.json").read_text()) for run in (one, Path("two"))]
@@ -279,11 +279,11 @@ def test_frames_of_a_step_have_about_one_length_in_all_processes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("store", "start"), [(0, start_ranks), (1, launch)])
-def test_spread_weights_match_one_process(folder, train_one, train_two, store, start):
+@pytest.mark.parametrize(("features", "start"), [("off", start_ranks), ("features", launch)])
+def test_spread_weights_match_one_process(folder, train_one, train_two, features, start):
     """fsdp.yaml with gloo, the ViT in the model and taken out of it; the latter by the real launcher."""
     one = train_one(load_in_4bit=False)
-    flags = ("--no-load-in-4bit", None, "--fast", "auto", "--vision-store-gib", store)
+    flags = ("--no-load-in-4bit", None, "--fast", "auto", "--features", features)
     done = train_two("two", *flags, patch=FSDP, how=BY_FSDP, start=start)
     assert done.returncode == 0, done.err[-3000:]
     assert int(re.search(r"(\d+) weights are spread", done.out)[1]) > 50
