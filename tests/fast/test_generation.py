@@ -12,9 +12,11 @@ from captioner.blip2 import batches, captioning, lora, sampling
 from captioner.blip2 import loading as blip2
 from captioner.blip2.lora import get_blip2
 from captioner.blip2.sampling import DrawTokens, seed_image
-from captioner.fast import generation
+from captioner.fast import generation, generation_plan
 from captioner.fast.captioning import FastCaptioner
-from captioner.fast.generation import FastGenerator, max_batch, supports
+from captioner.fast.decoder_weights import supports
+from captioner.fast.generation import FastGenerator
+from captioner.fast.generation_plan import Room, max_batch
 from captioner.fast.layers import copy_lora, embed_images, join_lora
 from captioner.runtime.errors import UserError
 from config import EvalConfig, make_config
@@ -110,7 +112,7 @@ def test_nothing_is_read_that_an_earlier_call_left(tiny_checkpoint):
     generator = FastGenerator(model, batch_size=8)
     tokens = generator.generate(pixels, 20)
     with torch.inference_mode():
-        generator.cache.fill_(torch.nan)
+        generator.state.cache.fill_(torch.nan)
     assert torch.equal(generator.generate(pixels, 20), tokens)
 
 
@@ -120,7 +122,7 @@ def test_steps_end_soon_after_the_last_caption(tiny_checkpoint):
     model.config.text_config.eos_token_id = row[4]
     generator = FastGenerator(model, batch_size=4)
     assert generator.generate(pixels, NEW_TOKENS).tolist() == [row[: row.index(row[4]) + 1]]
-    assert generator.position.item() - generator.prefix <= generation.CHECK_EVERY
+    assert generator.state.position.item() - generator.prefix <= generation.CHECK_EVERY
 
 
 @pytest.mark.parametrize("copies", [True, False])
@@ -324,10 +326,10 @@ def test_way_to_generate_is_chosen_by_room(tiny_checkpoint, room, batch_size, ch
     )
     if chosen is None:
         with pytest.raises(UserError, match=f"room for {room[1]} images"):
-            captioner._make_generator(*room, 1024)
+            captioner._make_generator(Room(*room), 1024)
     else:
-        captioner._make_generator(*room, 1024)
-        assert (captioner.batch_size, bool(captioner.generator.copies)) == chosen
+        captioner._make_generator(Room(*room), 1024)
+        assert (captioner.batch_size, captioner.generator.weights.copied) == chosen
 
 
 def test_max_batch_fills_the_memory(tiny_checkpoint):
@@ -336,7 +338,7 @@ def test_max_batch_fills_the_memory(tiny_checkpoint):
         model = Blip2ForConditionalGeneration(build_full_size_config()).to(torch.bfloat16)
     assert supports(model)
     free, cache, weights = 40 * 2**30, 32 * 2 * 2560 * 160 * 2, 32 * 12 * 2560**2 * 2
-    taken = max_batch(model, 120, free) * cache + weights + generation.WORKSPACE
+    taken = max_batch(model, 120, free) * cache + weights + generation_plan.WORKSPACE
     assert 0.95 * free < taken <= free
     assert max_batch(model, 120, 4 * 2**30) == 0
     assert 12 < max_batch(model, 120, 3 * 2**29, copies=False) < 24
