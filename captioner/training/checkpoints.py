@@ -21,7 +21,10 @@ from config import TrainConfig
 MANIFEST = "manifest.json"
 UNREADABLE = (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError)  # what damaged files lead to
 GROUPS = ("config", "data", "world")  # of state.json: what two runs are compared by
-FORMS = {**dict.fromkeys((*GROUPS, "versions"), dict), "changed_versions": list, "run_dir": str, "micro_batch": int}
+FORMS = {
+    **dict.fromkeys((*GROUPS, "versions"), dict),
+    **{"changed_versions": list, "run_dir": str, "wandb_id": str, "micro_batch": int},
+}
 FREE_OF_CHOICE = name_fields(TrainConfig, "free")
 
 

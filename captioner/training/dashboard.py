@@ -188,7 +188,7 @@ def make_callbacks(run: Run, dataset: CaptionDataset, caption: GreedyCaptioner) 
     """What the main process shows of the run; `caption` is for the first images of the validation dataset."""
     if not run.is_main:
         return []
-    log = RunLog(run.folder, start_wandb(run.wandb_mode, run.folder.name, run.state["config"]))
+    log = RunLog(run.folder, start_wandb(run.wandb_mode, run.folder.name, run.state["wandb_id"], run.state["config"]))
     return [ValidationCaptions(log, dataset, min(run.config.run.val_captions, len(dataset)), caption), log]
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,7 @@ def open_run(config: TrainConfig, device: torch.device) -> Run | None:
     folder = ask_main(choose_folder, config.run.run_name, before)
     ask_main(prepare_output, output)
     state["run_dir"] = str(folder)
+    state["wandb_id"] = (before or {}).get("wandb_id") or uuid.uuid4().hex[:8]
     state["micro_batch"] = (before or {}).get("micro_batch") or config.training.per_device_train_batch_size
     return Run(config, device, arguments, wandb_mode, before, folder, state)
 

@@ -2,6 +2,7 @@
 
 import netrc
 import os
+from urllib.parse import urlsplit
 
 from captioner.runtime.errors import UserError
 
@@ -33,22 +34,28 @@ def choose_wandb_mode(wandb: str) -> str:
 
 
 def is_logged_in_to_wandb() -> bool:
+    """Whether there is a key for wandb's own server, or the one that WANDB_BASE_URL names."""
     if os.environ.get("WANDB_API_KEY"):
         return True
+    server = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
     try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
+        return netrc.netrc().authenticators(server or "") is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
 
-def start_wandb(mode: str, name: str, config: dict):
-    """A wandb run, or None when it is not wanted or can't be had: that must not keep anybody from training."""
+def start_wandb(mode: str, name: str, run_id: str, config: dict):
+    """A wandb run, or None when it is not wanted or can't be had: that must not keep anybody from training.
+
+    A run that goes on has the id that it had, and goes on there too.
+    """
     if mode == "disabled":
         return None
     try:
         import wandb
 
-        return wandb.init(project="blip2-bdd100k", name=name, config=config, mode=mode, dir=".")
+        how = {"id": run_id, "resume": "allow" if mode == "online" else None}  # offline, wandb can't look what is there
+        return wandb.init(project=os.environ["WANDB_PROJECT"], name=name, config=config, mode=mode, dir=".", **how)
     except Exception as error:  # its failures have no class in common
         print(f"wandb can't be used, training goes on without ({error})")
         return None

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from captioner.training.checkpoints import list_checkpoints, remove_old_checkpoints
+from captioner.runtime.settings import flatten
+from captioner.training.checkpoints import list_changes, list_checkpoints, remove_old_checkpoints
+from config import TrainConfig
 
 
 @pytest.fixture
@@ -37,3 +39,14 @@ def test_the_newest_the_one_before_and_the_best_are_kept(checkpoints, best, unse
     folder = checkpoints(best, unsealed)
     remove_old_checkpoints(folder)
     assert [int(path.name.split("-")[1]) for path in list_checkpoints(folder)] == kept
+
+
+def test_settings_that_came_and_went_keep_no_run_from_going_on():
+    """A run's record may be of a program that had other settings; those that both know must be the same."""
+    now = flatten(TrainConfig())
+    before = {name: value for name, value in now.items() if name != "fast"} | {"fast_step": "auto", "cuda_graphs": True}
+    assert list_changes({"config": before}, {"config": now}) == []
+    [change] = list_changes({"config": before | {"lora_rank": 8}}, {"config": now})
+    assert change.strip() == "--lora-rank: was 8, is 16"
+    [change] = list_changes({"config": before}, {"config": now | {"fast": "off"}})
+    assert change.strip() == "--fast: was auto, is off"

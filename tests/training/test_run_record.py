@@ -19,7 +19,9 @@ from config import TrainConfig, make_config
 
 
 def describe() -> dict:
-    described = record.describe_run({}, "run", torch.device("cpu"), {})
+    state: dict = {}
+    record.note_versions(state, None)
+    described = record.describe_run(state, "run", torch.device("cpu"), {})
     json.dumps(described, allow_nan=False)
     return described
 
@@ -92,9 +94,19 @@ def test_training_goes_on_where_curves_and_wandb_fail(tmp_path, monkeypatch, cap
 
 def test_training_goes_on_without_wandb(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert tracking.start_wandb("offline", "run", {}) is None
+    assert tracking.start_wandb("offline", "run", "1", {}) is None
 
 
 def test_a_checkpoint_is_written_where_free_space_is_not_told(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", fail)
     checkpoints.check_disk(tmp_path, 10**18, "a checkpoint")
+
+
+@pytest.mark.parametrize(("url", "logged_in"), [("", False), ("https://wandb.example.org:8080/api", True)])
+def test_a_login_counts_for_the_server_that_it_is_for(tmp_path, monkeypatch, url, logged_in):
+    (tmp_path / ".netrc").write_text("machine wandb.example.org login user password secret\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    assert tracking.is_logged_in_to_wandb() == logged_in

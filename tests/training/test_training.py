@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -331,3 +332,22 @@ def test_training_goes_on_when_wandb_fails(folder, settings, undisturbed, monkey
     monkeypatch.setattr(wandb, "init", lambda **kwargs: Failing())
     assert train(settings, wandb="offline") == undisturbed[0]
     assert "wandb fails from here on" in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_goes_on_in_wandb(folder, settings, monkeypatch):
+    import wandb
+
+    started = []
+    monkeypatch.setattr(wandb, "init", lambda **how: started.append(how) or mock.Mock())
+    monkeypatch.setenv("WANDB_MODE", "disabled")  # which the run changes, and this puts back
+    monkeypatch.setenv("WANDB_PROJECT", "my-project")
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 2)
+        with pytest.raises(SystemExit):
+            train(settings, wandb="online")
+    train(settings, wandb="online")
+    first, second = started
+    assert first == second and first["id"] and first["resume"] == "allow" and first["project"] == "my-project"
+    train(settings, wandb="online", overwrite=True)
+    assert started[2]["id"] != first["id"]
