@@ -12,11 +12,12 @@ from captioner.blip2 import batches, captioning, lora, sampling
 from captioner.blip2 import loading as blip2
 from captioner.blip2.lora import get_blip2
 from captioner.blip2.sampling import DrawTokens, seed_image
+from captioner.fast import captioning as fast_captioning
 from captioner.fast import generation, generation_plan
-from captioner.fast.captioning import FastCaptioner
+from captioner.fast.captioning import FastCaptioner, FastGreedyCaptioner
 from captioner.fast.decoder_weights import supports
 from captioner.fast.generation import FastGenerator
-from captioner.fast.generation_plan import Room, max_batch
+from captioner.fast.generation_plan import Plan, Room, max_batch, plan_generation
 from captioner.fast.layers import copy_lora, embed_images, join_lora
 from captioner.runtime.errors import UserError
 from config import EvalConfig, make_config
@@ -330,6 +331,40 @@ def test_way_to_generate_is_chosen_by_room(tiny_checkpoint, room, batch_size, ch
     else:
         captioner._make_generator(Room(*room), 1024)
         assert (captioner.batch_size, captioner.generator.weights.copied) == chosen
+
+
+@pytest.mark.parametrize(
+    ("room", "lean", "plan"),
+    [
+        ((600, 128), False, Plan(16, True)),
+        ((600, 128), True, Plan(16, False)),  # leaves memory to others
+        ((600, 0), True, Plan(16, True)),  # as on a CPU
+        ((0, 128), False, Plan(16, False)),
+        ((0, 8), True, Plan(8, False)),
+        ((0, 0), True, None),
+    ],
+)
+def test_one_rule_chooses_for_validation_too(room, lean, plan):
+    assert plan_generation(Room(*room), 16, lean=lean) == plan
+
+
+@pytest.mark.parametrize("room", [Room(600, 128), Room(100, 8), Room(0, 0)])
+def test_validation_asks_for_memory_once_and_gives_it_back(tiny_checkpoint, monkeypatch, room):
+    """Where it is not ample; and more images than the generator takes at once are captioned in parts."""
+    asked = []
+    monkeypatch.setattr(fast_captioning, "measure_room", lambda *_: asked.append(True) or room)
+    model, pixels = load(tiny_checkpoint), make_pixels(16)
+    settings = captioning.make_generation_config(model.config, 12)
+    processor = blip2.load_processor(tiny_checkpoint)
+    expected = captioning.GreedyCaptioner(processor, settings)(model, pixels)
+    caption = FastGreedyCaptioner(processor, settings, 16)
+    for _ in range(2):
+        caption.prepare(model)
+        assert caption(model, pixels[:10]) + caption(model, pixels[10:]) == expected
+        assert (caption.generator is None) == (room == Room(0, 0))
+        caption.finish()
+    assert (caption.generator is None) == (room != Room(600, 128))
+    assert len(asked) == (1 if room == Room(600, 128) else 2)
 
 
 def test_max_batch_fills_the_memory(tiny_checkpoint):
