@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))  # where the package is, which PYTHONSAFEPATH leaves out
 
 from captioner.bdd100k.census import draw_census, print_census
-from captioner.data.captions import caption_labels, find_labels, read_captions
+from captioner.data.captions import caption_labels, find_labels
 from captioner.runtime.cli import run_script
 from captioner.runtime.errors import go_on_without
 from captioner.runtime.files import lock_folder, name_run, split_revision
@@ -40,7 +40,9 @@ def main(config: PipelineConfig) -> None:
     with lock_folder(run_dir, "--run-name"):
         report = caption_labels(config.source, find_labels(config), config.output, run_dir)
         if config.census:
-            tokens, tokenizer = count_tokens(list(read_captions(config.output).values()))
+            from captioner.data.caption_files import read_captions  # here: it needs pandas
+
+            tokens, tokenizer = count_tokens(read_captions(config.output)["caption"].tolist())
             print_census(report, tokens, tokenizer)
             with go_on_without(f"image in {run_dir / 'census.png'}"):
                 draw_census(report, tokens, run_dir / "census.png")

@@ -21,6 +21,7 @@ from captioner.runtime.settings import Config, check, make_config, read_flags, s
 
 DEMO_FOLDER = Path(__file__).parent / "demo"  # the renderer and the small base model
 DEMO_DATA = Path("demo-data")  # what the renderer draws
+CAPTION_FILES = (".csv", ".tsv", ".txt", ".json", ".jsonl")  # what needs a folder of images; else it is a data set
 DEMO_SCENES = 1400  # drawn for --demo: 800 to train, 80 to validate, 520 to test
 
 # The newest revision as of 2026-11, in safetensors: a repository that changes does not change what is trained.
@@ -28,7 +29,8 @@ BASE_MODEL = "Salesforce/blip2-opt-2.7b@59a1ef6c1e5117b3f65523d1c6066825bcf315e3
 
 
 # What is known of a field beside its comment: `free` ones don't change what is learnt, and may differ when a run goes
-# on; `unlisted` ones are left out of the model card.
+# on (labels and images may lie elsewhere: what they hold is compared by its fingerprint); `unlisted` ones are left out
+# of the model card.
 
 # --------------------------------------------------------------------------------------------------------------
 # groups
@@ -38,7 +40,8 @@ BASE_MODEL = "Salesforce/blip2-opt-2.7b@59a1ef6c1e5117b3f65523d1c6066825bcf315e3
 class SourceSettings:
     """Labels, and how they are worded."""
 
-    labels: tuple[Path, ...] = ()  # BDD100K label files or folders; none: those of the Kaggle data set
+    # BDD100K label files or folders; none: those of the Kaggle data set
+    labels: tuple[Path, ...] = setting((), free=True)
     # Kaggle handle with its version
     kaggle_dataset: str = setting("solesensei/solesensei_bdd100k/versions/2", unlisted=True)
     # Kaggle labels to use: 10,000 frames, 70,000 or all
@@ -60,8 +63,11 @@ class SourceSettings:
 class DataSettings:
     """Captions with their images, and how they are split."""
 
-    images: Path | None = None  # folder with the images, searched to any depth; none: the Kaggle data set's
-    captions: Path = setting(Path("bdd100k_captions.csv"), free=True)  # captions CSV, written anew from the labels
+    # folder with the images, searched to any depth; none: the Kaggle data set's
+    images: Path | None = setting(None, free=True)
+    # your own captions of these images, in any usual kind of file, or a data set on the hub; none: made from labels
+    captions: Path | None = setting(None, free=True)
+    group_column: str | None = None  # column of --captions whose groups are not split; none: rides, or each image
     limit: int | None = None  # use at most this many frames; none: all
     train_share: float = 0.6  # share of the frames for training; whole rides only
     val_share: float = 0.28  # share of the frames for validation; what is left is the test split
@@ -69,6 +75,10 @@ class DataSettings:
     held_out: Literal["rides", "val"] = setting("rides", unlisted=True)
 
     def __post_init__(self):
+        if self.captions and not self.images and (self.captions.is_file() or self.captions.suffix in CAPTION_FILES):
+            raise UserError(f"--captions {self.captions}: give the folder with the images too, with --images")
+        if self.group_column and not self.captions:
+            raise UserError("--group-column: goes with --captions, whose column it names")
         if self.limit is not None and self.limit < 3:
             raise UserError(f"--limit {self.limit}: must be 3 or more, for train, validation and test")
         if not (0 < self.train_share < 1 and 0 < self.val_share < 1 and self.train_share + self.val_share < 1):
@@ -175,6 +185,8 @@ class RunSettings:
     merge: bool = setting(False, free=True, unlisted=True)
     # name of a private repository on the Hugging Face hub to upload the adapter to
     push_to_hub: str | None = setting(None, free=True, unlisted=True)
+    # name of a private data set on the hub to upload the captions and their split to, without images
+    push_captions: str | None = setting(None, free=True, unlisted=True)
     logging_steps: int = setting(10, free=True, unlisted=True)  # optimiser steps between two logged losses
     # validation images captioned and scored after each epoch; 0: none
     val_captions: int = setting(16, free=True, unlisted=True)
@@ -188,6 +200,21 @@ class RunSettings:
         check(self, "more than 0", lambda value: value > 0, "logging_steps")
         if self.resume and self.overwrite:
             raise UserError("--resume --overwrite: go on with the unfinished run, or train anew, not both")
+
+
+@dataclass(frozen=True)
+class ReadingSettings:
+    """How --labels are read. None: as for the captions that the model was trained on, by its run's record."""
+
+    # person (2018) or pedestrian (det20); file: as labelled
+    class_names: Literal["file", "2018", "det20"] | None = None
+    lanes: bool | None = None  # count lanes and drivable areas like objects
+    merge_duplicates: bool | None = None  # count boxes of one class that overlap by IoU > 0.85 once
+    min_box_size: float | None = None  # pixels of its shorter side below which a box is not counted
+    without_scene: Literal["skip", "caption"] | None = None  # frames with no scene attributes; caption: score them too
+
+    def __post_init__(self):
+        check(self, "0 or more", lambda value: value >= 0, "min_box_size")
 
 
 @dataclass(frozen=True)
@@ -226,10 +253,12 @@ class PipelineConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Fine-tune BLIP-2 with QLoRA on captions made from BDD100K labels."""
+    """Fine-tune BLIP-2 with QLoRA on captions, made from BDD100K labels or your own."""
 
     # use the drawn scenes and the small model that ship with the project: CPU, no network
     demo: bool = setting(False, unlisted=True)
+    # go through every stage once and say what the whole run will take; nothing is kept
+    check: bool = setting(False, free=True, unlisted=True)
 
     source: SourceSettings = SourceSettings()
     data: DataSettings = DataSettings()
@@ -240,7 +269,13 @@ class TrainConfig:
     fast: FastTrainingSettings = FastTrainingSettings()
 
     def __post_init__(self):
-        if self.data.held_out == "val" and (self.source.subset != "train" or self.source.labels or self.demo):
+        if self.data.captions and self.source.labels:
+            raise UserError(
+                "--captions --labels: captions are read, or made from labels, not both; to keep what labels give, use "
+                "python bdd100k_data_pipeline.py --output FILE"
+            )
+        given = self.source.labels or self.data.captions or self.demo
+        if self.data.held_out == "val" and (self.source.subset != "train" or given):
             raise UserError("--held-out val: goes with --subset train of the Kaggle set, whose val labels it takes")
 
 
@@ -253,7 +288,8 @@ class EvalConfig:
     predictions: Path | None = None  # score this file of name, prediction, references (JSON lines or CSV), no model
     references: Path | None = None  # references of --predictions: a captions CSV, predictions, COCO's captions
     labels: tuple[Path, ...] = ()  # label files whose facts the captions are held against; none: as in the references
-    compare: tuple[Path, Path] | None = None  # two predictions files: how they differ, and whether by chance
+    compare: tuple[Path, ...] = ()  # two predictions files: how they differ, and whether by chance
+    against: tuple[Path, ...] = ()  # with --compare: the other model's files, where each has one for each of its seeds
     images: tuple[Path, ...] = ()  # caption these images or folders; with --predictions: show them in the report
     images_root: Path | None = None  # folder with the split's images if they were moved; none: where they were
     model_floors: bool = False  # score the untuned model and the nearest training image's caption as floors too
@@ -264,6 +300,7 @@ class EvalConfig:
     show: int = 3  # captions printed beside their references
     run_name: str | None = None  # name of the folder in logs/; none: date and time
 
+    reading: ReadingSettings = ReadingSettings()
     generation: GenerationSettings = GenerationSettings()
     fast: FastSettings = FastSettings()
 
@@ -276,6 +313,12 @@ class EvalConfig:
             )
         if self.compare and (self.predictions or self.labels or self.images or self.model_floors):
             raise UserError("--compare: goes with neither --predictions, --labels, --images nor --model-floors")
+        if len(self.compare) != 2 and bool(self.compare) != bool(self.against):
+            raise UserError(
+                "--compare: takes two predictions files, or those of one model with the other's in --against"
+            )
+        if not self.labels and self.reading != ReadingSettings():
+            raise UserError("--labels: is missing; class names, lanes and so on say how label files are read")
         if self.images and not self.predictions and (self.labels or self.model_floors):
             raise UserError(
                 "--images: without --predictions, images are captioned only, and nothing is scored; --images-root is "
@@ -295,7 +338,6 @@ class EvalConfig:
 DEMO: dict[type, dict[str, Any]] = {
     PipelineConfig: {"output": DEMO_DATA / "bdd100k_captions.csv"},
     TrainConfig: {
-        "captions": DEMO_DATA / "bdd100k_captions.csv",
         "output": Path("blip2-finetuned-demo"),
         "model": str(DEMO_FOLDER / "base"),
         "lora_target": "lm",  # the base sees these scenes well: only the wording is to be learnt, in a minute

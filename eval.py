@@ -5,6 +5,7 @@
     python eval.py --demo                            # what main.py --demo trained
     python eval.py --predictions predictions.jsonl   # score captions from anywhere, no model needed
     python eval.py --compare a.jsonl b.jsonl         # do two models differ?
+    python eval.py --compare a1.jsonl a2.jsonl --against b1.jsonl b2.jsonl    # over other seeds of training too?
     python eval.py --images my_images/               # caption images without references
     accelerate launch --num_processes 4 eval.py ...  # the same captions, by four GPUs
 
@@ -23,6 +24,7 @@ if __name__ == "__main__":
     config = parse_args(EvalConfig)  # before the heavy imports, so that --help answers at once
 
 from collections import Counter
+from dataclasses import asdict
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -32,11 +34,13 @@ from captioner.runtime.errors import UserError
 from captioner.runtime.files import lock_folder, name_run, write_json
 from captioner.runtime.processes import ask_main, go_on_alone
 from captioner.runtime.settings import flatten
+from captioner.scoring.comparison import compare_predictions
 from captioner.scoring.console import print_captions, print_comparison, print_left_out, print_scores
+from captioner.scoring.origin import find_origin, is_bdd100k, read_training_captions
 from captioner.scoring.predictions import Prediction, read_predictions, read_references, write_predictions
 from captioner.scoring.reference_facts import read_facts
 from captioner.scoring.report import make_gallery, make_rows, write_report
-from captioner.scoring.scores import compare_predictions, score_predictions
+from captioner.scoring.scores import score_predictions
 
 
 class Found(NamedTuple):
@@ -61,13 +65,17 @@ def main(config: EvalConfig) -> None:
         go_on_alone()
         references = read_references(config.references) if config.references else None
         predictions, incomplete = read_predictions(found.file, references)
-        predictions, facts, unlabelled = read_facts(predictions, config.labels)
+        origin = find_origin(config.adapter, config.predictions)
+        predictions, facts, unlabelled = read_facts(predictions, config.labels, origin, asdict(config.reading))
+        names = [prediction.name for prediction in predictions]
+        training, of_bdd100k = read_training_captions(origin, names), is_bdd100k(origin, names)
         signature = found.signature | {"facts": "labels" if config.labels else "references"}
         try:
-            scores = score_predictions(predictions, signature, facts)  # those of the floors too
+            scores = score_predictions(predictions, signature, facts, training, of_bdd100k)  # those of the floors too
         except ValueError as error:
             raise UserError(f"{found.file}: {error}") from None
         scores |= {"left_out": dict(incomplete + unlabelled + found.left_out), "facts_from": signature["facts"]}
+        scores |= {"trained_with": origin and origin.to_json()}
         scores |= {"predictions": str(found.file), "config": flatten(config)}
 
         write_json(run_dir / "scores.json", scores)
@@ -92,7 +100,7 @@ def caption_split(config: EvalConfig, run_dir: Path) -> Found:
         signature = {"split": config.split, **captioner.describe_way()}
     signature |= {"model": "base" if config.base else "fine-tuned"} | ({"images": "black"} if config.blank else {})
     title = ", ".join([signature[name] for name in ("split", "decoding", "model")])
-    references = {example.name: [example.caption] for example in examples}
+    references = {example.name: list(example.captions) for example in examples}
     predictions = [Prediction(name, text, references[name], floors) for name, (text, floors) in rows.items()]
     ask_main(write_predictions, file := run_dir / "predictions.jsonl", predictions)
     print_left_out(unreadable)
@@ -107,7 +115,7 @@ def read_file(config: EvalConfig) -> Found:
     for path in config.images:
         images |= dict(find_images([path]))
         if path.is_dir():
-            images |= index_images(path)  # by the bare file name too
+            images |= {name: files[0] for name, files in index_images(path).items()}  # by the bare file name too
     return Found(
         config.predictions, config.predictions.name, images, {"split": "unknown", "decoding": "unknown"}, Counter()
     )
@@ -141,13 +149,15 @@ def compare(config: EvalConfig, run_dir: Path) -> None:
     """Print how two predictions files differ, and whether by chance."""
     go_on_alone()
     references = read_references(config.references) if config.references else None
-    one, other = (read_predictions(path, references)[0] for path in config.compare)
+    one, other = (config.compare, config.against) if config.against else (config.compare[:1], config.compare[1:])
+    sides = [[read_predictions(path, references)[0] for path in paths] for paths in (one, other)]
     try:
-        compared = compare_predictions(one, other)
+        compared = compare_predictions(*sides)
     except ValueError as error:
-        raise UserError(f"--compare {config.compare[0]} {config.compare[1]}: {error}") from None
-    write_json(run_dir / "comparison.json", compared | {"files": [str(path) for path in config.compare]})
-    print_comparison(compared, *config.compare)
+        raise UserError(f"--compare {' '.join(map(str, (*one, *other)))}: {error}") from None
+    files = {"one": list(map(str, one)), "other": list(map(str, other))}
+    write_json(run_dir / "comparison.json", compared | {"files": files})
+    print_comparison(compared, one, other)
     print(f"comparison.json in {run_dir}")
 
 

@@ -3,6 +3,7 @@
     python main.py                                                  # Kaggle data, BLIP-2 from the hub, one GPU
     python main.py --demo                                           # drawn scenes, small model, CPU
     python main.py --labels LABELS.json --images FOLDER --model FOLDER
+    python main.py --captions CAPTIONS.csv --images FOLDER          # your own captions
 
 Labels become captions, captions and images a train, a validation and a test split with no ride in two of them;
 LoRA is trained on the NF4 model with the Hugging Face Trainer; the adapter with the best validation loss is saved
@@ -23,18 +24,21 @@ if __name__ == "__main__":
 import dataclasses
 import importlib.util
 import time
+from collections.abc import Callable
 
 import torch
 from transformers import set_seed
 
-from captioner.blip2.batches import make_datasets
+from captioner.blip2.batches import get_reader, make_datasets
 from captioner.blip2.captioning import make_generation_config
 from captioner.blip2.loading import check_model, load_model, load_processor, pick_device
 from captioner.blip2.lora import add_lora
 from captioner.data.splits import prepare_splits
 from captioner.publishing.publish import publish
 from captioner.runtime.files import lock_folder
+from captioner.runtime.machine import describe_machine
 from captioner.runtime.processes import ask_main
+from captioner.training.check import check_run
 from captioner.training.dashboard import make_callbacks
 from captioner.training.plain import PlainWay
 from captioner.training.run import open_run, save_run
@@ -44,11 +48,19 @@ SPARE_TOKENS = 16  # that generation may write beyond the longest training capti
 
 
 def main(config: TrainConfig) -> None:
+    if config.check:
+        return check_run(config, train, choose_way)
+    train(config, choose_way)
+
+
+def train(config: TrainConfig, choose_way: Callable[..., PlainWay]) -> None:
     with lock_folder(config.run.output, "--output"):
         start, device = time.perf_counter(), pick_device()
         run = open_run(config, device)
         if run is None:  # it has come to its end before
             return publish(config)
+        workers, store_gib = config.training.dataloader_workers, config.fast.vision_store_gib
+        print(describe_machine(config.run.output, workers, store_gib, cuda=device.type == "cuda"))
         set_seed(config.training.seed)  # before LoRA draws its first weights
         model_config = check_model(config.base.model, config.base.load_in_4bit, device)  # before hours of download
         splits = ask_main(prepare_splits, config, run.folder)
@@ -62,7 +74,7 @@ def main(config: TrainConfig) -> None:
         model.print_trainable_parameters()
         run.note_inputs(splits, model)
         datasets = make_datasets(config, splits, processor, model.config, features)
-        generation = make_generation_config(model.config, datasets["train"].longest + SPARE_TOKENS)
+        generation = make_generation_config(model.config, get_reader(datasets["train"]).longest + SPARE_TOKENS)
         captioner = way.make_captioner(processor, generation, config.run.val_captions)
         try:
             trainer = train_lora(run, model, datasets, parts, make_callbacks(run, datasets["val"], captioner))
@@ -73,6 +85,7 @@ def main(config: TrainConfig) -> None:
         if run.is_main:
             print(f"adapter saved to {config.run.output} after {time.perf_counter() - start:.0f} s")
             publish(config)
+        if run.is_main and not config.check:
             print("next: python eval.py" + (" --demo" if config.demo else f" --adapter {config.run.output}"))
 
 

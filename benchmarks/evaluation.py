@@ -28,8 +28,8 @@ STAGES = {  # what is timed: its module and name
     "tokens, n-grams, BLEU, ROUGE-L, CIDEr-D": (text_metrics, "measure_texts"),
     "facts": (fact_metrics, "measure_facts"),
     "reading captions": (scores, "read_caption"),
-    "floors": (text_metrics, "make_floors"),
-    "drawing bootstrap samples": (text_metrics, "resample"),
+    "floors": (scores, "make_floors"),
+    "drawing bootstrap samples": (scores, "Rides"),
     "scores with intervals": (scores, "score_groups"),
     "slices": (scores, "score_slices"),
 }

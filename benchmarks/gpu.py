@@ -10,7 +10,8 @@ are as long as BDD100K's. What is timed are main.py and eval.py themselves, star
 Parts: `floor` times the matrix products that training can't do without; `step` one pass of loss and gradients; `job`
 trains on 6,000 frames for 5 epochs with validation on 2,800 after each, and captions and scores the 1,200 of the test
 split; `reference` trains and captions as the reference does; `small` trains and captions with all but 4 GiB of the GPU
-taken; `batch` trains at a larger batch. If it is asked for, `sizes` times passes of other numbers of positions.
+taken; `batch` trains at a larger batch. If they are asked for, `t4` trains as a T4 would (benchmarks.t4), in the plain
+and in the fast way, and `sizes` times passes of other numbers of positions.
 """
 
 import argparse
@@ -45,6 +46,7 @@ TITLE = "Training and captioning on a GPU"
 TRAINING, REFERENCE_TRAINING = "training, 16 a step", "reference: training, 4 x 4, Q-Former only, truncated"
 CAPTIONING, REFERENCE_CAPTIONING = "captioning, sampled", "reference: captioning one by one, sampled"
 LARGE_BATCH = 128
+T4_STEPS = 40
 STEP_POSITIONS = 128  # of a row in the part `step`
 LARGE_TRAINING = f"training, {LARGE_BATCH} a step"
 FLOOR = "floor of training, {} a step"
@@ -109,15 +111,20 @@ class Training:
 
 
 def run(
-    script: str, *flags, free_gib: float | None = None, launcher: tuple[str, ...] = (sys.executable,)
+    script: str,
+    *flags,
+    free_gib: float | None = None,
+    as_t4: bool = False,
+    launcher: tuple[str, ...] = (sys.executable,),
 ) -> tuple[float, str]:
     """(wall seconds, what it printed, each line with its second) of a script, started by the words of `launcher`.
 
-    `free_gib`: with so much of the GPU left to it.
+    `free_gib`: with so much of the GPU left to it, which takes itself for a T4 with `as_t4`.
     """
     command = [*launcher, script, *map(str, flags)]
     if free_gib is not None:
-        command = [sys.executable, "-m", "benchmarks.gpu", "--leave", str(free_gib), "--then", *command[1:]]
+        then = "--then-as-t4" if as_t4 else "--then"
+        command = [sys.executable, "-m", "benchmarks.gpu", "--leave", str(free_gib), then, *command[1:]]
     start = time.perf_counter()
     lines = []
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -227,9 +234,29 @@ def measure_small(args) -> Iterator[tuple]:
     yield from list_paces(f"captioning 4 at a time, {args.small_gib:g} GiB free", done)
 
 
-def leave(free_gib: float, script: list[str]) -> None:
+def measure_t4(args) -> Iterator[tuple]:
+    """The losses of the same frames in the same order, and the pace with frames dealt out by length."""
+    flags = ("--max-steps", T4_STEPS, "--logging-steps", 1, "--limit", 1200, "--val-captions", 0)
+    from benchmarks import t4
+
+    options = {"free_gib": t4.FREE_GIB, "as_t4": True}
+    plain = train(args, "t4-plain", *flags, "--length-window", 0, "--fast", "off", **options)
+    yield "as a T4: training, plain", plain.samples_per_second, "samples/s", plain.peak_gib
+    fast = train(args, "t4-same", *flags, "--length-window", 0, **options)
+    far = max(abs(ours / theirs - 1) for ours, theirs in zip(fast.losses, plain.losses, strict=True))
+    yield f"as a T4: farthest of {len(fast.losses)} losses from the plain way's", 100 * far, "%", math.nan
+    fast = train(args, "t4", *flags, **options)
+    yield "as a T4: training", fast.samples_per_second, "samples/s", fast.peak_gib
+
+
+def leave(free_gib: float, script: list[str], as_t4: bool) -> None:
     """Take the GPU's memory but for `free_gib`, then run the script in this process."""
     import torch
+
+    if as_t4:
+        from benchmarks import t4
+
+        t4.pretend()
 
     torch.cuda.init()
     ballast = torch.empty(int(torch.cuda.mem_get_info()[0] - free_gib * 2**30), dtype=torch.uint8, device="cuda")
@@ -397,7 +424,7 @@ def time_passes(model, rows: int, sizes: Iterable[int]) -> Iterator[tuple[float,
 
         def learn(batch=batch) -> None:
             step.zero_grad()
-            step(batch, batch["labels"].numel(), is_last=True)
+            step(batch, batch["labels"].numel())
 
         yield time_on_gpu(learn, repeats=10), torch.cuda.max_memory_allocated() / 2**30
 
@@ -424,10 +451,10 @@ def measure_floor(args) -> Iterator[tuple]:
 
     from captioner.blip2.batches import tokenize_captions
     from captioner.blip2.loading import load_processor
-    from captioner.data.captions import read_captions
+    from captioner.data.caption_files import read_captions
     from captioner.fast.speed import record_graph
 
-    texts = itertools.islice(read_captions(args.folder / "captions.csv").values(), 1000)
+    texts = read_captions(args.folder / "captions.csv")["caption"][:1000]
     processor = load_processor(args.model)
     lengths = list(map(len, tokenize_captions(list(texts), processor, 256, 0)))
     tokens = statistics.mean(lengths)
@@ -471,7 +498,7 @@ def measure_floor(args) -> Iterator[tuple]:
 
 def main() -> None:
     if sys.argv[1:2] == ["--leave"]:
-        leave(float(sys.argv[2]), sys.argv[4:])
+        leave(float(sys.argv[2]), sys.argv[4:], as_t4=sys.argv[3] == "--then-as-t4")
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="for model, images and results")
@@ -479,7 +506,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=10_000)
     parser.add_argument("--epochs", type=float, default=5.0)
     parser.add_argument("--small-gib", type=float, default=4.0, help="GPU memory left in the small setting")
-    parser.add_argument("--parts", nargs="+", choices=(*PARTS, "sizes"), default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=(*PARTS, "t4", "sizes"), default=PARTS)
     parser.add_argument("--record", action="store_true", help="put the table into benchmarks/RESULTS.md")
     parser.add_argument("--as-reference", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

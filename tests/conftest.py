@@ -39,13 +39,12 @@ def skip_without(what: str, reason: str) -> NoReturn:
     pytest.skip(reason, allow_module_level=True)
 
 
-def import_kernels():
-    """The module of the Triton kernels."""
+def need_triton() -> None:
+    """Skip the module or test where Triton's kernels can't be run, be it in its interpreter."""
     try:
-        from captioner.fast import gpu_kernels
+        import triton  # noqa: F401
     except ImportError as error:
         skip_without("triton", f"Triton is not installed ({error})")
-    return gpu_kernels
 
 
 def capture(call: Callable[[], object], cwd: Path | None = None, **environment) -> subprocess.CompletedProcess:
@@ -133,6 +132,31 @@ def scenes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
     draw_dataset(folder, range(20), workers=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium, driven by selenium."""
+    chromium, driver_path = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver_path):
+        skip_without("browser", "no chromium or no chromedriver on this machine")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--window-size=1200,900",
+    ):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(driver_path))
+    yield driver
+    driver.quit()
 
 
 @pytest.fixture

@@ -32,7 +32,12 @@ os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="
 
 MODULES = (
     *("captioner.bdd100k.facts", "captioner.bdd100k.parsing", "captioner.bdd100k.frames"),
-    *("captioner.bdd100k.label_files", "captioner.data.captions", "captioner.data.splits", "captioner.blip2.loading"),
+    *(
+        "captioner.bdd100k.label_files",
+        "captioner.data.caption_files",
+        "captioner.data.splits",
+        "captioner.blip2.loading",
+    ),
     *("captioner.scoring.predictions", "captioner.training.checkpoints", "captioner.publishing.model_card"),
     *("config", "eval", "main"),
 )
@@ -102,7 +107,7 @@ def labels_target(folder: Path) -> tuple[list[bytes], Check]:
 
 
 def predictions_target(folder: Path) -> tuple[list[bytes], Check]:
-    from captioner.data.captions import read_captions
+    from captioner.data.caption_files import read_captions
     from captioner.scoring import predictions
 
     rows = [

@@ -72,6 +72,9 @@ class KaggleServer(LoopbackServer):
     `cut_after` (bytes after which the next download of more breaks off), `spoil` (bytes -> bytes, what storage sends
     instead), `md5` off, `stop()`. `calls` lists the files asked of the API ("" is the archive), `served` the (file,
     first byte, number of bytes) that storage set out to send. Other versions and paths are 404.
+
+    With the variables of `notebook_environment` too, kagglehub takes itself for one in a Kaggle or Colab notebook and
+    asks us to attach the set: `attached` lists those calls. What we answer is `slug`, the folder below `mount`.
     """
 
     def __init__(self, files: Mapping[str, bytes], folder: Path, dataset: str = DATASET):
@@ -79,8 +82,12 @@ class KaggleServer(LoopbackServer):
         self.status, self.cut_after, self.spoil, self.md5, self.zip_single = None, None, None, True, True
         self.calls: list[str] = []
         self.served: list[tuple[str, int, int]] = []
+        self.attached: list[dict] = []
+        self.total_bytes = 7_600_000_000  # which Kaggle's page gives for version 2
+        self.slug: str | None = None
         self.archive = zip_files(self.files)
         super().__init__(KaggleHandler)
+        self.mount = folder / "kaggle-input"
         self.cache = folder / "kagglehub"
         self.environment = {
             "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
@@ -93,6 +100,20 @@ class KaggleServer(LoopbackServer):
             "KAGGLE_USERNAME": "",
             "KAGGLE_KEY": "",
             "KAGGLE_API_TOKEN": "",
+            "KAGGLE_CACHE_MOUNT_FOLDER": str(self.mount),
+            "COLAB_CACHE_MOUNT_FOLDER": str(self.mount),
+        }
+
+    def notebook_environment(self, kind: str) -> dict[str, str]:
+        """What the notebooks of Kaggle and Colab set."""
+        if kind == "colab":
+            return {"TBE_RUNTIME_ADDR": self.address.removeprefix("http://"), "no_proxy": "127.0.0.1"}
+        return {
+            "KAGGLE_KERNEL_RUN_TYPE": "Interactive",
+            "KAGGLE_DATA_PROXY_URL": self.address,
+            "KAGGLE_USER_SECRETS_TOKEN": "jwt",
+            "KAGGLE_DATA_PROXY_TOKEN": "proxy",
+            "no_proxy": "127.0.0.1",
         }
 
     def content(self, file: str) -> tuple[str, bytes]:
@@ -107,13 +128,17 @@ class KaggleHandler(LoopbackHandler):
     loopback: KaggleServer
 
     def do_POST(self):
-        """The API: DownloadDataset, answered with a redirect, and ListTreeDatasetFiles of a folder.
+        """The API: DownloadDataset, answered with a redirect, GetDataset, and ListTreeDatasetFiles of a folder.
 
         The latter is asked for by kagglehub from 1.0.3 on after a 404: what is no file may be a folder.
         """
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        handle = f"{asked['ownerSlug']}/{asked['datasetSlug']}/versions/{asked['datasetVersionNumber']}"
         call = urlsplit(self.path).path.rsplit("/v1/datasets.DatasetApiService/", 1)[-1]
+        if call.startswith(("/kaggle-jwt-handler/", "/kagglehub/")):
+            return self.attach(asked, kaggle=call.startswith("/kaggle-"))
+        if call == "GetDataset":
+            return self.send_json(self.loopback.status or 200, {"totalBytes": self.loopback.total_bytes})
+        handle = f"{asked['ownerSlug']}/{asked['datasetSlug']}/versions/{asked['datasetVersionNumber']}"
         if call == "ListTreeDatasetFiles":
             return self.send_folder(asked.get("path") or "", handle)
         file = asked.get("fileName") or ""
@@ -143,6 +168,17 @@ class KaggleHandler(LoopbackHandler):
             "files": [{"relativeUrl": path} for path in paths if path in self.loopback.files],
             "directories": [{"relativeUrl": path} for path in paths if path not in self.loopback.files],
         }
+        self.send_json(status, content)
+
+    def attach(self, asked: dict, kaggle: bool) -> None:
+        """The answer to a notebook of Kaggle's or Colab's: the folder in which the set is mounted, or that it isn't."""
+        slug = self.loopback.slug
+        if slug is None:
+            return self.send_json(self.loopback.status or (200 if kaggle else 404), {"wasSuccessful": False})
+        self.loopback.attached.append(asked)
+        self.send_json(200, {"wasSuccessful": True, "result": {"mountSlug": slug}} if kaggle else {"slug": slug})
+
+    def send_json(self, status: int, content: dict) -> None:
         body = json.dumps(content if status == 200 else {"code": status, "message": "Permission was denied"}).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")

@@ -89,10 +89,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             return self.create(json.loads(body))
         for pattern, handle in {
-            r"/api/models/(.+)/preupload/main": self.preupload,
+            r"/api/(?:models|datasets)/(.+)/preupload/main": self.preupload,
             r"/(.+)\.git/info/lfs/objects/batch": self.list_uploads,
             r"/verify/(.+)": self.verify,
-            r"/api/models/(.+)/commit/main": self.commit,
+            r"/api/(?:models|datasets)/(.+)/commit/main": self.commit,
         }.items():
             if found := re.fullmatch(pattern, self.path):
                 return handle(found[1], body)
@@ -100,7 +100,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def validate(self, request: dict) -> None:
         metadata = yaml.safe_load(request["content"].split("---\n")[1])
-        errors = [] if metadata["library_name"] and metadata["pipeline_tag"] else [{"message": "no library"}]
+        needed = {"dataset": ["configs"], "model": ["library_name", "pipeline_tag"]}[request["repoType"]]
+        errors = [{"message": f"no {key}"} for key in needed if not metadata.get(key)]
         self.answer(400 if errors else 200, {"errors": errors, "warnings": []})
 
     def create(self, request: dict) -> None:
@@ -108,7 +109,8 @@ class Handler(BaseHTTPRequestHandler):
         exists = repo in self.server.files
         self.server.files.setdefault(repo, {})
         self.server.visibility.setdefault(repo, request.get("visibility"))
-        reply = {"url": f"{self.server.url}/{repo}", "name": repo}
+        kind = "datasets/" if request.get("type") == "dataset" else ""
+        reply = {"url": f"{self.server.url}/{kind}{repo}", "name": repo}
         self.answer(
             409 if exists else 200, reply | ({"error": "You already created this model repo"} if exists else {})
         )

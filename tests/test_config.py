@@ -77,7 +77,7 @@ def test_defaults_are_those_of_the_reference():
     config = parse_args(TrainConfig, [])
     assert re.fullmatch("Salesforce/blip2-opt-2.7b@[0-9a-f]{40}", config.base.model)
     assert config.source.kaggle_dataset == "solesensei/solesensei_bdd100k/versions/2"
-    assert (config.run.output, config.data.captions) == (Path("blip2-finetuned"), Path("bdd100k_captions.csv"))
+    assert (config.run.output, config.data.captions) == (Path("blip2-finetuned"), None)
     training = config.training
     assert (training.num_train_epochs, training.learning_rate, training.weight_decay) == (5, 5e-5, 0.01)
     assert (training.per_device_train_batch_size, training.train_batch_size) == (None, 16)

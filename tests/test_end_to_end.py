@@ -336,7 +336,7 @@ def test_official_val_is_held_out(tmp_path, monkeypatch):
         "captioner.bdd100k.download.fetch_labels", lambda dataset, subset: [tmp_path / f"{subset}.json"]
     )
     monkeypatch.setattr("captioner.bdd100k.download.fetch_images", lambda dataset: tmp_path / "images")
-    config = make_config(TrainConfig, subset="train", held_out="val", captions=tmp_path / "captions.csv")
+    config = make_config(TrainConfig, subset="train", held_out="val")
     splits = prepare_splits(config, tmp_path / "run")
     names = {split: {example.name for example in examples} for split, examples in splits.items()}
     assert names["test"] == {frame["name"] for frame in frames[8:]}

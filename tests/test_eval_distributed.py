@@ -39,7 +39,7 @@ def trained(tmp_path_factory, drawn, tiny_checkpoint):
     done = call_script("main.py", *flags, cwd=cwd)
     assert done.returncode == 0, done.stderr
     with open(cwd / "blip2-finetuned/split.csv", newline="") as file:
-        training = [row["image"] for row in csv.DictReader(file) if row["split"] == "train"]
+        training = [cwd / "images" / row["image"] for row in csv.DictReader(file) if row["split"] == "train"]
     assert len(training) >= 6
     with open(training[1], "wb") as file:
         file.write(b"no image")

@@ -179,7 +179,9 @@ def test_no_flag_is_needed(finished):
     with open(output / "split.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == SCENES
-    assert all(Path(row["image"]).is_relative_to(site.kaggle.cache) for row in rows)
+    images_root = Path(json.loads((output / "run.json").read_text())["images_root"])
+    assert images_root.is_relative_to(site.kaggle.cache)
+    assert all((images_root / row["image"]).is_file() for row in rows)
     assert "BLEU-4" in printed
     [scores] = [json.loads(file.read_text()) for file in site.cwd.glob("logs/*-eval/scores.json")]
     assert scores["n"] == sum(row["split"] == "test" for row in rows) > 0

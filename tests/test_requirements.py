@@ -8,8 +8,7 @@ from conftest import ROOT
 from lowest_requirements import REQUIREMENTS, list_lowest
 
 MODULES = {"pillow": "PIL"}  # imported under another name than the package's
-UNUSED = {"datasets", "pandas"}  # which the design names; a test alone reads its CSV with pandas
-BROUGHT_ALONG = {"requests", "safetensors", "tokenizers"}  # by kagglehub and transformers
+BROUGHT_ALONG = {"kagglesdk", "requests", "safetensors", "tokenizers"}  # by kagglehub and transformers
 OPTIONAL = {"triton"}  # comes with torch where there is a GPU
 
 
@@ -29,7 +28,7 @@ def list_imports() -> set[str]:
 
 def test_requirements_are_what_is_imported():
     required = {MODULES.get(name.lower(), name) for name in list_lowest(REQUIREMENTS.read_text())}
-    assert required - UNUSED == list_imports() - BROUGHT_ALONG - OPTIONAL
+    assert required == list_imports() - BROUGHT_ALONG - OPTIONAL
 
 
 def test_lowest_versions_are_read_from_the_requirements():
@@ -37,3 +36,11 @@ def test_lowest_versions_are_read_from_the_requirements():
     assert list_lowest(text) == {"torch": "2.11", "Pillow": "12.0"}
     with pytest.raises(SystemExit, match="torch~=2: must be"):
         list_lowest("torch~=2")
+
+
+def test_notebook_images_keep_their_torch_numpy_pandas_and_pillow():
+    """The lowest versions are at or under those of Kaggle's and Colab's images of August 2026."""
+    lowest = {name.lower(): version for name, version in list_lowest(REQUIREMENTS.read_text()).items()}
+    images = {"torch": "2.10.0", "numpy": "2.0.2", "pandas": "2.2.2", "pillow": "11.3.0"}  # the older of the two
+    for name, version in images.items():
+        assert [int(part) for part in lowest[name].split(".")] <= [int(part) for part in version.split(".")], name

@@ -1,5 +1,6 @@
-"""benchmarks/RESULTS.md is written by the benchmarks: one section each, replaced when it is run again."""
+"""benchmarks/RESULTS.md is written by the benchmarks: one section each; the section before moves to LOG.md."""
 
+import re
 import sys
 
 import pytest
@@ -17,6 +18,22 @@ def test_a_section_replaces_its_older_self_and_leaves_the_others(tmp_path):
     assert [line for line in text.splitlines() if line.startswith("## ")] == ["## One", "## Two"]
     assert "old" not in text and "new \\1" in text and "second" in text
     assert "msgspec" in text and "commit" in text
+
+
+def test_a_section_that_is_replaced_goes_to_the_top_of_the_log(tmp_path):
+    for body in ("oldest", "older", "current"):
+        record("One", body, packages=["msgspec"], path=tmp_path / "RESULTS.md")
+    log = (tmp_path / "LOG.md").read_text()
+    assert log.startswith("# Log") and "current" not in log
+    assert log.index("older") < log.index("oldest") and log.count("\n## One\n") == 2
+
+
+def test_the_page_of_results_is_short_and_says_where_each_table_comes_from():
+    text = (ROOT / "benchmarks" / "RESULTS.md").read_text()
+    assert len(text.splitlines()) <= 120
+    for section in text.split("\n## ")[1:]:
+        assert re.search(r"`python -m benchmarks\.\w+ .*`", section), section[:40]
+        assert re.search(r"commit [0-9a-f]{7}", section) and re.search(r"20\d\d-\d\d-\d\d", section), section[:40]
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 import main
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import lock_folder
-from captioner.training import trainer
+from captioner.training import pace
 from captioner.training.checkpoints import hash_file
 from config import TrainConfig, make_config
 
@@ -25,14 +25,14 @@ def train(settings, **changes) -> str:
 
 def stop_at(patch, step: int) -> None:
     """Send SIGTERM to this process after `step`."""
-    real = trainer.Pace.on_step_end
+    real = pace.Pace.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == step:
             os.kill(os.getpid(), signal.SIGTERM)
         real(self, args, state, control, **kwargs)
 
-    patch.setattr(trainer.Pace, "on_step_end", on_step_end)
+    patch.setattr(pace.Pace, "on_step_end", on_step_end)
 
 
 def wait_for_lock(folder: Path, seconds: float = 10) -> None:

@@ -1,8 +1,10 @@
 """BDD100K from Kaggle: the label files alone, or the whole data set with its images.
 
-kagglehub downloads, resumes and caches; this module adds what it leaves to its caller:
+In a Kaggle or Colab notebook the set is a read-only folder that the notebook attaches: it is taken as it lies there,
+labels and images, and nothing is downloaded. Elsewhere kagglehub downloads, resumes and caches; this module adds what
+it leaves to its caller:
 
-- room on the disk is asked for before 7.6 GB are fetched, not found missing after;
+- room on the disk is asked for before gigabytes are fetched, not found missing after;
 - what kagglehub would take for complete and is not (a zip under the name of the label file, a cut label file, a broken
   archive that no later call gets past) is found, deleted and fetched anew;
 - whatever goes wrong is one UserError that names the data set, the file and the remedy.
@@ -11,6 +13,7 @@ kagglehub takes a while to import: import this module where something is to be f
 """
 
 import errno
+import os
 import re
 import shutil
 import tarfile
@@ -24,6 +27,8 @@ from typing import Literal
 import kagglehub
 import requests
 from kagglehub.cache import Cache
+from kagglehub.clients import build_kaggle_client
+from kagglehub.colab_cache_resolver import DatasetColabCacheResolver
 from kagglehub.config import get_cache_folder
 from kagglehub.exceptions import (
     BackendError,
@@ -32,28 +37,31 @@ from kagglehub.exceptions import (
     DataCorruptionError,
     KaggleEnvironmentError,
     NotFoundError,
+    handle_call,
 )
 from kagglehub.handle import DatasetHandle
+from kagglehub.kaggle_cache_resolver import DatasetKaggleCacheResolver
+from kagglesdk.datasets.types.dataset_api_service import ApiGetDatasetRequest
 
 from captioner.runtime.errors import UserError
 
-# Where things lie in the Kaggle data set.
+# Where things lie in solesensei/solesensei_bdd100k. Other sets are searched for files and folders of these names.
 LABEL_FILES = {
     "val": "bdd100k_labels_release/bdd100k/labels/bdd100k_labels_images_val.json",
     "train": "bdd100k_labels_release/bdd100k/labels/bdd100k_labels_images_train.json",
 }
 IMAGE_FOLDER = "bdd100k/bdd100k/images/100k"
 
-# Size in bytes that Kaggle's page gives for solesensei/solesensei_bdd100k, version 2. JPEGs hardly shrink in an
-# archive, so that is about the size both of the download and of what is unpacked from it; both lie there at once.
-DATASET_BYTES = 7_600_000_000
-NEEDED_BYTES = 2 * DATASET_BYTES
+MOUNTS = ("KAGGLE_CACHE_MOUNT_FOLDER", "COLAB_CACHE_MOUNT_FOLDER")  # kagglehub's variables for another mount than:
+MOUNT_FOLDER = "/kaggle/input"  # under which notebooks attach data sets
 
 HANDLE = re.compile(r"([\w-]+)/([\w-]+)(?:/versions/([1-9]\d*))?", re.ASCII)
 EXAMPLE_HANDLE = "solesensei/solesensei_bdd100k/versions/2"
+LISTED = 5  # files of an unknown layout that an error names
 
 OWN_COPY = (
-    "or download the set by hand and give --labels and --images; or try --demo, which needs no download and no account"
+    "or download the set by hand and give --labels and --images; in a notebook, attach it as an input; or try --demo, "
+    "which needs no download and no account"
 )
 
 
@@ -61,35 +69,41 @@ class BrokenDownload(UserError):
     """What was fetched is not what Kaggle holds. It is deleted when this is raised: the next call fetches it anew."""
 
 
+class NotOnKaggle(UserError):
+    """Kaggle has no data set, version or file of that name."""
+
+
 # --------------------------------------------------------------------------------------------------------------
 # what is fetched
 
 
 def fetch_labels(dataset: str, subset: Literal["val", "train", "both"]) -> list[Path]:
-    """Fetch the label files of `subset` alone, one download each; one that is cached is not fetched again.
+    """The label files (or folders of them) of `subset`: from the set that is there, else fetched, one download each.
 
-    `dataset` is a handle with its version, owner/name/versions/2. Raises UserError if a file can't be had.
+    A file that is cached is not fetched again; the whole set is, where Kaggle has no label file in the usual place.
+    `dataset` is a handle with its version, owner/name/versions/2. Raises UserError if the labels can't be had.
     """
     handle = parse_handle(dataset)
-    subsets = list(LABEL_FILES) if subset == "both" else [subset]
-    return [_fetch_label_file(handle, LABEL_FILES[subset]) for subset in subsets]
+    return [_find_or_fetch_labels(handle, part) for part in (LABEL_FILES if subset == "both" else [subset])]
 
 
 def fetch_images(dataset: str) -> Path:
-    """Fetch the whole data set, for kagglehub can't fetch a folder of it, and return the folder with its images.
+    """The folder with the images of the set; where no set is there, all of it is fetched: kagglehub fetches no folder.
 
-    That is `bdd100k/bdd100k/images/100k` in the set or, where it has none, the set's own folder. A cached set is not
-    fetched again. `dataset` is a handle with its version, owner/name/versions/2. Raises UserError if the disk has less
-    than NEEDED_BYTES or the set can't be had.
+    That is the set's folder `images/100k` or, where it has none, its own folder. `dataset` is a handle with its
+    version, owner/name/versions/2. Raises UserError if the disk has less than twice the set's size or it can't be had.
     """
-    handle = parse_handle(dataset)
+    return find_image_folder(fetch_whole_set(parse_handle(dataset)))
+
+
+def fetch_whole_set(handle: DatasetHandle) -> Path:
+    """The folder of the whole set: attached, cached or, where there is neither, downloaded and unpacked."""
     with explain_failures(handle):
-        root = find_whole_set(handle)
+        root = attach_set(handle) or find_cached_set(handle)
         if root is None:
             check_disk_space(handle)
             root = Path(kagglehub.dataset_download(str(handle)))
-    images = root / IMAGE_FOLDER
-    return images if images.is_dir() else root
+    return root
 
 
 def parse_handle(dataset: str) -> DatasetHandle:
@@ -110,7 +124,21 @@ def parse_handle(dataset: str) -> DatasetHandle:
     return DatasetHandle(owner=owner, dataset=name, version=int(version))
 
 
-def find_whole_set(handle: DatasetHandle) -> Path | None:
+def attach_set(handle: DatasetHandle) -> Path | None:
+    """The read-only folder of the set in a Kaggle or Colab notebook; None elsewhere, where it must be downloaded.
+
+    A set that is attached already is found without asking: a notebook may have no internet.
+    """
+    for mount in dict.fromkeys(os.environ.get(name, MOUNT_FOLDER) for name in MOUNTS):
+        for name in (f"datasets/{handle.owner}/{handle.dataset}", handle.dataset):
+            if (folder := Path(mount, name)).is_dir():
+                return folder
+    if any(resolver().is_supported(handle) for resolver in (DatasetKaggleCacheResolver, DatasetColabCacheResolver)):
+        return Path(kagglehub.dataset_download(str(handle)))
+    return None
+
+
+def find_cached_set(handle: DatasetHandle) -> Path | None:
     """Folder of the whole data set if it is cached and complete, else None. Asks no network."""
     cache = Cache()
     if not Path(cache.get_path(handle)).exists():
@@ -122,16 +150,64 @@ def find_whole_set(handle: DatasetHandle) -> Path | None:
 
 
 # --------------------------------------------------------------------------------------------------------------
+# what lies where
+
+
+def find_image_folder(root: Path) -> Path:
+    """The folder `images/100k` in a data set, wherever it lies; the set's own folder if it has none."""
+    usual = root / IMAGE_FOLDER
+    if usual.is_dir():
+        return usual
+    return min((path for path in root.rglob("images/100k") if path.is_dir()), default=root)
+
+
+def find_labels(root: Path, subset: str) -> Path:
+    """The labels of `subset` in a data set of any layout.
+
+    That is the file of the 2018 release, else the one of 2020, else a folder of one file an image, wherever it lies.
+    Raises UserError, with the JSON files that there are, if it has none of them.
+    """
+    usual = root / LABEL_FILES[subset]
+    if usual.is_file():
+        return usual
+    others = []
+    found: dict[str, Path] = {}
+    for folder, folders, files in os.walk(root):
+        folders.sort()
+        labels = sorted(name for name in files if name.endswith(".json"))
+        for name in (usual.name, f"det_{subset}.json"):
+            if name in labels:
+                found.setdefault(name, Path(folder, name))
+        if labels and Path(folder).name == subset:
+            found.setdefault(subset, Path(folder))
+        others += [Path(folder, name) for name in labels[:LISTED]]
+    for name in (usual.name, f"det_{subset}.json", subset):
+        if name in found:
+            return found[name]
+    listed = ", ".join(str(path.relative_to(root)) for path in others[:LISTED]) or "none"
+    raise UserError(
+        f"{root}: no labels of {subset} found in this data set, neither {usual.name}, det_{subset}.json nor a folder "
+        f"{subset} of .json files (its .json files: {listed}); give them with --labels, and the images with --images"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------
 # label files
 
 
-def _fetch_label_file(handle: DatasetHandle, path: str) -> Path:
-    """The label file at `path` in the data set: from the whole set or by itself, from the cache or from Kaggle."""
+def _find_or_fetch_labels(handle: DatasetHandle, subset: str) -> Path:
+    """The labels of `subset`: from the whole set, or one file by itself, from the cache or from Kaggle."""
+    path = LABEL_FILES[subset]
     with explain_failures(handle, path):
-        root = find_whole_set(handle)
+        attached = attach_set(handle)
+        if attached is not None:
+            return find_labels(attached, subset)
+        root = find_cached_set(handle)
         file = Path(root or Cache().get_path(handle), path)
         if (root or Cache().load_from_cache(handle, path)) and is_whole_json(file):
             return file
+        if root is not None and not file.exists():
+            return find_labels(root, subset)
     try:
         return _download_label_file(handle, path)
     except BrokenDownload:
@@ -139,6 +215,8 @@ def _fetch_label_file(handle: DatasetHandle, path: str) -> Path:
         # be half unpacked JSON, or a zip that kagglehub takes for the JSON since its size is right. It is deleted now:
         # the second try starts from nothing.
         return _download_label_file(handle, path)
+    except NotOnKaggle:
+        return find_labels(fetch_whole_set(handle), subset)
 
 
 def _download_label_file(handle: DatasetHandle, path: str) -> Path:
@@ -169,12 +247,15 @@ def is_whole_json(file: Path) -> bool:
 
 
 def check_disk_space(handle: DatasetHandle) -> None:
-    """Raise UserError if the disk of kagglehub's cache has no room for the download and what is unpacked from it."""
+    """Raise UserError if the disk of kagglehub's cache has no room for the download and what is unpacked from it.
+
+    Both lie there at once, and JPEGs hardly shrink in an archive: that is twice the size that Kaggle gives.
+    """
     folder = Path(get_cache_folder()).absolute()
     cache = Cache()
     parts = [Path(cache.get_archive_path(handle)), *Path(cache.get_path(handle)).rglob("*")]
     there = sum(part.stat().st_size for part in parts if part.is_file())  # of a fetch that was interrupted
-    needed = max(0, NEEDED_BYTES - there)
+    needed = max(0, 2 * ask_size(handle) - there)
     free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
     if free < needed:
         raise UserError(
@@ -182,6 +263,14 @@ def check_disk_space(handle: DatasetHandle) -> None:
             "the download and for unpacking it; make room, or set KAGGLEHUB_CACHE to a folder on another disk, or give "
             "your own copy with --labels and --images"
         )
+
+
+def ask_size(handle: DatasetHandle) -> int:
+    """Bytes of the data set's newest version as Kaggle gives them; 0 where it gives none."""
+    request = ApiGetDatasetRequest()
+    request.owner_slug, request.dataset_slug = handle.owner, handle.dataset
+    with build_kaggle_client() as client:
+        return handle_call(lambda: client.datasets.dataset_api_client.get_dataset(request), handle).total_bytes or 0
 
 
 def _discard(handle: DatasetHandle, path: str | None) -> None:
@@ -210,7 +299,8 @@ def explain_failures(handle: DatasetHandle, path: str | None = None) -> Iterator
         yield
     except requests.HTTPError as error:
         status = error.response.status_code if error.response is not None else 0
-        raise UserError(f"{what}: {_explain_status(status, error)}; {OWN_COPY}") from None
+        kind = NotOnKaggle if status == 404 else UserError
+        raise kind(f"{what}: {_explain_status(status, error)}; {OWN_COPY}") from None
     except requests.RequestException as error:  # before OSError, which it is one of
         raise UserError(
             f"{what}: no connection to Kaggle, or it broke off ({_name_cause(error)}); check the network and run the "

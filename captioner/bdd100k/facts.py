@@ -50,11 +50,14 @@ CLASSES = {
     "train": ("trains", "train", "trains"),
     "truck": ("trucks", "truck", "trucks"),
 }
+# The same class by two names: det_20's and that of the 2018 release, under which scores count both. A rider is no
+# person: BDD100K labels who sits on a bike or motor as rider alone, so that neither stands in for the other.
+SYNONYMS = {"pedestrian": "person", "bicycle": "bike", "motorcycle": "motor"}
 MAX_COUNT = 9999  # of one kind in one caption
 
 # what Facts may hold together
 _ATTRIBUTES = frozenset([(None, None, None), *itertools.product(TIMES_OF_DAY, WEATHERS, SCENES)])
-AREAS = ("lane", "drivable area")
+AREAS = ("lane", "drivable area")  # all other classes are boxed
 
 
 class ObjectKind(NamedTuple):
@@ -110,6 +113,17 @@ class Facts:
                 raise ValueError(f"class {kind[0]!r} is not one of {', '.join(CLASSES)}")
             if not 1 <= count <= MAX_COUNT:
                 raise ValueError(f"{count} x {kind.phrase!r}: a count is 1 to {MAX_COUNT}")
+
+
+def merge_synonyms(facts: Facts) -> Facts:
+    """The facts with each class under the first of its names, and counts of one kind added up."""
+    if not any(kind.name in SYNONYMS for kind in facts.objects):
+        return facts
+    objects: dict[ObjectKind, int] = {}
+    for kind, count in facts.objects.items():
+        kind = kind._replace(name=SYNONYMS.get(kind.name, kind.name))
+        objects[kind] = objects.get(kind, 0) + count
+    return Facts.of_known(facts.time_of_day, facts.weather, facts.scene, facts.traffic_light, objects)
 
 
 class Frame(NamedTuple):

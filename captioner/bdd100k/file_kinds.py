@@ -49,17 +49,21 @@ _SIGNATURES = [
     (rb"(?s)[\[{(]\s*[\[{(]?\s*'", "it is Python's notation, not JSON", "write it with json.dump"),
     (rb"\s*(#[^\n]*\s+)*(\[\[?[\w.-]+\]\]?\s*(#.*)?\r?\n|[\w.-]+ *= )", "it is TOML or INI text", _CONVERT),
     (rb"%YAML|\s*(#[^\n]*\s+)*(---|(- )?[\w -]+:(\s|\Z))", "it is YAML text", _CONVERT),
-    (rb"[^\n,;\t{}\[\]]+([,;\t][^\n,;\t{}\[\]]*)+\r?\n", "it is a CSV table", _CONVERT),
+    (
+        rb"[^\n,;\t{}\[\]]+([,;\t][^\n,;\t{}\[\]]*)+\r?\n",
+        "it is a CSV table",
+        f"{WANTED}: captions go to --captions, other tables must be converted",
+    ),
 ]
 _SIGNATURES = [(re.compile(pattern), what, remedy) for pattern, what, remedy in _SIGNATURES]
 
 # (keys that an object has, whose format it is)
 _FORMATS = [
-    ({"images", "annotations"}, "COCO's format"),
+    ({"images", "annotations"}, "COCO's format, of which --captions takes captions"),
     ({"annotations", "categories"}, "COCO's format"),
     ({"image_id", "bbox"}, "COCO's results"),
     ({"image_id", "category_id"}, "COCO's results"),
-    ({"image_id", "caption"}, "COCO's captions"),
+    ({"image_id", "caption"}, "COCO's captions, which go to --captions"),
     ({"shapes", "imagePath"}, "LabelMe's format"),
     ({"_via_img_metadata"}, "VIA's format"),
     ({"regions", "filename"}, "VIA's format"),
@@ -70,7 +74,7 @@ _FORMATS = [
     ({"imgHeight", "objects"}, "Cityscapes' format"),
     ({"type", "features"}, "GeoJSON"),
     ({"nbformat"}, "a notebook"),
-    ({"file_name"}, "a metadata file of the hub"),
+    ({"file_name"}, "a metadata file of the hub, whose captions go to --captions"),
     ({"error"}, "a server's message of an error"),
     ({"code", "message"}, "a server's message of an error"),
 ]

@@ -16,6 +16,7 @@ from captioner.bdd100k.facts import (
     LIGHTS,
     MAX_COUNT,
     SCENES,
+    SYNONYMS,
     TIMES_OF_DAY,
     TRAFFIC_LIGHT,
     UNDEFINED,
@@ -32,9 +33,7 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,250}")
 ClassNames = Literal["file", "2018", "det20"]
 # The same class in the 2018 release, in det_20, and in other variants.
 _SYNONYMS = [
-    ("person", "pedestrian"),
-    ("bike", "bicycle"),
-    ("motor", "motorcycle"),
+    *((name, other) for other, name in SYNONYMS.items()),
     ("drivable area", "drivable area", "area/drivable", "area/alternative", "direct", "alternative"),
     ("lane", "lane", "crosswalk", "double other", "double white", "double yellow", "road curb", "single other",
      "single white", "single yellow"),

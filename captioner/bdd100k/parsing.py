@@ -13,11 +13,13 @@ from captioner.bdd100k.facts import (
     LIGHTS,
     MAX_COUNT,
     SCENES,
+    SYNONYMS,
     TIMES_OF_DAY,
     UNDEFINED,
     WEATHERS,
     Facts,
     ObjectKind,
+    merge_synonyms,
 )
 from captioner.bdd100k.wording import OBJECTS_LEAD, SHARES
 
@@ -36,6 +38,17 @@ class Reading:
     repeated: list[str]
     contradicting: list[str]
     cut_off: bool = False
+
+    @property
+    def unfounded(self) -> int:
+        """Sentences that are said and, whatever the labels hold, are not right: unread or contradicting."""
+        return len(self.unread) + len(self.contradicting)
+
+    @property
+    def unfounded_objects(self) -> int:
+        """Those that are taken for objects: all that can't be read, and a second count of objects counted before."""
+        about_objects = [any(isinstance(slot, ObjectKind) for slot in _read_sentence(s)) for s in self.contradicting]
+        return len(self.unread) + sum(about_objects)
 
 
 def parse_caption(text: str) -> Facts:
@@ -140,9 +153,9 @@ def mark_caption(text: str, other: Facts, absent: Literal["invented", "missing"]
     """Cut `text` into pieces that add up to it, each with a verdict on what it states, held against `other` facts.
 
     `absent` is the verdict on what `other` says nothing about: invented for a prediction held against its reference's
-    facts, missing for a reference held against the prediction's.
+    facts, missing for a reference held against the prediction's. Two names of one class are one.
     """
-    pieces, end = [], 0
+    other, pieces, end = merge_synonyms(other), [], 0
     for match in _SENTENCE.finditer(text):
         pieces += [(text[end : match.start()], ""), *_mark_sentence(match[0], other, absent)]
         end = match.end()
@@ -177,7 +190,10 @@ _SURFACES = {  # what an attribute's value looks like in a caption
 
 
 def _find_fact(facts: Facts, slot: str | ObjectKind) -> str | int | None:
-    return getattr(facts, slot) if isinstance(slot, str) else facts.objects.get(slot)
+    """What facts, their synonyms merged, have for a slot."""
+    if isinstance(slot, str):
+        return getattr(facts, slot)
+    return facts.objects.get(slot._replace(name=SYNONYMS.get(slot.name, slot.name)))
 
 
 def _judge(pairs: list[tuple[str | int, str | int | None]], absent: Verdict) -> Verdict:

@@ -1,20 +1,26 @@
 """Examples -> batches with masked labels."""
 
 import functools
+import itertools
+import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import Blip2Processor
 
 from captioner.data.captions import Example
+from captioner.data.examples import tabulate_examples
 from captioner.data.images import open_image
 from captioner.data.splits import TRAINED_ON
 from config import TrainConfig
+
+if TYPE_CHECKING:  # it takes a while to import
+    from datasets import Dataset, DatasetDict
 
 IGNORED = -100  # label of a position that carries no loss
 
@@ -54,36 +60,75 @@ def end_token(model_config) -> int:
 
 
 def tokenize_captions(captions: Sequence[str], processor: Blip2Processor, max_tokens: int, end: int) -> list[list[int]]:
-    """Tokens of each caption and the end token, which comes after any cut so that it is never lost."""
-    tokens = processor.tokenizer(list(captions), add_special_tokens=False)["input_ids"] if captions else []
+    """Tokens of each caption and the end token, which comes after any cut so that it is never lost.
+
+    How many are cut is printed. What looks like a special token, as <image>, is text like any other.
+    """
+    options = {"add_special_tokens": False, "split_special_tokens": True}
+    tokens = processor.tokenizer(list(captions), **options)["input_ids"] if captions else []
+    if cut := sum(len(ids) > max_tokens for ids in tokens):
+        print(f"{cut:,} of {len(tokens):,} captions have more than {max_tokens} tokens and are cut")
     return [[*ids[:max_tokens], end] for ids in tokens]
 
 
-class CaptionDataset(Dataset):
-    """Examples as {"index": place, "pixel_values": (3, S, S), "caption_ids": list of tokens with the end token}.
+class RowReader:
+    """Gives rows of a table of examples as they are trained on: a transform of `datasets`.
 
-    Once `features` holds the ViT's outputs (see vision.py), they stand in for the pixels.
+    {"index": places, "pixel_values": (3, S, S) each, "caption_ids": tokens with the end token}. Once there are
+    `features`, the ViT's outputs (see vision.py), these stand in for the pixels. Of several captions of an image, each
+    epoch has another, in an order that depends on seed and row alone, until all had their turn.
     """
 
-    def __init__(self, examples: Sequence[Example], processor: Blip2Processor, max_tokens: int, end: int):
-        self.examples, self.processor = examples, processor
-        self.caption_ids = tokenize_captions([e.caption for e in examples], processor, max_tokens, end)
+    def __init__(self):
+        self.processor: Blip2Processor | None = None
+        self.caption_ids: list[list[list[int]]] = []  # of each row, of each of its captions
         self.features: Tensor | None = None  # (N, P, D)
+        self.seed, self.epoch = 0, 0
+
+    def __deepcopy__(self, memo) -> "RowReader":
+        return self  # a table with another format has no use for gigabytes of features
 
     @property
     def longest(self) -> int:
         """Tokens of the longest caption, its end token included."""
-        return max(map(len, self.caption_ids))
+        return max(len(ids) for captions in self.caption_ids for ids in captions)
 
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> dict:
+    def __call__(self, rows: dict[str, list]) -> dict[str, list]:
         if self.features is not None:
-            pixels = self.features[index]
+            pixels = [self.features[index] for index in rows["index"]]
         else:
-            pixels = load_pixels(self.examples[index].image, self.processor)
-        return {"index": index, "pixel_values": pixels, "caption_ids": self.caption_ids[index]}
+            pixels = [load_pixels(Path(image), self.processor) for image in rows["image"]]
+        drawn = [self.draw_caption(index) for index in rows["index"]]
+        return {"index": rows["index"], "pixel_values": pixels, "caption_ids": drawn}
+
+    def draw_caption(self, index: int) -> list[int]:
+        """The tokens of the caption that the row has in this epoch."""
+        captions = self.caption_ids[index]
+        if len(captions) == 1:
+            return captions[0]
+        turn, place = divmod(self.epoch, len(captions))
+        return random.Random(f"{self.seed} {index} {turn}").sample(captions, len(captions))[place]
+
+
+def make_dataset(
+    examples: Sequence[Example], processor: Blip2Processor, max_tokens: int, end: int, seed: int = 0
+) -> "Dataset":
+    """The examples as a table whose rows a RowReader gives."""
+    table, reader = tabulate_examples(examples), RowReader()
+    table.set_transform(reader)  # while it is empty: `datasets` computes a hash of all that it holds
+    tokens = iter(tokenize_captions([text for e in examples for text in e.captions], processor, max_tokens, end))
+    reader.caption_ids = [list(itertools.islice(tokens, len(example.captions))) for example in examples]
+    reader.processor, reader.seed = processor, seed
+    return table
+
+
+def get_reader(table: "Dataset") -> RowReader:
+    return table.format["format_kwargs"]["transform"]
+
+
+def list_lengths(table: "Dataset") -> list[int]:
+    """Tokens of each row's longest caption, its end token included."""
+    return [max(map(len, captions)) for captions in get_reader(table).caption_ids]
 
 
 def prefix_ids(model_config) -> list[int]:
@@ -93,7 +138,7 @@ def prefix_ids(model_config) -> list[int]:
 
 
 class CaptionCollator:
-    """Rows of CaptionDataset -> a batch for Blip2ForConditionalGeneration, right-padded to the longest caption."""
+    """Rows of RowReader -> a batch for Blip2ForConditionalGeneration, right-padded to the longest caption."""
 
     def __init__(self, model_config):
         self.prefix = prefix_ids(model_config)
@@ -118,12 +163,18 @@ class CaptionCollator:
 
 def make_datasets(
     config: TrainConfig, splits: dict[str, list[Example]], processor, model_config, outputs: torch.Tensor | None
-) -> dict[str, CaptionDataset]:
-    """What is trained on, with the ViT's `outputs` (N, P, D) of all its images in order, if they are stored."""
-    datasets, start = {}, 0
+) -> "DatasetDict":
+    """All splits as tables, with the ViT's `outputs` (N, P, D) of all images trained on, in order, if they are kept."""
+    from datasets import DatasetDict
+
+    tables, start, training = DatasetDict(), 0, config.training
     for split in TRAINED_ON:
-        dataset = CaptionDataset(splits[split], processor, config.training.max_caption_tokens, end_token(model_config))
+        examples = splits[split]
+        tables[split] = make_dataset(
+            examples, processor, training.max_caption_tokens, end_token(model_config), training.seed
+        )
         if outputs is not None:
-            dataset.features = outputs[start : start + len(dataset)]
-        datasets[split], start = dataset, start + len(dataset)
-    return datasets
+            get_reader(tables[split]).features = outputs[start : start + len(examples)]
+        start += len(examples)
+    tables["test"] = tabulate_examples(splits["test"])
+    return tables

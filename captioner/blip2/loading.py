@@ -1,6 +1,7 @@
 """Loading BLIP-2: from the hub or a folder, in NF4 or 16 bits, with or without a trained adapter."""
 
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -31,15 +32,38 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", F
 
 CPU_PARAMETERS = 3e8  # a larger model is refused on a CPU: a step would take minutes
 BYTES_PER_PARAMETER = {"nf4": 0.57, "half": 2.0}  # of the frozen weights on a GPU; NF4 includes its scales
+ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)")  # as in sm_75, sm_90a, compute_120
 TRAINING_MARGIN = 1.0  # GiB beside the weights, below which not even a micro-batch of 1 fits
 
 
 def pick_device() -> torch.device:
-    """This process's GPU, else the CPU."""
+    """This process's GPU, else the CPU. Raises UserError for a GPU that this torch has no kernels for."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        return torch.device("cuda", torch.cuda.current_device())
+        device = torch.device("cuda", torch.cuda.current_device())
+        check_architecture(device)
+        return device
     return torch.device("cpu")
+
+
+def check_architecture(device: torch.device) -> None:
+    """Raise UserError if torch was not built for the GPU: is_available() is True there all the same.
+
+    Code for sm_XY runs on GPUs of the same X from Y on, code for compute_XY on those and all newer ones (CUDA C++
+    Programming Guide, binary and PTX compatibility).
+    """
+    built, capability = torch.cuda.get_arch_list(), torch.cuda.get_device_capability(device)
+    parsed = [match.groups() for match in map(ARCHITECTURE.match, built) if match]
+    for kind, major, minor in parsed:
+        version = (int(major), int(minor))
+        if version <= capability and (kind == "compute" or version[0] == capability[0]):
+            return
+    if parsed:  # ROCm's names are others
+        raise UserError(
+            f"{torch.cuda.get_device_name(device)} (sm_{capability[0]}{capability[1]}): torch {torch.__version__} has "
+            f"kernels for {', '.join(built)} alone; take another GPU, such as Kaggle's T4 instead of its P100, or "
+            "install a wheel that has them: pip install torch --index-url https://download.pytorch.org/whl/cu126"
+        )
 
 
 def pick_dtype(device: torch.device) -> torch.dtype:

@@ -1,16 +1,16 @@
-"""Labels -> the captions CSV, and the CSV read back."""
+"""Labels -> the captions CSV."""
 
-import csv
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from captioner.bdd100k.frames import NAME, LabelOptions
+from captioner.bdd100k.frames import LabelOptions
 from captioner.bdd100k.label_files import read_labels
 from captioner.bdd100k.label_report import LabelReport
 from captioner.bdd100k.wording import describe
@@ -19,14 +19,22 @@ from captioner.runtime.files import atomic_write
 from config import DEMO_DATA, DEMO_SCENES, PipelineConfig, SourceSettings, TrainConfig
 
 CSV_HEADER = ["name", "raw_caption"]
+# Names of images that are no path below a folder: absolute ones, addresses, .. and control characters.
+LEADS_OUT = re.compile(r"[/~]|[A-Za-z]:|\w+://|(.*/)?\.\.(/|$)|.*[\0-\x1f\x7f]", re.DOTALL)
 
 
 class Example(NamedTuple):
-    """An image and its caption."""
+    """An image and its captions."""
 
-    name: str
+    name: str  # as captions name it: its file, or its path below the folder of images
     image: Path
-    caption: str
+    caption: str  # the first
+    group: str = ""  # what must not be in two splits: a ride
+    more: tuple[str, ...] = ()  # captions
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return (self.caption, *self.more)
 
 
 def write_captions(path: Path, rows: Iterable[tuple[str, str]]) -> int:
@@ -38,25 +46,6 @@ def write_captions(path: Path, rows: Iterable[tuple[str, str]]) -> int:
             file.write(f'{name},"{caption}"\n')  # neither can hold a quote: NAME and the caption grammar see to it
             count += 1
     return count
-
-
-def read_captions(path: Path) -> dict[str, str]:
-    """Read a captions CSV as {name: caption}."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such captions file; write it with python bdd100k_data_pipeline.py --output {path}")
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            reader = csv.reader(file)
-            if (header := next(reader, None)) != CSV_HEADER:
-                raise UserError(f"{path}: its first line must be {','.join(CSV_HEADER)}, not {header}")
-            captions = {}
-            for row in reader:
-                if len(row) != 2 or not NAME.fullmatch(row[0]) or row[0] in captions:
-                    raise UserError(f"{path}, line {reader.line_num}: must be a new image name and a caption")
-                captions[row[0]] = row[1]
-            return captions
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as CSV ({error})") from None
 
 
 def find_labels(config: PipelineConfig | TrainConfig) -> Sequence[Path]:

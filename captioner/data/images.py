@@ -7,8 +7,10 @@ import functools
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+from unicodedata import normalize
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -17,6 +19,9 @@ from captioner.data.captions import Example
 from captioner.runtime.errors import UserError, escape_controls
 from captioner.runtime.files import is_inside
 from config import DEMO_DATA, TrainConfig
+
+if TYPE_CHECKING:  # who opens images does without
+    import pandas as pd
 
 FORMATS = ("JPEG", "PNG")  # decoders that are tried, whatever a file's name is
 MAX_PIXELS = 50_000_000  # of an image; a BDD100K frame has 0.9 million
@@ -35,6 +40,7 @@ MAGIC = {  # how files begin that are often named .jpg
     b"version https://git-lfs": "a Git LFS pointer, fetch the file itself with git lfs pull",
     b"<": "a web page or XML",
 }
+LISTED = 5  # names that a message gives
 DEMO_IMAGES = DEMO_DATA / "images"
 
 
@@ -154,36 +160,86 @@ def tell_once(note: str) -> None:
     print(escape_controls(note))
 
 
-def index_images(folder: Path) -> dict[str, Path]:
-    """{file name: path} of the images below `folder`. The first of equal names in alphabetical order counts."""
+def index_images(folder: Path) -> dict[str, list[Path]]:
+    """{file name: paths} of the images below `folder`."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder with the images with --images, or try --demo")
-    index: dict[str, Path] = {}
+    index: dict[str, list[Path]] = {}
     for path in list_images(folder):
-        index.setdefault(path.name, path)
+        index.setdefault(normalize("NFC", path.name), []).append(path)  # macOS writes é as e and an accent
     return index
 
 
-def match_images(captions: dict[str, str], images: dict[str, Path]) -> list[Example]:
-    """The captions that have an image. Prints how many have none; raises UserError when that is all of them."""
-    examples = [Example(name, images[name], caption) for name, caption in captions.items() if name in images]
-    missing = len(captions) - len(examples)
-    if not examples:
-        name = next(iter(captions), "none")
-        same = next((image for image in images if Path(image).stem == Path(name).stem), None)
-        remedy = "give the folder that belongs to the labels with --images"
+def locate_images(names: Iterable[str], folder: Path) -> dict[str, Path]:
+    """{name: path} of those names that have an image below `folder`.
+
+    Names with folders are paths below it; else the file name counts, at any depth. A name without a suffix of images
+    stands for the file that has one. Raises UserError, which lists them, for names that several files have.
+    """
+    names, index = list(names), index_images(folder)
+    are_paths = any("/" in name for name in names)
+    found: dict[str, Path] = {}
+    twice: dict[str, list[Path]] = {}
+    for name in names:
+        path = folder / normalize("NFC", name)
+        suffixes = ("",) if path.suffix.lower() in IMAGE_SUFFIXES else IMAGE_SUFFIXES
+        paths = [file for suffix in suffixes for file in index.get(path.name + suffix, ())]
+        if are_paths:
+            paths = [file for file in paths if normalize("NFC", str(file.parent)) == normalize("NFC", str(path.parent))]
+        if len(paths) > 1:
+            twice[name] = paths
+        elif paths:
+            found[name] = paths[0]
+    if twice:
+        listed = "\n".join(f"  {name}: {', '.join(map(str, paths))}" for name, paths in list(twice.items())[:LISTED])
+        more = "\n  ..." if len(twice) > LISTED else ""
         raise UserError(
-            f"none of the {len(captions)} captioned frames has an image: {name}, for one, is not among the "
-            f"{len(images)} images; {f'{same} is: give both one suffix' if same else remedy}"
+            f"{folder}: {len(twice):,} names stand for several images each; give the folder that is meant, or name "
+            f"images by their path below it:\n{listed}{more}"
         )
+    return found
+
+
+def match_images(captions: "pd.DataFrame", folder: Path, most_missing: float = 1.0) -> list[Example]:
+    """The images below `folder` that have captions, a table of read_captions, in its order.
+
+    How many captioned images aren't there is printed; raises UserError when that is all of them, or more than the share
+    `most_missing`.
+    """
+    rows = captions.groupby("name", sort=False).agg({"caption": list, "group": "first"})
+    images = locate_images(rows.index, folder)
+    examples = [
+        Example(name, images[name], texts[0], group, tuple(texts[1:]))
+        for name, texts, group in rows.itertuples()
+        if name in images
+    ]
+    missing = [name for name in rows.index if name not in images]
+    if not examples:
+        _explain_no_match(missing, folder)
     if missing:
-        print(f"{missing:,} of {len(captions):,} captioned frames have no image and are left out")
+        told = f"{len(missing):,} of {len(rows):,} captioned images are not in {folder}"
+        if len(missing) > most_missing * len(rows):
+            names = ", ".join(missing[:LISTED])
+            raise UserError(f"{told}, more than {most_missing:.0%}: is it complete? The first: {names}")
+        print(f"{told} and are left out")
     return examples
+
+
+def _explain_no_match(names: Sequence[str], folder: Path) -> NoReturn:
+    images = list_images(folder)
+    same = next((image.name for image in images if image.stem == Path(names[0]).stem), None)
+    raise UserError(
+        f"none of the {len(names)} captioned images is in {folder}: {names[0]}, for one, is not among its "
+        f"{len(images)} images; "
+        + (f"{same} is: give both one suffix" if same else "give the folder that belongs to the captions with --images")
+    )
 
 
 def find_image_folder(config: TrainConfig) -> Path:
     if config.data.images is not None:
         return config.data.images
+    if config.data.captions is not None and config.data.captions.is_dir():
+        return config.data.captions
     if config.source.labels:
         raise UserError("--labels without --images: give the folder with the images too")
     if config.demo:

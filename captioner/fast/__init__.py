@@ -5,5 +5,4 @@ speed_up(config, model) -> Trainer's class, collator, loss   # trainer: in the p
 FastCaptioner(config, count)                                 # captioning: in the place of Captioner
 FastGreedyCaptioner(processor, generation, count)            # captioning: in the place of GreedyCaptioner
 compute_outputs(vision, ..., images, store) -> (N, P, D)     # vision_store: the ViT's outputs, kept
-start(config) -> process                                     # compile_kernels: compiles beside the imports
 """

@@ -13,19 +13,13 @@ from torch.nn.attention import sdpa_kernel
 
 from captioner.blip2.batches import IGNORED
 from captioner.blip2.lora import get_blip2
-from captioner.fast.layers import (
-    ATTENTION,
-    Adapters,
-    Rows,
-    copy_lora,
-    embed_images,
-    gpu_kernels,
-    is_written_out,
-    run_decoder,
-    use_kernels,
-)
+from captioner.fast.adapters import Adapters, copy_lora
+from captioner.fast.kernels.attention import BACKENDS, Rows
+from captioner.fast.kernels.head import softmax_nll
+from captioner.fast.layers import embed_images, is_written_out, run_decoder
 
 CHUNK = 512  # text positions whose logits are in memory at once
+FP16_SCALE = 256.0  # of the head's gradients in fp16, in which the small ones of most tokens would be 0
 
 
 def supports(model) -> bool:
@@ -47,7 +41,7 @@ def sum_nll(model, batch: dict[str, Tensor]) -> Tensor:
     return caption_nll(model, **batch).sum()
 
 
-@sdpa_kernel(ATTENTION)
+@sdpa_kernel(BACKENDS)
 def embed_pixels(model, pixel_values: Tensor, lora: Adapters) -> Tensor:
     """The image tokens (B, Q, H) of images; the frozen ViT runs without gradients."""
     blip = get_blip2(model)
@@ -56,7 +50,7 @@ def embed_pixels(model, pixel_values: Tensor, lora: Adapters) -> Tensor:
     return embed_images(blip, vision, lora)
 
 
-@sdpa_kernel(ATTENTION)
+@sdpa_kernel(BACKENDS)
 def text_nll(
     model, image: Tensor, lora: Adapters, input_ids: Tensor, labels: Tensor, starts: Tensor, longest: int, **_
 ) -> Tensor:
@@ -68,7 +62,8 @@ def text_nll(
     decoder = blip.language_model.model.decoder
     rows, queries = image.shape[:2]
     places = torch.arange(len(input_ids), device=input_ids.device)  # (N,)
-    row = torch.bucketize(places, starts[1:], right=True)  # (N,) that a place is in
+    packed = Rows.of(starts, longest, len(input_ids))
+    row = packed.places // longest  # (N,) that a place is in
     image_places = starts[:rows, None] + places[:queries]  # (B, Q)
     x = decoder.embed_tokens(input_ids)  # (N, H)
     x = x.index_copy(0, image_places.flatten(), image.flatten(0, 1).to(x.dtype))
@@ -77,7 +72,7 @@ def text_nll(
     # all places with a label, filled up with the first, which is an image token's
     size = len(labels) - rows * queries
     predicting = torch.nonzero_static(labels != IGNORED, size=size, fill_value=0)[:, 0]  # (C,)
-    hidden = run_decoder(decoder, x, Rows(starts, longest), lora, predicting)  # (C, H)
+    hidden = run_decoder(decoder, x, packed, lora, predicting)  # (C, H)
     nll = FrozenHeadNLL.apply(hidden, blip.language_model.lm_head.weight, labels[predicting])  # (C,)
     return torch.where(row[predicting] == places[:rows, None], nll, 0).sum(1)
 
@@ -97,29 +92,17 @@ class FrozenHeadNLL(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets):
         nll = hidden.new_empty(len(hidden), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        ctx.scale = FP16_SCALE if hidden.dtype == torch.float16 else 1.0
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
             logits = hidden[part] @ weight.T  # (C, V)
-            nll[part], grad_logits = softmax_nll(logits, targets[part], gradient is not None)
+            nll[part] = softmax_nll(logits, targets[part], IGNORED, 0.0 if gradient is None else ctx.scale)
             if gradient is not None:
-                torch.mm(grad_logits, weight, out=gradient[part])
+                torch.mm(logits, weight, out=gradient[part])
         ctx.save_for_backward(gradient)
         return nll
 
     @staticmethod
     def backward(ctx, grad_nll):
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_nll[:, None].to(gradient.dtype), None, None
-
-
-def softmax_nll(logits: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """(C,) fp32 cross-entropies of logits (C, V), which are overwritten, and the gradient (C, V) of their sum."""
-    if use_kernels(logits):
-        return gpu_kernels.softmax_nll(logits, targets, IGNORED, with_gradient), logits if with_gradient else None
-    kept, target = targets != IGNORED, targets.clamp(min=0)[:, None]  # (C,), (C, 1)
-    log_p = logits.log_softmax(-1, dtype=torch.float32)
-    nll = -log_p.gather(1, target)[:, 0] * kept
-    if not with_gradient:
-        return nll, None
-    p = log_p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
-    return nll, (p * kept[:, None]).to(logits.dtype)
+        return gradient * (grad_nll[:, None] / ctx.scale).to(gradient.dtype), None, None

@@ -9,15 +9,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.nn import functional as F
 
-from captioner.fast.layers import (
-    apply_linears,
-    copy_lora,
-    get_base,
-    group_linears,
-    is_written_out,
-    list_groups,
-    read_weight,
-)
+from captioner.fast.adapters import copy_lora
+from captioner.fast.layers import apply_linears, is_written_out
+from captioner.fast.linears import get_base, group_linears, list_groups, read_weight
 
 
 def is_plain(linear: torch.nn.Module) -> bool:

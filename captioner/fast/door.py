@@ -14,7 +14,6 @@ from captioner.blip2.loading import pick_dtype
 from captioner.blip2.vision import start_reading, take_vision_out
 from captioner.data import reading
 from captioner.data.splits import TRAINED_ON, leave_out_unreadable, list_images
-from captioner.fast import compile_kernels
 from captioner.fast.captioning import FastGreedyCaptioner
 from captioner.fast.speed import has_room_to_unpack, join_weights, unpack_nf4, use_fast_step
 from captioner.fast.trainer import speed_up
@@ -39,7 +38,6 @@ class FastWay(PlainWay):
     def __init__(self, config: TrainConfig, model_config, device: torch.device):
         super().__init__(config)
         self.model_config, self.device = model_config, device
-        self.compiling = compile_kernels.start(config)
         self.store = None
         self.images: list[Path] = []  # whose outputs are computed, those that are trained on first
         self.ahead: Iterator | None = None  # what is made of them while the model is loaded
@@ -89,7 +87,6 @@ class FastWay(PlainWay):
         if unpack == "on" or (unpack == "auto" and not lean and has_room_to_unpack(model, self.device)):
             print(f"NF4 values of {unpack_nf4(model)} layers are unpacked: more memory, fewer computations")
         join_weights(model)
-        compile_kernels.finish(self.compiling)
         return Parts(*speed_up(self.config, model), plain.eval_batch if lean else EVAL_BATCH)
 
     def make_captioner(self, processor, generation, count: int) -> GreedyCaptioner:

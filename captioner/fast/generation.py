@@ -18,7 +18,9 @@ from captioner.blip2.lora import get_blip2
 from captioner.blip2.sampling import pick_tokens
 from captioner.fast.decoder_weights import DecoderWeights
 from captioner.fast.decoding_state import DecodingState
-from captioner.fast.layers import Rows, embed_images, gpu_kernels, use_kernels
+from captioner.fast.kernels import choice as kernel_choice
+from captioner.fast.kernels.attention import attend_one, attend_rows
+from captioner.fast.layers import embed_images
 from captioner.fast.speed import record_graph
 
 BUCKET = 32  # positions by which the part of the cache that is read grows
@@ -48,7 +50,7 @@ class FastGenerator:
         self.step_size = -(-batch_size // 8)  # n is a multiple of it, so that there are few graphs
         embedding = self.decoder.embed_tokens.weight
         self.device, self.dtype = embedding.device, embedding.dtype
-        self.use_kernel = use_kernels(embedding)
+        self.use_kernel = kernel_choice.use_kernels(embedding)
         self.use_graphs = cuda_graphs and self.device.type == "cuda"
         self.weights = DecoderWeights(self.model, copies)
         self.state: DecodingState | None = None
@@ -130,23 +132,17 @@ class FastGenerator:
         (n, length, _), heads = x.shape, self.decoder.config.num_attention_heads
         table = self.decoder.embed_positions
         x = x + F.embedding(positions + table.offset, table.weight)
-        if mask is None:
-            rows = Rows(torch.arange(0, (n + 1) * length, length, device=self.device), length)
         layers = zip(self.decoder.layers, self.weights.layers, cache, strict=True)
         for layer, (qkv, out, fc1, fc2), (keys, values) in layers:
-            joined = qkv(layer.self_attn_layer_norm(x))  # (n, T, 3E)
-            new = joined.view(n, length, 3, heads, -1)
+            new = qkv(layer.self_attn_layer_norm(x)).view(n, length, 3, heads, -1)
             if mask is not None and self.use_kernel:
-                seen = gpu_kernels.attend_one(new[:, 0], keys, values, positions)  # (n, H, D)
+                seen = attend_one(new[:, 0], keys, values, positions)  # (n, H, D)
             else:
                 q, k, v = new.permute(2, 0, 3, 1, 4)  # (n, H, T, D)
                 keys.index_copy_(2, positions, k)
                 values.index_copy_(2, positions, v)
-                if self.use_kernel:
-                    packed = joined.flatten(0, 1).chunk(3, -1)  # as in training, whose kernels are compiled
-                    seen, _ = gpu_kernels.attend(*packed, heads, True, 0.0, self.state.position, 0, rows)
-                elif mask is None:
-                    seen = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+                if mask is None:
+                    seen = attend_rows(*new.unbind(2), is_causal=True)
                 else:
                     mask_of_all = mask.expand(n, heads, 1, -1)
                     seen = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask_of_all).transpose(1, 2)

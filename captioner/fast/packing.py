@@ -11,17 +11,16 @@ from captioner.training.order import LengthSampler, shuffle
 
 T = TypeVar("T")
 
-PACKED_TO, SLOW = 8, 32  # positions of a packed batch are a multiple of the one and not of the other,
-SMALL = 1024  # and up to so many a multiple of twice the one
+PACKED_TO = 32  # positions of a packed batch are an odd multiple of half of it
 LONGEST_TO = 64  # what positions of its longest row are rounded up to
 
 
 class PackedCollator(CaptionCollator):
-    """Rows of CaptionDataset -> a batch for caption_nll: rows behind each other, without padding between them.
+    """Rows of RowReader -> a batch for caption_nll: rows behind each other, without padding between them.
 
     A label is the token to predict at its place, the next one: a caption's last token is predicted, and never read.
-    Padding behind the last row leaves few sizes of batches, for which cuBLAS is fast: multiples of 32 positions take an
-    H100 up to 8 % longer, and odd multiples of 8 up to 3 % where they are few (benchmarks/RESULTS.md).
+    Padding behind the last row leaves few sizes of batches. For most multiples of 32 positions cuBLAS picks kernels
+    that take an H100 up to 8 % longer (benchmarks/RESULTS.md): they are odd multiples of 16.
     """
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor | int]:
@@ -31,9 +30,7 @@ class PackedCollator(CaptionCollator):
             labels += [IGNORED] * (len(self.prefix) - 1) + row["caption_ids"]
             starts.append(len(labels))
         longest = len(self.prefix) - 1 + max(len(row["caption_ids"]) for row in rows)
-        multiple = PACKED_TO * (1 + (len(labels) <= SMALL))
-        padding = -len(labels) % multiple
-        padding += multiple * ((len(labels) + padding) % SLOW == 0)
+        padding = (PACKED_TO // 2 - len(labels)) % PACKED_TO
         return {
             "pixel_values": torch.stack([row["pixel_values"] for row in rows]),  # (B, 3, S, S)
             "input_ids": torch.tensor(input_ids + [self.pad] * padding),  # (N,)
@@ -51,28 +48,8 @@ class PackedSampler(LengthSampler):
 
     def deal(self, rows: list[int], generator: torch.Generator) -> list[list[int]]:
         count = len(rows) // self.batch_size
-        ranges = [rows[first : first + count] for first in range(0, len(rows), count or 1)]
-        return [spread(batch) for batch in self._deal_ranges(ranges, generator)]
-
-    def _deal_ranges(self, ranges: list[list[int]], generator: torch.Generator) -> list[list[int]]:
-        """Batches with one row of each range, sorted by length, whose sums of lengths are about the same.
-
-        The ranges that differ most come first. Every other one is dealt at random; of those between, the longest row
-        goes to the batch with the smallest sum so far.
-        """
-        batches: list[list[int]] = [[] for _ in ranges[0]] if ranges else []
-        widest_first = sorted(ranges, key=lambda part: self.lengths[part[0]] - self.lengths[part[-1]])
-        for place, part in enumerate(widest_first):
-            rows = shuffle(part, generator)
-            if place % 2:
-                batches.sort(key=self._count)
-                rows.sort(key=lambda row: -self.lengths[row])
-            for batch, row in zip(batches, rows, strict=True):
-                batch.append(row)
-        return [sorted(batch, key=lambda row: self.lengths[row]) for batch in batches]
-
-    def _count(self, batch: list[int]) -> int:
-        return sum(self.lengths[row] for row in batch)
+        ranges = [shuffle(rows[first : first + count], generator) for first in range(0, len(rows), count or 1)]
+        return [spread(step) for step in zip(*ranges, strict=True)]
 
 
 def spread(items: Sequence[T]) -> list[T]:

@@ -24,7 +24,6 @@ from datetime import datetime
 from pathlib import Path
 
 import PIL
-import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -35,6 +34,7 @@ from captioner.data.reading import read_ahead
 from captioner.fast.speed import has_room_to_unpack, record_graph, unpack_nf4
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write, measure_free
+from captioner.runtime.machine import pick_store_gib
 from captioner.runtime.processes import count_cores
 
 MAGIC = b"blip2vit"
@@ -88,12 +88,8 @@ def shape_outputs(vision_config) -> tuple[int, int]:
 
 
 def fits_memory(vision_config, dtype: torch.dtype, images: int, limit_gib: float | None, cuda: bool) -> bool:
-    """Whether the outputs of so many images take no more than `limit_gib` GiB of memory.
-
-    None stands for a quarter of the free memory with a GPU and for 0 without.
-    """
-    if limit_gib is None:
-        limit_gib = psutil.virtual_memory().available / 4 / 2**30 if cuda else 0
+    """Whether the outputs of so many images take no more than `limit_gib` GiB of memory; None: see pick_store_gib()."""
+    limit_gib = pick_store_gib(limit_gib, cuda)
     return images * math.prod(shape_outputs(vision_config)) * dtype.itemsize <= limit_gib * 2**30
 
 

@@ -1,17 +1,22 @@
-"""A copy of an adapter on the Hugging Face hub.
+"""A copy of an adapter, or of its captions, on the Hugging Face hub.
 
 push_to_hub(Path("blip2-finetuned"), "name/of-repository")               # a private repository
+push_captions(Path("blip2-finetuned"), "name/of-data-set")               # its captions, without images
 """
 
+import functools
 import json
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 
+from captioner.data.captions import Example
 from captioner.data.run_record import read_run
+from captioner.data.splits import read_split
 from captioner.publishing.merge import check_adapter
 from captioner.publishing.model_card import format_card
 from captioner.publishing.records import ADAPTER, name_base, read_scores, strip_paths
@@ -25,6 +30,8 @@ UPLOADED = (  # what a user of the adapter needs; with the card, run.json and sc
     *("vocab.json", "merges.txt"),
 )
 
+SPLITS_ON_HUB = {"train": "train", "val": "validation", "test": "test"}  # what the hub calls them
+
 
 def push_to_hub(folder: Path, repo: str) -> str:
     """Upload what a user of the adapter needs to the repository `repo`, which is made private if it isn't there.
@@ -34,17 +41,32 @@ def push_to_hub(folder: Path, repo: str) -> str:
     """
     check_adapter(folder)
     format_card(folder, repo)  # complains before anything is created
+    return _upload(
+        f"--push-to-hub {repo}", "model", functools.partial(stage_files, folder), f"adapter is safe in {folder}"
+    )
+
+
+def push_captions(folder: Path, repo: str) -> str:
+    """Upload the captions of the adapter in `folder`, without images, to the data set `repo`, as push_to_hub does."""
+    splits = {name: read_split(folder, split) for split, name in SPLITS_ON_HUB.items()}
+    stage = functools.partial(stage_captions, splits)
+    return _upload(f"--push-captions {repo}", "dataset", stage, f"captions are safe in {folder / 'split.csv'}")
+
+
+def _upload(flag: str, kind: str, stage: Callable[[Path, str], None], kept: str) -> str:
+    """Make the private repository that `flag` names, of that kind, and upload what stage(folder, repository) writes."""
     try:
         if get_token() is None:
             raise PermissionError("not logged in")
         api = HfApi()
-        url = api.create_repo(repo, private=True, exist_ok=True)
+        url = api.create_repo(flag.split()[1], repo_type=kind, private=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as staging:
-            stage_files(folder, Path(staging), url.repo_id)
-            api.upload_folder(repo_id=url.repo_id, folder_path=staging, commit_message="Upload the adapter")
+            stage(Path(staging), url.repo_id)
+            said = f"Upload the {kept.split()[0]}"
+            api.upload_folder(repo_id=url.repo_id, repo_type=kind, folder_path=staging, commit_message=said)
     except Exception as error:  # of the hub, the network, the uploader's threads: they have no common type
         raise UserError(
-            f"--push-to-hub {repo}: can't be uploaded ({describe_failure(error)}). The adapter is safe in {folder}. "
+            f"{flag}: can't be uploaded ({describe_failure(error)}). The {kept}. "
             "Log in with hf auth login and a token that may write there, check the name and the connection, then "
             "upload it with the same command and --resume"
         ) from None
@@ -73,3 +95,26 @@ def stage_files(folder: Path, staging: Path, repo: str) -> None:
         if record is not None:
             (staging / name).write_text(json.dumps(record, indent=1), encoding="utf-8")
     (staging / "README.md").write_text(format_card(folder, repo), encoding="utf-8")
+
+
+def stage_captions(splits: dict[str, list[Example]], staging: Path, repo: str) -> None:
+    """Write a CSV for each split to the folder `staging`, and a card by which load_dataset() finds them."""
+    import pandas as pd  # here: it takes a while, and most runs don't upload captions
+
+    for name, examples in splits.items():
+        rows = [(e.name, caption, e.group) for e in examples for caption in e.captions]
+        pd.DataFrame(rows, columns=["name", "caption", "group"]).to_csv(staging / f"{name}.csv", index=False)
+    files = "".join(f"  - split: {name}\n    path: {name}.csv\n" for name in splits)
+    images = sum(map(len, splits.values()))
+    card = f"""---
+task_categories:
+- image-to-text
+configs:
+- config_name: default
+  data_files:
+{files}---
+# {repo.rpartition("/")[2]}
+
+Captions of {images:,} images, which are not part of it: `name` is an image's file, `group` what is in one split alone.
+"""
+    (staging / "README.md").write_text(card, encoding="utf-8")

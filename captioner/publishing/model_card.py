@@ -18,21 +18,11 @@ from captioner.data.run_record import read_run
 from captioner.publishing.records import PATH_FIELDS, name_base, read_scores, strip_paths
 from captioner.runtime.files import atomic_write
 from captioner.runtime.settings import name_fields
-from captioner.scoring.scores import HEADLINES
+from captioner.scoring.headlines import HEADLINES
+from captioner.scoring.scores import RANKED_BY
 from config import TrainConfig
 
 TEMPLATE = Path(__file__).with_suffix(".md")
-SCORE_NAMES = {  # of HEADLINES: in words, and the hub's name of the metric
-    "facts_f1": ("all facts, F1", "f1"),
-    "time_of_day": ("time of day, accuracy", "accuracy"),
-    "weather": ("weather, accuracy", "accuracy"),
-    "scene": ("scene, accuracy", "accuracy"),
-    "traffic_light": ("traffic light, accuracy", "accuracy"),
-    "objects_f1": ("objects (kind and count), F1", "f1"),
-    "whole_caption": ("whole captions, accuracy", "accuracy"),
-    "BLEU-4": ("BLEU-4", "bleu"),
-    "CIDEr-D": ("CIDEr-D", "cider"),
-}
 CLASS_SCORES = {  # columns of the table of object classes
     "presence_f1": "named or not, F1",
     "exact": "exact count",
@@ -87,14 +77,15 @@ def format_card(folder: Path, adapter: str) -> str:
 def tell_scores(run: dict, scores: dict) -> dict:
     """What the template says of scores."""
     invented = scores["scores"].get("hallucination", {}).get("CHAIRs")
-    stating = [item for item in scores.get("slices", []) if item["scores"]["facts_f1"]["value"] is not None]
+    stating = [item for item in scores.get("slices", []) if item["scores"][RANKED_BY]["value"] is not None]
     classes = scores["scores"].get("classes", {})
     rows = [[name, *(format_figure(groups.get(key)) for key in CLASS_SCORES)] for name, groups in classes.items()]
     return {
         "how": describe_scoring(run, scores),
         "results": list_figures(scores),
         "invented": format_figure(invented) if invented and invented["value"] is not None else None,
-        "worst": [item | {"figure": format_figure(item["scores"]["facts_f1"])} for item in stating[:WORST_SLICES]],
+        "worst": [item | {"figure": format_figure(item["scores"][RANKED_BY])} for item in stating[:WORST_SLICES]],
+        "slices": len(stating),
         "classes": make_table(["class", *CLASS_SCORES.values()], rows),
     }
 
@@ -103,9 +94,8 @@ def list_figures(scores: dict) -> str:
     """A table of headline scores with intervals, floors on the same images beside them."""
     sets = {"this model": scores["scores"], **{f"floor: {name}": groups for name, groups in scores["floors"].items()}}
     rows = []
-    for name, group in HEADLINES.items():
-        title = SCORE_NAMES.get(name, (name, name))[0]
-        rows.append([title, *(format_figure(groups.get(group, {}).get(name)) for groups in sets.values())])
+    for name, headline in HEADLINES.items():
+        rows.append([headline.words, *(format_figure(headline.find(groups, name)) for groups in sets.values())])
     return make_table(["", *sets], rows)
 
 
@@ -129,18 +119,17 @@ def list_results(run: dict, scores: dict) -> list[EvalResult]:
     """The headline scores for the hub's model index; a score without a value is left out."""
     demo = run["config"].get("demo")
     results = []
-    for name, group in HEADLINES.items():
-        figure = scores["scores"].get(group, {}).get(name)
+    for name, headline in HEADLINES.items():
+        figure = headline.find(scores["scores"], name)
         if figure and figure["value"] is not None:
-            title, metric = SCORE_NAMES.get(name, (name, name.lower()))
             results.append(
                 EvalResult(
                     task_type="image-to-text",
                     dataset_type="drawn-scenes" if demo else "bdd100k",
                     dataset_name="drawn scenes" if demo else "BDD100K",
                     dataset_split=scores.get("config", {}).get("split"),
-                    metric_type=metric,
-                    metric_name=title,
+                    metric_type=headline.metric,
+                    metric_name=headline.words,
                     metric_value=figure["value"],
                 )
             )

@@ -1,6 +1,6 @@
 """What is made of a saved adapter: its model card; the merged model and the copy on the hub, where asked for."""
 
-from captioner.publishing.hub import push_to_hub
+from captioner.publishing.hub import push_captions, push_to_hub
 from captioner.publishing.merge import merge_adapter
 from captioner.publishing.model_card import write_model_card
 from captioner.runtime.errors import go_on_without
@@ -18,3 +18,5 @@ def publish(config: TrainConfig) -> None:
         print(f"merged model saved to {merged}")
     if config.run.push_to_hub:
         print(f"uploaded to {push_to_hub(output, config.run.push_to_hub)}")
+    if config.run.push_captions:
+        print(f"captions uploaded to {push_captions(output, config.run.push_captions)}")

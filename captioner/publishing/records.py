@@ -23,7 +23,13 @@ def read_scores(folder: Path) -> dict | None:
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'scores.json'}: its config is no JSON object; write it again with python eval.py")
     foreign = config.get("base") or config.get("blank") or config.get("predictions")
-    return None if foreign or scores.get("schema") != SCHEMA_VERSION else scores
+    if scores.get("schema") != SCHEMA_VERSION:
+        print(
+            f"note: {folder / 'scores.json'}: not read: it is of form {scores.get('schema')}, and this program writes "
+            f"{SCHEMA_VERSION}; score anew with python eval.py --adapter {folder}"
+        )
+        return None
+    return None if foreign else scores
 
 
 def strip_paths(record: dict) -> dict:

@@ -1,8 +1,9 @@
-"""Predictions -> scores -> report. No torch.
+"""Predictions -> scores -> report. No torch. What each score is: docs/scores.md.
 
 read_predictions(path, references) -> predictions, Counter of those left out
-write_predictions(path, predictions)
-score_predictions(predictions, signature, facts) -> scores.json's content
-compare_predictions(one, other) -> comparison
+find_origin(adapter, predictions) -> the training run behind predictions
+read_facts(predictions, labels, origin, flags) -> predictions, facts, Counter of those left out
+score_predictions(predictions, signature, facts, training, of_bdd100k) -> scores.json's content
+compare_predictions(files, other_files) -> comparison.json's content
 write_report(path, title, rows, images, scores) -> bytes
 """

@@ -2,17 +2,28 @@
 
     metrics = measure_facts([read_caption("There is one car.")], [Facts(objects={ObjectKind("car"): 1})])
 
-Statistics of each caption, so that bootstrap and slices work as for text (see text_metrics.Metric). Shapes: N captions,
-K statistics, L labels.
+Statistics of each caption, so that bootstrap and slices work as for text (see bootstrap.Metric). A sentence that can't
+be read or that contradicts an earlier one counts as said and wrong. Shapes: N captions, K statistics, L labels.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
-from captioner.bdd100k.facts import CLASSES, LIGHTS, SCENES, TIMES_OF_DAY, WEATHERS, Facts
+from captioner.bdd100k.facts import (
+    AREAS,
+    CLASSES,
+    LIGHTS,
+    SCENES,
+    TIMES_OF_DAY,
+    WEATHERS,
+    Facts,
+    merge_synonyms,
+)
 from captioner.bdd100k.parsing import Reading
-from captioner.scoring.text_metrics import Metric, divide, measure_mean
+from captioner.scoring.bootstrap import Metric
+from captioner.scoring.text_metrics import divide, measure_mean
 
 ATTRIBUTES = {"time_of_day": TIMES_OF_DAY, "weather": WEATHERS, "scene": tuple(SCENES)}
 NOT_SAID = "not said"  # the label of a prediction that gives no value
@@ -21,13 +32,18 @@ LOOKS = ("", "occluded_", "truncated_")  # which objects of a class are counted:
 
 
 def measure_facts(predictions: Sequence[Reading], references: Sequence[Facts]) -> dict[str, Metric]:
-    """{group: Metric} of all that is scored on facts. "classes: car" and so on are groups too."""
+    """{group: Metric} of all that is scored on facts. "classes: car" and so on are groups too.
+
+    Two names of one class, such as pedestrian and person, are one class.
+    """
+    predictions = [dataclasses.replace(reading, facts=merge_synonyms(reading.facts)) for reading in predictions]
+    references = [merge_synonyms(facts) for facts in references]
     said = [reading.facts for reading in predictions]
-    groups = {"facts": measure_shares(said, references)}
+    groups = {"facts": measure_shares(predictions, references)}
     for name in (*ATTRIBUTES, "traffic_light"):
-        labels, confusion = count_confusion(said, references, name)
-        groups[name] = measure_confusion(labels, confusion, each=name == "traffic_light")
-    groups["hallucination"] = measure_hallucination(said, references)
+        labels, pairs = pair_labels(said, references, name)
+        groups[name] = measure_confusion(labels, pairs, each=name == "traffic_light")
+    groups["hallucination"] = measure_hallucination(predictions, references)
     groups["form"] = measure_form(predictions)
     stated = np.array([facts != Facts() for facts in references])  # a reference without any fact is not scored
     got, there = count_classes(said) * stated[:, None, None], count_classes(references)
@@ -47,40 +63,59 @@ def list_statements(facts: Facts) -> set[tuple]:
 
 
 SHARES = (
-    *("facts_precision", "facts_recall", "facts_f1", "time_of_day", "weather", "scene", "traffic_light"),
-    *("objects_precision", "objects_recall", "objects_f1", "whole_caption"),
+    *("facts_precision", "facts_recall", "facts_f1", "facts_precision_read"),
+    *("time_of_day", "weather", "scene", "traffic_light", "whole_caption"),
+    *("objects_precision", "objects_recall", "objects_f1", "boxed_precision", "boxed_recall", "boxed_f1"),
 )
 
 
-def measure_shares(said: Sequence[Facts], references: Sequence[Facts]) -> Metric:
+def count_right(reading: Reading, reference: Facts) -> tuple[int, int, int]:
+    """What a caption says right, all that it says, and all that there is to say, in statements."""
+    mine, theirs = (list_statements(merge_synonyms(facts)) for facts in (reading.facts, reference))
+    return len(mine & theirs), len(mine) + reading.unfounded, len(theirs)
+
+
+def measure_shares(predictions: Sequence[Reading], references: Sequence[Facts]) -> Metric:
     """Shares, 0 to 1, of facts that are right.
 
-    Precision, recall and F1 of all statements, and of the object sentences (right when kind and count both are), pooled
-    over all captions; accuracy of the attributes and of the traffic light's status ("none" included), and of whole
-    captions. An attribute counts where the reference states it, the light where the reference states anything: a
-    reference without any fact is not scored.
+    Precision, recall and F1, pooled over all captions: of all statements (facts_), of the object sentences (objects_,
+    right when kind and count both are) and of those without lanes and drivable areas (boxed_). What can't be read or
+    contradicts counts as said, but not in facts_precision_read. Accuracy of the attributes and of the traffic light's
+    status ("none" included), and of whole captions, which say every fact right and nothing else. An attribute counts
+    where the reference states it, the light where the reference states anything: a reference without any fact is not
+    scored.
     """
-    statistics = np.zeros((len(said), 16))
-    for row, (p, r) in enumerate(zip(said, references, strict=True)):
+    statistics = np.zeros((len(predictions), 20))
+    for row, (reading, r) in enumerate(zip(predictions, references, strict=True)):
         if r == Facts():
             continue
-        mine, theirs = list_statements(p), list_statements(r)
-        statistics[row, :3] = len(mine & theirs), len(mine), len(theirs)
+        p, extra = reading.facts, reading.unfounded_objects
+        statistics[row, :3] = count_right(reading, r)
+        statistics[row, 3] = reading.unfounded
         for place, name in enumerate(ATTRIBUTES):
             value = getattr(r, name)
-            statistics[row, 3 + 2 * place : 5 + 2 * place] = getattr(p, name) == value, value is not None
-        statistics[row, 9:11] = p.traffic_light == r.traffic_light and p != Facts(), 1
-        statistics[row, 11:14] = len(p.objects.items() & r.objects.items()), len(p.objects), len(r.objects)
-        statistics[row, 14:16] = p == r, 1
-    statistics[:, 3:9:2] *= statistics[:, 4:9:2]  # unstated in both is no hit
-    return Metric(SHARES, statistics, _score_shares)
+            statistics[row, 4 + 2 * place : 6 + 2 * place] = getattr(p, name) == value, value is not None
+        statistics[row, 10:12] = p.traffic_light == r.traffic_light and p != Facts(), 1
+        statistics[row, 12:14] = p == r and not reading.unfounded, 1
+        right = p.objects.items() & r.objects.items()
+        statistics[row, 14:17] = len(right), len(p.objects) + extra, len(r.objects)
+        boxed = [sum(kind.name not in AREAS for kind in kinds) for kinds in (dict(right), p.objects, r.objects)]
+        statistics[row, 17:20] = boxed[0], boxed[1] + extra, boxed[2]
+    statistics[:, 4:10:2] *= statistics[:, 5:10:2]  # unstated in both is no hit
+    return Metric(SHARES, statistics, _score_shares, _count_shares)
 
 
 def _score_shares(sums: np.ndarray) -> np.ndarray:
-    facts = _score_sets(sums[..., 0], sums[..., 1], sums[..., 2])
-    objects = _score_sets(sums[..., 11], sums[..., 12], sums[..., 13])
-    accuracies = [divide(sums[..., at], sums[..., at + 1]) for at in (3, 5, 7, 9)]
-    return np.stack([*facts, *accuracies, *objects, divide(sums[..., 14], sums[..., 15])], axis=-1)
+    facts, objects, boxed = (_score_sets(*np.moveaxis(sums[..., at : at + 3], -1, 0)) for at in (0, 14, 17))
+    read, _, _ = _score_sets(sums[..., 0], sums[..., 1] - sums[..., 3], sums[..., 2])
+    accuracies = [divide(sums[..., at], sums[..., at + 1]) for at in (4, 6, 8, 10, 12)]
+    return np.stack([*facts, read, *accuracies, *objects, *boxed], axis=-1)
+
+
+def _count_shares(sums: np.ndarray) -> np.ndarray:
+    facts, objects, boxed = (_count_sets(*np.moveaxis(sums[..., at : at + 3], -1, 0)) for at in (0, 14, 17))
+    accuracies = [sums[..., at + 1] for at in (4, 6, 8, 10, 12)]
+    return np.stack([*facts, sums[..., 1] - sums[..., 3], *accuracies, *objects, *boxed], axis=-1)
 
 
 def _score_sets(right, said, there) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -90,14 +125,19 @@ def _score_sets(right, said, there) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return precision, divide(right, there), divide(2 * right, said + there) + undefined
 
 
+def _count_sets(right, said, there) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What precision, recall and F1 are shares of: things said, things there, and the mean of the two."""
+    return said, there, (said + there) / 2
+
+
 # --------------------------------------------------------------------------------------------------------------
 # attributes and traffic light
 
 
-def count_confusion(said: Sequence[Facts], references: Sequence[Facts], name: str) -> tuple[list[str], np.ndarray]:
-    """Labels that occur, and (N, L, L) with a 1 at the reference's label (row) and the prediction's (column).
+def pair_labels(said: Sequence[Facts], references: Sequence[Facts], name: str) -> tuple[list[str], np.ndarray]:
+    """Labels that occur, and (N, 2) the places among them of the reference's label and the prediction's.
 
-    All zeros for a caption whose reference does not state the attribute.
+    -1 twice for a caption whose reference does not state the attribute.
     """
     table = (*LIGHTS, NO_LIGHT) if name == "traffic_light" else ATTRIBUTES[name]
     pairs = []
@@ -109,33 +149,48 @@ def count_confusion(said: Sequence[Facts], references: Sequence[Facts], name: st
         pairs.append((expected, got or NOT_SAID))
     seen = {label for pair in pairs if pair[0] is not None for label in pair}
     labels = [label for label in (*table, NOT_SAID) if label in seen]
-    confusion = np.zeros((len(pairs), len(labels), len(labels)))
-    for row, (expected, got) in enumerate(pairs):
-        if expected is not None:
-            confusion[row, labels.index(expected), labels.index(got)] = 1
-    return labels, confusion
+    places = {label: place for place, label in enumerate(labels)}
+    nowhere = (-1, -1)
+    rows = [(places[there], places[got]) if there is not None else nowhere for there, got in pairs]
+    return labels, np.array(rows).reshape(-1, 2)
 
 
-def measure_confusion(labels: list[str], confusion: np.ndarray, each: bool) -> Metric:
-    """Accuracy and macro-F1, the mean F1 of the labels that references have; precision, recall and F1 of `each` too."""
+def count_confusion(labels: list[str], pairs: np.ndarray) -> np.ndarray:
+    """(L, L) captions, by the reference's label (row) and the prediction's (column)."""
+    there, got = pairs[pairs[:, 0] >= 0].T
+    return np.bincount(there * len(labels) + got, minlength=len(labels) ** 2).reshape(len(labels), len(labels))
+
+
+def measure_confusion(labels: list[str], pairs: np.ndarray, each: bool) -> Metric:
+    """Accuracy and macro-F1, the mean F1 of the labels that references have; precision, recall and F1 of `each` too.
+
+    The mean is over the same labels in every resample: one that a resample lacks has F1 0 there.
+    """
     values = [label for label in labels if label != NOT_SAID]
     kinds = ("precision", "recall", "f1")
     names = [f"{label}_{kind}" for label in values for kind in kinds] if each else []
+    is_label = pairs[:, :, None] == np.arange(len(labels))  # (N, 2, L)
+    there, got = is_label[:, 0], is_label[:, 1]
+    in_references = there.any(axis=0)
 
     def score(sums: np.ndarray) -> np.ndarray:
-        table = sums.reshape(*sums.shape[:-1], len(labels), len(labels))
-        right = np.diagonal(table, axis1=-2, axis2=-1)
-        there, got = table.sum(axis=-1), table.sum(axis=-2)
-        accuracy = divide(right.sum(axis=-1), there.sum(axis=-1))
-        f1 = np.where(there > 0, divide(2 * right, there + got), 0)
-        macro = divide(f1.sum(axis=-1), (there > 0).sum(axis=-1))
-        scores = [accuracy, macro]
+        right, got, there = np.split(sums, 3, axis=-1)
+        f1 = np.where(right > 0, divide(2 * right, there + got), 0)[..., in_references]
+        scores = [divide(right.sum(axis=-1), there.sum(axis=-1)), divide(f1.sum(axis=-1), in_references.sum())]
         if each:
             for place in range(len(values)):
                 scores += _score_sets(right[..., place], got[..., place], there[..., place])
         return np.stack(scores, axis=-1)
 
-    return Metric(("accuracy", "macro_f1", *names), confusion.reshape(len(confusion), -1), score)
+    def trials(sums: np.ndarray) -> np.ndarray:
+        right, got, there = np.split(sums, 3, axis=-1)
+        counts = [there.sum(axis=-1), np.full(sums.shape[:-1], np.nan)]
+        if each:
+            for place in range(len(values)):
+                counts += _count_sets(right[..., place], got[..., place], there[..., place])
+        return np.stack(counts, axis=-1)
+
+    return Metric(("accuracy", "macro_f1", *names), np.hstack([there & got, got, there]), score, trials)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -172,27 +227,48 @@ def measure_class(said: np.ndarray, labelled: np.ndarray) -> Metric:
             scores += [divide(sums[..., at + figure], sums[..., at]) for figure in range(1, 5)]
         return np.stack(scores, axis=-1)
 
-    return Metric(tuple(names), np.stack(columns, axis=-1).astype(float), score)
+    def trials(sums: np.ndarray) -> np.ndarray:
+        counts, no_share = list(_count_sets(*np.moveaxis(sums[..., :3], -1, 0))), np.full(sums.shape[:-1], np.nan)
+        for at in range(3, 3 + 5 * len(LOOKS), 5):
+            counts += [sums[..., at], sums[..., at], no_share, no_share]
+        return np.stack(counts, axis=-1)
+
+    return Metric(tuple(names), np.stack(columns, axis=-1).astype(np.float32), score, trials)
 
 
-def measure_hallucination(said: Sequence[Facts], references: Sequence[Facts]) -> Metric:
-    """CHAIR (Rohrbach et al. 2018) over object classes: what is named though the labels have none of its class.
+CHAIR = ("CHAIRs", "CHAIRi")
 
-    CHAIRs: captions with such an object sentence, of all captions. CHAIRi: such sentences, of all object sentences.
-    The traffic light is scored by its status instead.
+
+def measure_hallucination(predictions: Sequence[Reading], references: Sequence[Facts]) -> Metric:
+    """CHAIR (Rohrbach et al. 2018): object sentences that are invented.
+
+    An object sentence is invented if its class is not in the labels, if it can't be read, or if it counts anew what was
+    counted before. CHAIRs: captions with such a sentence, of all captions. CHAIRi: such sentences, of all object
+    sentences. _boxed: without lanes and drivable areas, which are in nearly each image. _read: only sentences that
+    could be read and contradict nothing. The traffic light is scored by its status instead.
     """
-    statistics = np.zeros((len(said), 4))
-    for row, (p, r) in enumerate(zip(said, references, strict=True)):
+    statistics = np.zeros((len(predictions), 10))
+    for row, (reading, r) in enumerate(zip(predictions, references, strict=True)):
         if r == Facts():
             continue
         there = {kind.name for kind in r.objects}
-        invented = sum(kind.name not in there for kind in p.objects)
-        statistics[row] = invented > 0, 1, invented, len(p.objects)
-    return Metric(
-        ("CHAIRs", "CHAIRi"),
-        statistics,
-        lambda sums: np.stack([divide(sums[..., 0], sums[..., 1]), divide(sums[..., 2], sums[..., 3])], axis=-1),
-    )
+        named = [kind.name for kind in reading.facts.objects]
+        boxed, extra = [name for name in named if name not in AREAS], reading.unfounded_objects
+        invented, invented_boxed = (sum(name not in there for name in names) for names in (named, boxed))
+        sets = ((invented + extra, len(named) + extra), (invented_boxed + extra, len(boxed) + extra))
+        statistics[row, 0] = 1
+        for place, (wrong, said) in enumerate((*sets, (invented, len(named)))):
+            statistics[row, 1 + 3 * place : 4 + 3 * place] = wrong > 0, wrong, said
+
+    def score(sums: np.ndarray) -> np.ndarray:
+        return np.stack([divide(sums[..., at], sums[..., of]) for at, of in pairs], axis=-1)
+
+    def trials(sums: np.ndarray) -> np.ndarray:
+        return np.stack([sums[..., of] for _, of in pairs], axis=-1)
+
+    pairs = [(at, of) for place in range(3) for at, of in ((1 + 3 * place, 0), (2 + 3 * place, 3 + 3 * place))]
+    names = tuple(name + end for end in ("", "_boxed", "_read") for name in CHAIR)
+    return Metric(names, statistics, score, trials)
 
 
 def measure_form(readings: Sequence[Reading]) -> Metric:
@@ -202,4 +278,6 @@ def measure_form(readings: Sequence[Reading]) -> Metric:
         (bool(r.unread), bool(r.repeated), bool(r.contradicting), r.cut_off, r == Reading(Facts(), [], [], [], False))
         for r in readings
     ]
-    return measure_mean(("unread", "repeated", "contradicting", "cut_off", "empty"), np.array(rows, dtype=float))
+    return measure_mean(
+        ("unread", "repeated", "contradicting", "cut_off", "empty"), np.array(rows, dtype=float), are_shares=True
+    )

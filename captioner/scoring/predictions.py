@@ -1,8 +1,9 @@
 """Predictions files: captions by image name, from any model, with the references that they are scored against.
 
 JSON lines, {"name": ..., "prediction": ..., "references": [...]} each, or a JSON array of such rows, or CSV with the
-columns name, prediction and any number of columns whose title begins with "reference". COCO's results and captions
-files are read too. References may also come from a file of their own.
+columns name, prediction and any number of columns whose title begins with "reference". A "ride" says which images are
+frames of one ride, if their names don't. COCO's results and captions files are read too. References may also come from
+a file of their own.
 """
 
 import ast
@@ -18,6 +19,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from captioner.data.captions import CSV_HEADER
+from captioner.data.splits import FRAME_NAME, ride_of
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write
 
@@ -34,6 +36,7 @@ class Prediction(NamedTuple):
     prediction: str
     references: list[str]
     floors: Mapping[str, str] = MappingProxyType({})  # captions of the same image to beat, by their origin
+    ride: str | None = None  # which it is a frame of; None: as its name says
 
 
 class References(dict[str, list[str]]):
@@ -51,10 +54,19 @@ def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
 
 
 def format_prediction(prediction: Prediction) -> str:
-    row = prediction._asdict()
-    if not prediction.floors:
-        del row["floors"]
+    row = {name: value for name, value in prediction._asdict().items() if value or name not in ("floors", "ride")}
     return json.dumps(row) + "\n"  # in ASCII: whatever is in the text, the file is valid UTF-8
+
+
+def is_frame_name(name: str) -> bool:
+    """Whether a name is one of BDD100K's, whose first half is the ride."""
+    return FRAME_NAME.fullmatch(Path(name).name) is not None
+
+
+def find_ride(prediction: Prediction) -> str:
+    """The ride that a prediction's image is a frame of; where nothing tells it, one of its own."""
+    name = prediction.name
+    return prediction.ride or (ride_of(name) if is_frame_name(name) else name)
 
 
 def read_predictions(path: Path, references: dict[str, list[str]] | None = None) -> tuple[list[Prediction], Counter]:
@@ -64,7 +76,7 @@ def read_predictions(path: Path, references: dict[str, list[str]] | None = None)
     or whose name came before, and when nothing is left.
     """
     rows: dict[str, Prediction] = {}
-    for place, row in _read_rows(path, {}):
+    for place, row in _read_captions(path, {}):
         if row.prediction is None:
             raise UserError(f"{path}: has no column prediction; a captions CSV is given with --references")
         if isinstance(row.name, int):
@@ -94,13 +106,57 @@ def read_predictions(path: Path, references: dict[str, list[str]] | None = None)
 def read_references(path: Path) -> References:
     """{name: references} of a captions CSV (name,raw_caption), a predictions file, or a captions file of COCO."""
     references = References()
-    for place, row in _read_rows(path, references.names):
+    for place, row in _read_captions(path, references.names):
         if row.references:
             if row.name in references:
                 raise UserError(f"{place}: {str(row.name)[:80]} came before")
             references[row.name] = row.references
     if not references:
         raise UserError(f"{path}: no references in it")
+    return references
+
+
+def _read_captions(path: Path, names: dict[int, str]) -> list[tuple[str, Prediction]]:
+    """The rows of a file, and of their references those that are captions.
+
+    Lists of captions that pandas or a JSON writer has turned into text are unpacked. Raises UserError where most rows
+    have another value that was written as text, or one has where most have lists: it would be scored as if it were a
+    caption. A few such texts among captions are captions, in brackets or quotes, or stand for a missing one.
+    """
+    rows = list(_read_rows(path, names))
+    lists, odd = 0, []
+    for place, row in rows:
+        for text in row.references:
+            value = _parse_literal(text)
+            lists += _is_list(value)
+            if value is not None and not _is_list(value):
+                odd.append((place, text))
+    if odd and 2 * max(lists, len(odd)) > len(rows):
+        place, text = odd[0]
+        raise UserError(
+            f"{place}: the references column holds {text[:80]!r}, a value written as text, no caption: give each "
+            "reference as it is, in a column of its own (reference, reference2 ...), or write JSON lines with "
+            '"references": [TEXT, ...]'
+        )
+    if lists or odd:
+        rows = [(place, row._replace(references=_unpack_references(row.references))) for place, row in rows]
+    return rows
+
+
+def _is_list(value) -> bool:
+    """Whether what _parse_literal found is a list of captions."""
+    return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+
+
+def _unpack_references(texts: Sequence[str]) -> list[str]:
+    """The captions in `texts`, some of which may be lists written as text, and some words for a missing one."""
+    references = []
+    for text in texts:
+        value = _parse_literal(text)
+        if _is_list(value):
+            references += filter(str.strip, value)
+        elif text.strip().lower() not in NO_TEXTS:
+            references.append(text)
     return references
 
 
@@ -160,17 +216,17 @@ def _make_prediction(row, place: str) -> Prediction:
         if from_coco:
             row = {"name": row["image_id"], "prediction": row["caption"]}
         references = [row[key] for key in row if REFERENCE.fullmatch(key)]
-        prediction = Prediction(row["name"], row["prediction"], [], row.get("floors", {}))
+        prediction = Prediction(row["name"], row["prediction"], [], row.get("floors", {}), row.get("ride"))
         floors = [*prediction.floors.values()]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{place}: {WANTED} ({str(error)[:200]})") from None
     for value in references:
         prediction.references.extend(value if isinstance(value, list) else [value])
-    texts = [prediction.prediction, *prediction.references, *floors]
+    texts = [prediction.prediction, *prediction.references, *floors, prediction.ride or ""]
     named = type(prediction.name) is str or (from_coco and type(prediction.name) is int)
     if not named or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{place}: {WANTED}")
-    return prediction._replace(references=_unpack_references(prediction.references, place))
+    return prediction._replace(references=list(filter(str.strip, prediction.references)))
 
 
 def _read_coco_captions(document: dict, path: Path, names: dict[int, str]) -> Iterator[tuple[str, Prediction]]:
@@ -188,7 +244,7 @@ def _read_coco_captions(document: dict, path: Path, names: dict[int, str]) -> It
             f"them and a caption ({error!r})"
         ) from None
     for name, texts in references.items():
-        yield str(path), Prediction(name, None, _unpack_references(texts, f"{path}, {name[:80]}"))
+        yield f"{path}, {name[:80]}", Prediction(name, None, list(filter(str.strip, texts)))
 
 
 def _name_image(number: int, names: Mapping[int, str], place: str) -> str:
@@ -199,27 +255,6 @@ def _name_image(number: int, names: Mapping[int, str], place: str) -> str:
             'image_id with --references, or write lines of {"name": FILE NAME, "prediction": TEXT}'
         )
     return names.get(number, str(number))
-
-
-def _unpack_references(texts: Sequence[str], place: str) -> list[str]:
-    """The references in `texts`, some of which may be lists that pandas or a JSON writer has turned into text.
-
-    Raises UserError for what is no text and no such list either: it would be scored as if it were a caption.
-    """
-    references = []
-    for text in filter(str.strip, texts):
-        value = _parse_literal(text)
-        if value is None:
-            references.append(text)
-        elif isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-            references += filter(str.strip, value)
-        else:
-            raise UserError(
-                f"{place}: the references column holds {text[:80]!r}, a value written as text, no caption: give each "
-                "reference as it is, in a column of its own (reference, reference2 ...), or write JSON lines with "
-                '"references": [TEXT, ...]'
-            )
-    return references
 
 
 def _parse_literal(text: str):
@@ -256,8 +291,8 @@ def _read_csv(file: Iterable[str], path: Path) -> Iterator[tuple[str, Prediction
         place = f"{path}, line {reader.line_num}"
         if None in row or None in row.values():
             raise UserError(f"{place}: must have {len(columns)} fields")
-        references = _unpack_references([row[column] for column in reference_columns], place)
-        yield place, Prediction(row["name"], row.get("prediction"), references)
+        references = list(filter(str.strip, (row[column] for column in reference_columns)))
+        yield place, Prediction(row["name"], row.get("prediction"), references, ride=row.get("ride"))
 
 
 def name_examples(names: Sequence[str]) -> str:

@@ -23,11 +23,12 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from captioner.bdd100k.facts import Facts
-from captioner.bdd100k.parsing import mark_caption, parse_caption
+from captioner.bdd100k.parsing import mark_caption, read_caption
 from captioner.data.images import FORMATS, MAX_PIXELS
 from captioner.runtime.errors import go_on_without
 from captioner.runtime.files import atomic_write
-from captioner.scoring.fact_metrics import list_statements
+from captioner.scoring.fact_metrics import count_right
+from captioner.scoring.headlines import HEADLINES, MORE
 from captioner.scoring.predictions import Prediction
 from captioner.scoring.scores import slice_names
 
@@ -78,6 +79,7 @@ def write_report(
     """
     paths = [images.get(row.name) for row in rows]
     report = {"title": title, "rows": [row_to_json(row) for row in rows], "scores": scores}
+    report["headlines"] = [{"name": name, **headline._asdict()} for name, headline in (HEADLINES | MORE).items()]
     template = TEMPLATE.read_text(encoding="utf-8")
     values = {"POLICY": write_policy(template), "REPORT": to_script_json(report)}
     room = MAX_BYTES - len(template.encode()) - len(values["REPORT"]) - 6 * len(rows) - 2000  # 6: null, comma, space
@@ -210,11 +212,11 @@ def make_rows(predictions: Sequence[Prediction], facts: Sequence[Facts]) -> list
     """The report's cards."""
     rows = []
     for prediction, expected in zip(predictions, facts, strict=True):
-        said = parse_caption(prediction.prediction)
+        reading = read_caption(prediction.prediction)
         marked = mark_caption(prediction.prediction, expected, "invented")
-        references = [mark_caption(text, said, "missing") for text in prediction.references]
-        mine, theirs = list_statements(said), list_statements(expected)
-        score = 2 * len(mine & theirs) / (len(mine) + len(theirs)) if theirs else None
+        references = [mark_caption(text, reading.facts, "missing") for text in prediction.references]
+        right, said, there = count_right(reading, expected)
+        score = 2 * right / (said + there) if there else None
         rows.append(ReportRow(prediction.name, marked, references, slice_names(expected), score))
     return rows
 

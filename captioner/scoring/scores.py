@@ -2,8 +2,8 @@
 
     scores = score_predictions(predictions, signature={"split": "test", "decoding": "greedy"})
 
-Every figure is {"value", "low", "high"} with a 95 % bootstrap interval. Beside the predictions' own stand those of
-floors on the same images, and the same figures for slices of the images, worst first.
+Every figure is {"value", "low", "high"} with a 95 % interval (see bootstrap). Beside the predictions' own stand those
+of floors on the same images, and the same figures for slices of the images, worst first.
 """
 
 import itertools
@@ -13,29 +13,21 @@ import numpy as np
 
 from captioner.bdd100k.facts import Facts
 from captioner.bdd100k.parsing import Reading, parse_caption, read_caption
-from captioner.scoring import fact_metrics, text_metrics
-from captioner.scoring.predictions import Prediction
-from captioner.scoring.text_metrics import Metric
+from captioner.scoring import bootstrap, fact_metrics, text_metrics
+from captioner.scoring.bootstrap import BOOTSTRAP_SEED, LEVEL, RESAMPLES, Metric, Rides
+from captioner.scoring.floors import make_floors
+from captioner.scoring.headlines import HEADLINES
+from captioner.scoring.predictions import Prediction, find_ride, is_frame_name
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CLASS_GROUP = "classes: "  # what fact_metrics puts before a class
-HEADLINES = {  # score: its group; what slices, the printed table and comparisons show
-    "facts_f1": "facts",
-    "time_of_day": "facts",
-    "weather": "facts",
-    "scene": "facts",
-    "traffic_light": "facts",
-    "objects_f1": "facts",
-    "whole_caption": "facts",
-    "BLEU-4": "corpus_bleu",
-    "CIDEr-D": "cider_d",
-}
+RANKED_BY = "facts_f1"  # slices
 SLICED_BY = {"time of day": "time_of_day", "weather": "weather", "scene": "scene", "traffic light": "traffic_light"}
 OBJECT_BINS = (0, 1, 5, 10, 15, 20)  # smallest number of objects in each slice
-FEW = 10  # images, below which a bootstrap says nothing
-SMALL_SLICE = 5  # images, below which a slice is not scored
+FEW = 20  # rides; intervals were tried down to as many, see docs/scores.md. A slice of fewer is not scored
+WIDE = 0.1  # width of an interval from which on it says little
 ZOO = "BDD100K model zoo, image tagging, github.com/SysCV/bdd100k-models"
-PUBLISHED = [  # what others reach on the BDD100K val set; drawn scenes are another matter
+PUBLISHED = [  # what others reach on the BDD100K val set
     {
         "what": "weather",
         "value": 0.8194,
@@ -51,78 +43,106 @@ def score_predictions(
     predictions: Sequence[Prediction],
     signature: dict,
     facts: Sequence[Facts] | None = None,
-    seed: int = text_metrics.BOOTSTRAP_SEED,
-    resamples: int = text_metrics.RESAMPLES,
+    training: Sequence[str] | None = None,
+    of_bdd100k: bool = False,
+    resamples: int = RESAMPLES,
 ) -> dict:
     """All scores of `predictions`, each of which has a reference, as JSON types.
 
     `facts`, one for each prediction, are what the captions are held against; none: read in the first references.
-    `signature` is what there is to say of how the predictions came about. Raises ValueError for no predictions.
+    `signature` is what there is to say of how the predictions came about, `training` the captions of the training
+    split, among which constant floors are chosen. Published figures are for captions `of_bdd100k` alone. Raises
+    ValueError for no predictions.
     """
     if not predictions:
         raise ValueError("no predictions to score")
     references = [prediction.references for prediction in predictions]
     facts = facts or [parse_caption(row[0]) for row in references]
-    sets = {
-        "predictions": [prediction.prediction for prediction in predictions],
-        **text_metrics.make_floors(references, seed),
+    ride_names = [find_ride(prediction) for prediction in predictions]
+    sets = collect_sets(predictions, make_floors(references, training, ride_names, BOOTSTRAP_SEED))
+    rides = Rides(ride_names, resamples)
+    measured, scored = text_metrics.measure_texts(references, sets), {}
+    for name, texts in sets.items():
+        readings = [read_caption(text) for text in texts]
+        groups = measured.pop(name) | fact_metrics.measure_facts(readings, facts)
+        scored[name] = score_groups(groups, rides)
+        if name == "predictions":
+            own, own_readings = groups, readings
+    scores = scored.pop("predictions")
+    slices = score_slices(own, list(map(slice_names, facts)), rides)
+    return {
+        "schema": SCHEMA_VERSION,
+        "n": len(predictions),
+        "rides": rides.size,
+        "resamples": resamples,
+        "bootstrap_seed": BOOTSTRAP_SEED,
+        "distinct_predictions": len(set(sets["predictions"])),
+        "notes": make_notes(predictions, rides.size, scores, training is not None, len(slices)),
+        "scores": scores,
+        "floors": scored,
+        "floors_from": "training captions" if training else "scored references",
+        "published": PUBLISHED if of_bdd100k else [],
+        "confusion": tabulate_confusion(own_readings, facts),
+        "slices": slices,
+        "signatures": make_signatures(own, {"n": len(predictions), "rides": rides.size, **signature}, resamples),
     }
+
+
+def collect_sets(predictions: Sequence[Prediction], floors: dict[str, list[str]]) -> dict[str, list[str]]:
+    """{name: captions} of the predictions, of `floors`, and of the floors that come with the predictions."""
+    sets = {"predictions": [prediction.prediction for prediction in predictions], **floors}
     for name in dict.fromkeys(itertools.chain.from_iterable(prediction.floors for prediction in predictions)):
         if name in sets or not all(name in prediction.floors for prediction in predictions):
             raise ValueError(f"the floor {name!r} must have a caption for each image, and a name of its own")
         sets[name] = [prediction.floors[name] for prediction in predictions]
-    readings = {name: [read_caption(text) for text in texts] for name, texts in sets.items()}
-    measured = text_metrics.measure_texts(references, sets)
-    for name in sets:
-        measured[name] |= fact_metrics.measure_facts(readings[name], facts)
-    counts = text_metrics.resample(len(predictions), resamples, seed)
-    scored = {name: score_groups(groups, counts) for name, groups in measured.items()}
-    scores = scored.pop("predictions")
-    return {
-        "schema": SCHEMA_VERSION,
-        "n": len(predictions),
-        "resamples": resamples,
-        "bootstrap_seed": seed,
-        "distinct_predictions": len(set(sets["predictions"])),
-        "notes": make_notes(len(predictions), scores, measured["predictions"]),
-        "scores": scores,
-        "floors": scored,
-        "published": PUBLISHED,
-        "confusion": tabulate_confusion(readings["predictions"], facts),
-        "slices": score_slices(measured["predictions"], list(map(slice_names, facts)), counts),
-        "signatures": make_signatures(measured["predictions"], len(predictions), resamples, seed, signature),
-    }
+    return sets
 
 
-def score_groups(groups: Measured, counts: np.ndarray) -> dict:
+def score_groups(groups: Measured, rides: Rides) -> dict:
     """{group: {score: figure}}, the classes in a group of their own."""
     scored, classes = {}, {}
     for group, metric in groups.items():
         target, name = (classes, group.removeprefix(CLASS_GROUP)) if group.startswith(CLASS_GROUP) else (scored, group)
-        target[name] = text_metrics.score_with_intervals(metric, counts)
+        target[name] = bootstrap.score_with_intervals(metric, rides)
     return {**scored, "classes": classes}
 
 
-def make_notes(n: int, scores: dict, measured: Measured) -> list[str]:
+def make_notes(
+    predictions: Sequence[Prediction], rides: int, scores: dict, floors_from_training: bool, slices: int
+) -> list[str]:
     """What a reader of the scores must know."""
-    notes = []
-    facts = scores["facts"]
+    notes, n = [], len(predictions)
+    count = f"{n} images" if rides == n else f"{n} images of {rides} rides"
     widths = {
-        name: facts[name]["high"] - facts[name]["low"]
-        for name in HEADLINES
-        if facts.get(name, {}).get("value") is not None
+        name: (figure["low"], figure["high"])
+        for name, figure in scores["facts"].items()
+        if name in HEADLINES and figure["low"] is not None
     }
-    if n < FEW:
-        notes.append(f"{n} images are too few for intervals and p-values: they come out too narrow; score more images")
+    if rides < FEW:
+        notes.append(f"{count} are too few for intervals and p-values to be relied on; score more images")
     elif widths:
-        widest = max(widths, key=widths.get)
-        low, high = facts[widest]["low"], facts[widest]["high"]
+        widest = max(widths, key=lambda name: widths[name][1] - widths[name][0])
+        low, high = widths[widest]
         notes.append(
-            f"{n} images: {widest.replace('_', ' ')} is known to lie between {low:.2f} and {high:.2f}, the widest of "
-            f"the intervals" + (", too wide to tell models apart; score more images" if widths[widest] > 0.1 else "")
+            f"{count}: {HEADLINES[widest].words} is known to lie between {low:.2f} and {high:.2f}, the widest of "
+            f"the intervals" + (", too wide to tell models apart; score more images" if high - low > WIDE else "")
         )
-        notes.append(f"where all {n} are right, up to {min(3 / n, 1):.1%} of others may still be wrong (rule of three)")
-    if "meteor" not in measured:
+    if slices > 1:
+        notes.append(
+            f"the worst of {slices} slices is low by chance too: their intervals are so wide that those of one score "
+            "hold for all slices at once"
+        )
+    if not floors_from_training:
+        notes.append(
+            "the constant floors were chosen on the very references that they are scored on, for want of training "
+            "captions: they come out too high"
+        )
+    if others := [row.name for row in predictions if not row.ride and not is_frame_name(row.name)]:
+        notes.append(
+            f"{len(others):,} names, {others[0][:80]} for one, don't tell the ride: each of these images is taken for "
+            "a ride of its own, and intervals are too narrow if some look alike"
+        )
+    if "meteor" not in scores:
         notes.append("METEOR is left out: it needs WordNet, python -m nltk.downloader wordnet")
     return notes
 
@@ -131,8 +151,8 @@ def tabulate_confusion(readings: Sequence[Reading], facts: Sequence[Facts]) -> d
     """{attribute: {"labels", "counts"}}, rows by the reference and columns by the prediction."""
     tables = {}
     for name in (*fact_metrics.ATTRIBUTES, "traffic_light"):
-        labels, confusion = fact_metrics.count_confusion([reading.facts for reading in readings], facts, name)
-        tables[name] = {"labels": labels, "counts": confusion.sum(axis=0).astype(int).tolist()}
+        labels, pairs = fact_metrics.pair_labels([reading.facts for reading in readings], facts, name)
+        tables[name] = {"labels": labels, "counts": fact_metrics.count_confusion(labels, pairs).tolist()}
     return tables
 
 
@@ -146,80 +166,58 @@ def slice_names(facts: Facts) -> dict[str, str]:
     return {**names, "objects": f"{first}+" if last else str(first) if first == end else f"{first}–{end}"}
 
 
-def score_slices(measured: Measured, names: Sequence[dict[str, str]], counts: np.ndarray) -> list[dict]:
-    """Headline scores of each slice of SMALL_SLICE images or more, that with the fewest right facts first."""
+def score_slices(measured: Measured, names: Sequence[dict[str, str]], rides: Rides) -> list[dict]:
+    """Headline scores of each slice of FEW rides or more, that with the fewest right facts first.
+
+    Their intervals are wider than others (Bonferroni): so wide that those of one score hold for all slices at once.
+    """
     rows: dict[tuple[str, str], list[int]] = {}
     for row, slices in enumerate(names):
         for item in slices.items():
             rows.setdefault(item, []).append(row)
-    scored = []
-    for (by, value), members in rows.items():
-        if len(members) < SMALL_SLICE:
-            continue
+    sizes = {item: len(np.unique(rides.index[members])) for item, members in rows.items()}
+    large = {item: np.array(members) for item, members in rows.items() if sizes[item] >= FEW}
+    level, scored = 1 - (1 - LEVEL) / max(len(large), 1), []
+    for (by, value), members in large.items():
         figures = {}
-        for group in dict.fromkeys(HEADLINES.values()):
-            figures |= text_metrics.score_with_intervals(measured[group], counts, np.array(members))
+        for group in dict.fromkeys(headline.group for headline in HEADLINES.values()):
+            figures |= bootstrap.score_with_intervals(measured[group], rides, members, level)
         headlines = {name: figures[name] for name in HEADLINES}
-        scored.append({"by": by, "value": value, "n": len(members), "scores": headlines})
+        scored.append(
+            {
+                "by": by,
+                "value": value,
+                "n": len(members),
+                "rides": sizes[by, value],
+                "scores": headlines,
+                "level": level,
+            }
+        )
     return sorted(scored, key=rank_slice)
 
 
 def rank_slice(item: dict) -> tuple[bool, float]:
     """The worst first, those whose references state no fact last."""
-    value = item["scores"]["facts_f1"]["value"]
+    value = item["scores"][RANKED_BY]["value"]
     return value is None, value or 0.0
 
 
-def make_signatures(measured: Measured, n: int, resamples: int, seed: int, signature: dict) -> dict[str, str]:
+def make_signatures(measured: Measured, signature: dict, resamples: int) -> dict[str, str]:
     """One line for each group of scores that says how it came about."""
     coco = {"tok": "coco", "case": "lower"}
+    read = {"read_by": "parsing.read_caption", "classes": "synonyms-merged"}
     how = {
         "corpus_bleu": {"level": "corpus", **coco, "smooth": "coco", "reference_length": "closest"},
         "reference_bleu": {"level": "sentence-mean", "tok": "space", "case": "lower", "smooth": "method4"},
         "rouge_l": {"level": "sentence-mean", **coco, "beta": text_metrics.ROUGE_BETA},
         "cider_d": {"level": "sentence-mean", **coco, "sigma": text_metrics.CIDER_SIGMA, "df": "references"},
-        "meteor": {"level": "sentence-mean", **coco},
-        **{key: {"read_by": "captions.read_caption"} for key in ("facts", "hallucination", "form")},
+        "meteor": {"level": "sentence-mean", **coco, "of": "nltk-not-coco-1.5", **text_metrics.METEOR_WEIGHTS},
+        **dict.fromkeys(("facts", "hallucination", "form"), read),
     }
-    end = {"n": n, **signature, "bootstrap": f"{resamples}-seed{seed}"}
-    return {group: text_metrics.make_signature(**facts, **end) for group, facts in how.items() if group in measured}
-
-
-# --------------------------------------------------------------------------------------------------------------
-# two systems
-
-
-def compare_predictions(
-    one: Sequence[Prediction],
-    other: Sequence[Prediction],
-    seed: int = text_metrics.BOOTSTRAP_SEED,
-    resamples: int = text_metrics.RESAMPLES,
-) -> dict:
-    """Headline scores of two systems on the images that both captioned, their differences and p-values.
-
-    References are those of `one`. Raises ValueError when they share no image.
-    """
-    others = {prediction.name: prediction for prediction in other}
-    pairs = [(prediction, others[prediction.name]) for prediction in one if prediction.name in others]
-    if not pairs:
-        raise ValueError("the two files share no image")
-    references = [first.references for first, _ in pairs]
-    facts = [parse_caption(row[0]) for row in references]
-    sets = {"one": [first.prediction for first, _ in pairs], "other": [second.prediction for _, second in pairs]}
-    measured = text_metrics.measure_texts(references, sets)
-    for name, texts in sets.items():
-        measured[name] |= fact_metrics.measure_facts(list(map(read_caption, texts)), facts)
-    counts = text_metrics.resample(len(pairs), resamples, seed)
-    compared = {}
-    for group in dict.fromkeys([*HEADLINES.values(), "corpus_bleu", "rouge_l", "hallucination"]):
-        compared |= text_metrics.compare_metrics(measured["one"][group], measured["other"][group], counts)
-    return {
-        "schema": SCHEMA_VERSION,
-        "n": len(pairs),
-        "notes": [f"{len(pairs)} images are too few for intervals and p-values"] if len(pairs) < FEW else [],
-        "only_in_one": len(one) - len(pairs),
-        "only_in_other": len(other) - len(pairs),
-        "resamples": resamples,
-        "bootstrap_seed": seed,
-        "scores": compared,
-    }
+    signatures = {}
+    for group, facts in how.items():
+        if group in measured:
+            bca = f"bca-rides-{resamples}-seed{BOOTSTRAP_SEED}"
+            interval = bca if measured[group].trials is None else "clopper-pearson-effective-rides"
+            signatures[group] = text_metrics.make_signature(**facts, **signature, interval=interval)
+    return signatures

@@ -1,23 +1,23 @@
-"""Text metrics of captions against their references, their bootstrap intervals, and floors. No torch.
+"""Text metrics of captions against their references. No torch.
 
     bleu = score_bleu(["a red car"], [["a red car", "one red car"]])
 
 Each metric is kept as a `Metric`: statistics of each caption, whose sums give the scores. So a bootstrap is one matrix
-product, and a slice one sum over some rows. Shapes: N captions, K statistics, M scores, R resamples.
+product, and a slice one sum over some rows. Shapes: N captions, K statistics, M scores.
 """
 
 import functools
 import itertools
 import math
-import random
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import nltk
 import numpy as np
 from nltk.tokenize import NLTKWordTokenizer
+
+from captioner.scoring.bootstrap import Metric
 
 # What pycocoevalcap drops after PTB tokenisation.
 COCO_PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
@@ -30,15 +30,7 @@ ORDERS = (1, 2, 3, 4)  # n of the n-grams
 BLEU_NAMES = tuple(f"BLEU-{n}" for n in ORDERS)
 ROUGE_BETA = 1.2
 CIDER_SIGMA = 6.0
-RESAMPLES, BOOTSTRAP_SEED = 1000, 12345  # sacrebleu's
-
-
-class Metric(NamedTuple):
-    """What a group of scores is made of."""
-
-    names: tuple[str, ...]  # of the M scores
-    statistics: np.ndarray  # (N, K), a row a caption
-    score: Callable[[np.ndarray], np.ndarray]  # (..., K) sums -> (..., M); NaN where a score is undefined
+METEOR_WEIGHTS = {"alpha": 0.9, "beta": 3.0, "gamma": 0.5}  # those of nltk, and of the first METEOR
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -180,10 +172,11 @@ def measure_bleu(references: References, predictions: Sequence[str]) -> Metric:
     """Corpus BLEU-1 to BLEU-4, 0 to 1 (Papineni et al. 2002), smoothed as pycocoevalcap does: by 1e-15 and 1e-9."""
     lengths, closest, matches = _match_grams(references, references.texts.find(predictions))
     guesses = np.maximum(lengths[:, None] - np.array(ORDERS) + 1, 0)
-    return Metric(BLEU_NAMES, np.hstack([lengths[:, None], closest[:, None], matches, guesses]), _score_bleu)
+    return Metric(BLEU_NAMES, np.hstack([lengths[:, None], closest[:, None], matches, guesses]), score_bleu_sums)
 
 
-def _score_bleu(sums: np.ndarray) -> np.ndarray:
+def score_bleu_sums(sums: np.ndarray) -> np.ndarray:
+    """(..., 4) BLEU-1 to BLEU-4 of sums (..., 10): lengths, closest reference lengths, matches and guesses by order."""
     lengths, closest, matches, guesses = sums[..., 0], sums[..., 1], sums[..., 2:6], sums[..., 6:10]
     logs = np.log((matches + 1e-15) / (guesses + 1e-9))
     ratio = (lengths + 1e-15) / (closest + 1e-9)
@@ -210,10 +203,11 @@ def measure_reference_bleu(references: References, predictions: Sequence[str]) -
     return measure_mean(BLEU_NAMES, scores)
 
 
-def measure_mean(names: tuple[str, ...], scores: np.ndarray) -> Metric:
-    """The mean of each caption's scores (N, M)."""
+def measure_mean(names: tuple[str, ...], scores: np.ndarray, are_shares: bool = False) -> Metric:
+    """The mean of each caption's scores (N, M), which are shares of captions if each is 0 or 1."""
     statistics = np.hstack([scores, np.ones((len(scores), 1))])
-    return Metric(names, statistics, lambda sums: divide(sums[..., :-1], sums[..., -1:]))
+    trials = (lambda sums: np.repeat(sums[..., -1:], len(names), axis=-1)) if are_shares else None
+    return Metric(names, statistics, lambda sums: divide(sums[..., :-1], sums[..., -1:]), trials)
 
 
 def divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -285,7 +279,10 @@ def measure_cider(references: References, predictions: Sequence[str]) -> Metric:
 
 
 def measure_meteor(references: References, predictions: Sequence[str]) -> Metric | None:
-    """Mean METEOR, 0 to 1 (Banerjee and Lavie 2005), nltk's; None where WordNet's data is not installed."""
+    """Mean METEOR, 0 to 1 (Banerjee and Lavie 2005), nltk's; None where WordNet's data is not installed.
+
+    Not COCO's METEOR 1.5, whose weights and paraphrases (Denkowski and Lavie 2014) nltk does not have.
+    """
     from nltk.corpus import wordnet
     from nltk.translate.meteor_score import single_meteor_score
 
@@ -294,7 +291,7 @@ def measure_meteor(references: References, predictions: Sequence[str]) -> Metric
     except LookupError:
         return None
     predicted, tokens = references.texts.find(predictions), references.texts.tokens
-    score = functools.cache(lambda one, other: single_meteor_score(tokens[other], tokens[one]))
+    score = functools.cache(lambda one, other: single_meteor_score(tokens[other], tokens[one], **METEOR_WEIGHTS))
     best = np.zeros(references.size)
     for row, reference in zip(references.pair_row.tolist(), references.pair_text.tolist(), strict=True):
         best[row] = max(best[row], score(int(predicted[row]), reference))
@@ -341,116 +338,3 @@ def make_signature(**facts) -> str:
     """One line that says how a score came about, in the manner of sacrebleu."""
     facts |= {"nltk": nltk.__version__}
     return "|".join(f"{name}:{value}" for name, value in facts.items())
-
-
-# --------------------------------------------------------------------------------------------------------------
-# intervals
-
-
-def resample(captions: int, resamples: int = RESAMPLES, seed: int = BOOTSTRAP_SEED) -> np.ndarray:
-    """(R, N) float32: how often each caption is drawn in each of R bootstrap samples of N captions."""
-    rng = np.random.default_rng(seed)
-    counts = np.empty((resamples, captions), dtype=np.float32)
-    for row in counts:
-        row[:] = np.bincount(rng.integers(captions, size=captions), minlength=captions)
-    return counts
-
-
-def score_resamples(metric: Metric, counts: np.ndarray, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
-    """(R, M) scores of the bootstrap samples `counts` (R, N), of the captions `rows` alone."""
-    return metric.score((counts[:, rows] @ metric.statistics[rows].astype(np.float32)).astype(np.float64))
-
-
-def score_with_intervals(metric: Metric, counts: np.ndarray, rows: np.ndarray | slice = slice(None)) -> dict[str, dict]:
-    """{score: {"value", "low", "high"}} with the 95 % percentile bootstrap interval (Efron 1979); None if undefined."""
-    values = metric.score(metric.statistics[rows].sum(axis=0))
-    sampled = score_resamples(metric, counts, rows)
-    figures = {}
-    for name, value, samples in zip(metric.names, values.tolist(), sampled.T, strict=True):
-        defined = samples[~np.isnan(samples)]
-        low, high = np.percentile(defined, [2.5, 97.5]).tolist() if len(defined) else (math.nan, math.nan)
-        figure = {"value": value, "low": low, "high": high}
-        figures[name] = {key: None if math.isnan(number) else number for key, number in figure.items()}
-    return figures
-
-
-def compare_metrics(one: Metric, other: Metric, counts: np.ndarray) -> dict[str, dict]:
-    """{score: {"one", "other", "difference", "low", "high", "p"}} of two systems on the same captions.
-
-    Paired bootstrap (Koehn 2004): both are scored on the same samples. p is two-sided: the share of
-    samples whose difference is as far from their mean as the observed one is from 0 (Riezler and Maxwell 2005).
-    """
-    first, second = (metric.score(metric.statistics.sum(axis=0)) for metric in (one, other))
-    sampled = score_resamples(other, counts) - score_resamples(one, counts)  # (R, M)
-    compared = {}
-    for index, name in enumerate(one.names):
-        samples = sampled[:, index][~np.isnan(sampled[:, index])]
-        difference = second[index] - first[index]
-        if math.isnan(difference) or not len(samples):
-            continue
-        low, high = np.percentile(samples, [2.5, 97.5]).tolist()
-        farther = (np.abs(samples - samples.mean()) >= abs(difference)).sum()
-        compared[name] = {
-            "one": float(first[index]),
-            "other": float(second[index]),
-            "difference": float(difference),
-            "low": low,
-            "high": high,
-            "p": float(farther + 1) / (len(samples) + 1),
-        }
-    return compared
-
-
-# --------------------------------------------------------------------------------------------------------------
-# floors
-
-CANDIDATES = 300  # distinct references that are tried as the best constant caption
-
-
-def make_floors(references: Sequence[Sequence[str]], seed: int) -> dict[str, list[str]]:
-    """Predictions that need no look at the image.
-
-    The most frequent reference; of many references the one that, said of every image, has the highest BLEU-4; and
-    another image's reference, which is left out when there is one image only.
-    """
-    first = [row[0] for row in references]
-    floors = {
-        "most frequent caption": [Counter(first).most_common(1)[0][0]] * len(first),
-        "best constant caption": [find_best_constant(references, seed)] * len(first),
-    }
-    if len(first) < 2:
-        return floors
-    order = random.Random(seed).sample(range(len(first)), len(first))
-    another = [""] * len(first)
-    for here, there in zip(order, order[1:] + order[:1], strict=True):  # one round through all: nobody gets its own
-        another[here] = first[there]
-    return {**floors, "another image's caption": another}
-
-
-def find_best_constant(references: Sequence[Sequence[str]], seed: int) -> str:
-    """Of CANDIDATES distinct references, frequent and random ones, that with the best corpus BLEU-4 for all."""
-    frequency = Counter(row[0] for row in references)
-    frequent = [text for text, _ in frequency.most_common(CANDIDATES // 3)]
-    rest = sorted(frequency.keys() - set(frequent))
-    candidates = frequent + random.Random(seed).sample(rest, min(len(rest), CANDIDATES - len(frequent)))
-    known = References(references, candidates, tokenize_coco)
-    # by order: matches[gram][c - 1], how often a caption with c of this gram finds one in all references together
-    matches = [_sum_clipped(*known.most[order], grams) for order, grams in enumerate(known.texts.gram_counts)]
-    sums = np.zeros((len(candidates), 10))
-    for row, text in enumerate(known.texts.find(candidates).tolist()):
-        length = int(known.texts.lengths[text])
-        closest = known.closest_lengths(np.full(known.size, length)).sum()
-        guesses = [max(length - n + 1, 0) * known.size for n in ORDERS]
-        found = []
-        for order, table in enumerate(matches):
-            entries = known.texts.expand(order, np.array([text]))
-            found.append(table[entries.gram, np.minimum(entries.count, table.shape[1]) - 1].sum())
-        sums[row] = [length * known.size, closest, *found, *guesses]
-    return candidates[int(_score_bleu(sums)[:, 3].argmax())]
-
-
-def _sum_clipped(keys: np.ndarray, most: np.ndarray, grams: int) -> np.ndarray:
-    """(grams, C): the sum over all references of min(count, c) for c = 1 to the largest count."""
-    largest = int(most.max()) if len(most) else 1
-    columns = [np.bincount(keys % grams, np.minimum(most, c), grams) for c in range(1, min(largest, 50) + 1)]
-    return np.stack(columns, axis=1)

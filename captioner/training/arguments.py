@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 
 from captioner.blip2.loading import pick_dtype
 from captioner.runtime.errors import UserError
+from captioner.runtime.machine import pick_workers
 from captioner.runtime.processes import WAITING
 from captioner.training.checkpoints import checkpoint_folder
 from config import TrainConfig
@@ -29,7 +30,7 @@ def make_arguments(config: TrainConfig, device: torch.device) -> TrainingArgumen
         use_cpu=device.type == "cpu",
         seed=config.training.seed,
         eval_strategy="epoch",
-        save_strategy="epoch",  # and within epochs, see trainer.Pace
+        save_strategy="epoch",  # and within epochs, see pace.Pace
         save_total_limit=None,  # see checkpoints.remove_old_checkpoints
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
@@ -39,7 +40,7 @@ def make_arguments(config: TrainConfig, device: torch.device) -> TrainingArgumen
         prediction_loss_only=True,
         remove_unused_columns=False,  # the dataset's columns become model inputs in the collator
         label_names=["labels"],
-        dataloader_num_workers=config.training.dataloader_workers,
+        dataloader_num_workers=pick_workers(config.training.dataloader_workers),
         dataloader_persistent_workers=False,  # they would take their seed once, and a run that goes on again
         dataloader_pin_memory=device.type == "cuda",
         accelerator_config={"non_blocking": device.type == "cuda"},

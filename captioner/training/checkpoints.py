@@ -141,7 +141,8 @@ def fingerprint_data(splits: dict[str, list[Example]]) -> dict:
                 size = e.image.stat().st_size
             except OSError as error:
                 raise UserError(f"{e.image}: can't be read any more ({error.strerror}); see to the folder") from None
-            digest.update(f"{split}\0{e.name}\0{size}\0{e.caption}\n".encode())
+            captions = "\0".join(e.captions)
+            digest.update(f"{split}\0{e.name}\0{size}\0{captions}\n".encode())
     return {
         "fingerprint": digest.hexdigest(),
         "frames": {split: len(examples) for split, examples in splits.items()},

@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from captioner.bdd100k.parsing import parse_caption, read_caption
-from captioner.blip2.batches import CaptionDataset
 from captioner.blip2.captioning import GreedyCaptioner
+from captioner.data.examples import list_examples
 from captioner.runtime.errors import escape_controls, go_on_without
 from captioner.runtime.files import atomic_write, explain_writing
 from captioner.scoring.fact_metrics import measure_shares
@@ -134,20 +135,21 @@ def read_records(path: Path, done: int) -> list[dict]:
 class ValidationCaptions(TrainerCallback):
     """After each epoch: greedy captions of the first `count` validation images, and how right they are."""
 
-    def __init__(self, log: RunLog, dataset: CaptionDataset, count: int, caption: GreedyCaptioner):
+    def __init__(self, log: RunLog, dataset: Dataset, count: int, caption: GreedyCaptioner):
         self.log, self.dataset, self.count, self.caption = log, dataset, count, caption
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         if not self.count or not state.is_world_process_zero:
             return
-        examples = self.dataset.examples[: self.count]
+        examples = list_examples(self.dataset, self.count)
         texts = self.generate(model, args.eval_batch_size)
         references = [example.caption for example in examples]
         shares = score(
-            measure_shares([parse_caption(text) for text in texts], [parse_caption(text) for text in references])
+            measure_shares([read_caption(text) for text in texts], [parse_caption(text) for text in references])
         )
         shares |= score_bleu(texts, [[reference] for reference in references])
         record = {f"val_{name}": value for name, value in shares.items() if value == value}
+        record["val_captions"] = self.count
         self.log.add({"step": state.global_step, "epoch": state.epoch, **record})
         self.write(state.epoch, examples, texts)
         print(f"\nepoch {state.epoch:g}: {self.count} validation captions, facts F1 {shares['facts_f1']:.3f}, "
@@ -184,7 +186,7 @@ class ValidationCaptions(TrainerCallback):
                 file.write(f"{example.name}{cut}\n- said: {text}\n- reference: {example.caption}\n\n")
 
 
-def make_callbacks(run: Run, dataset: CaptionDataset, caption: GreedyCaptioner) -> list[TrainerCallback]:
+def make_callbacks(run: Run, dataset: Dataset, caption: GreedyCaptioner) -> list[TrainerCallback]:
     """What the main process shows of the run; `caption` is for the first images of the validation dataset."""
     if not run.is_main:
         return []
@@ -204,7 +206,9 @@ def plot_dashboard(records: list[dict], path: Path) -> None:
             points = [(record["step"], record[key]) for record in records if key in record]
             if points:
                 axis.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 20 else None, ms=3)
-        axis.set(title=title, xlabel="optimiser step")
+        counts = {record["val_captions"] for record in records if "val_captions" in record}
+        said = f" (n = {max(counts)})" if counts and "captions" in title else ""
+        axis.set(title=title + said, xlabel="optimiser step")
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize="small")

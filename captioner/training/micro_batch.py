@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import torch
 from accelerate.utils import send_to_device
+from datasets import Dataset
 from torch import Tensor
 
-from captioner.blip2.batches import CaptionCollator, CaptionDataset
+from captioner.blip2.batches import CaptionCollator, list_lengths
 from captioner.blip2.loading import pick_dtype
 
 CPU_MICRO_BATCH = 4  # frames a forward pass on a CPU, where more only take memory
@@ -26,7 +27,7 @@ def compute_loss(model, batch: dict[str, Tensor]) -> Tensor:
 
 def find_micro_batch(
     model,
-    dataset: CaptionDataset,
+    dataset: Dataset,
     batch_size: int,
     collator: CaptionCollator,
     compute_loss: Callable[..., Tensor],
@@ -39,7 +40,8 @@ def find_micro_batch(
     sizes, device = list_micro_batches(batch_size), model.device
     if device.type == "cpu":
         return next(size for size in sizes if size <= CPU_MICRO_BATCH)
-    longest = sorted(range(len(dataset)), key=lambda row: -len(dataset.caption_ids[row]))
+    lengths = list_lengths(dataset)
+    longest = sorted(range(len(dataset)), key=lambda row: -lengths[row])
     moments = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)  # bytes of AdamW's state
     total = torch.cuda.get_device_properties(device).total_memory
     outside = total - torch.cuda.mem_get_info(device)[0] - torch.cuda.memory_reserved(device)  # of other programs

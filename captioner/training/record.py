@@ -12,6 +12,7 @@ from captioner.runtime.errors import get_or_none
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")  # whose versions a run records
 GIT_SECONDS = 10  # for git to answer
+OF_A_PART = ("train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second")
 
 
 def note_versions(state: dict, before: dict | None) -> None:
@@ -40,6 +41,14 @@ def describe_run(state: dict, run_name: str, device: torch.device, results: dict
         "device": get_or_none(name_device, device),
         "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
+
+
+def drop_parts(metrics: dict, done: int) -> dict:
+    """The Trainer's metrics; of a run that went on after `done` steps without those that are wrong of the whole run.
+
+    The Trainer divides the loss and the time of its last part by the steps of all.
+    """
+    return {name: value for name, value in metrics.items() if not (done and name in OF_A_PART)}
 
 
 def read_commit() -> str | None:

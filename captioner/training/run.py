@@ -15,9 +15,9 @@ from transformers.utils import logging as transformers_logging
 
 from captioner.data.captions import Example
 from captioner.data.run_record import read_run
-from captioner.data.splits import write_splits
+from captioner.data.splits import find_images_root, write_splits
 from captioner.runtime.errors import UserError
-from captioner.runtime.files import atomic_write, is_inside, name_run
+from captioner.runtime.files import atomic_write, is_inside, name_run, read_json
 from captioner.runtime.processes import ask_main, go_on_alone, is_sharded
 from captioner.runtime.settings import flatten
 from captioner.training.arguments import check_sharding, make_arguments, split_batch
@@ -30,8 +30,9 @@ from captioner.training.checkpoints import (
     refuse_changes,
 )
 from captioner.training.record import describe_run, note_versions
+from captioner.training.sealed_trainer import gather_trainable
 from captioner.training.tracking import choose_wandb_mode
-from captioner.training.trainer import CaptionTrainer, gather_trainable
+from captioner.training.trainer import CaptionTrainer
 from config import TrainConfig
 
 FINISHED = ".checkpoints-of-a-finished-run"
@@ -56,6 +57,9 @@ class Run:
     def note_inputs(self, splits: dict[str, list[Example]], model) -> None:
         """Note the data and the model. Raises UserError unless a run that goes on has the data that it had."""
         self.state["data"] = fingerprint_data(splits)
+        if (source := self.folder / "captions.json").is_file():  # of a data set on the hub
+            self.state["captions"] = read_json(source, "start anew with --overwrite")
+        self.state["images_root"] = str(find_images_root(splits))  # which split.csv is relative to
         self.state["model_commit"] = getattr(model.config, "_commit_hash", None)  # that the hub's name stood for
         if self.before:
             refuse_changes(self.config.run.output, self.before, self.state)

@@ -9,9 +9,10 @@ import sys
 from functools import partial
 
 import torch
+from datasets import Dataset, DatasetDict
 from transformers import TrainerCallback, TrainerState
 
-from captioner.blip2.batches import CaptionDataset
+from captioner.blip2.batches import get_reader
 from captioner.data.reading import LOADER_ERRORS, explain_dead_worker
 from captioner.runtime.errors import UserError
 from captioner.runtime.processes import ask_main, gather
@@ -19,19 +20,21 @@ from captioner.training.arguments import set_micro_batch, split_batch
 from captioner.training.checkpoints import checkpoint_folder, find_checkpoint, read_step, write_state
 from captioner.training.guards import check_pickles
 from captioner.training.micro_batch import find_micro_batch, list_micro_batches
+from captioner.training.pace import Pace, Stopped
 from captioner.training.plain import Parts
+from captioner.training.record import drop_parts
 from captioner.training.run import Run
-from captioner.training.trainer import CaptionTrainer, Pace, RowCollator, Stopped
+from captioner.training.trainer import CaptionTrainer, RowCollator
 
 
 def train_lora(
-    run: Run, model, datasets: dict[str, CaptionDataset], parts: Parts, callbacks: list[TrainerCallback]
+    run: Run, model, datasets: DatasetDict, parts: Parts, callbacks: list[TrainerCallback]
 ) -> CaptionTrainer:
     """Train to the end, from the newest intact checkpoint on if there is one. Returns the Trainer.
 
     When the GPU's memory does not suffice, the micro-batch is halved and the effective batch kept.
     """
-    arguments, features = run.arguments, datasets["train"].features
+    arguments, features = run.arguments, get_reader(datasets["train"]).features
     arguments.per_device_eval_batch_size = run.config.training.per_device_eval_batch_size or parts.eval_batch
     if features is not None:
         arguments.dataloader_num_workers = 0  # nothing left to decode
@@ -60,7 +63,7 @@ def train_lora(
         end_workers()
 
 
-def choose_micro_batch(run: Run, model, dataset: CaptionDataset, parts: Parts) -> None:
+def choose_micro_batch(run: Run, model, dataset: Dataset, parts: Parts) -> None:
     """The frames of a forward pass: as before, as the user says, or the most that fit in each process."""
     step, share = run.config.training.train_batch_size, split_batch(run.config, run.arguments.world_size)
     if run.state["micro_batch"] is None:
@@ -93,7 +96,8 @@ def try_to_train(run: Run, build: partial) -> CaptionTrainer | None:
     try:
         with Pace(run.config.run.save_minutes, steps_per_epoch, arguments.world_size) as trainer.pace:
             trainer.add_callback(trainer.pace)
-            trainer.results = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+            output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.results = drop_parts(output.metrics, done)
             return trainer
     except Stopped:
         command = " ".join(["python main.py", *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])

@@ -125,6 +125,117 @@ def test_another_process_needs_the_environment_alone(server):
 
 
 # --------------------------------------------------------------------------------------------------------------
+# sets of another layout
+
+
+@pytest.mark.parametrize(
+    ("layout", "labels", "images"),
+    [
+        (["b/100k/val.zip", "x/bdd100k_labels_images_val.json", "x/images/100k/val/a.jpg"], 1, "x/images/100k"),
+        (["labels/det_20/det_val.json", "labels/pan_val.json", "images/100k/val/a.jpg"], 0, "images/100k"),
+        (["labels/100k/val/a.json", "labels/100k/train/b.json", "val/a.jpg"], "labels/100k/val", ""),
+        (["old/det_val.json", "new/bdd100k_labels_images_val.json", "a.jpg"], 1, ""),
+    ],
+)
+def test_labels_and_images_of_another_layout_are_found_by_looking(server, layout, labels, images):
+    server.files = dict.fromkeys(layout, b"[]")
+    server.archive = zip_files(server.files)
+    root = version_folder(server)
+    assert fetch_labels(DATASET, "val") == [root / (layout[labels] if isinstance(labels, int) else labels)]
+    assert fetch_images(DATASET) == root / images
+
+
+def test_a_set_is_as_large_as_kaggle_says(server, monkeypatch):
+    server.total_bytes = 1 << 30
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: Usage(0, 0, (2 << 30) - 1))
+    assert_user_error(lambda: fetch_images(DATASET), "2.0 GiB free", "needs 2.0 GiB")
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: Usage(0, 0, 2 << 30))
+    assert_whole(server, fetch_images(DATASET))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# attached to a notebook
+
+MOUNTED = ("solesensei_bdd100k", "datasets/solesensei/solesensei_bdd100k")
+
+
+def lay_out(files: dict[str, bytes], root: Path) -> None:
+    for path, content in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(content)
+
+
+def list_state(root: Path) -> list[tuple]:
+    return sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in root.rglob("*"))
+
+
+@pytest.fixture
+def no_room(server, monkeypatch) -> KaggleServer:
+    """A notebook's disk, on which no download has room."""
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: Usage(0, 0, 0))
+    return server
+
+
+@pytest.mark.parametrize("slug", MOUNTED)
+@pytest.mark.parametrize("kind", ["kaggle", "colab"])
+def test_a_notebook_attaches_the_set(no_room, monkeypatch, kind, slug):
+    """The real client in its notebook mode: one call, nothing downloaded, nothing written."""
+    server = no_room
+    for name, value in server.notebook_environment(kind).items():
+        monkeypatch.setenv(name, value)
+    server.slug = f"attached/{slug}"  # not where it is found unasked
+    root = server.mount / server.slug
+    lay_out(server.files, root)
+    before = list_state(server.mount)
+    assert fetch_labels(DATASET, "both") == [root / path for path in LABEL_FILES.values()]
+    assert fetch_images(DATASET) == root / IMAGE_FOLDER
+    version = {"datasetRef": {"OwnerSlug": "solesensei", "DatasetSlug": "solesensei_bdd100k", "VersionNumber": "2"}}
+    if kind == "colab":
+        version = {"owner": "solesensei", "dataset": "solesensei_bdd100k", "version": 2}
+    assert version in server.attached
+    assert server.calls == server.served == []
+    assert list_state(server.mount) == before
+    assert not server.cache.exists()
+
+
+@pytest.mark.parametrize("slug", MOUNTED)
+@pytest.mark.parametrize("kind", ["kaggle", "colab"])
+def test_an_attached_set_needs_no_network(no_room, monkeypatch, kind, slug):
+    server, root = no_room, no_room.mount / slug
+    for name, value in server.notebook_environment(kind).items():
+        monkeypatch.setenv(name, value)
+    lay_out(server.files, root)
+    server.stop()
+    assert fetch_labels(DATASET, "val") == [root / LABEL_FILES["val"]]
+    assert fetch_images(DATASET) == root / IMAGE_FOLDER
+
+
+def test_colab_downloads_what_it_does_not_attach(server, monkeypatch):
+    for name, value in server.notebook_environment("colab").items():
+        monkeypatch.setenv(name, value)
+    assert_whole(server, fetch_images(DATASET))
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: Usage(0, 0, 0))
+    shutil.rmtree(version_folder(server))
+    assert_user_error(lambda: fetch_images(DATASET), "GiB free")
+
+
+def test_a_notebook_that_cannot_attach_says_so(server, monkeypatch):
+    for name, value in server.notebook_environment("kaggle").items():
+        monkeypatch.setenv(name, value)
+    assert_user_error(lambda: fetch_labels(DATASET, "val"), "POST failed", "attach it as an input")
+    server.stop()
+    assert_user_error(lambda: fetch_images(DATASET), "network", "attach it as an input")
+
+
+def test_a_cut_label_file_of_an_attached_set_is_not_fetched_over_it(no_room):
+    """It is the reading of the labels that tells."""
+    server, root = no_room, no_room.mount / MOUNTED[0]
+    lay_out(server.files | {LABEL_FILES["val"]: b"[{"}, root)
+    assert fetch_labels(DATASET, "val") == [root / LABEL_FILES["val"]]
+    assert (root / LABEL_FILES["val"]).read_bytes() == b"[{"
+
+
+# --------------------------------------------------------------------------------------------------------------
 # interrupted
 
 
@@ -236,7 +347,10 @@ def test_unknown_version_and_missing_file(server):
     with pytest.raises(UserError, match=r"versions/9: .*HTTP 404"):
         fetch_images("solesensei/solesensei_bdd100k/versions/9")
     del server.files[LABEL_FILES["train"]]
-    assert_user_error(lambda: fetch_labels(DATASET, "train"), LABEL_FILES["train"], "HTTP 404")
+    server.archive = zip_files(server.files)
+    with pytest.raises(UserError, match=rf"no labels of train .*{Path(LABEL_FILES['val']).name}.* --labels"):
+        fetch_labels(DATASET, "train")
+    assert server.calls[-2:] == [LABEL_FILES["train"], ""]  # no such file: the whole set is searched
 
 
 @pytest.mark.parametrize("fetch", [fetch_images, lambda dataset: fetch_labels(dataset, "val")])
@@ -257,7 +371,7 @@ def test_too_little_disk_is_told_before_the_download(server, monkeypatch):
 def test_what_an_interrupted_fetch_left_counts_as_room(server, monkeypatch):
     server.cut_after = 5 << 19
     assert_user_error(lambda: fetch_images(DATASET))
-    room = download.NEEDED_BYTES - (2 << 20)
+    room = 2 * server.total_bytes - (2 << 20)
     monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: Usage(0, 0, room - 1))
     assert_user_error(lambda: fetch_images(DATASET), "GiB free")
     monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: Usage(0, 0, room))

@@ -354,3 +354,15 @@ def test_bytes_are_decoded_where_they_lie(monkeypatch):
     monkeypatch.setattr(frames._Decoders, "decode", lambda self, part: seen.append(part) or real(self, part))
     assert len(decode_frames(data)[0]) == 40
     assert all(part.obj is data for part in seen)
+
+
+@pytest.mark.parametrize("size", [2**9, 2**10, 2**11])
+def test_a_file_that_was_cut_within_a_frame_is_read_on_without_losing_or_repeating_one(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(label_files, "PIECE", size)
+    monkeypatch.setattr(label_files, "_run_jobs", map)
+    odd = list_frames(40)
+    odd[25]["visits"] = [{"at": 7}, {"name": "looks like a frame"}] * 60  # more than a stretch of them
+    (tmp_path / "labels.json").write_text(json.dumps(odd))
+    names, report = read(tmp_path / "labels.json")
+    assert names == [frame["name"] for frame in odd]
+    assert (report.frames, report.skipped.total()) == (40, 0)

@@ -1,15 +1,18 @@
 """Frames that lack what a caption needs, or write it otherwise: read, or left out with the reason."""
 
+import dataclasses
 import json
+from collections import Counter
 
 import pytest
 from conftest import call_script
 
-from captioner.bdd100k.facts import ObjectKind
+from captioner.bdd100k.census import print_census
+from captioner.bdd100k.facts import Facts, ObjectKind
 from captioner.bdd100k.frames import LabelOptions, decode_frames
 from captioner.bdd100k.label_files import read_labels
 from captioner.bdd100k.label_report import LabelReport
-from captioner.data.captions import read_captions
+from captioner.data.caption_files import read_captions
 from captioner.runtime.errors import UserError
 
 SCENE = {"timeofday": "night", "weather": "clear", "scene": "highway"}
@@ -113,7 +116,7 @@ def test_strict_accepts_known_classes_in_other_cases_and_small_boxes(tmp_path):
     args = ("--labels", labels, "--output", output, "--run-name", tmp_path / "run", "--min-box-size", 5)
     run = call_script("bdd100k_data_pipeline.py", *args, "--strict")
     assert run.returncode == 0, run.stderr
-    assert read_captions(output)["a.jpg"].endswith("There is one car.")
+    assert read_captions(output).set_index("name")["caption"]["a.jpg"].endswith("There is one car.")
 
 
 @pytest.mark.parametrize("category", ["crosswalk", "single white", "lane/road curb", "direct", "area/alternative"])
@@ -148,3 +151,50 @@ def test_a_frame_without_labels_leaves_the_fast_way_to_the_others():
     raw = [{"name": "a.jpg", "attributes": {"weather": "clear"}}, {"name": "b.jpg", "labels": [{"category": "car"}]}]
     frames, _ = decode_frames(json.dumps(raw).encode())
     assert [frame.name for frame in frames] == ["a.jpg", "b.jpg"] and not isinstance(frames[0], dict)
+
+
+def test_a_wrapper_is_read_in_the_fast_way_too():
+    frames, wrapped = decode_frames(json.dumps({"frames": [{"name": "a.jpg", "labels": [CAR]}], "groups": []}).encode())
+    assert wrapped and [frame.name for frame in frames] == ["a.jpg"] and not isinstance(frames[0], dict)
+
+
+def box(x1, y1, x2, y2):
+    return {"category": "car", "box2d": {"x1": x1, "y1": y1, "x2": x2, "y2": y2}}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "duplicates"),
+    [
+        (box(0, 0, 100, 100), box(0, 0, 84.9, 100), 0),
+        (box(0, 0, 100, 100), box(0, 0, 85, 100), 0),  # an IoU of 0.85, and not more
+        (box(0, 0, 100, 100), box(0, 0, 85.1, 100), 1),
+        (box(0, 0, 100, 100), box(0, 14.9, 100, 100), 1),
+        (box(5, 5, 5.5, 90), box(5, 5, 5.5, 90), 1),  # as thin ones as there are
+        (box(5, 5, 90, 5.5), box(5, 5, 90, 5.5), 1),
+        (box(5, 5, 5, 5), box(5, 5, 5, 5), 0),  # nothing in it that they could share
+        (box(0, 0, 10, 10), box(1, 50, 11, 60), 0),
+        (box(0, 0, 100, 100), box(0, 0, 100, 100) | {"category": "truck"}, 0),
+    ],
+)
+def test_boxes_of_one_class_that_share_more_than_85_percent_are_near_duplicates(tmp_path, one, other, duplicates):
+    for labels in ([one, other], [other, one]):
+        facts, report = read_one(tmp_path, labels, merge_duplicates=True)
+        assert report.near_duplicates == duplicates
+        assert sum(facts.objects.values()) == 2 - duplicates
+
+
+def test_facts_do_not_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Facts().weather = "clear"
+
+
+def test_a_census_tells_how_the_objects_of_each_class_are_seen(capsys):
+    report = LabelReport(frames=2, boxes_a_frame=Counter([2, 3]), caption_words=Counter([9]))
+    report.objects = Counter(
+        {ObjectKind("car"): 2, ObjectKind("car", occluded=True): 1, ObjectKind("car", True, True): 1}
+    )
+    report.objects[ObjectKind("bus", truncated=True)] = 1
+    print_census(report, Counter([20]), "demo's tokenizer")
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line}
+    assert rows["car"] == ["4", "2.00", "50.0%", "25.0%"]
+    assert rows["bus"] == ["1", "0.50", "0.0%", "100.0%"]

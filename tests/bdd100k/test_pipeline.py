@@ -30,7 +30,7 @@ from captioner.bdd100k.frames import (
 from captioner.bdd100k.label_files import read_labels
 from captioner.bdd100k.label_report import LabelReport
 from captioner.bdd100k.wording import STYLES, describe
-from captioner.data.captions import read_captions
+from captioner.data.caption_files import read_captions
 from captioner.runtime.errors import UserError
 
 EXAMPLE = {
@@ -76,7 +76,7 @@ def test_example_of_the_reference_to_the_letter(tmp_path, wrap):
     assert run.returncode == 0, run.stderr
     assert output.read_text() == f"name,raw_caption\n{EXAMPLE_ROW}\n"
     assert pd.read_csv(output).columns.tolist() == ["name", "raw_caption"]
-    assert read_captions(output) == {"000123.jpg": EXAMPLE_ROW.split('"')[1]}
+    assert read_captions(output)[["name", "caption"]].values.tolist() == [["000123.jpg", EXAMPLE_ROW.split('"')[1]]]
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -85,7 +85,7 @@ def test_the_command_writes_each_style(tmp_path, style):
     labels.write_text(json.dumps([EXAMPLE]))
     assert run_pipeline("--labels", labels, "--output", output, "--style", style).returncode == 0
     [only], _ = read_all(tmp_path, EXAMPLE)
-    assert read_captions(output)["000123.jpg"] == describe(only.facts, style)
+    assert read_captions(output).set_index("name")["caption"]["000123.jpg"] == describe(only.facts, style)
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def test_strict_and_frames_without_a_scene(tmp_path):
         "--labels", file, "--output", output, "--without-scene", "caption", "--run-name", tmp_path / "run"
     )
     assert told.returncode == 0
-    assert read_captions(output)["b.jpg"] == "There is one car."
+    assert read_captions(output).set_index("name")["caption"]["b.jpg"] == "There is one car."
 
 
 def test_census_is_printed_and_drawn(tmp_path, figures):

@@ -1,9 +1,13 @@
 """Loading, NF4, LoRA, masking and generation, on a tiny BLIP-2 with random weights."""
 
+import copy
+from types import SimpleNamespace
+
 import bitsandbytes as bnb
 import pytest
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 
 from captioner.blip2 import batches, captioning
 from captioner.blip2 import loading as blip2
@@ -39,7 +43,7 @@ def dataset(tmp_path, processor, base):
         image = tmp_path / f"{index}.png"
         Image.new("RGB", (64, 36), ["black", "white"][index]).save(image)
         examples.append(Example(image.name, image, caption))
-    return batches.CaptionDataset(examples, processor, 256, batches.end_token(base.config))
+    return batches.make_dataset(examples, processor, 256, batches.end_token(base.config))
 
 
 def make_batch(dataset, model, rows=(0, 1)):
@@ -216,3 +220,14 @@ def test_unreadable_image_is_named(tmp_path, processor):
     bad.write_text("no image")
     with pytest.raises(UserError, match=r"bad\.jpg: not readable as an image"):
         batches.load_pixels(bad, processor)
+
+
+def test_a_caption_has_no_token_that_its_text_has_not(processor):
+    """OPT's tokenizer would begin each with its end token."""
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    start = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{start[0]} $A", special_tokens=[start])
+    assert tokenizer(CAPTIONS[1])["input_ids"][0] == start[1]
+    [ids] = batches.tokenize_captions(CAPTIONS[1:], SimpleNamespace(tokenizer=tokenizer), 256, 7)
+    assert ids == [*processor.tokenizer(CAPTIONS[1], add_special_tokens=False)["input_ids"], 7]
+    assert batches.tokenize_captions([], processor, 256, 7) == []

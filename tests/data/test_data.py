@@ -1,17 +1,30 @@
 """Splits by ride, the captions CSV and the index of images."""
 
+import json
+from pathlib import Path
+
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captioner.data.captions import Example, read_captions, write_captions
-from captioner.data.images import find_images, index_images, match_images, open_image, tell_once
-from captioner.data.splits import choose_examples, read_split, ride_of, split_by_ride, write_splits
+from captioner.data.captions import Example, write_captions
+from captioner.data.images import find_images, index_images, locate_images, match_images, open_image, tell_once
+from captioner.data.splits import choose_examples, find_images_root, read_split, ride_of, split_by_ride, write_splits
 from captioner.runtime.errors import UserError
 from config import EvalConfig, make_config
 
 SHARES = {"train": 0.6, "val": 0.28, "test": 0.12}
 rides = st.dictionaries(st.integers(0, 2**32 - 1), st.integers(1, 9), min_size=3, max_size=60)
+
+
+def save_split(folder, examples):
+    """As main.py does: the root of the images is in the run's record."""
+    splits = {"test": examples}
+    write_splits(folder / "split.csv", splits)
+    (folder / "run.json").write_text(
+        json.dumps({"config": {"model": "m"}, "images_root": str(find_images_root(splits))})
+    )
 
 
 def names_of(rides):
@@ -57,24 +70,6 @@ def test_names_of_bdd100k_need_no_warning(capsys):
     assert not capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "name,caption\na.jpg,x\n",
-        "name,raw_caption\na.jpg\n",
-        "name,raw_caption\n../a.jpg,x\n",
-        "name,raw_caption\na.jpg,x\na.jpg,y\n",
-        'name,raw_caption\na.jpg,"' + "x" * 200_000 + '"\n',
-    ],
-)
-def test_a_bad_captions_file_is_named(tmp_path, text):
-    file = tmp_path / "captions.csv"
-    file.write_text(text)
-    with pytest.raises(UserError, match=r"captions\.csv"):
-        read_captions(file)
-
-
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     def rows():
         yield "a.jpg", "There is one car."
@@ -89,22 +84,51 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_images_are_found_at_any_depth(tmp_path):
-    for name in ("train/trainB/b.jpg", "train/trainA/a.jpg", "z/a.jpg", "notes.txt"):
+    for name in ("train/trainB/b.jpg", "train/trainA/a.jpg", "z/c.JPG", "notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    index = index_images(tmp_path)
-    assert index == {"a.jpg": tmp_path / "train/trainA/a.jpg", "b.jpg": tmp_path / "train/trainB/b.jpg"}
+    wanted = {"a.jpg": tmp_path / "train/trainA/a.jpg", "b": tmp_path / "train/trainB/b.jpg"}
+    assert locate_images(["a.jpg", "b", "d.jpg"], tmp_path) == wanted
+    paths = ["train/trainA/a.jpg", "train/b.jpg", "b.jpg"]
+    assert locate_images(paths, tmp_path) == {paths[0]: wanted["a.jpg"]}  # where a name has a folder, all are paths
+
+
+def test_names_that_several_images_have_are_listed(tmp_path):
+    for name in ("a/1.jpg", "b/1.jpg", "b/2.jpg", "b/2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=rf"1 names .*\n  1\.jpg: {tmp_path}/a/1\.jpg, {tmp_path}/b/1\.jpg$"):
+        locate_images(["1.jpg", "2.jpg"], tmp_path)
+    with pytest.raises(UserError, match=r"\n  2: .*2\.jpg, .*2\.png$"):
+        locate_images(["2"], tmp_path)
+    assert locate_images(["2.jpg"], tmp_path) == {"2.jpg": tmp_path / "b/2.jpg"}
+    assert len(locate_images(["a/1.jpg", "b/1.jpg"], tmp_path)) == 2
+
+
+def test_a_name_in_either_form_of_unicode_finds_its_image(tmp_path):
+    (tmp_path / "Stra\u00dfe e\u0301t\u00e9").mkdir()
+    image = tmp_path / "Stra\u00dfe e\u0301t\u00e9/a \u732b.jpg"
+    image.touch()
+    name = "Stra\u00dfe \u00e9te\u0301/a \u732b.jpg"
+    assert locate_images([name], tmp_path) == {name: image}
+
+
+def tabulate(captions):
+    return pd.DataFrame(captions, columns=["name", "caption"]).assign(split="", group="")
 
 
 def test_captions_without_an_image_are_counted(tmp_path, capsys):
     (tmp_path / "a.jpg").touch()
-    images = index_images(tmp_path)
-    assert [example.name for example in match_images({"a.jpg": "x", "b.jpg": "y"}, images)] == ["a.jpg"]
-    assert "1 of 2 captioned frames have no image" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"none of the 1 captioned frames.*b\.jpg"):
-        match_images({"b.jpg": "y"}, images)
+    captions = tabulate([("a.jpg", "x"), ("b.jpg", "y"), ("a.jpg", "z")])
+    [example] = match_images(captions, tmp_path)
+    assert (example.name, example.captions) == ("a.jpg", ("x", "z"))
+    assert "1 of 2 captioned images are not in" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"1 of 2 captioned images .*more than 5%: .*The first: b\.jpg"):
+        match_images(captions, tmp_path, 0.05)
+    with pytest.raises(UserError, match=r"none of the 1 captioned images.*b\.jpg"):
+        match_images(tabulate([("b.jpg", "y")]), tmp_path)
     with pytest.raises(UserError, match=r"a\.png, for one, is not .*; a\.jpg is: give both one suffix"):
-        match_images({"a.png": "y"}, images)
+        match_images(tabulate([("a.png", "y")]), tmp_path)
 
 
 def test_a_folder_without_images_is_named(tmp_path):
@@ -156,7 +180,7 @@ def test_links_of_a_hub_snapshot_into_its_own_blobs_are_read(tmp_path, listing):
 def test_an_image_behind_a_link_is_in_the_split_by_its_own_name(tmp_path):
     (tmp_path / "1").touch()
     (tmp_path / "a.jpg").symlink_to("1")
-    write_splits(tmp_path / "split.csv", {"test": [Example("a.jpg", tmp_path / "a.jpg", "A car.")]})
+    save_split(tmp_path, [Example("a.jpg", tmp_path / "a.jpg", "A car.")])
     assert [example.image for example in read_split(tmp_path, "test")] == [tmp_path / "a.jpg"]
 
 
@@ -189,7 +213,7 @@ def test_what_only_has_the_name_of_a_jpeg_is_named(tmp_path, content, kind):
 
 def test_images_that_were_moved_are_found_in_their_new_folder(tmp_path, capsys):
     examples = [Example(f"{name}.jpg", tmp_path / f"old/{name}.jpg", name) for name in "abc"]
-    write_splits(tmp_path / "split.csv", {"test": examples})
+    save_split(tmp_path, examples)
     with pytest.raises(UserError, match=r"split\.csv: its images are gone, .*old/.*--images-root"):
         choose_examples(make_config(EvalConfig, adapter=tmp_path))
     (tmp_path / "new/deep").mkdir(parents=True)
@@ -205,9 +229,33 @@ def test_images_that_were_moved_are_found_in_their_new_folder(tmp_path, capsys):
     assert "1 of 3 images are not in" in capsys.readouterr().out
 
 
+def test_a_split_has_all_captions_and_the_group_and_its_images_by_folder(tmp_path):
+    for name in ("x/1.jpg", "y/1.jpg"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True)
+        (tmp_path / "images" / name).touch()
+    examples = [
+        Example("x/1.jpg", tmp_path / "images/x/1.jpg", "A cat,\u00df.", "g1", ('A "cat".', "Cat")),
+        Example("y/1.jpg", tmp_path / "images/y/1.jpg", "A dog.", "g2"),
+    ]
+    (tmp_path / "adapter").mkdir()
+    save_split(tmp_path / "adapter", examples)
+    assert str(tmp_path) not in (tmp_path / "adapter/split.csv").read_text()
+    assert read_split(tmp_path / "adapter", "test") == examples
+    (tmp_path / "images").rename(tmp_path / "moved")
+    moved, left_out = choose_examples(EvalConfig(adapter=tmp_path / "adapter", images_root=tmp_path / "moved"))
+    assert sorted(moved) == read_split(tmp_path / "adapter", "test", tmp_path / "moved") and not left_out
+    assert [example.image for example in sorted(moved)] == [tmp_path / "moved/x/1.jpg", tmp_path / "moved/y/1.jpg"]
+
+
+def test_a_split_of_absolute_paths_is_read(tmp_path):
+    """As it was written before it had a root."""
+    (tmp_path / "split.csv").write_text("name,split,image,raw_caption\na.jpg,test,/images/a.jpg,A car.\n")
+    assert read_split(tmp_path, "test") == [Example("a.jpg", Path("/images/a.jpg"), "A car.")]
+
+
 def test_the_sample_is_the_same_where_moved_images_are_missing(tmp_path):
     names = [f"{number}.jpg" for number in range(20)]
-    write_splits(tmp_path / "split.csv", {"test": [Example(name, tmp_path / name, name) for name in names]})
+    save_split(tmp_path, [Example(name, tmp_path / name, name) for name in names])
     (tmp_path / "all").mkdir()
     for name in names:
         (tmp_path / name).touch()

@@ -94,8 +94,33 @@ def _complain(item):
     return item
 
 
+def _end_early(item):
+    if item == 70:
+        raise EOFError("of an image")
+    return item
+
+
+def _lose_connection(item):
+    if item == 70:
+        raise ConnectionResetError("by a file server")
+    return item
+
+
+def _err(item):
+    if item == 70:
+        raise RuntimeError("DataLoader worker has nothing to do with it")
+    return item
+
+
 @pytest.mark.parametrize(
-    ("read", "message"), [(_die, "a process that reads images was killed"), (_complain, "a.jpg: is no image")]
+    ("read", "message"),
+    [
+        (_die, "a process that reads images was killed"),
+        (_complain, "a.jpg: is no image"),
+        (_end_early, r"a process that reads images failed \(EOFError: of an image\)"),
+        (_lose_connection, r"a process that reads images failed \(ConnectionResetError: by a file server\)"),
+        (_err, r"a process that reads images failed \(RuntimeError: DataLoader worker has nothing to do with it\)"),
+    ],
 )
 def test_a_process_that_fails_says_why(read, message):
     with pytest.raises(UserError, match=message):

@@ -1,34 +1,30 @@
 """Each lever of speed.py: with it and without it loss, gradients and adapter agree."""
 
-import copy
 import itertools
 import json
 import operator
 import statistics
-import subprocess
 from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import import_kernels
+from conftest import need_triton
 from torch.utils.checkpoint import checkpoint
 from training_runs import stop_at, train
 from transformers.trainer_callback import CallbackHandler
 
 import main
-from captioner.blip2.batches import CaptionCollator, CaptionDataset
-from captioner.blip2.loading import load_config, load_model, load_processor
+from captioner.blip2.batches import CaptionCollator, make_dataset
+from captioner.blip2.loading import load_model, load_processor
 from captioner.blip2.lora import add_lora
-from captioner.blip2.vision import take_vision_out
 from captioner.data.captions import Example
-from captioner.fast import compile_kernels
 from captioner.fast.caption_loss import caption_nll, supports
-from captioner.fast.generation import FastGenerator
+from captioner.fast.kernels import choice
 from captioner.fast.layers import draws_by_kernels, spare_columns
 from captioner.fast.packing import PackedCollator, PackedSampler
-from captioner.fast.speed import FastStep, JoinedAdamW, add_over_processes, join_weights, unpack_nf4
+from captioner.fast.speed import FastStep, join_weights, unpack_nf4
 from captioner.training import trainer
 from captioner.training.checkpoints import hash_file
 from config import TrainConfig, make_config
@@ -44,7 +40,7 @@ def rows(drawn, tiny_checkpoint):
     examples = [Example(image.name, image, text) for image, text in zip(images, texts, strict=True)]
     processor = load_processor(tiny_checkpoint)
     model = load_model(tiny_checkpoint, False, CPU)
-    dataset = CaptionDataset(examples, processor, 50, model.config.text_config.eos_token_id)
+    dataset = make_dataset(examples, processor, 50, model.config.text_config.eos_token_id)
     return [dataset[row] for row in range(4)], model.config
 
 
@@ -129,22 +125,22 @@ def test_dropout_is_that_of_lora(tiny_checkpoint, rows, monkeypatch):
 @pytest.fixture
 def kernels(monkeypatch):
     """The Triton kernels in use on the CPU, in Triton's interpreter."""
-    import_kernels()
-    monkeypatch.setattr("captioner.fast.layers.use_kernels", lambda x: True)
-    monkeypatch.setattr("captioner.fast.caption_loss.use_kernels", lambda x: True)
+    need_triton()
+    monkeypatch.setattr(choice, "use_kernels", lambda x: True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("joined", [False, True])
-def test_kernels_give_the_models_loss(tiny_checkpoint, batch, packed, kernels, joined):
-    model = load(tiny_checkpoint, rank=16)
+@pytest.mark.parametrize(("rank", "joined"), [(16, False), (16, True), (8, True), (24, True)])
+def test_kernels_give_the_models_loss(tiny_checkpoint, batch, packed, kernels, rank, joined):
+    """Of any rank: to the next that they take it is filled up with zeros."""
+    model, taken = load(tiny_checkpoint, rank=rank), 16 if rank <= 16 else 32
     tokens = (batch["labels"] != -100).sum()
     plain = loss_and_gradients(model, lambda: model(**batch).loss)
     if joined:
         join_weights(model)
         layer = model.get_base_model().language_model.model.decoder.layers[0]
-        assert spare_columns(layer.fc1.base_layer.weight) == 16
-        assert spare_columns(layer.self_attn.v_proj.base_layer.weight) == 48
+        assert spare_columns(layer.fc1.base_layer.weight) == taken
+        assert spare_columns(layer.self_attn.v_proj.base_layer.weight) == 3 * taken
     check_agreement(plain, loss_and_gradients(model, lambda: caption_nll(model, **packed).sum() / tokens))
 
 
@@ -194,13 +190,12 @@ def test_gradient_checkpointing_changes_nothing(tiny_checkpoint, packed):
     check_agreement(kept, loss_and_gradients(model, lambda: caption_nll(model, **packed).sum()), relative=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("rank", "is_recordable"), [(16, True), (4, False)])
-def test_dropouts_are_the_same_when_activations_are_computed_again(
-    tiny_checkpoint, rows, kernels, monkeypatch, rank, is_recordable
-):
+@pytest.mark.parametrize("by_kernels", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_dropouts_are_the_same_when_activations_are_computed_again(tiny_checkpoint, rows, monkeypatch, by_kernels):
     """Also where they are drawn by kernels, which need no state of torch's generator: such a pass can be recorded."""
-    model, states = load(tiny_checkpoint, dropout=0.3, rank=rank).train(), []
+    need_triton()
+    monkeypatch.setattr(choice, "use_kernels", lambda x: by_kernels)
+    model, states = load(tiny_checkpoint, dropout=0.3, rank=16).train(), []
     packed = PackedCollator(rows[1])(rows[0][2:])
 
     def note(*args, preserve_rng_state, **options):
@@ -216,7 +211,7 @@ def test_dropouts_are_the_same_when_activations_are_computed_again(
     assert not states
     checkpoint_activations(model)
     check_agreement(kept, run(), relative=1e-6)
-    assert set(states) == {not is_recordable}
+    assert set(states) == {not by_kernels}
     assert abs(kept[0] - loss_and_gradients(model.eval(), lambda: caption_nll(model, **packed).sum())[0]) > 1e-3
 
 
@@ -235,22 +230,8 @@ def test_unpacked_weights_have_the_same_values(tiny_checkpoint, packed):
     assert abs(caption_nll(unquantised, **packed).sum() - nf4[0]) > 1e-3  # NF4 it still is
 
 
-@pytest.mark.parametrize(("ranks", "by_kernels"), [([16, 32], True), ([16, 4], False)])
-def test_all_dropouts_come_from_the_seed_where_kernels_have_the_rank(kernels, ranks, by_kernels):
-    assert draws_by_kernels(torch.zeros(1), ranks) is by_kernels
-
-
-def test_gradients_are_added_up_over_processes_but_for_empty_ones():
-    assert add_over_processes([torch.ones(2)]) == []  # one process
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        waiting = add_over_processes([torch.ones(2), torch.ones(3), torch.empty(0)])
-        assert len(waiting) == 2
-        for work in waiting:
-            work.wait()
-    finally:
-        torch.distributed.destroy_process_group()
+def test_all_dropouts_come_from_the_seed_but_attentions(kernels):
+    assert draws_by_kernels(torch.zeros(1), 0.0) and not draws_by_kernels(torch.zeros(1), 0.1)
 
 
 def test_room_beside_a_matrix_is_counted_in_values():
@@ -266,137 +247,54 @@ def test_only_what_reads_one_input_or_has_lora_is_joined(tiny_checkpoint):
     assert not any(hasattr(linear, "joined") for linear in (layer.self_attn.out_proj, layer.fc1, layer.fc2))
 
 
-@pytest.mark.slow
-def test_kernels_of_a_small_model_are_those_of_training(tiny_checkpoint, packed, kernels, monkeypatch):
-    """Of each kernel, with what it is compiled for: what training launches has been launched ahead."""
-    launched = set()
-
-    class Recorder:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            def launch(*args, **options):
-                launched.add((self.kernel.fn.__name__, *(a.dtype for a in args if hasattr(a, "dtype")), str(options)))
-                return self.kernel[grid](*args, **options)
-
-            return launch
-
-        def __call__(self, *args, **options):  # by another kernel
-            return self.kernel(*args, **options)
-
-    gpu_kernels = import_kernels()
-    for name, kernel in vars(gpu_kernels).items():
-        if name.startswith("_") and hasattr(kernel, "fn"):
-            monkeypatch.setattr(gpu_kernels, name, Recorder(kernel))
-    config, lora = load_config(tiny_checkpoint), ("both", 16, 32, 0.3)
-    compile_kernels.train_small_model(compile_kernels.make_small_model(config, lora, CPU, torch.float32))
-    ahead = set(launched)
-    launched.clear()
-    small = compile_kernels.make_small_model(config, ("lm", *lora[1:]), CPU, torch.float32, qformer=False)
-    compile_kernels.train_small_model(small)
-    helped = set(launched)
-    assert {name for name, *_ in helped} == {name for name, *_ in ahead}
-    launched.clear()
-    compile_kernels.caption_small_model(compile_kernels.make_small_model(config, lora, CPU, torch.float32))
-    ahead_of_captions = set(launched)
-    launched.clear()
-    model = load(tiny_checkpoint, dropout=0.3, rank=16)
-    join_weights(model)
-    for mode in (True, False):
-        model.train(mode)
-        with torch.set_grad_enabled(mode):
-            loss = caption_nll(model, **packed).sum()
-        if mode:
-            loss.backward()
-    assert launched and launched <= ahead
-    assert helped < launched  # the rest is the Q-Former's
-    launched.clear()
-    model, side = load(tiny_checkpoint, rank=16), config.vision_config.image_size
-    outputs = take_vision_out(model)(torch.zeros(2, 3, side, side)).last_hidden_state
-    FastGenerator(model, 4).generate(outputs, 3)
-    assert launched and launched <= ahead_of_captions | ahead
-
-
-def test_compiling_starts_once_and_where_there_is_a_gpu(folder, settings, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", "cache")
-    monkeypatch.setenv("PATH", "")
-    started = []
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: started.append(command))
-    config = make_config(TrainConfig, **settings)
-    compile_kernels.start(config)
-    assert not started
-    Path("nvidia-smi").touch(mode=0o755)
-    monkeypatch.setenv("PATH", ".")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    compile_kernels.start(config)
-    assert not started
-    monkeypatch.delenv("LOCAL_RANK")
-    compile_kernels.start(config)
-    [[_, script, stamp, *lora]] = started
-    assert Path(script).name == "compile_kernels.py" and lora[1:] == ["both", "16", "32", "0.05"]
-    Path(stamp).parent.mkdir()
-    Path(stamp).touch()
-    compile_kernels.start(config)
-    assert len(started) == 1
-    compile_kernels.start(make_config(TrainConfig, **settings, lora_rank=32))
-    assert len(started) == 2
-
-
 def test_positions_of_a_packed_batch_are_a_fast_size(rows):
     [row, *_], config = rows
     for length in (*range(1, 70), *range(1000, 1070)):
         [_, end, size] = PackedCollator(config)([row | {"caption_ids": [5] * length}])["starts"].tolist()
         assert end == config.num_query_tokens + length
-        multiple = 16 if end <= 1024 else 8
-        assert size % multiple == 0 and size % 32 and 0 <= size - end < 2 * multiple
+        assert size % 32 == 16 and 0 <= size - end < 32
 
 
 @pytest.mark.parametrize("target", ["both", "lm", "qformer"])
 def test_passes_add_up_to_a_step(tiny_checkpoint, rows, packed, target):
+    """The gradients times a scale, which fp16 needs, and the loss without it."""
     model, collate = load(tiny_checkpoint, target=target), PackedCollator(rows[1])
     tokens = (packed["labels"] != -100).sum()
     _, whole = loss_and_gradients(model, lambda: caption_nll(model, **packed).sum() / tokens)
     step = FastStep(model, cuda_graphs=False)
     for _ in range(2):  # a second step begins anew
-        model.zero_grad()
-        loss = sum(step(collate(rows[0][i : i + 2]), tokens, is_last=i > 0) for i in (0, 2))
+        step.zero_grad()
+        loss = sum(step(collate(rows[0][i : i + 2]), tokens, 4.0) for i in (0, 2))
     assert loss.item() == pytest.approx((caption_nll(model, **packed).sum() / tokens).item(), rel=1e-6)
-    for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            assert (weight.grad - whole[name]).norm() < 1e-4 * whole[name].norm()
-
-
-def make_adamw(step, is_joined):
-    groups, options = [{"params": step.weights}, {"params": []}], {"lr": 1e-2, "weight_decay": 0.1, "fused": True}
-    return JoinedAdamW(groups, step, **options) if is_joined else torch.optim.AdamW(groups, **options)
+    expected = {id(weight): whole[name] for name, weight in model.named_parameters() if name in whole}
+    parts = step.whole.grad.split([weight.numel() for weight in step.weights])
+    for weight, part in zip(step.weights, parts, strict=True):
+        gradient = expected.pop(id(weight))
+        assert (part.view_as(gradient) / 4 - gradient).norm() < 1e-4 * gradient.norm()
+    assert not expected
 
 
 @pytest.mark.parametrize("moved", [False, True])
-def test_joined_adamw_is_adamw(tiny_checkpoint, rows, moved):
-    """Bit for bit, also when its state is saved and loaded by either, or when other memory takes the weights' place."""
-    weights, batch = [], PackedCollator(rows[1])(rows[0])
-    for use_joined in (False, True):
-        torch.manual_seed(0)
+def test_a_step_of_the_whole_is_that_of_its_weights(tiny_checkpoint, packed, moved):
+    """Bit for bit, also when other memory takes the weights' place; AdamW knows each weight or the whole alone."""
+    results = []
+    for is_joined in (False, True):
         model = load(tiny_checkpoint)
         step = FastStep(model, cuda_graphs=False)
-        optimizer = make_adamw(step, use_joined)
-        for turn in range(4):
-            optimizer.zero_grad()
+        optimizer = torch.optim.AdamW([step.whole] if is_joined else step.weights, lr=1e-2, fused=True)
+        for turn in range(3):
+            step.zero_grad()
             if moved and turn == 1:
                 for weight in step.weights:
                     weight.data = weight.data.clone()
-            step(batch, 50, is_last=True)
+            step(packed, 50)
+            parts = step.whole.grad.split([weight.numel() for weight in step.weights])
+            for weight, part in zip(step.weights, parts, strict=True):
+                weight.grad = part.view_as(weight)
             optimizer.step()
-            if turn in (1, 2):  # as one after the other has written it
-                state = copy.deepcopy(optimizer.state_dict())
-                optimizer = make_adamw(step, use_joined == (turn == 2))
-                optimizer.load_state_dict(state)
-            optimizer.param_groups[0]["lr"] *= 0.5
-        weights.append(torch.cat([weight.detach().flatten() for weight in step.weights]))
-        assert step.weights[5].data_ptr() > step.weights[4].data_ptr()
-        assert torch.equal(weights[-1], step.whole)
-    assert torch.equal(*weights)
+        results.append(torch.cat([weight.detach().flatten() for weight in step.weights]))
+        assert torch.equal(results[-1], step.whole)
+    assert torch.equal(*results)
 
 
 def test_another_adapter_leaves_the_joined_one_alone(tiny_checkpoint, packed):
@@ -422,7 +320,7 @@ def test_packed_batches_have_about_one_size():
             statistics.stdev(sum(lengths[row] for row in rows[first : first + size]) for first in range(0, 992, size))
             for rows in (order, torch.randperm(1000).tolist())
         )
-        assert dealt < (0.02 if size == 16 else 0.4) * drawn, size
+        assert dealt < (0.25 if size == 16 else 0.4) * drawn, size
     sampler.set_epoch(1)
     assert list(sampler) != order and sorted(sampler) == list(range(1000))
     pairs = [set(), set()]  # of rows that are in one step, of an epoch in one window

@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, capture
+from datasets import load_dataset
 from huggingface_hub import ModelCard, close_session, constants
 from loopback_push import Hub
 
+from captioner.data.captions import Example
+from captioner.data.splits import write_splits
 from captioner.publishing import merge, model_card
 from captioner.publishing.hub import push_to_hub, stage_files
 from captioner.publishing.merge import merge_adapter
@@ -23,8 +26,9 @@ from captioner.publishing.records import strip_paths
 from captioner.runtime.cli import run_script
 from captioner.runtime.errors import UserError
 from captioner.runtime.settings import flatten
+from captioner.scoring.headlines import HEADLINES
 from captioner.scoring.predictions import Prediction
-from captioner.scoring.scores import HEADLINES, score_predictions
+from captioner.scoring.scores import score_predictions
 from config import EvalConfig, TrainConfig, make_config
 
 NOWHERE = "http://127.0.0.1:9"  # nobody answers there
@@ -82,15 +86,15 @@ def test_card_has_the_real_numbers(tmp_path):
     assert (card.data.library_name, card.data.pipeline_tag, card.data.language) == ("peft", "image-to-text", "en")
     assert card.data.datasets == ["bdd100k"] and {"lora", "qlora", "bdd100k"} <= set(card.data.tags)
     assert card.data.model_name == tmp_path.name
-    figures = [scores["scores"][group][name] for name, group in HEADLINES.items()]
+    figures = [headline.find(scores["scores"], name) for name, headline in HEADLINES.items()]
     stated = [figure for figure in figures if figure["value"] is not None]
     assert [result.metric_value for result in card.data.eval_results] == [figure["value"] for figure in stated]
     assert {(result.dataset_name, result.dataset_split) for result in card.data.eval_results} == {("BDD100K", "test")}
     rows = {line.split(" | ")[0].strip("| "): line for line in card.text.splitlines() if line.startswith("| ")}
-    for name, group in HEADLINES.items():
-        row = rows[model_card.SCORE_NAMES[name][0]]
+    for name, headline in HEADLINES.items():
+        row = rows[headline.words]
         for groups in (scores["scores"], *scores["floors"].values()):
-            figure = groups[group][name]
+            figure = headline.find(groups, name)
             assert f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]" in row
     assert all(f"floor: {floor}" in card.text for floor in scores["floors"])
     assert "| learning_rate | 5e-05 |" in card.text and "| best_eval_loss | 0.123456 |" in card.text
@@ -244,6 +248,29 @@ def test_merged_model_says_what_the_adapter_says(adapter, tiny_checkpoint, tmp_p
     assert (output / "notes.txt").is_file() and (output / "config.json").is_file()
 
 
+def test_a_merged_folder_serves_a_pipeline(adapter, drawn, tmp_path):
+    """As docs/serving.md shows it: transformers' pipeline gives the caption of the model's own generate().
+
+    A caption begins after the image's tokens and OPT's first token. OPT's tokenizer writes that one for an empty text,
+    the tests' small one does not.
+    """
+    from PIL import Image
+    from transformers import Blip2ForConditionalGeneration, pipeline
+
+    from captioner.blip2.loading import load_processor
+
+    merge_adapter(adapter, tmp_path / "merged")
+    image = sorted((drawn / "images").iterdir())[0]
+    captioner = pipeline("image-text-to-text", model=str(tmp_path / "merged"), device="cpu")
+    text = "" if captioner.tokenizer("")["input_ids"] else captioner.tokenizer.bos_token
+    [told] = captioner(images=[str(image)], text=text, max_new_tokens=24)
+    model, processor = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "merged"), load_processor(adapter)
+    inputs = processor(images=Image.open(image).convert("RGB"), return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    expected = processor.decode(tokens[0], skip_special_tokens=True)
+    assert expected.strip() and told["generated_text"].removeprefix(text) == expected
+
+
 def test_merging_touches_no_folder_of_others(adapter, tiny_checkpoint):
     for folder in (tiny_checkpoint, adapter):
         before = sorted(folder.iterdir())
@@ -301,11 +328,11 @@ run_script(lambda folder: print(push_to_hub(Path(folder), sys.argv[2])), sys.arg
 """
 
 
-def push(adapter: Path, repo: str, tmp_path: Path, **environment) -> subprocess.CompletedProcess:
+def push(adapter: Path, repo: str, tmp_path: Path, code: str = PUSH, **environment) -> subprocess.CompletedProcess:
     """push_to_hub in a process of its own, which knows no token but what `environment` gives."""
     known = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     known |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", **environment}
-    command = [sys.executable, "-c", PUSH, str(adapter), repo]
+    command = [sys.executable, "-c", code, str(adapter), repo]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=known)
 
 
@@ -336,6 +363,37 @@ def test_upload_is_what_a_user_needs_and_no_more(adapter, tmp_path):
     assert len(card.data.eval_results) == len(HEADLINES)
     for name, content in files.items():
         assert b"alice" not in content and str(adapter.parent).encode() not in content, name
+
+
+def test_captions_are_uploaded_without_images_and_load_as_a_data_set(tmp_path):
+    splits = {
+        "train": [Example("a b.jpg", tmp_path / "a b.jpg", 'A "car",\nred', "g1", ("Ein Auto.",))],
+        "val": [Example("猫.png", tmp_path / "猫.png", "Ä cat", "g2")],
+        "test": [Example("c.jpg", tmp_path / "c.jpg", "c", "g3")],
+    }
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    write_splits(folder / "split.csv", splits)
+    write_json(folder / "run.json", {"config": {"model": "m"}, "images_root": str(tmp_path)})
+    with Hub() as hub:
+        code = PUSH.replace("push_to_hub", "push_captions")
+        pushed = push(folder, "me/captions", tmp_path, code, HF_ENDPOINT=hub.url, HF_TOKEN=Hub.TOKEN)
+        assert pushed.returncode == 0, pushed.stderr
+        assert pushed.stdout.strip() == f"{hub.url}/datasets/me/captions"
+        refused = push(folder, "me/captions", tmp_path, code, HF_ENDPOINT=hub.url, HF_TOKEN=Hub.READER)
+        assert refused.returncode == 2 and "--push-captions me/captions: can't be uploaded" in refused.stderr
+    assert hub.visibility == {"me/captions": "private"}
+    (tmp_path / "copy").mkdir()
+    for name, content in hub.files["me/captions"].items():
+        assert str(tmp_path).encode() not in content
+        (tmp_path / "copy" / name).write_bytes(content)
+    assert sorted(hub.files["me/captions"]) == ["README.md", "test.csv", "train.csv", "validation.csv"]
+    loaded = load_dataset(str(tmp_path / "copy"), cache_dir=str(tmp_path / "cache"))
+    assert list(loaded) == ["train", "validation", "test"]
+    assert loaded["train"].to_list() == [
+        {"name": "a b.jpg", "caption": 'A "car",\nred', "group": "g1"},
+        {"name": "a b.jpg", "caption": "Ein Auto.", "group": "g1"},
+    ]
 
 
 def test_hub_name_of_the_base_is_kept(adapter, tmp_path):

@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -14,11 +15,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, call_script
+from conftest import ROOT, call_script, start_script
 from training_runs import wait_for_lock
 
 from captioner.bdd100k.label_files import read_labels
 from captioner.bdd100k.label_report import LabelReport
+from captioner.data import captions
+from captioner.data.captions import Example
+from captioner.data.splits import leave_out_unreadable
 from captioner.runtime import cli, files, processes
 from captioner.runtime.cli import report_error
 from captioner.runtime.errors import UserError
@@ -26,6 +30,7 @@ from captioner.runtime.files import atomic_write, lock_folder, measure_free, nam
 from captioner.scoring.console import print_captions, print_left_out
 from captioner.scoring.predictions import Prediction
 from captioner.training.checkpoints import find_damage, hash_file, read_state
+from config import PipelineConfig
 
 HOLD = """
 import multiprocessing, sys, time
@@ -190,6 +195,22 @@ def test_a_folder_is_used_where_there_is_no_flock_at_all(tmp_path, monkeypatch, 
     assert "can't be locked" in capsys.readouterr().out
 
 
+def test_the_lock_is_removed_where_no_open_file_can_be(tmp_path, monkeypatch):
+    """As on Windows."""
+    remove = Path.unlink
+
+    def unlink(path):
+        if any(os.path.realpath(f"/proc/self/fd/{number}") == str(path) for number in os.listdir("/proc/self/fd")):
+            raise PermissionError(13, "is open")
+        remove(path)
+
+    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with lock_folder(tmp_path / "run", "--output"):
+        (tmp_path / "run" / "a.txt").touch()
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["a.txt"]
+
+
 class NotebookStream(io.TextIOBase):
     """As of ipykernel: without reconfigure() and fileno()."""
 
@@ -248,6 +269,42 @@ def test_free_space_that_cannot_be_found_out_is_none(tmp_path, monkeypatch):
     assert measure_free(tmp_path) is None
 
 
+@pytest.mark.parametrize("script", ["main.py", "eval.py", "bdd100k_data_pipeline.py"])
+def test_scripts_find_their_modules_with_a_safe_path(tmp_path, script):
+    with start_script(script, "--help", cwd=tmp_path, PYTHONSAFEPATH=1) as helped:
+        out, err = helped.communicate()
+    assert helped.returncode == 0 and "--run-name" in out, err
+
+
+def test_the_demo_is_drawn_with_a_safe_path(folder, monkeypatch):
+    """By a process that finds the renderer in the folder where it is started."""
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    monkeypatch.setattr(captions, "DEMO_SCENES", 2)
+    assert captions.find_labels(PipelineConfig(demo=True))[0].is_file()
+
+
+def test_a_user_without_a_home_has_the_folder_where_the_run_is(folder, monkeypatch, capsys):
+    def fail(*args):
+        raise KeyError("no such user")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", fail)
+    cli.find_home()
+    assert Path.home() == folder
+    assert capsys.readouterr().out == f"note: HOME is not set, and this user has no home: caches are kept in {folder}\n"
+    cli.find_home()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_torchvision_of_another_torch_is_not_looked_at(tmp_path):
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('no operator torchvision::nms')")
+    look = "import sys; sys.path[:0] = sys.argv[1:]; import captioner.runtime.cli, importlib.util as util\n"
+    look += "print(util.find_spec('torchvision'))"
+    command = [sys.executable, "-c", look, str(tmp_path), str(ROOT)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "None\n"
+
+
 # --------------------------------------------------------------------------------------------------------------
 # the folder of a run
 
@@ -292,3 +349,16 @@ def test_a_link_to_nowhere_in_the_place_of_logs_is_an_error(folder):
     Path("logs").symlink_to(folder / "nowhere")
     with pytest.raises(UserError, match=r"logs/.*can't be written"):
         name_run(None)
+
+
+def test_no_control_character_of_the_labels_or_images_reaches_the_terminal(capsys):
+    name = "a\x1b]0;title\x07.jpg"
+    report = LabelReport()
+    report.skip("its name is not a plain file name", name)
+    print(report)
+    example = Example("a.jpg", Path(name), "x")
+    leave_out_unreadable(
+        {"train": [example] + [example._replace(image=Path("b.jpg"))] * 30}, {Path(name): f"{name}: cut"}
+    )
+    out = capsys.readouterr().out
+    assert not set("\x1b\x07") & set(out) and out.count("a\\x1b]0;title\\x07.jpg") == 2

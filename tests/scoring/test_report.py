@@ -4,12 +4,10 @@ import base64
 import io
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable
 
 import pytest
-from conftest import skip_without
 from PIL import Image
 
 from captioner.runtime.errors import UserError
@@ -18,7 +16,6 @@ from captioner.scoring.report import MAX_BYTES, ReportRow, make_thumbnail, make_
 
 SCRIPT = "<script>window.broken = 1</script>"
 IMAGE_TAG = '"><img src=x onerror="window.broken = 1">'
-CHROME, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
 def make_row(number: int, verdict: str = "right", score: float | None = None, **slices: str) -> ReportRow:
@@ -162,29 +159,6 @@ def test_the_whole_file_keeps_to_its_budget(drawn, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    if not (CHROME and DRIVER):
-        skip_without("browser", "no chromium or no chromedriver on this machine")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROME
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--window-size=1200,900",
-    ):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    yield driver
-    driver.quit()
-
-
-@pytest.fixture(scope="module")
 def pages(drawn, tmp_path_factory):
     """Folder with small.html, of six rows and scores, own.html, without references, and many.html, of 10,000 rows."""
     folder = tmp_path_factory.mktemp("pages")
@@ -203,6 +177,10 @@ def pages(drawn, tmp_path_factory):
     write_report(folder / "small.html", IMAGE_TAG, rows, images, make_scores())
     own = [ReportRow(row.name, row.prediction, [], {}, None) for row in rows[4:]]
     write_report(folder / "own.html", "own images", own, images, None)
+    scores = make_scores()
+    scores["scores"]["facts"]["traffic_light"] = figure(0.5)
+    scores["floors"]["most frequent caption"]["facts"]["traffic_light"] = figure(0.6)
+    write_report(folder / "whole.html", "whole", [make_row(n, "right", n / 20) for n in range(20)], {}, scores)
     many = [make_row(n, "wrong" if n % 2 else "right", n / 10_000, weather="clear") for n in range(10_000)]
     write_report(folder / "many.html", "many", many, {}, None)
     return folder
@@ -363,6 +341,76 @@ def test_scores_are_shown_as_precisely_as_they_are_known(browser, pages):
     assert browser.execute_script(cells, "#notes li")[1:] == ["left out, no image: 1"]
     footer = browser.execute_script("return document.getElementById('footer').textContent")
     assert "6 images, 5 shown" in footer and "this file: " in footer
+
+
+def read_texts(browser, selector: str) -> list[str]:
+    return browser.execute_script(
+        "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)", selector
+    )
+
+
+def test_the_page_begins_with_a_verdict_in_words(browser, pages):
+    open_page(browser, pages / "whole.html")
+    assert read_texts(browser, "#verdict") == [
+        "Facts F1 is 0.81 (95 % interval 0.80 to 0.82); a caption written without a look at the image reaches 0.40 at "
+        "best (most frequent caption). The captions are better than every floor. Not clearly above the best floor: "
+        "traffic light."
+    ]
+    open_page(browser, pages / "many.html")
+    assert browser.execute_script("return document.getElementById('verdict').hidden"), "no scores, no verdict"
+
+
+def test_the_worst_images_and_some_at_random_come_before_the_scores(browser, pages):
+    open_page(browser, pages / "whole.html")
+    sections = browser.execute_script(
+        "return [...document.querySelectorAll('main > section:not([hidden])')].map((e) => e.id)"
+    )
+    assert sections[:3] == ["worst", "random", "scores"] and sections[-1] == "images"
+    assert read_texts(browser, "#worst .name") == [f"{n:05d}.jpg" for n in range(6)]
+    drawn = read_texts(browser, "#random .name")
+    assert len(set(drawn)) == 6 and drawn != sorted(drawn)
+    browser.refresh()
+    assert read_texts(browser, "#random .name") == drawn
+    open_page(browser, pages / "small.html")
+    assert not read_texts(browser, ".pick"), "six images are in one look"
+
+
+def test_a_link_leads_to_its_image(browser, pages):
+    open_page(browser, pages / "whole.html")
+    browser.execute_script("document.querySelectorAll('#worst .pick')[2].click()")
+    shown = "return [document.getElementById('dialog').open, document.querySelector('#dialog-name')?.textContent]"
+    wait_until(lambda: browser.execute_script(shown) == [True, "00002.jpg"], "a pick opens its image")
+    browser.execute_script("document.getElementById('next').click(); document.getElementById('copy').click()")
+    link = browser.current_url
+    assert link.endswith("whole.html#image=00003.jpg")
+    browser.get("about:blank")
+    browser.get(link)
+    wait_until(lambda: browser.execute_script(shown) == [True, "00003.jpg"], "the link opens the image")
+    browser.execute_script("document.getElementById('close').click()")
+    wait_until(lambda: "#" not in browser.current_url, "the address names no image that is closed")
+    assert browser.get_log("browser") == []
+
+
+def test_the_axis_of_slices_starts_where_the_data_are(browser, pages):
+    open_page(browser, pages / "whole.html")
+    assert read_texts(browser, "#slice-plot .axis text") == ["0.4", "0.5", "0.6", "0.7", "0.8", "0.9"]
+    assert read_texts(browser, "#headline-plot .axis text") == ["0", "0.25", "0.5", "0.75", "1"]
+    fit = "return fitAxis(arguments[0]).ticks.map((tick) => Number(tick.toFixed(2)))"
+    assert browser.execute_script(fit, [0.82, 0.97]) == [0.8, 0.85, 0.9, 0.95, 1]
+    assert browser.execute_script(fit, [0.9]) == [0.9, 0.91]
+    assert browser.execute_script(fit, [0.0, 1.0]) == [0, 0.2, 0.4, 0.6, 0.8, 1]
+    assert browser.execute_script(fit, []) == [0, 0.25, 0.5, 0.75, 1]
+
+
+def test_paper_gets_all_but_the_controls(browser, pages):
+    open_page(browser, pages / "whole.html")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    browser.execute_script("dispatchEvent(new Event('beforeprint'))")
+    seen = "return getComputedStyle(document.querySelector(arguments[0])).display !== 'none'"
+    assert [browser.execute_script(seen, name) for name in ("#verdict", "#worst", "#scores", "#images")] == [True] * 4
+    assert [browser.execute_script(seen, name) for name in ("#tools", "#contents", ".bar")] == [False] * 3
+    assert len(read_names(browser)) == 20
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
 def test_images_are_decoded_and_missing_ones_said(browser, pages):

@@ -8,18 +8,28 @@ import re
 import threading
 
 import fastjsonschema
+import numpy as np
 import pytest
 from caption_facts import all_facts
 from conftest import ROOT, call_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captioner.bdd100k.parsing import read_caption
+from captioner.bdd100k.frames import LabelOptions
+from captioner.bdd100k.label_files import read_labels
+from captioner.bdd100k.label_report import LabelReport
+from captioner.bdd100k.parsing import parse_caption, read_caption
 from captioner.bdd100k.wording import describe
 from captioner.data.captions import Example
 from captioner.runtime.errors import UserError
+from captioner.scoring import fact_metrics, text_metrics
+from captioner.scoring.comparison import compare_predictions
+from captioner.scoring.console import print_scores
+from captioner.scoring.origin import find_origin, read_training_captions
 from captioner.scoring.predictions import Prediction, read_predictions, read_references, write_predictions
-from captioner.scoring.scores import compare_predictions, score_predictions
+from captioner.scoring.report import make_rows
+from captioner.scoring.scores import score_predictions
+from captioner.scoring.text_metrics import measure_mean
 from config import EvalConfig
 
 validate = fastjsonschema.compile(json.loads((ROOT / "tests/scores.schema.json").read_text()))
@@ -28,9 +38,6 @@ validate = fastjsonschema.compile(json.loads((ROOT / "tests/scores.schema.json")
 @pytest.fixture(scope="module")
 def references(drawn):
     """Captions of drawn scenes, six times over with other names and some other facts."""
-    from captioner.bdd100k.label_files import read_labels
-    from captioner.bdd100k.label_report import LabelReport
-
     frames = list(read_labels([drawn / "labels.json"], LabelReport()))
     return {f"{copy}-{frame.name}": describe(frame.facts) for copy in range(6) for frame in frames}
 
@@ -70,7 +77,7 @@ def test_shuffled_predictions_fall_to_the_floor(references):
     assert scored["slices"][0]["scores"]["facts_f1"]["value"] <= scored["slices"][-1]["scores"]["facts_f1"]["value"]
 
 
-@pytest.mark.parametrize(("count", "note"), [(9, "9 images are too few"), (10, "10 images: .*between")])
+@pytest.mark.parametrize(("count", "note"), [(19, "19 images are too few"), (20, "20 images: .*between")])
 def test_a_note_says_how_far_the_figures_can_be_trusted(references, count, note):
     few = dict(list(references.items())[:count])
     scores = score_predictions(predict(few, lambda name, text: text.replace("car", "bus")), {}, resamples=50)
@@ -113,9 +120,6 @@ def test_a_csv_and_references_apart_score_the_same(references, tmp_path):
 
 def test_facts_come_from_labels_where_they_are_given(drawn, tmp_path):
     """References in somebody else's words hold no fact that we can read; the labels do."""
-    from captioner.bdd100k.label_files import read_labels
-    from captioner.bdd100k.label_report import LabelReport
-
     frames = list(read_labels([drawn / "labels.json"], LabelReport()))
     rows = [Prediction(frame.name, describe(frame.facts), ["Cars on a road at night."]) for frame in frames[:-1]]
     write_predictions(tmp_path / "p.jsonl", [*rows, Prediction("unknown.jpg", "x", ["y"])])
@@ -144,7 +148,7 @@ def test_comparison_on_the_command_line(references, tmp_path):
 
 def test_comparison_of_files_that_share_no_image():
     with pytest.raises(ValueError, match="share no image"):
-        compare_predictions([Prediction("a", "x", ["y"])], [Prediction("b", "x", ["y"])])
+        compare_predictions([[Prediction("a", "x", ["y"])]], [[Prediction("b", "x", ["y"])]])
 
 
 def test_floors_in_the_file_are_scored_again(references, tmp_path):
@@ -354,7 +358,7 @@ def test_what_a_captioner_has_open_is_closed_when_captioning_fails(tmp_path, mon
 def test_few_images_are_said_to_be_few():
     one = [Prediction("a.jpg", "There is one car.", ["There are 2 cars."])]
     assert "too few" in score_predictions(one, {}, resamples=5)["notes"][0]
-    assert "too few" in compare_predictions(one, one, resamples=5)["notes"][0]
+    assert "too few" in compare_predictions([one], [one], resamples=5)["notes"][0]
 
 
 @pytest.mark.parametrize("floors", [{"predictions": "x"}, {"most frequent caption": "x"}])
@@ -375,3 +379,290 @@ def test_predictions_are_read_from_a_pipe(tmp_path):
     predictions, _ = read_predictions(tmp_path / "p.jsonl")
     writer.join()
     assert [prediction.name for prediction in predictions] == ["a.jpg", "b.jpg"]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# what a figure must not hide
+
+RIGHT = "It is a night scene in clear weather on a highway road. There are 3 cars."
+
+
+def score_texts(texts, references=(RIGHT,), names="{:08x}-00000000.jpg", **options) -> dict:
+    """Scores of captions, each of an image and a ride of its own, against the references in turn."""
+    rows = [
+        Prediction(names.format(place), text, [references[place % len(references)]]) for place, text in enumerate(texts)
+    ]
+    return score_predictions(rows, {}, resamples=20, **options)
+
+
+def take_values(scores: dict, *names: str) -> list[float]:
+    figures = scores["scores"]["facts"] | scores["scores"]["hallucination"]
+    return [figures[name]["value"] for name in names]
+
+
+@pytest.mark.parametrize(
+    ("nonsense", "precision", "chair"),
+    [
+        ("There are 3 elephants.", 4 / 5, 1 / 2),
+        ("A crash ahead.", 4 / 5, 1 / 2),
+        ("There are 7 cars.", 4 / 5, 1 / 2),  # after 3 cars
+        ("The traffic light is red. The traffic light is green.", 4 / 6, 0),
+        ("There are 3 elephants. There are 7 cars. A crash ahead.", 4 / 7, 3 / 4),
+        ("There are 3 cars.", 1, 0),  # said again, which is not wrong
+    ],
+)
+def test_nonsense_beside_right_facts_is_not_free(nonsense, precision, chair):
+    scores = score_texts([f"{RIGHT} {nonsense}"] * 3)
+    found = take_values(scores, "facts_precision", "CHAIRi", "CHAIRs", "whole_caption")
+    assert found == pytest.approx([precision, chair, int(chair > 0), int(precision == 1)])
+    if "light" not in nonsense:  # what could be read is right
+        assert take_values(scores, "facts_precision_read", "CHAIRi_read", "CHAIRs_read") == [1, 0, 0]
+    assert take_values(scores, "facts_recall") == [1]
+
+
+def test_the_report_scores_an_image_as_the_scores_do():
+    said = f"{RIGHT} There are 3 elephants. There are 3 pedestrians."
+    expected = f"{RIGHT} There are 3 persons."
+    [row] = make_rows([Prediction("a", said, [expected])], [parse_caption(expected)])
+    assert row.score == pytest.approx(2 * 5 / (6 + 5))
+    assert [verdict for text, verdict in row.prediction if "pedestrians" in text] == ["right"]
+    assert [verdict for text, verdict in row.references[0] if "persons" in text] == ["right"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("persons", "pedestrians"), ("bikes", "bicycles"), ("motors", "motorcycles")]
+)
+def test_two_names_of_a_class_are_one(one, other):
+    said, expected = (
+        f"It is a night scene in clear weather on a highway road. There are 2 {noun}." for noun in (one, other)
+    )
+    scores = score_texts([said] * 2, [expected])
+    assert take_values(scores, "CHAIRs", "CHAIRi", "whole_caption", "objects_f1", "boxed_f1") == [0, 0, 1, 1, 1]
+    assert len(scores["scores"]["classes"]) == 1
+
+
+def test_a_rider_is_no_person():
+    scores = score_texts(["There are 2 riders."] * 2, ["There are 2 persons."])
+    assert take_values(scores, "CHAIRs", "objects_f1") == [1, 0]
+
+
+def test_lanes_and_areas_do_not_dilute_what_is_said_of_objects():
+    areas = "There are 4 lanes. There is one drivable area."
+    scores = score_texts([f"There are 2 buses. {areas}"] * 2, [f"There is one car. {areas}"])
+    assert take_values(scores, "CHAIRi", "CHAIRi_boxed") == [pytest.approx(1 / 3), 1]
+    assert take_values(scores, "objects_f1", "boxed_f1") == [pytest.approx(2 / 3), 0]
+
+
+def test_constant_floors_are_chosen_on_training_captions():
+    """The test split's most frequent caption is another; scored on the test split all the same."""
+    training = [RIGHT] * 3 + ["There is one bus."] * 2
+    scores = score_texts([RIGHT] * 4, ["There is one bus.", "There is one bus.", RIGHT], training=training)
+    assert scores["floors_from"] == "training captions"
+    floor = scores["floors"]["most frequent caption"]["facts"]
+    assert floor["whole_caption"]["value"] == 0.25
+    assert not any("floors" in note for note in scores["notes"])
+    alone = score_texts([RIGHT] * 4, ["There is one bus.", "There is one bus.", RIGHT])
+    assert alone["floors"]["most frequent caption"]["facts"]["whole_caption"]["value"] == 0.75
+    assert alone["floors_from"] == "scored references"
+    assert any("chosen on the very references" in note for note in alone["notes"])
+
+
+def test_slices_are_large_enough_and_hold_at_once():
+    """Of 20 slices that are alike the intervals all hold, and none has fewer rides than intervals bear."""
+    rng = random.Random(1)
+    captions = [
+        f"It is a {time} scene in {weather} weather on a {scene} road. There are {count} cars."
+        for time in ("night", "daytime", "dawn/dusk")
+        for weather in ("clear", "rainy", "snowy", "overcast")
+        for scene in ("highway", "city street", "residential")
+        for count in (2, 7, 12)
+        for _ in range(5)
+    ]
+    captions += [RIGHT.replace("highway", "tunnel")] * 19
+    texts = [text if rng.random() < 0.5 else text.replace("cars", "buses") for text in captions]
+    scores = score_texts(texts, captions)
+    slices = scores["slices"]
+    assert min(item["n"] for item in slices) >= 20 and "tunnel" not in {item["value"] for item in slices}
+    assert len({item["level"] for item in slices}) == 1
+    assert slices[0]["level"] == pytest.approx(1 - 0.05 / len(slices))
+    overall = scores["scores"]["facts"]["objects_f1"]["value"]
+    for item in slices:
+        figure = item["scores"]["objects_f1"]
+        assert figure["low"] <= overall <= figure["high"], item
+    assert any(f"worst of {len(slices)} slices is low by chance" in note for note in scores["notes"])
+
+
+def test_frames_of_a_ride_make_wider_intervals():
+    """By the names of BDD100K, by a ride in the rows, and noted where neither tells."""
+    texts = [text for place in range(30) for text in [RIGHT if place % 3 else "There is one bus."] * 4]
+    apart = score_texts(texts)
+    rows = [Prediction(f"{place}.jpg", text, [RIGHT]) for place, text in enumerate(texts)]
+    in_rows = [row._replace(ride=str(place // 4)) for place, row in enumerate(rows)]
+    in_names = [row._replace(name=f"{place // 4:08x}-{place:08x}.jpg") for place, row in enumerate(rows)]
+    by_rows, by_names, unknown = (score_predictions(each, {}, resamples=20) for each in (in_rows, in_names, rows))
+    assert by_rows["rides"] == by_names["rides"] == 30 and apart["rides"] == unknown["rides"] == 120
+    widths = {}
+    for name, scores in {"apart": apart, "rows": by_rows, "names": by_names}.items():
+        figure = scores["scores"]["facts"]["whole_caption"]
+        widths[name] = figure["high"] - figure["low"]
+    assert widths["rows"] == widths["names"] > 1.5 * widths["apart"]
+    assert any("don't tell the ride" in note for note in unknown["notes"])
+    assert not any("don't tell the ride" in note for note in by_rows["notes"] + by_names["notes"])
+
+
+def test_all_right_is_shown_with_the_lower_end(capsys):
+    scores = score_texts([RIGHT] * 20)
+    assert scores["scores"]["facts"]["weather"]["low"] == pytest.approx(0.025 ** (1 / 20))
+    print_scores(scores)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("  from") and "0.83" in line for line in lines), lines
+
+
+def test_published_figures_stand_beside_bdd100k_alone():
+    assert score_texts([RIGHT])["published"] == []
+    assert [item["what"] for item in score_texts([RIGHT], of_bdd100k=True)["published"]] == ["weather", "scene"]
+
+
+def test_signatures_say_whose_meteor_and_which_intervals(monkeypatch):
+    monkeypatch.setattr(
+        text_metrics, "measure_meteor", lambda known, texts: measure_mean(("METEOR",), np.ones((len(texts), 1)))
+    )
+    signatures = score_texts([RIGHT] * 20)["signatures"]
+    assert "of:nltk-not-coco-1.5|alpha:0.9|beta:3.0|gamma:0.5" in signatures["meteor"]
+    assert "|n:20|rides:20|interval:clopper-pearson-effective-rides|" in signatures["facts"]
+    assert "interval:bca-rides-20-seed12345" in signatures["corpus_bleu"]
+
+
+def test_macro_f1_is_over_the_same_labels_in_every_resample():
+    """One of 40 images is foggy, and its prediction right: a sample without it does not count as well for that."""
+    weathers = ["clear", "rainy"] * 20 + ["foggy"]
+    texts = [RIGHT.replace("clear", weather) for weather in weathers]
+    metric = fact_metrics.measure_facts(
+        [read_caption(text) for text in texts], [parse_caption(text) for text in texts]
+    )["weather"]
+    without = metric.statistics[:-1].sum(axis=0)
+    assert metric.score(without)[1] == pytest.approx(2 / 3)
+    assert metric.score(metric.statistics.sum(axis=0))[1] == 1
+
+
+def test_files_with_other_references_are_not_compared():
+    one = [Prediction("a", "x", ["y"]), Prediction("b", "x", ["y"])]
+    with pytest.raises(ValueError, match="1 of 2 images, b for one, have other references"):
+        compare_predictions([one], [[one[0], one[1]._replace(references=["z"])]])
+
+
+def test_several_files_a_side_tell_the_chance_of_training():
+    """Two seeds of one system a tenth apart, two of the other alike: the spread, and an interval over seeds beside."""
+    rows = [Prediction(f"{place:08x}-00000000.jpg", RIGHT, [RIGHT]) for place in range(40)]
+    wrong = RIGHT.replace("night", "daytime")
+    worse = [row._replace(prediction=wrong) if place < 4 else row for place, row in enumerate(rows)]
+    compared = compare_predictions([rows, worse], [worse, worse], resamples=50)["scores"]["time_of_day"]
+    assert (compared["one"], compared["other"]) == (pytest.approx(0.95), pytest.approx(0.9))
+    assert compared["files"] == {"one": [1.0, 0.9], "other": [0.9, 0.9]}
+    assert compared["spread"] == {"one": pytest.approx(0.1 / 2**0.5), "other": 0}
+    assert compared["seeds"]["low"] == pytest.approx(-0.05 - 12.706 * 0.05, abs=1e-3)
+    assert compared["p"] == 2 / 2**4  # four rides differ
+    assert "spread" not in compare_predictions([rows], [worse], resamples=5)["scores"]["time_of_day"]
+
+
+def test_one_odd_caption_does_not_refuse_the_file(tmp_path):
+    """In quotes, in brackets, or missing as pandas writes it: among captions it is one, or left out and counted."""
+    texts = ["A car.", "A bus.", '"A quoted car."', "[sic]", "nan", "A truck."]
+    with open(tmp_path / "p.csv", "w", newline="") as file:
+        csv.writer(file).writerows(
+            [["name", "prediction", "reference"], *((f"{n}.jpg", "A car.", text) for n, text in enumerate(texts))]
+        )
+    rows, left_out = read_predictions(tmp_path / "p.csv")
+    assert [row.references[0] for row in rows] == [text for text in texts if text != "nan"]
+    assert left_out == {"predictions without a reference": 1}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# where predictions come from
+
+
+@pytest.fixture
+def without_lanes(drawn, tmp_path):
+    """A folder with predictions that say all that labels hold but lanes and areas, and the record of such a run."""
+    options = LabelOptions(lanes=False, class_names="det20")
+    frames = list(read_labels([drawn / "labels.json"], LabelReport(), options))
+    captions = {frame.name: describe(frame.facts) for frame in frames}
+    write_predictions(tmp_path / "p.jsonl", predict(captions))
+    settings = {"model": "base", "lanes": False, "class_names": "det20", "min_box_size": 0, "demo": False}
+    (tmp_path / "run.json").write_text(json.dumps({"config": settings}))
+    return tmp_path
+
+
+def score_labels(folder, drawn, *args) -> tuple[dict, str]:
+    labels = drawn / "labels.json"
+    finished = call_script(
+        "eval.py", "--predictions", "p.jsonl", "--labels", labels, "--run-name", "r", "--show", 0, *args, cwd=folder
+    )
+    assert finished.returncode == 0, finished.stderr
+    scores = json.loads((folder / "logs/r/scores.json").read_text())
+    validate(scores)
+    return scores, finished.stdout
+
+
+def test_labels_are_read_as_the_run_read_them(without_lanes, drawn):
+    scores, said = score_labels(without_lanes, drawn)
+    assert scores["scores"]["facts"]["whole_caption"]["value"] == 1
+    assert "labels are read as run.json says: class names det20, lanes False" in said
+    assert re.search(r"^12 frames used, 0 left out", said, re.MULTILINE)
+    assert scores["trained_with"] == {
+        "record": "run.json", "demo": False, "class_names": "det20", "lanes": False, "min_box_size": 0,
+    }  # fmt: skip
+    assert [item["what"] for item in scores["published"]] == ["weather", "scene"]  # no demo, and BDD100K's names
+    overridden, said = score_labels(without_lanes, drawn, "--lanes", "True")
+    assert overridden["scores"]["facts"]["whole_caption"]["value"] < 1
+    assert "labels are read as run.json says, but for flags: class names det20, lanes True" in said
+
+
+def test_the_record_may_lie_beside_the_adapter_or_in_earlier_scores(without_lanes, drawn):
+    (without_lanes / "adapter").mkdir()
+    (without_lanes / "run.json").rename(without_lanes / "adapter/run.json")
+    scores, said = score_labels(without_lanes, drawn, "--adapter", "adapter")
+    assert scores["scores"]["facts"]["whole_caption"]["value"] == 1 and "as adapter/run.json says" in said
+    (without_lanes / "logs/r/scores.json").rename(without_lanes / "scores.json")
+    (without_lanes / "adapter/run.json").unlink()
+    scores, said = score_labels(without_lanes, drawn)
+    assert scores["scores"]["facts"]["whole_caption"]["value"] == 1 and "as scores.json says" in said
+    (without_lanes / "scores.json").unlink()
+    scores, said = score_labels(without_lanes, drawn)
+    assert scores["trained_with"] is None and "no record of a run lies beside them" in said
+    assert scores["scores"]["facts"]["whole_caption"]["value"] < 1 and scores["published"] == []
+
+
+def test_a_record_that_is_none_is_named(without_lanes, drawn):
+    (without_lanes / "run.json").write_text(json.dumps({"config": {"model": "base", "lanes": "perhaps"}}))
+    finished = call_script(
+        "eval.py", "--predictions", "p.jsonl", "--labels", drawn / "labels.json", "--run-name", "r", cwd=without_lanes
+    )
+    assert finished.returncode == 2 and "run.json: not a record of how labels were read" in finished.stderr
+
+
+def test_floors_are_those_of_the_training_split_where_the_images_are_of_another(without_lanes):
+    rows = read_predictions(without_lanes / "p.jsonl")[0]
+    split = [[row.name, "test", row.name, row.references[0]] for row in rows]
+    split += [["a.jpg", "train", "a.jpg", RIGHT]]
+    for train, found in (([], [RIGHT]), ([[rows[0].name, "train", "", ""]], None)):
+        with open(without_lanes / "split.csv", "w", newline="") as file:
+            csv.writer(file).writerows([["name", "split", "image", "raw_caption"], *split[len(train) :], *train])
+        origin = find_origin(without_lanes, without_lanes / "p.jsonl")
+        assert read_training_captions(origin, [row.name for row in rows]) == found
+    assert read_training_captions(None, []) is None
+
+
+def test_several_files_a_side_on_the_command_line(references, tmp_path):
+    rows = predict(references, lambda name, text: text.replace("car", "bus") if name.startswith("0-") else text)
+    for name in ("a1", "a2", "b1", "b2"):
+        write_predictions(tmp_path / name, rows)
+    one, two = ["--compare", "a1", "a2", "--against", "b1", "b2"], ["--compare", "a1", "a2", "b1"]
+    finished = call_script("eval.py", *one, "--run-name", "r", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    compared = json.loads((tmp_path / "logs/r/comparison.json").read_text())
+    assert compared["files"] == {"one": ["a1", "a2"], "other": ["b1", "b2"]}
+    assert compared["scores"]["facts_f1"]["spread"] == {"one": 0, "other": 0}
+    assert "A a1, a2\nB b1, b2\n" in finished.stdout and "over seeds" in finished.stdout
+    refused = call_script("eval.py", *two, cwd=tmp_path)
+    assert refused.returncode == 2 and "--against" in refused.stderr

@@ -1,6 +1,9 @@
 """What a run shows of itself: the curves."""
 
-from captioner.training.dashboard import PANELS, plot_dashboard
+import pytest
+import torch
+
+from captioner.training.dashboard import PANELS, ValidationCaptions, plot_dashboard
 
 
 def test_each_panel_has_its_curves(figures, tmp_path):
@@ -22,3 +25,33 @@ def test_each_panel_has_its_curves(figures, tmp_path):
 def test_a_panel_without_figures_is_empty(figures, tmp_path):
     plot_dashboard([], tmp_path / "dashboard.png")
     assert not any(axis.lines or axis.get_legend() for axis in figures[0].axes)
+
+
+def test_curves_of_captions_say_of_how_many(figures, tmp_path):
+    plot_dashboard(
+        [{"step": 1, "val_facts_f1": 0.5, "val_BLEU-4": 0.5, "val_captions": 16}], tmp_path / "dashboard.png"
+    )
+    titles = [axis.get_title() for axis in figures[0].axes]
+    assert [title for title in titles if "captions" in title] == [
+        "right facts of validation captions (n = 16)",
+        "BLEU-4 of validation captions (n = 16)",
+    ]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_captions_of_validation_images_leave_no_trace_in_training(training):
+    model, modes = torch.nn.Dropout(), []
+    model.train(training)
+
+    def caption(model, pixels):
+        modes.append(model.training)
+        return [f"{value:g} {torch.rand(1).item():.0f}"[:1] for value in pixels]
+
+    dataset = [{"pixel_values": torch.tensor(float(place))} for place in range(5)]
+    torch.manual_seed(0)
+    texts = ValidationCaptions(None, dataset, 5, caption).generate(model, batch_size=2)
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.rand(1))
+    assert texts == ["0", "1", "2", "3", "4"] and modes == [False] * 3
+    assert model.training == training

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from captioner.publishing import publish
-from captioner.training import checkpoints, dashboard, record, run, tracking, train
+from captioner.runtime.errors import UserError
+from captioner.training import checkpoints, dashboard, record, run, tracking, train, trainer
 from config import TrainConfig, make_config
 
 
@@ -110,3 +111,82 @@ def test_a_login_counts_for_the_server_that_it_is_for(tmp_path, monkeypatch, url
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_BASE_URL", url)
     assert tracking.is_logged_in_to_wandb() == logged_in
+
+
+# --------------------------------------------------------------------------------------------------------------
+# a run that goes on
+
+
+def test_versions_that_changed_are_said_in_a_line_and_recorded(monkeypatch, capsys):
+    versions = {"torch": "2.12.0", "peft": "0.21.0"}
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: versions.get(package, "1"))
+    before = {"model_commit": "59a1ef6"}
+    record.note_versions(before, None)
+    versions["torch"] = "2.13.0"
+    state = {"model_commit": "0000000"}
+    record.note_versions(state, json.loads(json.dumps(before)))
+    assert capsys.readouterr().out == (
+        "note: the run goes on with other versions, and may end otherwise: model 0000000 (was 59a1ef6), "
+        "torch 2.13.0 (was 2.12.0)\n"
+    )
+    again = {"model_commit": "0000000"}
+    record.note_versions(again, state)
+    assert capsys.readouterr().out == ""
+    described = record.describe_run(again, "run", torch.device("cpu"), {})
+    assert described["changed_versions"] == ["model 0000000 (was 59a1ef6)", "torch 2.13.0 (was 2.12.0)"]
+    assert described["versions"]["torch"] == "2.13.0"
+
+
+def test_a_run_of_before_versions_were_noted_goes_on(capsys):
+    state = {}
+    record.note_versions(state, {"config": {}})
+    assert state["changed_versions"] == [] and capsys.readouterr().out == ""
+
+
+def test_other_versions_are_no_reason_to_refuse_a_run():
+    before = {"config": {"seed": 1}, "versions": {"torch": "2.12.0"}}
+    checkpoints.refuse_changes(Path("output"), before, {"config": {"seed": 1}, "versions": {"torch": "2.13.0"}})
+
+
+def test_a_run_goes_on_in_its_own_folder(folder):
+    assert run.choose_folder("other", {"run_dir": "logs/2026-11-27"}) == Path("logs/2026-11-27")
+
+
+@pytest.mark.parametrize("named", ["../elsewhere", "/etc", "logs", "logs/../src", "captioner", "", None, "logs/link"])
+def test_a_folder_outside_of_logs_is_not_believed(folder, named):
+    (folder / "logs").mkdir()
+    (folder / "logs" / "link").symlink_to(folder)
+    before = {} if named is None else {"run_dir": named}
+    assert run.choose_folder("mine", before) == Path("logs/mine")
+
+
+@pytest.mark.parametrize(
+    "content", ['{"run_dir": 3}', '{"micro_batch": "4"}', '{"versions": []}', '{"changed_versions": "x"}', "3"]
+)
+def test_a_state_of_another_form_is_named(tmp_path, content):
+    (tmp_path / "state.json").write_text(content)
+    with pytest.raises(UserError, match=r"state\.json: not readable .*--overwrite"):
+        checkpoints.read_state(tmp_path)
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_card_as_it_is(tmp_path):
+    (tmp_path / "README.md").write_text("edited by hand")
+    publish.publish(make_config(TrainConfig, output=tmp_path))
+    assert (tmp_path / "README.md").read_text() == "edited by hand"
+
+
+# --------------------------------------------------------------------------------------------------------------
+# signals
+
+
+def test_a_signal_is_answered_though_nothing_can_be_printed(monkeypatch, capfd):
+    """It may come in the midst of a print(), which can't be entered a second time."""
+    stream = mock.Mock(**{"write.side_effect": RuntimeError("reentrant call"), "flush.side_effect": RuntimeError})
+    monkeypatch.setattr(sys, "stdout", stream)
+    with trainer.Pace(10, 10, 1) as pace:
+        signal.raise_signal(signal.SIGTERM)
+        assert pace.signal == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    monkeypatch.undo()
+    assert "SIGTERM: stops as soon as the state is saved; again: at once" in capfd.readouterr().err

@@ -18,10 +18,12 @@ from training_runs import stop_at, train
 
 from captioner.data import splits
 from captioner.fast import speed
+from captioner.fast.trainer import FastTrainer
 from captioner.runtime.errors import UserError
-from captioner.training import trainer
+from captioner.training import sealed_trainer, trainer
 from captioner.training.checkpoints import find_checkpoint
 from captioner.training.order import LengthSampler
+from captioner.training.record import OF_A_PART
 
 STEPS_PER_EPOCH = 3
 
@@ -55,6 +57,10 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(folder, settings, undisturbed
     assert train(settings, resume=True) == undisturbed[0]
     said = capsys.readouterr().out
     assert f"goes on after step {step} of 6" in said
+    of_whole, of_parts = (
+        json.loads((run / "blip2-finetuned/run.json").read_text())["results"] for run in (undisturbed[1], folder)
+    )
+    assert of_whole.keys() - of_parts.keys() == set(OF_A_PART)  # the Trainer's, which are wrong of a run in two parts
     records = [json.loads(line) for line in Path("logs/run/metrics.jsonl").read_text().splitlines()]
     assert sorted(record["step"] for record in records if "loss" in record) == list(
         range(1, 7)
@@ -131,10 +137,19 @@ def test_a_batch_has_frames_of_about_one_length():
 # guards
 
 
+@pytest.mark.parametrize("trainer_class", [sealed_trainer.SealedTrainer, trainer.CaptionTrainer, FastTrainer])
+def test_each_private_method_that_is_overridden_is_transformers(trainer_class):
+    """And is named: a release of transformers that renames one would leave ours out without a word."""
+    for name in sealed_trainer.PRIVATE_HOOKS:
+        assert callable(getattr(sealed_trainer.Trainer, name, None)), name
+    overridden = {name for name in vars(trainer_class) if name.startswith("_") and not name.startswith("__")}
+    assert overridden <= set(sealed_trainer.PRIVATE_HOOKS), overridden
+
+
 @pytest.mark.parametrize("fast", ["off", "on"])
 def test_a_loss_that_is_no_number_stops_the_run(folder, settings, fast):
     """The batch is named, no weight has changed, the checkpoint before is kept."""
-    real = trainer.Trainer.training_step
+    real = sealed_trainer.Trainer.training_step
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = real(self, model, inputs, num_items_in_batch)
@@ -142,7 +157,7 @@ def test_a_loss_that_is_no_number_stops_the_run(folder, settings, fast):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as stopped:
         if fast == "off":
-            patch.setattr(trainer.Trainer, "training_step", training_step)
+            patch.setattr(sealed_trainer.Trainer, "training_step", training_step)
         else:
             step = speed.FastStep.__call__
             calls = iter(range(1000))  # two a step
@@ -164,7 +179,7 @@ def test_out_of_memory_takes_fewer_frames_a_pass(folder, settings, capsys):
     expected = train(settings, per_device_train_batch_size=1, output=Path("blip2-finetuned"))
     shutil.rmtree("blip2-finetuned")
     capsys.readouterr()
-    real = trainer.Trainer.training_step
+    real = sealed_trainer.Trainer.training_step
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if len(inputs["labels"]) > 1 and self.state.global_step == 1:
@@ -172,7 +187,7 @@ def test_out_of_memory_takes_fewer_frames_a_pass(folder, settings, capsys):
         return real(self, model, inputs, num_items_in_batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.Trainer, "training_step", training_step)
+        patch.setattr(sealed_trainer.Trainer, "training_step", training_step)
         assert train(settings) == expected
     assert "out of GPU memory: from here on 1 frames a forward pass, 4 a step" in capsys.readouterr().out
 
@@ -181,21 +196,21 @@ def test_out_of_memory_with_one_frame_a_pass_is_an_error(folder, settings, monke
     def training_step(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(trainer.Trainer, "training_step", training_step)
+    monkeypatch.setattr(sealed_trainer.Trainer, "training_step", training_step)
     with pytest.raises(UserError, match=r"out of GPU memory with 1 frames .*--gradient-checkpointing"):
         train(settings, per_device_train_batch_size=1)
 
 
 @pytest.mark.slow
 def test_a_full_disk_keeps_the_checkpoint_before(folder, settings, undisturbed, monkeypatch):
-    real, calls = trainer.check_disk, []
+    real, calls = sealed_trainer.check_disk, []
 
     def check_disk(where, need, what):
         calls.append(need)
         real(where, need if len(calls) < 2 else 10**18, what)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"MB free.*--resume"):
-        patch.setattr(trainer, "check_disk", check_disk)
+        patch.setattr(sealed_trainer, "check_disk", check_disk)
         train(settings)
     assert train(settings, resume=True) == undisturbed[0]
 

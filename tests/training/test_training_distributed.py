@@ -117,7 +117,7 @@ def train_two(settings, tmp_path):
             path.mkdir(exist_ok=True)
         script = tmp_path / "patched.py"
         script.write_text(
-            "import os, signal, torch, main\nfrom captioner.training import trainer as training\n"
+            "import os, signal, torch, main\nfrom captioner.training import pace as training\n"
             "from config import TrainConfig, parse_args\nfrom captioner.runtime.cli import run_script\n"
             f"rank = int(os.environ['RANK'])\n{patch}\nrun_script(main.main, parse_args(TrainConfig))\n"
         )
@@ -228,7 +228,7 @@ def test_machines_without_a_common_folder_train_are_stopped_go_on_and_caption(fo
     assert not list(Path("second").iterdir())
 
 
-@pytest.mark.parametrize("what", ["loss = loss * float('nan')", slow("self.flat[0] = float('nan')"), slow("")])
+@pytest.mark.parametrize("what", ["loss = loss * float('nan')", slow("self.whole.grad[0] = float('nan')"), slow("")])
 def test_nan_in_one_process_stops_both(folder, train_two, what):
     """The batch is named by both, whichever had it, and neither waits for the other."""
     done = train_two("two", patch=(NAN if what else SENT_NAN).format(steps=STEPS_PER_EPOCH, what=what))

@@ -1,0 +1,295 @@
+"""Captions files as people have them -> one table.
+
+table = read_captions(Path("captions.csv"))      # columns name, caption, split, group; one row a caption
+"""
+
+import csv
+import io
+import json
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from captioner.bdd100k.file_kinds import name_kind
+from captioner.data.captions import LEADS_OUT
+from captioner.runtime.errors import UserError, escape_controls
+
+COLUMNS = ("name", "caption", "split", "group")  # of the table
+IMAGE_COLUMNS = ("name", "file_name", "image", "image_id")  # usual titles; the first that is there counts
+TEXT_COLUMNS = ("raw_caption", "caption", "text")
+SPLIT_COLUMN = "split"
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
+METADATA = ("metadata.csv", "metadata.jsonl")  # of an imagefolder, beside the images
+MAX_CHARACTERS = 10_000  # of a caption: about as many as OPT's 2,048 positions hold
+HEAD = 1 << 16  # bytes in which labels show that they are labels
+LISTED = 3  # lines that a message gives as examples
+TOKEN_FILE = re.compile(r"[^\t\n]+#\d+\t")  # Flickr's 1000268201.jpg#0<tab>A child.
+LABELS = re.compile(rb'"(labels|frames|box2d|poly2d|timeofday)"\s*:')  # of BDD100K
+CAPTIONS = re.compile(rb'"(raw_caption|caption|text)"\s*:')
+WANTED = (
+    "a CSV, a tab-separated file or JSON lines with an image and a text column, COCO's captions, Flickr's token file, "
+    "or a folder of images with metadata.csv or metadata.jsonl"
+)
+
+
+def read_captions(path: Path, group_column: str | None = None) -> pd.DataFrame:
+    """A table with a row for each caption of a captions file or an imagefolder.
+
+    Columns: name (of the image, with its folder below that of the images), caption (with single spaces), split (train,
+    val, test, or "" where the file has no such column) and group ("" without `group_column`). The index is the line, or
+    for COCO the number of the annotation, as its name says. Rows without a caption are left out, which is printed.
+    Raises UserError, with the file, the line, what was found and what is wanted.
+    """
+    if path.is_dir():
+        return _read_image_folder(path, group_column)
+    table = _read_file(path)
+    columns = {"name": _find_column(path, table, IMAGE_COLUMNS), "caption": _find_column(path, table, TEXT_COLUMNS)}
+    if SPLIT_COLUMN in table:
+        columns["split"] = SPLIT_COLUMN
+    if group_column:
+        columns["group"] = _find_column(path, table, [group_column.strip().lower()])
+    table = table[list(columns.values())].set_axis(list(columns), axis=1)
+    return check_captions(path, table)
+
+
+def _find_column(path: Path, table: pd.DataFrame, titles: Sequence[str]) -> str:
+    for title in titles:
+        if title in table:
+            return title
+    wanted = titles[0] if len(titles) == 1 else f"one of {', '.join(titles)}"
+    found = ", ".join(map(str, table.columns))
+    raise UserError(f"{path}: has no column {wanted}; its columns are {escape_controls(found)[:200]}")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# files
+
+
+def _read_file(path: Path) -> pd.DataFrame:
+    """All columns of a captions file, texts as str, with the lines as index; of COCO with the file names."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(HEAD)
+        _refuse_labels(path, head)
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            text = file.read()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such captions file; --captions takes {WANTED}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        kind = _name_kind(head) if isinstance(error, UnicodeDecodeError) else None
+        reason = f"{kind}; {WANTED} is wanted, in UTF-8" if kind else f"{error}; captions are read in UTF-8"
+        raise UserError(f"{path}: can't be read as captions: {reason}") from None
+    if text[:HEAD].lstrip().startswith(("{", "[")):
+        return _read_json(path, text)
+    if TOKEN_FILE.match(text):
+        table = pd.read_csv(
+            io.StringIO(text), sep="\t", header=None, names=["name", "caption"], quoting=csv.QUOTE_NONE, dtype=str,
+            keep_default_na=False, skip_blank_lines=False,
+        )  # fmt: skip
+        table["name"] = table["name"].str.replace(r"#\d+$", "", regex=True)
+        return table.set_axis(pd.RangeIndex(1, len(table) + 1, name="line"))
+    return _read_table(path, text)
+
+
+def _name_kind(head: bytes) -> str | None:
+    """What a file is that is no captions file; None if that is not known."""
+    kind = name_kind(head)
+    return None if kind is None or "CSV" in kind[0] else kind[0]
+
+
+def _refuse_labels(path: Path, head: bytes) -> None:
+    is_json = head.lstrip(b"\xef\xbb\xbf \r\n\t")[:1] in (b"{", b"[")
+    if is_json and LABELS.search(head) and not CAPTIONS.search(head):
+        raise UserError(
+            f"{path}: these are BDD100K's labels, no captions; give them with --labels in place of --captions"
+        )
+
+
+def _read_table(path: Path, text: str) -> pd.DataFrame:
+    """A table with titles in its first line, whose separator is the one that finds an image and a text column there."""
+    separator, titles = _find_separator(path, text)
+    if twice := [title for title in titles if titles.count(title) > 1]:
+        raise UserError(f"{path}, line 1: two columns are titled {twice[0]!r}; give each a title of its own")
+    try:
+        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):  # of rows that are too long
+            table = pd.read_csv(
+                io.StringIO(text), sep=separator, header=0, names=titles, index_col=False, dtype=str,
+                keep_default_na=False, skip_blank_lines=False,
+            ).fillna("")  # fmt: skip
+    except (pd.errors.ParserError, pd.errors.ParserWarning):
+        raise UserError(_explain_row(path, text, separator)) from None
+    inner = sum(table[title].str.count("\n") for title in titles)  # line ends within quotes
+    return table.set_axis(pd.Index(inner.cumsum() - inner + table.index + 2, name="line"))
+
+
+def _find_separator(path: Path, text: str) -> tuple[str, list[str]]:
+    """The separator, and the titles in small letters."""
+    start, titles = io.StringIO(text, newline="").readline(HEAD), []
+    for separator in SEPARATORS:
+        cells = next(csv.reader([start], delimiter=separator), [])
+        found = [cell.strip().lower() or f"column {number}" for number, cell in enumerate(cells, start=1)]
+        if set(found) & set(IMAGE_COLUMNS) and set(found) & set(TEXT_COLUMNS):
+            return separator, found
+        titles = max(titles, found, key=len)
+    kind = _name_kind(text[:HEAD].encode())
+    found = escape_controls(", ".join(titles))[:200] or "nothing"
+    found += f" ({kind})" if kind else ""
+    raise UserError(
+        f"{path}, line 1: found {found}; wanted the titles of an image column ({', '.join(IMAGE_COLUMNS)}) and "
+        f"of a text column ({', '.join(TEXT_COLUMNS)}), separated by {', '.join(SEPARATORS.values())}"
+    )
+
+
+def _explain_row(path: Path, text: str, separator: str) -> str:
+    """What is wrong with a table that pandas can't read, with its line."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    width, start, end = len(next(reader)), 1, 1  # lines of the row
+    try:
+        for row in reader:
+            start, end = end + 1, reader.line_num
+            if len(row) > width:
+                return (
+                    f"{path}, line {start}: {len(row)} fields, and the first line has {width}; put a text that has "
+                    f'a {SEPARATORS[separator]} in quotes, "like this"'
+                )
+    except csv.Error:  # a field without end
+        start = end + 1
+    return f"{path}, line {start}: a quote is opened there and never closed"
+
+
+def _read_json(path: Path, text: str) -> pd.DataFrame:
+    """COCO's captions, an array of rows, or JSON lines."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        rows = list(_read_json_lines(path, text))
+        table = pd.DataFrame([row for _, row in rows], index=pd.Index([line for line, _ in rows], name="line"))
+    else:
+        if isinstance(document, dict) and "annotations" in document:
+            table = _join_coco(path, document)
+        else:
+            rows = document if isinstance(document, list) else [document]
+            if not rows or not all(isinstance(row, dict) for row in rows):
+                raise UserError(f"{path}: wanted rows of {{{IMAGE_COLUMNS[0]!r}: ..., {TEXT_COLUMNS[1]!r}: ...}} in it")
+            table = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="row"))
+    table.columns = [str(title).strip().lower() for title in table.columns]
+    return table.loc[:, ~table.columns.duplicated()]
+
+
+def _read_json_lines(path: Path, text: str) -> Iterator[tuple[int, dict]]:
+    for number, line in enumerate(io.StringIO(text), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"found {line[:40]!r}")
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path}, line {number}: wanted an object with an image and a text in each line "
+                f"({escape_controls(str(error))[:200]})"
+            ) from None
+        yield number, row
+
+
+def _join_coco(path: Path, document: dict) -> pd.DataFrame:
+    """COCO's {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]} as one table."""
+    try:
+        annotations, images = pd.DataFrame(document["annotations"]), pd.DataFrame(document["images"])
+        names = images.set_index("id")["file_name"].to_dict()
+        annotations["name"] = annotations["image_id"].map(names)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path}: COCO's captions must have images with id and file_name, and annotations with image_id ({error!r})"
+        ) from None
+    if "caption" not in annotations:
+        raise UserError(f"{path}: its annotations have no caption: of COCO's files, take captions_*.json")
+    table = annotations.set_axis(pd.RangeIndex(1, len(annotations) + 1, name="annotation"))
+    unknown = table.index[table["name"].isna()]
+    if len(unknown):
+        raise UserError(f"{path}, annotation {unknown[0]}: no image has the id {table.loc[unknown[0], 'image_id']}")
+    return table
+
+
+def _read_image_folder(folder: Path, group_column: str | None) -> pd.DataFrame:
+    """The captions of an imagefolder: of its metadata file, or of those in its folders train, validation and test."""
+    folders = {"": folder} | {child.name: child for child in sorted(folder.iterdir()) if child.name in SPLIT_NAMES}
+    tables = []
+    for name, place in folders.items():
+        files = [place / file for file in METADATA if (place / file).is_file()]
+        if len(files) > 1:
+            raise UserError(f"{files[0]}: {files[1].name} lies beside it; keep the one that is meant")
+        for file in files:
+            table = read_captions(file, group_column)
+            if name:
+                table["name"], table["split"] = name + "/" + table["name"], SPLIT_NAMES[name]
+            tables.append(table)
+    if not tables:
+        raise UserError(f"{folder}: a folder without {' or '.join(METADATA)}; --captions takes {WANTED}")
+    return pd.concat(tables)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# rows
+
+
+def check_captions(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """The table with all columns and clean texts, without rows that have no caption.
+
+    Raises UserError with the line of a bad one, in the unit that the index is named for.
+    """
+    for column in table:
+        if not isinstance(table[column].dtype, pd.StringDtype):
+            table = _take_texts(path, table, column)
+        table[column] = table[column].str.strip()
+    table["caption"] = table["caption"].map(lambda text: " ".join(text.split()))  # a line end would end the caption
+    table["name"] = table["name"].str.replace("\\", "/").str.removeprefix("./")
+    empty = table["caption"] == ""
+    _tell_empty(path, table[empty & (table["name"] != "")])
+    table = table[~empty].copy()
+    if table.empty:
+        raise UserError(f"{path}: no captions in it; --captions takes {WANTED}")
+    _refuse(path, table, table["name"] == "", "caption", "it has no image")
+    outside = "an image is named by its path below the folder of images"
+    _refuse(path, table, table["name"].str.match(LEADS_OUT), "name", outside)
+    too_long = f"a caption has at most {MAX_CHARACTERS:,} characters"
+    _refuse(path, table, table["caption"].str.len() > MAX_CHARACTERS, "caption", too_long)
+    if "split" in table:
+        splits = table["split"].str.lower().map(SPLIT_NAMES)
+        _refuse(path, table, splits.isna(), "split", f"a split is one of {', '.join(SPLIT_NAMES)}")
+        table["split"] = splits
+    for column in table.columns.difference(["name", "caption"]):
+        differs = table[column] != table.groupby("name")[column].transform("first")
+        _refuse(path, table, differs, column, f"its image has another {column} above")
+    return table.reindex(columns=COLUMNS, fill_value="")
+
+
+def _take_texts(path: Path, table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The table with a column of JSON as texts: whole numbers as they are written, a row for each caption of a list."""
+    kinds = (str, int, list, type(None)) if column == "caption" else (str, int, type(None))
+    no_text = ~table[column].map(type).isin(kinds) & table[column].notna()
+    _refuse(path, table, no_text, column, f"its {column} is no text")
+    table = table.explode(column)
+    return table.assign(**{column: table[column].where(table[column].notna(), "").map(str)})
+
+
+def _refuse(path: Path, table: pd.DataFrame, bad: pd.Series, column: str, why: str) -> None:
+    """Raise UserError for the first bad row, if there is one."""
+    if bad.any():
+        line = bad.idxmax()
+        value = escape_controls(str(table[column][bad].iloc[0]))[:80]
+        raise UserError(f"{path}, {table.index.name} {line}: {why}; found {value!r}")
+
+
+def _tell_empty(path: Path, empty: pd.DataFrame) -> None:
+    if len(empty):
+        first = ", ".join(map(str, empty.index[:LISTED])) + ", ..." * (len(empty) > LISTED)
+        print(f"{path}: {len(empty):,} rows have no caption and are left out ({empty.index.name} {first})")

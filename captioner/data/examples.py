@@ -1,0 +1,35 @@
+"""Examples as tables of Hugging Face's `datasets`, and back. Images stay paths: they are opened by open_image alone.
+
+table = tabulate_examples(splits["train"])      # columns name, image, caption, group, index
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from captioner.data.captions import Example
+
+if TYPE_CHECKING:  # it takes a while to import
+    from datasets import Dataset
+
+
+def tabulate_examples(examples: Sequence[Example]) -> "Dataset":
+    """A table with a row for each image: its name, path, captions, group and place."""
+    from datasets import Dataset, Features, List, Value
+
+    text = Value("string")
+    columns = {"name": text, "image": text, "caption": List(text), "group": text, "index": Value("int64")}
+    rows = [(e.name, str(e.image), e.captions, e.group, index) for index, e in enumerate(examples)]
+    values = zip(*rows, strict=True) if rows else [()] * len(columns)
+    return Dataset.from_dict(
+        {name: list(column) for name, column in zip(columns, values, strict=True)}, Features(columns)
+    )
+
+
+def list_examples(table: "Dataset", count: int) -> list[Example]:
+    """The examples of the first `count` rows."""
+    rows = table.with_format(None).select(range(min(count, len(table))))
+    return [
+        Example(row["name"], Path(row["image"]), row["caption"][0], row["group"], tuple(row["caption"][1:]))
+        for row in rows
+    ]

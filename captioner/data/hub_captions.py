@@ -1,0 +1,102 @@
+"""A data set on the Hugging Face hub, or a copy of one, as a table of captions and image files.
+
+captions = fetch_captions("user/name@revision", run_dir)       # images in run_dir/images/, read by our decoder alone
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from captioner.data.caption_files import METADATA, SPLIT_NAMES, TEXT_COLUMNS, check_captions
+from captioner.data.images import IMAGE_SUFFIXES
+from captioner.runtime.errors import UserError, escape_controls
+from captioner.runtime.files import write_json
+
+if TYPE_CHECKING:  # it takes a while to import
+    from datasets import Dataset, DatasetDict
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+)?")
+COMMIT = re.compile("[0-9a-f]{40}")
+IMAGES, SOURCE = "images", "captions.json"  # in the run folder
+
+
+def is_data_set(captions: Path) -> bool:
+    """Whether --captions names a data set: user/name that is no file, or a folder with tables in place of metadata."""
+    if captions.is_dir():
+        names = {path.name for path in captions.glob("**/*")}
+        return names.isdisjoint(METADATA) and any(name.endswith(".parquet") for name in names)
+    return not captions.exists() and bool(HUB_NAME.fullmatch(str(captions)))
+
+
+def fetch_captions(name: str, run_dir: Path, group_column: str | None = None) -> pd.DataFrame:
+    """The captions of a data set, as read_captions gives them; its images are written to `run_dir`/images.
+
+    Which commit of it was read is kept in `run_dir`/captions.json. Raises UserError when it can't be had, or has no
+    images or captions.
+    """
+    sets, commit = _load(name)
+    columns, tables = {split: _find_columns(name, table, group_column) for split, table in sets.items()}, []
+    for split, table in sets.items():
+        rows = _write_images(table, columns[split], split, run_dir / IMAGES)
+        frame = pd.DataFrame(rows, columns=["name", "caption", *(["group"] if group_column else [])])
+        tables.append(frame.assign(split=split) if split in SPLIT_NAMES and len(sets) > 1 else frame)
+    captions = pd.concat(tables, ignore_index=True)
+    write_json(run_dir / SOURCE, {"data_set": name.partition("@")[0], "commit": commit})
+    return check_captions(Path(name), captions.rename_axis("row"))
+
+
+def _load(name: str) -> tuple["DatasetDict", str | None]:
+    """The splits of a data set, its images undecoded, and the commit that was read."""
+    from datasets import Image, load_dataset
+    from huggingface_hub import HfApi
+
+    repo, _, revision = name.partition("@")
+    try:
+        if Path(name).is_dir():
+            sets, commit = load_dataset(name), None
+        else:
+            is_commit = COMMIT.fullmatch(revision)
+            commit = revision if is_commit else HfApi().dataset_info(repo, revision=revision or None).sha
+            sets = load_dataset(repo, revision=commit)
+    except Exception as error:  # of the hub, the network, the files: they have no common type
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(
+            f"--captions {name}: no such file, and no data set that can be had from the hub ({escape_controls(said)}); "
+            "check the name and the connection, and log in with hf auth login if it is private"
+        ) from None
+    for split, table in sets.items():
+        for column, feature in table.features.items():
+            if isinstance(feature, Image):
+                sets[split] = sets[split].cast_column(column, Image(decode=False))
+    return sets, commit
+
+
+def _find_columns(name: str, table: "Dataset", group_column: str | None) -> list[str]:
+    """The columns of images, captions and groups."""
+    from datasets import Image
+
+    images = [column for column, feature in table.features.items() if isinstance(feature, Image)]
+    texts = [column for column in TEXT_COLUMNS if column in table.features]
+    missing = [f"a text column ({', '.join(TEXT_COLUMNS)})"] * (not texts) + ["a column of images"] * (not images)
+    if group_column and group_column not in table.features:
+        missing.append(f"the column {group_column}")
+    if missing:
+        found = escape_controls(", ".join(table.features))[:200]
+        raise UserError(f"--captions {name}: lacks {' and '.join(missing)}; its columns are {found}")
+    return [images[0], texts[0], *([group_column] if group_column else [])]
+
+
+def _write_images(table: "Dataset", columns: list[str], split: str, folder: Path) -> Iterator[tuple]:
+    """(name, caption or list of them, group) of each row, whose image is then in `folder`."""
+    (folder / split).mkdir(parents=True, exist_ok=True)
+    for number, row in enumerate(table.select_columns(columns)):
+        image, *values = (row[column] for column in columns)
+        source = Path((image or {}).get("path") or "")
+        content = (image or {}).get("bytes") or (source.read_bytes() if source.is_file() else b"")
+        suffix = source.suffix.lower() if source.suffix.lower() in IMAGE_SUFFIXES else ".jpg"
+        name = f"{split}/{number:06d}{suffix}"
+        (folder / name).write_bytes(content)
+        yield name, *values

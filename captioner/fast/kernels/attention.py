@@ -1,0 +1,170 @@
+"""Attention of packed rows and of one new token."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from captioner.fast.kernels import choice
+from captioner.fast.kernels.choice import tl, triton
+
+# Not cuDNN's, whose gradients differ from time to time. Flash attention's are the same for rows of up to 256 positions:
+# it adds up one part for each 128 keys, in any order.
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+ATTEND_ONE = {"POSITIONS": 16, "num_warps": 1}  # of the cache, at once; measured on an H100
+
+
+class Rows(NamedTuple):
+    """Where rows of different lengths lie, one behind the other without padding between them."""
+
+    starts: Tensor  # (rows + 1,) int32, the end of the last one too
+    longest: int  # a length that none exceeds
+    padded: Tensor  # (rows x longest,) the position at each place of padded rows, any position behind a row's end
+    places: Tensor  # (N,) the place among these of each position
+
+    @classmethod
+    def of(cls, starts: Tensor, longest: int, positions: int) -> "Rows":
+        """Of rows that begin at `starts` (rows + 1,) int64 among so many positions."""
+        position = torch.arange(positions, device=starts.device)
+        row = torch.bucketize(position, starts[1:-1], right=True)
+        padded = (starts[:-1, None] + torch.arange(longest, device=starts.device)).clamp(max=positions - 1)
+        return cls(starts.int(), longest, padded.flatten(), row * longest + position - starts[row])
+
+
+def attend(joined: Sequence[Tensor], heads: int, dropout: float, rows: Rows | None = None) -> Tensor:
+    """Attention (B, L, W) of queries (B, L, W) over keys and values (B, S, W).
+
+    These are what `joined` holds, side by side: [queries, keys, values as one], or [queries, keys and values as one].
+    With `rows` they and the result are (N, W), and each position sees itself and those before in its row.
+    """
+    width = sum(part.shape[-1] for part in joined) // 3
+    q, k, v = (x.unflatten(-1, (heads, -1)) for part in joined for x in part.split(width, -1))  # (..., heads, D)
+    if rows is None:
+        return attend_rows(q, k, v, dropout)
+    if choice.can_flash(q):
+        bounds = rows.starts, rows.starts, rows.longest, rows.longest
+        return torch.ops.aten._flash_attention_forward(q, k, v, *bounds, dropout, True, False)[0].flatten(1)
+    # behind a row's end others' positions stand, which none of its own sees
+    q, k, v = (x.index_select(0, rows.padded).unflatten(0, (-1, rows.longest)) for x in (q, k, v))
+    return attend_rows(q, k, v, dropout, is_causal=True).flatten(0, 1).index_select(0, rows.places)
+
+
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, is_causal: bool = False) -> Tensor:
+    """(B, L, W) of q (B, L, heads, D), and k and v (B, S, heads, D)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal).transpose(1, 2).flatten(2)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# one token
+
+
+def attend_one(qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+    """Attention of one new token a row, (n, H, D): scaled_dot_product_attention with a query of length 1.
+
+    qkv (n, 3, H, D), contiguous, holds query, key and value of the token at `position` (1,). Key and value are written
+    into the cache, keys and values (n, H, L, D), and looked at with all positions before; those behind are not read.
+    """
+    n, _, heads, width = qkv.shape
+    if not choice.use_kernels(qkv):
+        q, new_key, new_value = qkv.unsqueeze(3).unbind(1)  # (n, H, 1, D)
+        keys.index_copy_(2, position, new_key)
+        values.index_copy_(2, position, new_value)
+        is_seen = torch.arange(keys.shape[2], device=keys.device) <= position
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=is_seen.expand(n, heads, 1, -1))[:, :, 0]
+    assert qkv.is_contiguous() and keys.stride() == values.stride() and keys.stride()[2:] == (width, 1)
+    out = torch.empty(n, heads, width, dtype=qkv.dtype, device=qkv.device)
+    _attend_one[n, heads](
+        *(qkv, keys, values, position, out, *keys.stride()[:2], width**-0.5),
+        HEADS=heads,
+        WIDTH=width,
+        **_size_head(width),
+        **ATTEND_ONE,
+    )
+    return out
+
+
+def _size_head(width: int) -> dict[str, int]:
+    """The powers of 2 that a head's width is made up of.
+
+    Those are one, or two where that leaves less to fill up: 64 and 16 for the 80 of OPT-2.7B.
+    """
+    whole = max(16, triton.next_power_of_2(width))
+    rest = max(16, triton.next_power_of_2(width - whole // 2))
+    return {"D": whole, "E": 0} if whole == 16 or rest == whole // 2 else {"D": whole // 2, "E": rest}
+
+
+@triton.jit
+def _load_head(start, row, is_row, stride, width, D: tl.constexpr, E: tl.constexpr):
+    """Rows (rows, width) of a head as blocks (rows, D) and (rows, E); where E is 0, the first stands for the second."""
+    d = tl.arange(0, D)
+    place = start + row[:, None] * stride
+    block = tl.load(place + d[None, :], is_row[:, None] & (d < width)[None, :], 0.0)
+    rest = block
+    if E > 0:
+        e = D + tl.arange(0, E)
+        rest = tl.load(place + e[None, :], is_row[:, None] & (e < width)[None, :], 0.0)
+    return block, rest
+
+
+@triton.jit
+def _load_vector(start, WIDTH: tl.constexpr, D: tl.constexpr, E: tl.constexpr):
+    """A vector (WIDTH,) as (D,) and (E,)."""
+    d = tl.arange(0, D)
+    part = tl.load(start + d, d < WIDTH, 0.0)
+    rest = part
+    if E > 0:
+        e = D + tl.arange(0, E)
+        rest = tl.load(start + e, e < WIDTH, 0.0)
+    return part, rest
+
+
+@triton.jit
+def _store_vector(start, part, rest, WIDTH: tl.constexpr, D: tl.constexpr, E: tl.constexpr):
+    d = tl.arange(0, D)
+    tl.store(start + d, part.to(start.dtype.element_ty), d < WIDTH)
+    if E > 0:
+        e = D + tl.arange(0, E)
+        tl.store(start + e, rest.to(start.dtype.element_ty), e < WIDTH)
+
+
+@triton.jit
+def _attend_one(
+    qkv, keys, values, position, out, row_stride, head_stride, scale,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, E: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    end = tl.load(position)  # positions 0 to end - 1 are in the cache
+    new = qkv + row * 3 * HEADS * WIDTH + head * WIDTH
+    q, q_rest = _load_vector(new, WIDTH, D, E)
+    k, k_rest = _load_vector(new + HEADS * WIDTH, WIDTH, D, E)
+    v, v_rest = _load_vector(new + 2 * HEADS * WIDTH, WIDTH, D, E)
+    cache = row * row_stride + head * head_stride
+    _store_vector(keys + cache + end * WIDTH, k, k_rest, WIDTH, D, E)
+    _store_vector(values + cache + end * WIDTH, v, v_rest, WIDTH, D, E)
+
+    q, q_rest = q.to(tl.float32) * scale, q_rest.to(tl.float32) * scale
+    top = tl.sum(q * k.to(tl.float32), 0)  # largest score so far
+    if E > 0:
+        top += tl.sum(q_rest * k_rest.to(tl.float32), 0)
+    total = top * 0 + 1.0  # sum of exp(score - top)
+    mean, mean_rest = v.to(tl.float32), v_rest.to(tl.float32)  # sum of exp(score - top) times value
+    for start in range(0, end, POSITIONS):
+        at = start + tl.arange(0, POSITIONS)
+        old_k, old_k_rest = _load_head(keys + cache, at, at < end, WIDTH, WIDTH, D, E)
+        old_v, old_v_rest = _load_head(values + cache, at, at < end, WIDTH, WIDTH, D, E)
+        score = tl.sum(q[None, :] * old_k.to(tl.float32), 1)
+        if E > 0:
+            score += tl.sum(q_rest[None, :] * old_k_rest.to(tl.float32), 1)
+        score = tl.where(at < end, score, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, 0))
+        shrink, p = tl.exp(top - higher), tl.exp(score - higher)
+        total = total * shrink + tl.sum(p, 0)
+        mean = mean * shrink + tl.sum(p[:, None] * old_v.to(tl.float32), 0)
+        if E > 0:
+            mean_rest = mean_rest * shrink + tl.sum(p[:, None] * old_v_rest.to(tl.float32), 0)
+        top = higher
+    _store_vector(out + (row * HEADS + head) * WIDTH, mean / total, mean_rest / total, WIDTH, D, E)

@@ -1,0 +1,75 @@
+"""The linear layers of the Q-Former and OPT, those that read the same input together, and their weights as one.
+
+Shapes: G linear layers that read the same input.
+"""
+
+from collections.abc import Sequence
+
+import bitsandbytes as bnb
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from captioner.blip2.lora import get_blip2
+
+
+def group_linears(layer) -> list[list[nn.Module]]:
+    """The linear layers of an OPT layer in the order of their use; those in a group read the same input."""
+    attention = layer.self_attn
+    return [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.out_proj], [layer.fc1], [layer.fc2]]
+
+
+def group_qformer_linears(layer) -> list[list[nn.Module]]:
+    """The same of a Q-Former layer's part for queries."""
+    groups = []
+    for block in (layer.attention, layer.crossattention if layer.has_cross_attention else None):
+        if block is not None:
+            q, k, v = block.attention.query, block.attention.key, block.attention.value
+            groups += [[q, k, v]] if block is layer.attention else [[q], [k, v]]
+            groups.append([block.output.dense])
+    return [*groups, [layer.intermediate_query.dense], [layer.output_query.dense]]
+
+
+def list_groups(model) -> list[list[nn.Module]]:
+    """The linear layers of the language model and the Q-Former, those that read the same input together."""
+    blip = get_blip2(model)
+    groups = [group for layer in blip.language_model.model.decoder.layers for group in group_linears(layer)]
+    return groups + [group for layer in blip.qformer.encoder.layer for group in group_qformer_linears(layer)]
+
+
+def get_base(layer: nn.Module) -> nn.Module:
+    return layer.base_layer if isinstance(layer, LoraLayer) else layer
+
+
+def read_weight(base: nn.Linear) -> Tensor:
+    """(out, in) weight of a layer without LoRA, in the precision in which it computes; NF4 is unpacked."""
+    if not isinstance(base, bnb.nn.Linear4bit):
+        return base.weight
+    return bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state).to(pick_compute_dtype(base))
+
+
+def has_joined(layers: Sequence[nn.Module]) -> bool:
+    """Whether weights.join_weights has put the layers' weights side by side."""
+    return bool(layers) and hasattr(get_base(layers[0]), "joined")
+
+
+def join_linears(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
+    """Weight (sum of out, in) and bias (sum of out,) of layers as one; NF4 is unpacked."""
+    bases = [get_base(layer) for layer in layers]
+    if has_joined(layers):
+        return bases[0].joined
+    if len(bases) == 1:
+        return read_weight(bases[0]), bases[0].bias
+    bias = None if bases[0].bias is None else torch.cat([base.bias for base in bases])
+    return torch.cat([read_weight(base) for base in bases]), bias
+
+
+def has_active_lora(layer: nn.Module) -> bool:
+    return isinstance(layer, LoraLayer) and not layer.disable_adapters and not layer.merged
+
+
+def pick_compute_dtype(base: nn.Linear) -> torch.dtype:
+    """The precision in which a layer without LoRA computes."""
+    if not isinstance(base, bnb.nn.Linear4bit):
+        return base.weight.dtype
+    return base.compute_dtype or base.weight.quant_state.dtype

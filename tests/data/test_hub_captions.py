@@ -1,0 +1,94 @@
+"""Own captions of a data set on the hub: from a copy of one in the hub's layout, and by its name."""
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import huggingface_hub
+import pytest
+from datasets import Dataset, Features, List, Value
+from PIL import Image
+
+from captioner.data import images as data_images
+from captioner.data.hub_captions import fetch_captions, is_data_set
+from captioner.data.splits import prepare_splits
+from captioner.runtime.errors import UserError
+from config import TrainConfig, make_config
+
+COMMIT = "c0ffee" * 6 + "abcd"
+
+
+def draw(colour: str, kind: str = "PNG") -> dict:
+    content = io.BytesIO()
+    Image.new("RGB", (8, 6), colour).save(content, kind)
+    return {"bytes": content.getvalue(), "path": f"{colour}.{kind.lower()}"}
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch) -> Path:
+    """A data set with Parquet files for two splits; `datasets` keeps what it makes of them elsewhere."""
+    features = Features({"image": datasets.Image(), "caption": List(Value("string")), "video": Value("int64")})
+    parts = {
+        "train": [(draw("red"), ["Red.", "Rot."], 1), (draw("blue", "JPEG"), ["Blue."], 2), (draw("green"), ["G"], 3)],
+        "test": [(draw("white"), ["White."], 4)],
+    }
+    folder = tmp_path / "copy"
+    (folder / "data").mkdir(parents=True)
+    for split, rows in parts.items():
+        columns = dict(zip(features, map(list, zip(*rows, strict=True)), strict=True))
+        Dataset.from_dict(columns, features).to_parquet(folder / f"data/{split}-00000-of-00001.parquet")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return folder
+
+
+def test_a_copy_of_a_data_set_is_read(tmp_path, copy, monkeypatch):
+    assert is_data_set(copy)
+    splits = prepare_splits(make_config(TrainConfig, captions=copy, group_column="video"), tmp_path / "run")
+    assert {split: len(part) for split, part in splits.items()} == {"train": 2, "val": 1, "test": 1}
+    examples = {example.captions: example for part in splits.values() for example in part}
+    red = examples["Red.", "Rot."]
+    assert (red.name, red.group) == ("train/000000.png", "1")
+    assert red.image.read_bytes() == draw("red")["bytes"]
+    assert examples["Blue.",].image.name == "000001.jpeg"
+    monkeypatch.setattr(data_images, "MAX_PIXELS", 47)
+    with pytest.raises(UserError, match="8 x 6 pixels, more than 47"):  # our limits hold
+        data_images.open_image(red.image)
+
+
+def test_a_data_set_is_read_by_its_name_at_one_commit(tmp_path, copy, monkeypatch):
+    asked = []
+
+    def load(name, revision=None):
+        asked.append((name, revision))
+        return load_dataset(str(copy))
+
+    load_dataset = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "dataset_info", lambda self, name, revision=None: SimpleNamespace(sha=COMMIT)
+    )
+    assert is_data_set(Path("me/cars"))
+    for name in ("me/cars", "me/cars@main", f"me/cars@{COMMIT}"):
+        assert len(fetch_captions(name, tmp_path / "run")) == 5
+        assert json.loads((tmp_path / "run/captions.json").read_text()) == {"data_set": "me/cars", "commit": COMMIT}
+    assert asked == [("me/cars", COMMIT)] * 3
+
+
+def test_a_data_set_without_images_or_captions_is_refused(tmp_path, copy):
+    with pytest.raises(UserError, match="lacks the column ride; its columns are image, caption, video"):
+        fetch_captions(str(copy), tmp_path / "run", "ride")
+    for file in (copy / "data").iterdir():
+        Dataset.from_dict({"path": ["a"], "label": [1]}).to_parquet(file)
+    message = r"lacks a text column \(raw_caption, caption, text\) and a column of images; its columns are path, label"
+    with pytest.raises(UserError, match=message):
+        fetch_captions(str(copy), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_data_set_that_cannot_be_had_is_refused(tmp_path):
+    """Here no network is asked: HF_HUB_OFFLINE is set."""
+    with pytest.raises(UserError, match=r"--captions me/cars: no such file, and no data set that can be had"):
+        fetch_captions("me/cars", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
