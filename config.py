@@ -149,26 +149,19 @@ class FastSettings:
 
     # auto: on a GPU, where it is possible; on: on a CPU too, and refused where it is not possible
     fast: Literal["auto", "on", "off"] = "auto"
-    # folder to keep the frozen ViT's outputs in from run to run; auto: vision-store/ with a GPU
-    vision_store: Literal["auto", "off"] | Path = setting("auto", free=True)
-    vision_store_disk_gib: float = setting(20.0, free=True, unlisted=True)  # GiB up to which that folder is filled
-
-    def __post_init__(self):
-        check(self, "0 or more", lambda value: value >= 0, "vision_store_disk_gib")
+    # folder of the frozen ViT's outputs, which main.py keeps; auto: with a GPU, beside the adapter's or a temporary one
+    features: Literal["auto", "off"] | Path = setting("auto", free=True)
 
 
 @dataclass(frozen=True)
 class FastTrainingSettings(FastSettings):
     """What makes training faster. All of it is in captioner/fast; off: as if that folder were not there."""
 
-    # GiB of ViT outputs kept in memory; none: a quarter of it with a GPU, else 0
-    vision_store_gib: float | None = setting(None, unlisted=True)
-    cuda_graphs: bool = True  # with the fast step on a GPU: record the launches of a pass once and replay them
-    unpack_nf4: Literal["auto", "on", "off"] = "auto"  # with the fast step: NF4 values in 16 bits; auto: if room for 3x
+    # GiB that they may take; none: half of what is free there
+    features_disk_gib: float | None = setting(None, free=True, unlisted=True)
 
     def __post_init__(self):
-        super().__post_init__()
-        check(self, "0 or more", lambda value: value >= 0, "vision_store_gib")
+        check(self, "0 or more", lambda value: value >= 0, "features_disk_gib")
 
 
 @dataclass(frozen=True)
@@ -347,7 +340,7 @@ DEMO: dict[type, dict[str, Any]] = {
         "learning_rate": 3e-3,
         "warmup_ratio": 0.03,
         "logging_steps": 25,
-        "vision_store_gib": 1.0,
+        "features": DEMO_DATA / "features",
         "length_window": 0,
         "dataloader_workers": 0,
         "train_share": 800 / DEMO_SCENES,
@@ -355,6 +348,7 @@ DEMO: dict[type, dict[str, Any]] = {
     },
     EvalConfig: {
         "adapter": Path("blip2-finetuned-demo"),
+        "features": DEMO_DATA / "features",
         "num_samples": 200,
         "greedy": True,
         "batch_size": 100,

@@ -59,8 +59,7 @@ def train(config: TrainConfig, choose_way: Callable[..., PlainWay]) -> None:
         run = open_run(config, device)
         if run is None:  # it has come to its end before
             return publish(config)
-        workers, store_gib = config.training.dataloader_workers, config.fast.vision_store_gib
-        print(describe_machine(config.run.output, workers, store_gib, cuda=device.type == "cuda"))
+        print(describe_machine(config.run.output, config.training.dataloader_workers))
         set_seed(config.training.seed)  # before LoRA draws its first weights
         model_config = check_model(config.base.model, config.base.load_in_4bit, device)  # before hours of download
         splits = ask_main(prepare_splits, config, run.folder)
@@ -72,15 +71,12 @@ def train(config: TrainConfig, choose_way: Callable[..., PlainWay]) -> None:
         model = add_lora(model, *dataclasses.astuple(config.lora))
         parts = way.make_parts(model)
         model.print_trainable_parameters()
-        run.note_inputs(splits, model)
+        run.note_inputs(splits, model, parts.way)
         datasets = make_datasets(config, splits, processor, model.config, features)
         generation = make_generation_config(model.config, get_reader(datasets["train"]).longest + SPARE_TOKENS)
         captioner = way.make_captioner(processor, generation, config.run.val_captions)
-        try:
-            trainer = train_lora(run, model, datasets, parts, make_callbacks(run, datasets["val"], captioner))
-            way.finish()
-        finally:
-            way.close()
+        trainer = train_lora(run, model, datasets, parts, make_callbacks(run, datasets["val"], captioner))
+        way.finish()
         save_run(run, trainer, processor, generation, splits)
         if run.is_main:
             print(f"adapter saved to {config.run.output} after {time.perf_counter() - start:.0f} s")

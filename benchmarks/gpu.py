@@ -119,7 +119,7 @@ def run(
 ) -> tuple[float, str]:
     """(wall seconds, what it printed, each line with its second) of a script, started by the words of `launcher`.
 
-    `free_gib`: with so much of the GPU left to it, which takes itself for a T4 with `as_t4`.
+    `free_gib` is the GPU memory that the script finds free. With `as_t4` it takes the GPU for a T4.
     """
     command = [*launcher, script, *map(str, flags)]
     if free_gib is not None:
@@ -138,7 +138,7 @@ def run(
 
 
 def set_environment() -> dict[str, str]:
-    """Of what is run: Python keeps what it compiles, else imports would take twice as long."""
+    """The environment of a script that is measured: Python keeps its bytecode, else imports take twice as long."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return kept | {"PYTHONUNBUFFERED": "1"}
 
@@ -159,7 +159,7 @@ def train(args, name: str, *flags, **options) -> Training:
     for old in (logs, output):
         shutil.rmtree(old, ignore_errors=True)
     data = ("--labels", args.folder / "labels.json", "--images", args.folder / "images", "--model", args.model)
-    places = ("--captions", args.folder / "captions.csv", "--output", output, "--run-name", logs.name)
+    places = ("--output", output, "--run-name", logs.name)
     seconds, text = run("main.py", *data, *places, "--wandb", "disabled", *flags, **options)
     (args.folder / f"{name}.log").write_text(text)
     records = [json.loads(line) for line in (logs / "metrics.jsonl").read_text().splitlines()]
@@ -192,24 +192,24 @@ def caption(args, name: str, *flags, **options) -> Captioning:
 
 
 def measure_job(args) -> Iterator[tuple]:
-    shutil.rmtree(find_store(args), ignore_errors=True)  # nothing that an earlier run has left
-    job = train(args, "job", "--num-train-epochs", args.epochs, "--vision-store", find_store(args))
+    shutil.rmtree(find_features(args), ignore_errors=True)  # nothing that an earlier run has left
+    job = train(args, "job", "--num-train-epochs", args.epochs, "--features", find_features(args))
     yield TRAINING, job.samples_per_second, "samples/s", job.peak_gib
     yield f"main.py: {args.frames:,} frames, {args.epochs} epochs", job.seconds, "s", math.nan
-    drawn = caption(args, "job", "--num-samples", "all", "--vision-store", find_store(args))
+    drawn = caption(args, "job", "--num-samples", "all", "--features", find_features(args))
     yield "eval.py: captions of the test split and all scores", drawn.seconds, "s", math.nan
     yield "whole job", job.seconds + drawn.seconds, "s", math.nan
     yield from list_paces(CAPTIONING, drawn)
 
 
 def measure_greedy(args) -> Iterator[tuple]:
-    """Of what the part job has trained."""
-    done = caption(args, "job", "--num-samples", "all", "--greedy", "--vision-store", find_store(args))
+    """Greedy captions by the adapter that the part job has trained."""
+    done = caption(args, "job", "--num-samples", "all", "--greedy", "--features", find_features(args))
     yield from list_paces("captioning, greedy", done)
 
 
-def find_store(args) -> Path:
-    return args.folder / "job-vision-store"
+def find_features(args) -> Path:
+    return args.folder / "job-features"
 
 
 def list_paces(what: str, done: Captioning) -> Iterator[tuple]:

@@ -21,7 +21,7 @@ from captioner.runtime.errors import UserError
 EXAMPLES = sorted((Path(__file__).parent / "examples").glob("????????-????????.jpg"))
 MAX_IMAGES = 200  # of one batch
 STYLE = """
-.caption { font-size: 1.05rem; line-height: 2; }
+.caption, .failed { font-size: 1.05rem; line-height: 2; margin-top: 1.4rem; }
 .said { --colour: color-mix(in srgb, #2f7fb8 var(--sure), #d9722e); padding: 0.1em 0.3em; border-radius: 4px;
   border-bottom: 3px solid var(--colour); background: color-mix(in srgb, var(--colour) 16%, transparent); }
 .said small { opacity: 0.75; font-variant-numeric: tabular-nums; }
@@ -106,6 +106,9 @@ def make_page(page: Page, title: str):
     """The page as gradio's Blocks."""
     import gradio as gr
 
+    def pick_example(event: gr.SelectData) -> str:
+        return str(EXAMPLES[event.index])
+
     alone = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}  # one call at a time
     with gr.Blocks(title=title, analytics_enabled=False) as blocks:
         gr.Markdown(f"# {title}\nEach sentence is coloured by the mean probability of its tokens: blue is certain.")
@@ -115,11 +118,22 @@ def make_page(page: Page, title: str):
             seed = gr.Number(page.caption.seed, precision=0, label="seed (sampled)")
         with gr.Tab("One image"):
             file = gr.File(label="drop or pick an image", file_count="single", elem_id="upload")
-            gr.Examples([[str(path)] for path in EXAMPLES], inputs=[file], label="examples, which no training has seen")
+            examples = gr.Gallery(
+                list(map(str, EXAMPLES)),
+                label="or one of these, which no training has seen",
+                columns=len(EXAMPLES),
+                height=190,
+                allow_preview=False,
+                interactive=False,
+                elem_id="examples",
+            )
+            examples.select(pick_example, None, file, api_visibility="private")
             image = gr.Image(label="image", interactive=False, height=360, format="jpeg", buttons=["fullscreen"])
             with gr.Row():
-                after = gr.HTML(label="after fine-tuning", show_label=True, container=True, elem_id="after")
-                before = gr.HTML(label="before fine-tuning", show_label=True, container=True, elem_id="before")
+                with gr.Column(min_width=320):
+                    after = gr.HTML(label="after fine-tuning", show_label=True, container=True, elem_id="after")
+                with gr.Column(min_width=320):
+                    before = gr.HTML(label="before fine-tuning", show_label=True, container=True, elem_id="before")
             inputs, outputs = [file, how, temperature, seed], [image, after, before]
             for changed in (file, how, temperature, seed):
                 changed.change(page.try_image, inputs, outputs, **alone)

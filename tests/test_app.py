@@ -142,9 +142,13 @@ def test_an_upload_is_captioned_and_a_hostile_file_gets_a_clear_error(browser, p
     browser.get(page)
     wait_for(browser, "body", "drop or pick an image")
     upload(browser, sorted((drawn / "images").iterdir())[0])
-    wait_for(browser, "#after", "0.")
-    wait_for(browser, "#before", "0.")
-    assert browser.execute_script("return document.querySelectorAll('#after .said').length") > 0
+    wait_for(browser, "#after .said", "0.")
+    wait_for(browser, "#before .said", "0.")
+    browser.execute_script("document.querySelector('#examples button img').click()")
+    end = time.monotonic() + 60
+    while "4699a1b9" not in browser.execute_script("return document.querySelector('#upload').textContent"):
+        assert time.monotonic() < end, "an example is picked"
+        time.sleep(0.2)
     upload(browser, hostile)
     assert "hostile.jpg: not readable as an image" in wait_for(browser, "#after", "hostile.jpg")
     assert browser.execute_script("return window.broken ?? 0") == 0

@@ -135,8 +135,7 @@ BOUNDS = [  # the last value that is taken, and the first that is refused
     (TrainConfig, "weight_decay", 0, -1e-9),
     (TrainConfig, "dataloader_workers", 0, -1),
     (TrainConfig, "length_window", 0, -1),
-    (TrainConfig, "vision_store_gib", 0, -1e-9),
-    (TrainConfig, "vision_store_disk_gib", 0, -1e-9),
+    (TrainConfig, "features_disk_gib", 0, -1e-9),
     (TrainConfig, "min_box_size", 0, -1e-9),
     (TrainConfig, "warmup_ratio", 0, -1e-9),
     (TrainConfig, "warmup_ratio", 1 - 1e-9, 1),
@@ -154,7 +153,6 @@ BOUNDS = [  # the last value that is taken, and the first that is refused
     (EvalConfig, "seed", 2**32 - 1, 2**32),
     (EvalConfig, "top_p", 1, 1 + 1e-9),
     (EvalConfig, "top_p", 1e-9, 0),
-    (EvalConfig, "vision_store_disk_gib", 0, -1e-9),
     (EvalConfig, "num_samples", 1, 0),
     (EvalConfig, "max_new_tokens", 1, 0),
 ]

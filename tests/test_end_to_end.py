@@ -19,7 +19,7 @@ def data_flags(drawn, checkpoint):
 
 @pytest.fixture(scope="module")
 def training_flags(drawn, tiny_checkpoint):
-    flags = ["--num-train-epochs", 2, "--dataloader-workers", 1, "--vision-store-gib", 0, "--wandb", "offline"]
+    flags = ["--num-train-epochs", 2, "--dataloader-workers", 1, "--wandb", "offline"]
     flags += ["--train-batch-size", 4, "--warmup-ratio", 0, "--learning-rate", 1e-2]
     return [*data_flags(drawn, tiny_checkpoint), *flags, "--run-name", "run"]
 
@@ -229,12 +229,13 @@ def test_stored_vision_trains_to_the_same_adapter(tmp_path, drawn, tiny_checkpoi
     flags = ["--num-train-epochs", 2, "--dataloader-workers", 0, "--wandb", "disabled"]
     flags += ["--train-batch-size", 4, "--warmup-ratio", 0, "--learning-rate", 1e-3]
     weights = []
-    for gib in (0, 1):
-        output = tmp_path / str(gib)
-        finished = call_script("main.py", *data_flags(drawn, tiny_checkpoint), *flags, "--vision-store-gib", gib,
+    for features in ("off", "features"):
+        output = tmp_path / f"output-{features}"
+        finished = call_script("main.py", *data_flags(drawn, tiny_checkpoint), *flags, "--features", features,
                        "--output", output, cwd=tmp_path)  # fmt: skip
         assert finished.returncode == 0, finished.stderr
-        assert ("outputs are stored" in finished.stdout) == bool(gib)
+        assert ("outputs are kept" in finished.stdout) == (features != "off")
+        assert ("not kept, but computed in each pass (--features off)" in finished.stdout) == (features == "off")
         weights.append(load_file(output / "adapter_model.safetensors"))
     assert min(weight.abs().max() for name, weight in weights[0].items() if "lora_B" in name) > 1e-3
     assert max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0]) < 1e-5
@@ -271,7 +272,7 @@ def test_unreadable_image_is_one_message(tmp_path, drawn, tiny_checkpoint):
     for image in (tmp_path / "images").iterdir():
         image.write_bytes(image.read_bytes()[:500])
     flags = ["--labels", drawn / "labels.json", "--images", tmp_path / "images", "--model", tiny_checkpoint]
-    failed = call_script("main.py", *flags, "--dataloader-workers", 1, "--vision-store-gib", 0, cwd=tmp_path)
+    failed = call_script("main.py", *flags, "--dataloader-workers", 1, cwd=tmp_path)
     assert failed.returncode == 2
     [line] = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
     assert "not readable as an image" in line

@@ -282,7 +282,7 @@ def test_disk_fills_up_while_eval_writes(folder, undisturbed, mount, file):
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_image_vanishes_in_training(folder, settings, undisturbed, images, workers):
     """The image is named; once it is back the run goes on."""
-    options = {"images": Path("images"), "dataloader_workers": workers, "vision_store_gib": 0.0}
+    options = {"images": Path("images"), "dataloader_workers": workers}
     shutil.copytree(images, "images")
     real = main.train_lora
 
@@ -471,7 +471,7 @@ def test_launched_processes_train_and_hold_their_folder(folder, settings):
 @pytest.mark.slow
 def test_a_killed_worker_of_the_training_data_is_noticed(folder, settings, undisturbed, capsys):
     """kill -9 whatever process decodes, once there is a checkpoint: exit code 2, and the run goes on with --resume."""
-    options = {"vision_store_gib": 0.0, "save_minutes": 0.0}
+    options = {"save_minutes": 0.0}
     run = start(settings, **options)
     killed = set()
     while run.poll() is None:

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # it takes a while to import
     from datasets import Dataset, DatasetDict
 
 IGNORED = -100  # label of a position that carries no loss
+
+Features = Mapping[Path, Tensor]  # the ViT's output (P, D) of each image
 
 
 def load_pixels(image: Path, processor: Blip2Processor, blank: bool = False) -> Tensor:
@@ -75,14 +77,14 @@ class RowReader:
     """Gives rows of a table of examples as they are trained on: a transform of `datasets`.
 
     {"index": places, "pixel_values": (3, S, S) each, "caption_ids": tokens with the end token}. Once there are
-    `features`, the ViT's outputs (see vision.py), these stand in for the pixels. Of several captions of an image, each
+    `features`, the ViT's output of each image, these stand in for the pixels. Of several captions of an image, each
     epoch has another, in an order that depends on seed and row alone, until all had their turn.
     """
 
     def __init__(self):
         self.processor: Blip2Processor | None = None
         self.caption_ids: list[list[list[int]]] = []  # of each row, of each of its captions
-        self.features: Tensor | None = None  # (N, P, D)
+        self.features: Features | None = None
         self.seed, self.epoch = 0, 0
 
     def __deepcopy__(self, memo) -> "RowReader":
@@ -95,7 +97,7 @@ class RowReader:
 
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
         if self.features is not None:
-            pixels = [self.features[index] for index in rows["index"]]
+            pixels = [self.features[Path(image)] for image in rows["image"]]
         else:
             pixels = [load_pixels(Path(image), self.processor) for image in rows["image"]]
         drawn = [self.draw_caption(index) for index in rows["index"]]
@@ -162,19 +164,16 @@ class CaptionCollator:
 
 
 def make_datasets(
-    config: TrainConfig, splits: dict[str, list[Example]], processor, model_config, outputs: torch.Tensor | None
+    config: TrainConfig, splits: dict[str, list[Example]], processor, model_config, features: Features | None
 ) -> "DatasetDict":
-    """All splits as tables, with the ViT's `outputs` (N, P, D) of all images trained on, in order, if they are kept."""
+    """All splits as tables, with the ViT's outputs of all images trained on, if they are kept."""
     from datasets import DatasetDict
 
-    tables, start, training = DatasetDict(), 0, config.training
+    tables, training = DatasetDict(), config.training
     for split in TRAINED_ON:
-        examples = splits[split]
         tables[split] = make_dataset(
-            examples, processor, training.max_caption_tokens, end_token(model_config), training.seed
+            splits[split], processor, training.max_caption_tokens, end_token(model_config), training.seed
         )
-        if outputs is not None:
-            get_reader(tables[split]).features = outputs[start : start + len(examples)]
-        start += len(examples)
+        get_reader(tables[split]).features = features
     tables["test"] = tabulate_examples(splits["test"])
     return tables

@@ -4,7 +4,6 @@ Shapes: B images at once, S image side in pixels (224), P positions of the ViT (
 """
 
 import functools
-import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -52,21 +51,14 @@ def run_vision(vision, pixels: Tensor) -> Tensor:
 
 
 def start_reading(
-    images: Sequence[Path],
-    processor,
-    dtype: torch.dtype,
-    side: int,
-    blank: bool = False,
-    hashes: bool = False,
-    pin: bool = False,
-) -> Iterator[tuple[Tensor, list[str | None], list[str | None]]]:
+    images: Sequence[Path], processor, dtype: torch.dtype, side: int, blank: bool = False
+) -> Iterator[tuple[Tensor, list[str | None]]]:
     """What processes make of images from the call on, BATCH at a time; see load_pixels for `blank`.
 
-    (pixels (B, 3, S, S) of those that can be read, in pinned memory if wanted, why not for each of all, SHA-256 of the
-    bytes of each of all or None unless `hashes`).
+    (pixels (B, 3, S, S) of those that can be read, why not for each of all).
     """
-    read = functools.partial(_read, processor=processor, blank=blank, hashes=hashes)
-    return read_batches(read, images, functools.partial(_stack, dtype=dtype), 3 * side**2 * dtype.itemsize, pin)
+    read = functools.partial(_read, processor=processor, blank=blank)
+    return read_batches(read, images, functools.partial(_stack, dtype=dtype), 3 * side**2 * dtype.itemsize)
 
 
 def read_each(images: Sequence[Path], processor, dtype: torch.dtype, side: int, blank: bool) -> Iterator[Tensor | str]:
@@ -75,7 +67,7 @@ def read_each(images: Sequence[Path], processor, dtype: torch.dtype, side: int, 
     By processes, which start at the call.
     """
     batches = start_reading(images, processor, dtype, side, blank)
-    return itertools.chain.from_iterable(_list_each(pixels, reasons) for pixels, reasons, _ in batches)
+    return itertools.chain.from_iterable(itertools.starmap(_list_each, batches))
 
 
 def _list_each(pixels: Tensor, reasons: list[str | None]) -> list[Tensor | str]:
@@ -83,28 +75,16 @@ def _list_each(pixels: Tensor, reasons: list[str | None]) -> list[Tensor | str]:
     return [next(readable) if reason is None else reason for reason in reasons]
 
 
-def _read(image: Path, processor, blank: bool, hashes: bool) -> tuple[Tensor | str, str | None]:
-    """(3, S, S) pixel values, or why there are none; and the SHA-256 of the file, if wanted."""
-    sha256 = hash_image(image) if hashes else None
+def _read(image: Path, processor, blank: bool) -> Tensor | str:
+    """(3, S, S) pixel values, or why there are none."""
     try:
-        return load_pixels(image, processor, blank), sha256
+        return load_pixels(image, processor, blank)
     except UserError as error:
-        return str(error), sha256
+        return str(error)
 
 
-def _stack(
-    read: list[tuple[Tensor | str, str | None]], dtype: torch.dtype
-) -> tuple[Tensor, list[str | None], list[str | None]]:
-    """(pixels of those that could be read, why not for each of all, SHA-256 of each of all)."""
-    pixels = [item.to(dtype) for item, _ in read if not isinstance(item, str)]
-    reasons = [item if isinstance(item, str) else None for item, _ in read]
-    return torch.stack(pixels) if pixels else torch.empty(0), reasons, [sha256 for _, sha256 in read]
-
-
-def hash_image(image: Path) -> str | None:
-    """SHA-256 of the file's bytes; None if it can't be read: who decodes it says why."""
-    try:
-        with open(image, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
+def _stack(read: list[Tensor | str], dtype: torch.dtype) -> tuple[Tensor, list[str | None]]:
+    """(pixels of those that could be read, why not for each of all)."""
+    pixels = [item.to(dtype) for item in read if not isinstance(item, str)]
+    reasons = [item if isinstance(item, str) else None for item in read]
+    return torch.stack(pixels) if pixels else torch.empty(0), reasons

@@ -90,13 +90,11 @@ def read_batches(
     items: Sequence[T],
     collate: Callable[[list[R]], B],
     item_bytes: int = 0,
-    pin: bool = False,
 ) -> Iterator[B]:
     """collate([read(item), ...]) of BATCH items each, in order, by a process on each core, which starts at the call.
 
     An answer with tensors waits in shared memory, `item_bytes` for each item: where that has no room for all
-    processes, as in a container, fewer work. `pin`: a thread copies tensors to memory that a GPU reads by itself.
-    Raises UserError when one of the processes was killed.
+    processes, as in a container, fewer work. Raises UserError when one of the processes was killed.
     """
     import torch  # here: who only opens images does without
 
@@ -111,7 +109,6 @@ def read_batches(
         num_workers=workers,
         prefetch_factor=min(max(answers // workers, ANSWERS), MORE_ANSWERS) if workers else None,
         collate_fn=collate,
-        pin_memory=pin,
         worker_init_fn=step_back,
         generator=torch.Generator(),  # else it would draw from the one that draws LoRA's first weights
     )

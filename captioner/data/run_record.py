@@ -27,7 +27,7 @@ def explain_adapter(folder: Path) -> UserError:
             "FOLDER first, and give that folder with --adapter"
         )
     if not (folder / "adapter_config.json").is_file():
-        there = "no fine-tuned model in it (run.json is missing)" if folder.exists() else "no such folder"
+        there = "no fine-tuned model in it" if folder.exists() else "no such folder"
         return UserError(f"{folder}: {there}; train one with python main.py --output {folder}")
     if not (folder / "run.json").is_file():
         return UserError(

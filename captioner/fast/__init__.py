@@ -4,5 +4,5 @@ use_fast_step(config, model, device) -> bool                 # speed: whether tr
 speed_up(config, model) -> Trainer's class, collator, loss   # trainer: in the place of CaptionTrainer and its own
 FastCaptioner(config, count)                                 # captioning: in the place of Captioner
 FastGreedyCaptioner(processor, generation, count)            # captioning: in the place of GreedyCaptioner
-compute_outputs(vision, ..., images, store) -> (N, P, D)     # vision_store: the ViT's outputs, kept
+keep_features(file, limit, images) -> {image: (P, D)}        # features: the frozen ViT's outputs, in a file
 """

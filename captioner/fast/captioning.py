@@ -1,6 +1,5 @@
 """Captions by FastGenerator, wherever it can stand in for transformers' generate()."""
 
-import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,12 +8,10 @@ from torch import Tensor
 
 from captioner.blip2.captioner import Captioner
 from captioner.blip2.captioning import GreedyCaptioner, decode_captions
-from captioner.blip2.vision import hash_image, read_each, run_vision
-from captioner.data.reading import read_ahead
 from captioner.fast.decoder_weights import supports
+from captioner.fast.features import FeatureFile, find_folder
 from captioner.fast.generation import FastGenerator
 from captioner.fast.generation_plan import Room, measure_room, plan_generation
-from captioner.fast.vision_store import open_store
 from captioner.runtime.errors import UserError
 from captioner.runtime.processes import gather
 
@@ -56,12 +53,14 @@ class FastGreedyCaptioner(GreedyCaptioner):
 
 
 class FastCaptioner(Captioner):
-    """Captioner with the store of the ViT's outputs, and FastGenerator where that is wanted and possible."""
+    """Captioner that reads the ViT's outputs where main.py has kept them, with FastGenerator where that is possible."""
 
     def _load(self) -> None:
         super()._load()
-        settings = self.model.config.vision_config
-        self.store = None if self.config.blank else open_store(self.config, self.vision, settings, self.processor)
+        folder = None
+        if self.config.fast.fast != "off" and not self.config.blank:
+            folder = find_folder(self.config.fast.features, self.config.adapter, self.model.device)
+        self.features = folder and FeatureFile(folder, self.vision, self.model.config.vision_config, self.processor)
 
     def _prepare(self, images: int) -> None:
         longest = self.generation.max_new_tokens
@@ -84,52 +83,18 @@ class FastCaptioner(Captioner):
                 "more, or --fast auto"
             )
 
-    def _read_all(self, images: Sequence[Path]) -> Iterator[tuple[str | None, Tensor] | str]:
-        """(SHA-256 of the file if there is a store, stored output of the ViT (P, D) or else pixel values (3, S, S)).
+    def _read_all(self, images: Sequence[Path]) -> Iterator[Tensor | str]:
+        """The ViT's output (P, D) of an image where main.py has kept it, else what is read of the image."""
+        kept = self.features.read(images) if self.features else {}
+        if kept:
+            print(f"{self.features.folder} has the frozen ViT's outputs of {len(kept):,} of {len(images):,} images")
+        read = super()._read_all([image for image in images if image not in kept])
+        return (kept[image] if image in kept else next(read) for image in images)
 
-        Outputs are read ahead by threads.
-        """
-        store, side = self.store, self.model.config.vision_config.image_size
-        how = (self.processor, self.vision.post_layernorm.weight.dtype, side, self.config.blank)
-        sums = [None] * len(images) if store is None else list(read_ahead(hash_image, images, at_once=32))
-        is_stored = [store is not None and store.has(sha256) for sha256 in sums]
-        stored = read_ahead(store.load, itertools.compress(sums, is_stored), 2 * self.batch_size) if store else iter(())
-        decoded = read_each([image for image, there in zip(images, is_stored, strict=True) if not there], *how)
-
-        def read(image: Path, sha256: str | None, is_there: bool) -> tuple[str | None, Tensor] | str:
-            found = next(stored) if is_there else next(decoded)
-            if found is None:  # damaged in the store
-                found = next(read_each([image], *how))
-            return found if isinstance(found, str) else (sha256, found)
-
-        return itertools.starmap(read, zip(images, sums, is_stored, strict=True))
-
-    def _collect(self, inputs: list[tuple[str | None, Tensor]]) -> tuple[list[str | None], Sequence[Tensor]]:
-        """(SHA-256 of each, outputs or pixels of each).
-
-        Where all outputs are stored they are one tensor (B, P, D), in pinned memory if there is a GPU.
-        """
-        sums, outputs = [sha256 for sha256, _ in inputs], [output for _, output in inputs]
-        if outputs and all(output.dim() == 2 for output in outputs):
-            pin, like = self.model.device.type == "cuda", outputs[0]
-            room = torch.empty(len(outputs), *like.shape, dtype=like.dtype, pin_memory=pin)
-            outputs = torch.stack(outputs, out=room)
-        return sums, outputs
-
-    def _run_vision(self, inputs: tuple[list[str | None], Sequence[Tensor]]) -> Tensor:
-        """Outputs that the store has not are computed, and saved."""
-        sums, outputs = inputs
-        missing = [row for row, output in enumerate(outputs) if output.dim() == 3]
-        if self.store is not None:
-            self.store.count(len(outputs) - len(missing), len(outputs))
-        if not missing:
-            return outputs.to(self.model.device, non_blocking=True)
-        computed = run_vision(self.vision, torch.stack([outputs[row] for row in missing]))
-        for row, output in zip(missing, computed, strict=True):
-            outputs[row] = output
-        if self.store is not None:
-            kept = computed.to("cpu", non_blocking=True)  # pinned, so that a slow disk holds up no GPU memory
-            self.store.save([sums[row] for row in missing], list(kept))
+    def _run_vision(self, inputs: Sequence[Tensor]) -> Tensor:
+        pixels = [each for each in inputs if each.dim() == 3]
+        computed = iter(super()._run_vision(pixels) if pixels else ())
+        outputs = [next(computed) if each.dim() == 3 else each for each in inputs]
         return torch.stack([output.to(self.model.device, non_blocking=True) for output in outputs])
 
     def _generate(self, outputs: Tensor, seeds: list[int]) -> list[str]:
@@ -145,9 +110,3 @@ class FastCaptioner(Captioner):
         if self.generator is None:
             return super().way
         return "FastGenerator" if self.generator.weights.copied else "FastGenerator-packed"
-
-    def finish(self) -> None:
-        """Say how many outputs were in the store, and wait for those that are being written."""
-        if self.store is not None:
-            print(self.store.describe())
-            self.store.close()

@@ -5,27 +5,19 @@ Each method falls back on the plain way's where the fast one is not wanted or no
 
 import gc
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
+from captioner.blip2.batches import Features
 from captioner.blip2.captioning import GreedyCaptioner
 from captioner.blip2.loading import pick_dtype
 from captioner.blip2.vision import start_reading, take_vision_out
-from captioner.data import reading
-from captioner.data.splits import TRAINED_ON, leave_out_unreadable, list_images
+from captioner.data.splits import leave_out_unreadable, list_images
 from captioner.fast.captioning import FastGreedyCaptioner
-from captioner.fast.speed import has_room_to_unpack, join_weights, unpack_nf4, use_fast_step
+from captioner.fast.features import FeatureFile, Place, choose_place, has_rows, keep_features, measure_row
+from captioner.fast.speed import find_obstacle, has_room_to_unpack, join_weights, unpack_nf4, use_fast_step
 from captioner.fast.trainer import speed_up
-from captioner.fast.vision_store import (
-    compute_outputs,
-    find_folder,
-    fits_memory,
-    has_outputs,
-    open_store,
-    record_vision,
-)
-from captioner.runtime.processes import ask_main, find_place, gather
+from captioner.runtime.processes import ask_main, find_place
 from captioner.training.plain import Parts, PlainWay, Splits
 from config import TrainConfig
 
@@ -38,64 +30,44 @@ class FastWay(PlainWay):
     def __init__(self, config: TrainConfig, model_config, device: torch.device):
         super().__init__(config)
         self.model_config, self.device = model_config, device
-        self.store = None
-        self.images: list[Path] = []  # whose outputs are computed, those that are trained on first
-        self.ahead: Iterator | None = None  # what is made of them while the model is loaded
-        self.unreadable: dict[Path, str] = {}
+        self.place: Place | None = None  # where the ViT's outputs are kept
+        self.reading: Iterator | None = None  # the images that they are made of, decoded while the model is loaded
 
     def check_images(self, splits: Splits, processor) -> Splits:
-        folder, trained_on = find_folder(self.config, self.device), list_images(splits, TRAINED_ON)
-        vision, dtype = self.model_config.vision_config, pick_dtype(self.device)
-        limit, cuda = self.config.fast.vision_store_gib, self.device.type == "cuda"
-        if not all(gather(fits_memory, vision, dtype, len(trained_on), limit, cuda)):
+        vision, dtype, images = self.model_config.vision_config, pick_dtype(self.device), list_images(splits, splits)
+        self.place = ask_main(choose_place, self.config, len(images) * measure_row(vision, dtype), self.device)
+        if self.place is None:
             return super().check_images(splits, processor)
-        test = list_images(splits, ["test"])  # whose outputs eval.py finds in the folder
-        if folder is None:
-            self.unreadable = ask_main(reading.check_images, test)
-        self.images = [*trained_on, *(test if folder is not None and find_place()[0] == 0 else [])]
-        if folder is None or not has_outputs(folder):
-            how = {"hashes": folder is not None, "pin": cuda}
-            self.ahead = start_reading(self.images, processor, dtype, vision.image_size, **how)
+        if not has_rows(self.place.folder):
+            index, processes = find_place()
+            self.reading = start_reading(images[index::processes], processor, dtype, vision.image_size)
         return splits
 
-    def encode_images(self, model, processor, splits: Splits) -> tuple[Splits, torch.Tensor | None]:
-        if not self.images:
+    def encode_images(self, model, processor, splits: Splits) -> tuple[Splits, Features | None]:
+        if self.place is None:
             return super().encode_images(model, processor, splits)
-        vision, settings = take_vision_out(model), model.config.vision_config
-        store = open_store(self.config, vision, settings, processor, write=find_place()[0] == 0)
-        self.store = store
-        speed = self.config.fast
-        if speed.cuda_graphs and speed.unpack_nf4 != "off" and use_fast_step(self.config, model, self.device):
-            vision = record_vision(vision)
-        kept = len(list_images(splits, TRAINED_ON))
-        outputs, found = compute_outputs(vision, settings, processor, self.images, store, kept, self.ahead)
-        if store is not None:
-            print(store.describe())
-        self.ahead = None
-        del vision
-        gc.collect()  # now, not when memory is short
-        for unreadable in gather(lambda: found):
-            self.unreadable |= unreadable
-        print("the frozen ViT's outputs are stored: it is not needed in training")
-        return leave_out_unreadable(splits, self.unreadable), outputs
+        vision = take_vision_out(model)
+        file = FeatureFile(self.place.folder, vision, model.config.vision_config, processor)
+        if has_room_to_unpack(vision, self.device):
+            unpack_nf4(vision)  # which the file is not known by, and which changes no digit
+        images = list_images(splits, splits)  # eval.py finds those of the test split
+        features, unreadable = keep_features(file, self.place.limit, images, self.reading)
+        self.reading = None
+        del vision, file
+        gc.collect()  # the ViT: now, not when memory is short
+        return leave_out_unreadable(splits, unreadable), features
 
     def make_parts(self, model) -> Parts:
         plain = super().make_parts(model)
         if not use_fast_step(self.config, model, self.device):
+            reason = find_obstacle(model) if self.device.type == "cuda" else "a CPU, unless --fast on is given"
+            print(f"training goes the plain way: the fast one is not made for {reason}")
             return plain
-        unpack, lean = self.config.fast.unpack_nf4, self.config.training.gradient_checkpointing
-        if unpack == "on" or (unpack == "auto" and not lean and has_room_to_unpack(model, self.device)):
+        lean = self.config.training.gradient_checkpointing
+        if not lean and has_room_to_unpack(model, self.device):
             print(f"NF4 values of {unpack_nf4(model)} layers are unpacked: more memory, fewer computations")
         join_weights(model)
-        return Parts(*speed_up(self.config, model), plain.eval_batch if lean else EVAL_BATCH)
+        return Parts(*speed_up(self.config, model), plain.eval_batch if lean else EVAL_BATCH, "fast")
 
     def make_captioner(self, processor, generation, count: int) -> GreedyCaptioner:
         return FastGreedyCaptioner(processor, generation, count)
-
-    def finish(self) -> None:
-        if self.store is not None:
-            self.store.close()
-
-    def close(self) -> None:
-        if self.store is not None:
-            self.store.close(finish=False)

@@ -16,7 +16,7 @@ from config import TrainConfig
 
 def speed_up(config: TrainConfig, model) -> tuple[Callable[..., CaptionTrainer], CaptionCollator, Callable]:
     """What stands in for CaptionTrainer, its collator, and micro_batch.compute_loss; see speed.use_fast_step."""
-    graphs = config.fast.cuda_graphs and model.device.type == "cuda"
+    graphs = model.device.type == "cuda"
     if config.training.gradient_checkpointing:  # which asks torch for its generator's state if that draws dropouts
         weight = model.get_input_embeddings().weight
         graphs = graphs and draws_by_kernels(weight, model.config.text_config.attention_dropout)
@@ -31,6 +31,13 @@ class FastTrainer(CaptionTrainer):
     def __init__(self, *args, cuda_graphs: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         self.fast_step = FastStep(self.model, cuda_graphs)
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:  # the model lives on, and must not hold recorded passes, whose memory others need
+            vars(self.model).pop("zero_grad", None)
+            self.fast_step.recordings.clear()
 
     def run_pass(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         if not model.training:  # after validation: to tell thousands of modules at each step would take long

@@ -63,6 +63,7 @@ def format_card(folder: Path, adapter: str) -> str:
         else f"a BLIP-2 in the local folder `{config['model']}`",
         example=describe(EXAMPLE, config.get("style", "plain")),
         config=config,
+        kind=name_kind(config),
         data=run.get("data", {}),
         training="\n\n".join(table for table in tables if table),
         source=describe_source(config),
@@ -74,8 +75,15 @@ def format_card(folder: Path, adapter: str) -> str:
     return str(card) + "\n"
 
 
+def name_kind(config: dict) -> str:
+    """What was trained on: own captions, drawn scenes, or bdd100k."""
+    if config.get("captions") and "group_column" in config:  # once captions was where those of labels were written
+        return "own"
+    return "drawn" if config.get("demo") else "bdd100k"
+
+
 def tell_scores(run: dict, scores: dict) -> dict:
-    """What the template says of scores."""
+    """The card's sections on scores."""
     invented = scores["scores"].get("hallucination", {}).get("CHAIRs")
     stating = [item for item in scores.get("slices", []) if item["scores"][RANKED_BY]["value"] is not None]
     classes = scores["scores"].get("classes", {})
@@ -101,15 +109,15 @@ def list_figures(scores: dict) -> str:
 
 def make_metadata(run: dict, base: str | None, scores: dict | None, adapter: str) -> ModelCardData:
     """What the hub reads: the block at the head of the card."""
-    config = run["config"]
+    config, is_bdd100k = run["config"], name_kind(run["config"]) == "bdd100k"
     tags = ["blip-2", "image-captioning", "lora", *(["qlora"] if config.get("load_in_4bit") else [])]
     return ModelCardData(
         base_model=base,
         library_name="peft",
         pipeline_tag="image-to-text",
-        language="en",
-        tags=tags if config.get("demo") else [*tags, "bdd100k"],
-        datasets=None if config.get("demo") else ["bdd100k"],
+        language=None if name_kind(config) == "own" else "en",
+        tags=[*tags, "bdd100k"] if is_bdd100k else tags,
+        datasets=["bdd100k"] if is_bdd100k else None,
         model_name=adapter.rpartition("/")[2] if scores else None,
         eval_results=list_results(run, scores) if scores else None,
     )
@@ -117,7 +125,7 @@ def make_metadata(run: dict, base: str | None, scores: dict | None, adapter: str
 
 def list_results(run: dict, scores: dict) -> list[EvalResult]:
     """The headline scores for the hub's model index; a score without a value is left out."""
-    demo = run["config"].get("demo")
+    data_set = {"own": "own captions", "drawn": "drawn scenes", "bdd100k": "BDD100K"}[name_kind(run["config"])]
     results = []
     for name, headline in HEADLINES.items():
         figure = headline.find(scores["scores"], name)
@@ -125,8 +133,8 @@ def list_results(run: dict, scores: dict) -> list[EvalResult]:
             results.append(
                 EvalResult(
                     task_type="image-to-text",
-                    dataset_type="drawn-scenes" if demo else "bdd100k",
-                    dataset_name="drawn scenes" if demo else "BDD100K",
+                    dataset_type=data_set.lower().replace(" ", "-"),
+                    dataset_name=data_set,
                     dataset_split=scores.get("config", {}).get("split"),
                     metric_type=headline.metric,
                     metric_name=headline.words,
@@ -137,7 +145,7 @@ def list_results(run: dict, scores: dict) -> list[EvalResult]:
 
 
 def list_values(title: str, values: dict) -> str:
-    """A table of names and values, those left out that aren't set."""
+    """A table of names and values; values that aren't set are left out."""
     rows = [(name, format_setting(value)) for name, value in values.items() if value is not None and value != []]
     return make_table([title, "value"], rows)
 
@@ -174,6 +182,8 @@ def format_figure(figure: dict | None) -> str:
 
 def describe_source(config: dict) -> str:
     """Where the labels come from: a line, or "" where that is not known."""
+    if name_kind(config) == "own":
+        return f"Captions that the trainer gave: `{config['captions']}`.\n"
     if config.get("demo"):
         return "Drawn scenes, made by this project's renderer: no photographs.\n"
     if config.get("labels"):

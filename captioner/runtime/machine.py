@@ -1,6 +1,6 @@
 """What this machine has, and what follows from it.
 
-print(describe_machine(Path("blip2-finetuned"), workers=4, store_gib=None, cuda=True))
+print(describe_machine(Path("blip2-finetuned"), workers=4))
 """
 
 from contextlib import suppress
@@ -12,7 +12,6 @@ from captioner.runtime.files import measure_free
 from captioner.runtime.processes import count_cores
 
 CONTAINER = Path("/sys/fs/cgroup")  # limits of this container, where there are any (Linux, cgroup v2)
-STORE_SHARE = 4  # the ViT's outputs take one part in so many of the free memory
 
 
 def measure_memory() -> int:
@@ -25,28 +24,17 @@ def measure_memory() -> int:
     return max(0, free)
 
 
-def pick_store_gib(wanted: float | None, cuda: bool) -> float:
-    """GiB of memory in which the ViT's outputs may be kept: as wanted.
-
-    None stands for a quarter of the free memory with a GPU and for 0 without.
-    """
-    if wanted is not None:
-        return wanted
-    return measure_memory() / STORE_SHARE / 2**30 if cuda else 0.0
-
-
 def pick_workers(wanted: int) -> int:
     """Processes that decode images: as wanted, but no more than cores."""
     return min(wanted, count_cores())
 
 
-def describe_machine(output: Path, workers: int, store_gib: float | None, cuda: bool) -> str:
+def describe_machine(output: Path, workers: int) -> str:
     """One line: cores, free memory and free disk of the output folder, and what a run does with them."""
     folder = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
     disk = measure_free(folder)
     told = "unknown disk" if disk is None else f"{disk / 2**30:.1f} GiB of disk free in {folder}"
     return (
         f"{count_cores()} cores, {measure_memory() / 2**30:.1f} GiB of memory free, {told}: "
-        f"{pick_workers(workers)} processes decode images, up to {pick_store_gib(store_gib, cuda):.1f} GiB of memory "
-        "keep the ViT's outputs"
+        f"{pick_workers(workers)} processes decode images"
     )

@@ -5,26 +5,26 @@ hundred images decoded, the model loaded; steps, a validation, a checkpoint, cap
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 import torch
 
-from captioner.data.captions import read_captions
-from captioner.data.images import find_image_folder, index_images
+from captioner.blip2.batches import Features
+from captioner.data.captions import Example
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import measure_free
-from captioner.runtime.machine import pick_store_gib
-from captioner.training.plain import PlainWay
-from config import TrainConfig
+from captioner.training.plain import PlainWay, Splits
+from config import FastTrainingSettings, TrainConfig
 
 FRAMES = 100  # of the trial
 STEPS = 3  # of it; the first records and warms up, the last is timed
@@ -32,29 +32,42 @@ CHECKPOINTS = 3  # that lie on the disk at once: the newest, the one before and 
 
 
 class Stopwatch:
-    """A way to train (see PlainWay) that notes how long each of its methods takes."""
+    """A way to train (see PlainWay) with a few frames of each split, that notes how long each of its methods takes.
 
-    def __init__(self, way: PlainWay, checkpoints: Path):
-        self.way, self.checkpoints = way, checkpoints
+    `choose(share)` makes the way, which has that share of the disk for the ViT's outputs: it keeps them or not as it
+    would with all frames.
+    """
+
+    def __init__(self, choose: Callable[[float], PlainWay], checkpoints: Path):
+        self.choose, self.checkpoints = choose, checkpoints
+        self.way: PlainWay | None = None
+        self.frames: dict[str, int] = {}  # of each split of the whole run
+        self.share = 1.0  # of them that are in the trial
         self.seconds: Counter[str] = Counter()
-        self.features: torch.Tensor | None = None
+        self.features: Features | None = None
         self.checkpoint_bytes = self.resident_bytes = 0
 
     def __getattr__(self, name: str):
-        method = getattr(self.way, name)
+        return functools.partial(self._time, name)
 
-        def timed(*args):
-            start = time.perf_counter()
-            result = method(*args)
+    def _time(self, name: str, *args):
+        start = time.perf_counter()
+        try:
+            return getattr(self.way, name)(*args)
+        finally:
             self.seconds[name] += time.perf_counter() - start
-            return result
 
-        return timed
+    def check_images(self, splits: Splits, processor) -> Splits:
+        """Called first, with all frames."""
+        self.frames = {split: len(examples) for split, examples in splits.items()}
+        total = sum(self.frames.values())
+        self.share = min(1.0, FRAMES / total)
+        few = {split: spread(examples, math.ceil(self.share * len(examples))) for split, examples in splits.items()}
+        self.way = self.choose(self.share)
+        return self._time("check_images", few, processor)
 
     def encode_images(self, *args):
-        start = time.perf_counter()
-        splits, self.features = self.way.encode_images(*args)
-        self.seconds["encode_images"] += time.perf_counter() - start
+        splits, self.features = self._time("encode_images", *args)
         return splits, self.features
 
     def finish(self) -> None:
@@ -67,6 +80,11 @@ class Stopwatch:
         self.way.finish()
 
 
+def spread(examples: Sequence[Example], count: int) -> list[Example]:
+    """So many of them, evenly spread."""
+    return [examples[place * len(examples) // count] for place in range(count)]
+
+
 class Estimate(NamedTuple):
     """What a whole run takes."""
 
@@ -74,7 +92,7 @@ class Estimate(NamedTuple):
     steps: int
     stages: dict[str, float]  # seconds
     memory_bytes: int  # of the GPU at the most or, without one, of the process after training
-    stored_bytes: int  # of the ViT's outputs of all images trained on, in memory; 0: they are not kept
+    stored_bytes: int  # of the ViT's outputs of all images, on the disk; 0: they are not kept
     disk_bytes: int  # of checkpoints and adapter
 
 
@@ -86,16 +104,16 @@ def check_run(config: TrainConfig, train: Callable, choose_way: Callable[..., Pl
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("--check: is for one process; start it with python main.py, without a launcher")
     with tempfile.TemporaryDirectory(prefix="check-") as name:
-        folder, watches = Path(name), []
+        trial, watches = make_trial(config, Path(name)), []
 
         def choose(trial: TrainConfig, model_config, device: torch.device) -> Stopwatch:
-            share = min(1.0, FRAMES / max(1, count_frames(config, trial)))
-            limit = pick_store_gib(config.fast.vision_store_gib, device.type == "cuda") * share  # as for all images
-            trial = dataclasses.replace(trial, fast=dataclasses.replace(trial.fast, vision_store_gib=limit))
-            watches.append(Stopwatch(choose_way(trial, model_config, device), trial.run.output / "checkpoints"))
+            def choose_for(share: float) -> PlainWay:
+                fast = limit_features(config, Path(name), share, device)
+                return choose_way(dataclasses.replace(trial, fast=fast), model_config, device)
+
+            watches.append(Stopwatch(choose_for, trial.run.output / "checkpoints"))
             return watches[0]
 
-        trial = make_trial(config, folder)
         print(f"check: a trial of {STEPS} steps with {FRAMES} frames, in a temporary folder")
         train(trial, choose)
         estimate = estimate_run(config, trial, watches[0])
@@ -104,65 +122,61 @@ def check_run(config: TrainConfig, train: Callable, choose_way: Callable[..., Pl
 
 def make_trial(config: TrainConfig, folder: Path) -> TrainConfig:
     """The settings of the trial: those of the run, but for its length and for where it writes."""
-    few = min(FRAMES, config.data.limit or FRAMES)
-    return dataclasses.replace(
-        config,
-        # not all of the val labels as a test split, whose images would all be decoded
-        data=dataclasses.replace(config.data, captions=folder / "captions.csv", limit=few, held_out="rides"),
-        training=dataclasses.replace(config.training, max_steps=STEPS),
-        run=dataclasses.replace(
-            config.run,
-            output=folder / "adapter",
-            run_name=str(folder / "logs"),
-            resume=False,
-            overwrite=False,
-            merge=False,
-            push_to_hub=None,
-            logging_steps=1,
-            val_captions=1,
-            wandb="disabled",
-        ),
-        fast=dataclasses.replace(config.fast, vision_store="off"),
+    run = dataclasses.replace(
+        config.run,
+        output=folder / "adapter",
+        run_name=str(folder / "logs"),
+        resume=False,
+        overwrite=False,
+        merge=False,
+        push_to_hub=None,
+        logging_steps=1,
+        val_captions=1,
+        wandb="disabled",
     )
+    training = dataclasses.replace(config.training, max_steps=STEPS)
+    return dataclasses.replace(config, run=run, training=training)
 
 
-def count_frames(config: TrainConfig, trial: TrainConfig) -> int:
-    """How many captioned frames have an image, up to --limit."""
-    images = index_images(find_image_folder(config))
-    count = sum(name in images for name in read_captions(trial.data.captions))
-    return min(count, config.data.limit or count)
+def limit_features(config: TrainConfig, folder: Path, share: float, device: torch.device) -> FastTrainingSettings:
+    """The settings with which the trial keeps the ViT's outputs, in `folder`, if the run has room for them.
+
+    `share`: of the run's images that the trial has.
+    """
+    fast, output = config.fast, config.run.output.absolute()
+    if fast.features == "off" or (fast.features == "auto" and device.type != "cuda"):
+        return fast
+    places = [output, folder] if fast.features == "auto" else [fast.features.absolute()]
+    disks = [next(parent for parent in (place, *place.parents) if parent.exists()) for place in places]
+    limit = fast.features_disk_gib
+    if limit is None:
+        limit = max(measure_free(disk) or 0 for disk in disks) / 2 / 2**30
+    return dataclasses.replace(fast, features=folder / "features", features_disk_gib=limit * share)
 
 
 def estimate_run(config: TrainConfig, trial: TrainConfig, watch: Stopwatch) -> Estimate:
     """What the whole run takes, by what the trial took."""
-    frames, data, training = count_frames(config, trial), config.data, config.training
-    shares = {"train": data.train_share, "val": data.val_share}
-    if data.held_out == "rides":
-        shares["test"] = 1 - sum(shares.values())
-    else:
-        shares = {split: share / sum(shares.values()) for split, share in shares.items()}
-    counts = {split: round(share * frames) for split, share in shares.items()}
-    steps_an_epoch = math.ceil(counts["train"] / training.train_batch_size)
+    training, frames = config.training, watch.frames
+    steps_an_epoch = math.ceil(frames["train"] / training.train_batch_size)
     steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * steps_an_epoch)
     epochs = math.ceil(steps / steps_an_epoch)
 
-    log = [json.loads(line) for line in (trial.run.output.parent / "logs/metrics.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in Path(trial.run.run_name, "metrics.jsonl").read_text().splitlines()]
     speeds = [record["samples_per_second"] for record in log if "samples_per_second" in record]
     validated = [record["eval_samples_per_second"] for record in log if "eval_samples_per_second" in record]
-    scale = max(1.0, frames / trial.data.limit)
     stages = {
-        "images decoded": watch.seconds["check_images"] * scale,
-        "images encoded": watch.seconds["encode_images"] * scale if watch.features is not None else 0.0,
+        "images decoded": watch.seconds["check_images"] / watch.share,
+        "images encoded": watch.seconds["encode_images"] / watch.share if watch.features is not None else 0.0,
         "training": steps * training.train_batch_size / speeds[-1],
-        "validation": epochs * counts["val"] / validated[-1],
+        "validation": epochs * frames["val"] / validated[-1],
     }
-    run = json.loads((trial.run.output / "run.json").read_text())
-    memory = run["results"].get("peak_memory_gib", watch.resident_bytes / 2**30) * 2**30
+    results = json.loads((trial.run.output / "run.json").read_text())["results"]
+    memory = results.get("peak_memory_gib", watch.resident_bytes / 2**30) * 2**30
     stored = 0
     if watch.features is not None:
-        stored = round(watch.features[0].nbytes * (counts["train"] + counts["val"]))
+        stored = next(iter(watch.features.values())).nbytes * sum(frames.values())
     adapter = sum(file.stat().st_size for file in trial.run.output.iterdir() if file.is_file())
-    return Estimate(counts, steps, stages, round(memory), stored, CHECKPOINTS * watch.checkpoint_bytes + adapter)
+    return Estimate(frames, steps, stages, round(memory), stored, CHECKPOINTS * watch.checkpoint_bytes + adapter)
 
 
 def report_estimate(config: TrainConfig, estimate: Estimate) -> None:
@@ -174,7 +188,7 @@ def report_estimate(config: TrainConfig, estimate: Estimate) -> None:
     print(f"  time     {hours:.2f} hours for {estimate.steps:,} steps (minutes: {parts}), the model's loading beside")
     print(f"  memory   {estimate.memory_bytes / 2**30:.1f} GiB, on {name_memory()}")
     if estimate.stored_bytes:
-        print(f"  stored   the ViT's outputs of each image, {estimate.stored_bytes / 2**30:.1f} GiB of memory")
+        print(f"  stored   the ViT's outputs of each image, {estimate.stored_bytes / 2**30:.1f} GiB of disk")
     else:
         print("  stored   no outputs of the ViT: each image is decoded and encoded in each epoch")
     print(f"  disk     {estimate.disk_bytes / 1e6:,.0f} MB of checkpoints and adapter in {config.run.output}")

@@ -20,7 +20,7 @@ from config import TrainConfig
 
 MANIFEST = "manifest.json"
 UNREADABLE = (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError)  # what damaged files lead to
-GROUPS = ("config", "data", "world")  # of state.json: what two runs are compared by
+GROUPS = ("config", "data", "world", "way")  # of state.json: what two runs are compared by
 FORMS = {
     **dict.fromkeys((*GROUPS, "versions"), dict),
     **{"changed_versions": list, "run_dir": str, "wandb_id": str, "micro_batch": int},
@@ -175,7 +175,8 @@ def list_changes(before: dict, now: dict) -> list[str]:
     for group in [group for group in GROUPS if group in now]:
         old, new = before.get(group) or {}, now.get(group) or {}
         if group == "config":  # a program of another time may have had other settings
-            old = {name: old.get(name, default) for name, default in flatten(TrainConfig()).items()}
+            defaults = flatten(TrainConfig())
+            old = {name: old.get(name, defaults.get(name)) for name in new}
         for name in dict.fromkeys([*old, *new]):
             was, is_now = old.get(name), new.get(name)
             if was != is_now and not (group == "config" and name in FREE_OF_CHOICE):

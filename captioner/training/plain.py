@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from captioner.blip2.batches import CaptionCollator
+from captioner.blip2.batches import CaptionCollator, Features
 from captioner.blip2.captioning import GreedyCaptioner
 from captioner.data import reading
 from captioner.data.captions import Example
@@ -31,6 +31,7 @@ class Parts(NamedTuple):
     collator: CaptionCollator
     compute_loss: Callable[..., torch.Tensor]  # of a batch, to find out what fits; see micro_batch.find_micro_batch
     eval_batch: int  # frames a validation pass, unless the user says how many
+    way: str = "plain"  # which of the ways it is: the order of frames and the optimiser's state depend on it
 
 
 class PlainWay:
@@ -45,8 +46,8 @@ class PlainWay:
         """The splits without images that can't be read. Raises UserError when these are too many."""
         return leave_out_unreadable(splits, ask_main(reading.check_images, list_images(splits, splits)))
 
-    def encode_images(self, model, processor, splits: Splits) -> tuple[Splits, torch.Tensor | None]:
-        """The splits, and the ViT's outputs (N, P, D) of all images trained on in order; None: they are not kept."""
+    def encode_images(self, model, processor, splits: Splits) -> tuple[Splits, Features | None]:
+        """The splits, and the ViT's outputs of all images trained on; None: they are not kept."""
         return splits, None
 
     def make_parts(self, model) -> Parts:
@@ -61,6 +62,3 @@ class PlainWay:
 
     def finish(self) -> None:
         """Called when training has come to its end."""
-
-    def close(self) -> None:
-        """Called last, also when training was stopped."""

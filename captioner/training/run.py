@@ -54,15 +54,20 @@ class Run:
     def is_main(self) -> bool:
         return self.arguments.process_index == 0
 
-    def note_inputs(self, splits: dict[str, list[Example]], model) -> None:
-        """Note the data and the model. Raises UserError unless a run that goes on has the data that it had."""
-        self.state["data"] = fingerprint_data(splits)
+    def note_inputs(self, splits: dict[str, list[Example]], model, way: str) -> None:
+        """Note the data, the model and the way of training, "plain" or "fast".
+
+        Raises UserError unless a run that goes on has the data and the way that it had. What the data are the main
+        process says, for all: machines may have them at other places.
+        """
+        self.state["way"] = {"training": way}
+        self.state["data"] = ask_main(fingerprint_data, splits)
         if (source := self.folder / "captions.json").is_file():  # of a data set on the hub
             self.state["captions"] = read_json(source, "start anew with --overwrite")
         self.state["images_root"] = str(find_images_root(splits))  # which split.csv is relative to
         self.state["model_commit"] = getattr(model.config, "_commit_hash", None)  # that the hub's name stood for
         if self.before:
-            refuse_changes(self.config.run.output, self.before, self.state)
+            ask_main(refuse_changes, self.config.run.output, self.before, self.state)
         note_versions(self.state, self.before)
 
 
@@ -82,7 +87,7 @@ def open_run(config: TrainConfig, device: torch.device) -> Run | None:
         print(f"the run in {output} is finished, nothing is left to train")
         go_on_alone()
         return None
-    state = describe_state(config, arguments.world_size)
+    state = ask_main(describe_state, config, arguments.world_size)
     before = ask_main(find_unfinished, output, state, config.run.resume, config.run.overwrite)
     folder = ask_main(choose_folder, config.run.run_name, before)
     ask_main(prepare_output, output)

@@ -38,7 +38,6 @@ def train_lora(
     arguments.per_device_eval_batch_size = run.config.training.per_device_eval_batch_size or parts.eval_batch
     if features is not None:
         arguments.dataloader_num_workers = 0  # nothing left to decode
-        arguments.dataloader_pin_memory &= not features.is_cuda  # or there already
     if run.before is None:  # checkpoints of a run that does not go on
         ask_main(partial(shutil.rmtree, ignore_errors=True), checkpoint_folder(run.config.run.output))
     choose_micro_batch(run, model, datasets["train"], parts)
@@ -48,7 +47,7 @@ def train_lora(
         args=arguments,
         train_dataset=datasets["train"],
         eval_dataset=datasets["val"],
-        data_collator=RowCollator(parts.collator, pin=features is not None and features.is_cuda),
+        data_collator=RowCollator(parts.collator),
         callbacks=callbacks,
         length_window=run.config.training.length_window,
     )

@@ -22,24 +22,16 @@ WORKER_SECONDS = 5  # that a worker lives on after SIGTERM
 
 
 class RowCollator:
-    """A collator whose batches also have "index": (B,) places of their rows in the dataset, to name them by.
+    """A collator whose batches also have "index": (B,) places of their rows in the dataset, to name them by."""
 
-    With `pin` it puts tensors of the CPU into pinned memory, where the loader can't since others are on the GPU: a copy
-    from elsewhere would wait for all that the GPU has to do.
-    """
-
-    def __init__(self, collator: CaptionCollator, pin: bool = False):
-        self.collator, self.pin = collator, pin
+    def __init__(self, collator: CaptionCollator):
+        self.collator = collator
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         if torch.utils.data.get_worker_info() is not None:  # a signal to the group is for the main process to answer
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, _outlive_main)
-        batch = self.collator(rows) | {"index": torch.tensor([row["index"] for row in rows])}
-        if self.pin:
-            pinned = {k: v.pin_memory() for k, v in batch.items() if torch.is_tensor(v) and v.device.type == "cpu"}
-            batch |= pinned
-        return batch
+        return self.collator(rows) | {"index": torch.tensor([row["index"] for row in rows])}
 
 
 def _outlive_main(number, frame) -> None:

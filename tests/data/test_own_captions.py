@@ -141,7 +141,7 @@ def test_of_several_captions_each_epoch_has_another(photos, tiny_checkpoint):
     def draw(seed: int, epochs: int) -> list[list[str]]:
         table = batches.make_dataset(examples, processor, 50, 2, seed)
         reader, drawn = batches.get_reader(table), []
-        reader.features = torch.zeros(3, 1)
+        reader.features = {image: torch.zeros(1)}
         for reader.epoch in range(epochs):
             drawn.append([processor.tokenizer.decode(row["caption_ids"][:-1]) for row in table.__getitems__([2, 0, 1])])
         return drawn

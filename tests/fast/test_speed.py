@@ -4,6 +4,7 @@ import itertools
 import json
 import operator
 import statistics
+import weakref
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -25,6 +26,7 @@ from captioner.fast.kernels import choice
 from captioner.fast.layers import draws_by_kernels, spare_columns
 from captioner.fast.packing import PackedCollator, PackedSampler
 from captioner.fast.speed import FastStep, join_weights, unpack_nf4
+from captioner.runtime.errors import UserError
 from captioner.training import trainer
 from captioner.training.checkpoints import hash_file
 from config import TrainConfig, make_config
@@ -274,6 +276,46 @@ def test_passes_add_up_to_a_step(tiny_checkpoint, rows, packed, target):
     assert not expected
 
 
+def test_half_precision_with_a_scale_is_full_precision(tiny_checkpoint, packed):
+    """To rounding, as on a T4: OPT and its LoRA compute in fp16, the Q-Former in fp32."""
+    model = load(tiny_checkpoint)
+    loss, expected = loss_and_gradients(model, lambda: caption_nll(model, **packed).sum() / 50)
+    blip = model.get_base_model()
+    for part in (blip.vision_model, blip.language_model, blip.language_projection):
+        part.half()
+    for name, weight in model.named_parameters():
+        weight.data = weight.data.float() if "lora_" in name else weight.data
+    step = FastStep(model, cuda_graphs=False)
+    half = step(packed | {"pixel_values": packed["pixel_values"].half()}, 50, 1024.0)
+    assert half.dtype == torch.float32 and half.item() == pytest.approx(loss.item(), rel=1e-3)
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    parts = step.whole.grad.split([weight.numel() for weight in step.weights])
+    for weight, part in zip(step.weights, parts, strict=True):
+        gradient = expected[names[id(weight)]].flatten()
+        assert (part / 1024 - gradient).norm() < 0.03 * gradient.norm(), names[id(weight)]
+
+
+def test_a_gradient_beyond_fp16_leaves_the_step_out(tiny_checkpoint, packed):
+    """The scaler sees it in the whole, and takes a smaller scale."""
+    step = FastStep(load(tiny_checkpoint), cuda_graphs=False)
+    optimizer, scaler = torch.optim.AdamW([step.whole], fused=True), torch.amp.GradScaler("cpu", init_scale=64.0)
+    step(packed, 50)
+    unscaled = step.whole.grad.clone()
+    for gradient, is_left_out in ((None, False), (torch.inf, True)):
+        before = step.whole.detach().clone()
+        step.zero_grad()
+        step(packed, 50, scaler.scale(torch.ones(())))
+        if gradient is not None:
+            step.whole.grad[7] = gradient
+        scaler.unscale_(optimizer)
+        if gradient is None:
+            assert torch.allclose(step.whole.grad, unscaled, rtol=1e-4, atol=1e-7)
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(step.whole, before) is is_left_out
+    assert scaler.get_scale() == 32.0
+
+
 @pytest.mark.parametrize("moved", [False, True])
 def test_a_step_of_the_whole_is_that_of_its_weights(tiny_checkpoint, packed, moved):
     """Bit for bit, also when other memory takes the weights' place; AdamW knows each weight or the whole alone."""
@@ -381,7 +423,7 @@ def test_each_step_raises_the_versions_of_weights(passes):
 def test_fast_run_is_the_plain_run(folder, settings):
     """Through main.py: the same losses to rounding."""
     losses = {}
-    for name, changes in {"plain": {}, "fast": {"fast": "on", "unpack_nf4": "on"}}.items():
+    for name, changes in {"plain": {}, "fast": {"fast": "on"}}.items():
         changes |= {"run_name": name, "output": Path(name), "lora_dropout": 0.0, "length_window": 0}  # of one order
         main.main(make_config(TrainConfig, **settings | changes))
         records = [json.loads(line) for line in Path(f"logs/{name}/metrics.jsonl").read_text().splitlines()]
@@ -400,3 +442,30 @@ def test_a_stopped_fast_run_goes_on_to_the_same_adapter(folder, settings):
             main.main(halves)
     main.main(halves)
     assert hash_file(Path("halves/adapter_model.safetensors")) == expected
+
+
+def test_a_run_does_not_go_on_in_another_way(folder, settings):
+    """With --fast auto, on a machine where that is another: the order of frames and the optimiser's state differ."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, 4)
+        train(settings)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="way training: was plain, is fast"):
+        patch.setattr("captioner.fast.door.use_fast_step", lambda *_: True)
+        train(settings)
+
+
+def test_recorded_passes_go_when_memory_is_short(folder, settings, monkeypatch):
+    """They are of the size that did not fit, and the model lives on."""
+    steps, real = [], FastStep.__call__
+
+    def fail_once(self, batch, *args):
+        if all(self is not step() for step in steps):
+            steps.append(weakref.ref(self))
+        if len(batch["starts"]) > 3:  # more than one row
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        assert steps[0]() is None, "the first Trainer's passes are still there"
+        return real(self, batch, *args)
+
+    monkeypatch.setattr(FastStep, "__call__", fail_once)
+    train(settings, fast="on", num_train_epochs=1)
+    assert len(steps) == 2

@@ -76,6 +76,26 @@ def write_json(path: Path, content: dict) -> None:
 # the model card
 
 
+def test_card_of_own_captions_speaks_of_no_other_data(tmp_path):
+    config = make_config(TrainConfig, captions=Path("/home/alice/mine.csv"), images=Path("/home/alice/images"))
+    for demo in (False, True):
+        run = make_run() | {"config": flatten(config) | {"demo": demo}}
+        write_json(tmp_path / "run.json", run)
+        write_json(tmp_path / "scores.json", make_scores())
+        write_model_card(tmp_path)
+        card = ModelCard.load(tmp_path / "README.md")
+        assert "Captions that the trainer gave: `mine.csv`." in card.text and "captions of images" in card.text
+        said = card.content.lower()
+        assert not any(word in said for word in ("bdd100k", "by ride", "driving scene", "drawn", "alice"))
+        assert {result.dataset_type for result in card.data.eval_results} == {"own-captions"}
+    old = make_run()
+    old["config"] = {**old["config"], "captions": "bdd100k_captions.csv"}  # where those of labels were written
+    del old["config"]["group_column"]
+    write_json(tmp_path / "run.json", old)
+    write_model_card(tmp_path)
+    assert "BDD100K label files that the trainer gave" in (tmp_path / "README.md").read_text()
+
+
 def test_card_has_the_real_numbers(tmp_path):
     scores = make_scores()
     write_json(tmp_path / "run.json", make_run())
@@ -162,7 +182,7 @@ def test_card_says_how_captions_came_about(tmp_path, change, said):
 def test_card_of_a_damaged_run_is_one_message(tmp_path, content):
     if content is not None:
         (tmp_path / "run.json").write_text(content)
-    with pytest.raises(UserError, match=r"run\.json"):
+    with pytest.raises(UserError, match=r"run\.json|no fine-tuned model in it"):
         write_model_card(tmp_path)
     assert not (tmp_path / "README.md").exists()
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from captioner.runtime import machine
-from captioner.runtime.machine import describe_machine, measure_memory, pick_store_gib, pick_workers
+from captioner.runtime.machine import describe_machine, measure_memory, pick_workers
 
 
 @pytest.fixture
@@ -34,23 +34,13 @@ def test_memory_is_that_of_the_machine_or_its_container(small):
     assert measure_memory() == 0
 
 
-def test_a_quarter_of_the_memory_is_for_outputs_with_a_gpu(small):
-    small(f"{8 * 2**30}\n")
-    assert pick_store_gib(None, cuda=True) == 1.5
-    assert pick_store_gib(None, cuda=False) == 0
-    assert pick_store_gib(7.0, cuda=False) == 7
-
-
 def test_no_more_workers_than_cores(small):
     assert [pick_workers(wanted) for wanted in (0, 1, 4)] == [0, 1, 2]
 
 
 def test_one_line_says_what_follows(small, tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "measure_free", lambda folder: 20 * 2**30)
-    said = describe_machine(tmp_path / "not" / "yet", workers=4, store_gib=None, cuda=True)
-    assert said == (
-        f"2 cores, 12.7 GiB of memory free, 20.0 GiB of disk free in {tmp_path}: 2 processes decode images, up to "
-        "3.2 GiB of memory keep the ViT's outputs"
-    )
+    said = describe_machine(tmp_path / "not" / "yet", workers=4)
+    assert said == (f"2 cores, 12.7 GiB of memory free, 20.0 GiB of disk free in {tmp_path}: 2 processes decode images")
     monkeypatch.setattr(machine, "measure_free", lambda folder: None)
-    assert "unknown disk" in describe_machine(Path("x"), workers=0, store_gib=0.0, cuda=False)
+    assert "unknown disk" in describe_machine(Path("x"), workers=0)

@@ -15,7 +15,8 @@ import torch
 
 from captioner.publishing import publish
 from captioner.runtime.errors import UserError
-from captioner.training import checkpoints, dashboard, record, run, tracking, train, trainer
+from captioner.training import checkpoints, dashboard, record, run, tracking, train
+from captioner.training.pace import Pace
 from config import TrainConfig, make_config
 
 
@@ -183,7 +184,7 @@ def test_a_signal_is_answered_though_nothing_can_be_printed(monkeypatch, capfd):
     """It may come in the midst of a print(), which can't be entered a second time."""
     stream = mock.Mock(**{"write.side_effect": RuntimeError("reentrant call"), "flush.side_effect": RuntimeError})
     monkeypatch.setattr(sys, "stdout", stream)
-    with trainer.Pace(10, 10, 1) as pace:
+    with Pace(10, 10, 1) as pace:
         signal.raise_signal(signal.SIGTERM)
         assert pace.signal == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):

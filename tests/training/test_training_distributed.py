@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,7 @@ def train_two(settings, tmp_path):
             path.mkdir(exist_ok=True)
         script = tmp_path / "patched.py"
         script.write_text(
-            "import os, signal, torch, main\nfrom captioner.training import pace as training\n"
+            "import os, signal, torch, main\nfrom captioner.training import sealed_trainer as training\n"
             "from config import TrainConfig, parse_args\nfrom captioner.runtime.cli import run_script\n"
             f"rank = int(os.environ['RANK'])\n{patch}\nrun_script(main.main, parse_args(TrainConfig))\n"
         )
@@ -180,7 +181,7 @@ def test_two_processes_match_one(folder, train_one, train_two, target, micro_bat
     """The losses of one process, and its weights; only the main process writes."""
     one = train_one(fast="on", lora_target=target)
     flags = ("--lora-target", target, "--per-device-train-batch-size", micro_batch)
-    done = train_two("two", *flags, "--vision-store-gib", 2 - micro_batch, patch=NO_DDP)
+    done = train_two("two", *flags, "--features", "off" if micro_batch == 2 else "features", patch=NO_DDP)
     assert done.returncode == 0, done.err[-3000:]
     assert done.out.count("adapter saved to") == 1
     runs = [json.loads((run / "blip2-finetuned/run.json").read_text()) for run in (one, Path("two"))]
@@ -206,9 +207,12 @@ def test_two_stopped_processes_go_on_to_the_same_adapter(folder, train_two):
 
 
 @pytest.mark.slow
-def test_machines_without_a_common_folder_train_are_stopped_go_on_and_caption(folder, train_two):
+def test_machines_without_a_common_folder_train_are_stopped_go_on_and_caption(folder, train_two, settings):
     """The first has the checkpoints, the adapter and the logs; the second is sent what it needs, and keeps nothing."""
-    flags = ("--lora-dropout", 0.1, "--learning-rate", 1e-2)
+    flags = ("--lora-dropout", 0.1, "--learning-rate", 1e-2, "--model", "base", "--images", "images")
+    for name in ("together", "first", "second"):
+        shutil.copytree(settings["model"], Path(name, "base"))
+        shutil.copytree(settings["images"], Path(name, "images"))
     done = train_two("together", *flags)
     assert done.returncode == 0, done.err[-3000:]
     stopped = train_two("first", *flags, patch=STOP, other="second")
@@ -225,7 +229,7 @@ def test_machines_without_a_common_folder_train_are_stopped_go_on_and_caption(fo
         assert scored.codes == [0, 0] and "captioning in 2 processes" in scored.out, scored.err[-3000:]
     first, together = (Path(name, "logs/scored/predictions.jsonl").read_text() for name in ("first", "together"))
     assert first == together
-    assert not list(Path("second").iterdir())
+    assert sorted(path.name for path in Path("second").iterdir()) == ["base", "images"]
 
 
 @pytest.mark.parametrize("what", ["loss = loss * float('nan')", slow("self.whole.grad[0] = float('nan')"), slow("")])
@@ -275,11 +279,11 @@ def test_frames_of_a_step_have_about_one_length_in_all_processes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("store", "start"), [(0, start_ranks), (1, launch)])
-def test_spread_weights_match_one_process(folder, train_one, train_two, store, start):
+@pytest.mark.parametrize(("features", "start"), [("off", start_ranks), ("features", launch)])
+def test_spread_weights_match_one_process(folder, train_one, train_two, features, start):
     """fsdp.yaml with gloo, the ViT in the model and taken out of it; the latter by the real launcher."""
     one = train_one(load_in_4bit=False)
-    flags = ("--no-load-in-4bit", None, "--fast", "auto", "--vision-store-gib", store)
+    flags = ("--no-load-in-4bit", None, "--fast", "auto", "--features", features)
     done = train_two("two", *flags, patch=FSDP, how=BY_FSDP, start=start)
     assert done.returncode == 0, done.err[-3000:]
     assert int(re.search(r"(\d+) weights are spread", done.out)[1]) > 50

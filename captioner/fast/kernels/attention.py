@@ -11,8 +11,8 @@ from torch.nn.attention import SDPBackend
 from captioner.fast.kernels import choice
 from captioner.fast.kernels.choice import tl, triton
 
-# Not cuDNN's, whose gradients differ from time to time. Flash attention's are the same for rows of up to 256 positions:
-# it adds up one part for each 128 keys, in any order.
+# Flash attention's gradients are the same each time for rows of up to 256 positions: it adds up one part for each 128
+# keys, in any order. Where a GPU has none, as a T4, the memory-efficient one's may differ in their last digits.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 ATTEND_ONE = {"POSITIONS": 16, "num_warps": 1}  # of the cache, at once; measured on an H100
 

@@ -1,0 +1,522 @@
+"""Kept outputs of the ViT: the same captions, loss and adapter with them as without; nothing damaged is trusted."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from training_runs import hash_adapter, stop_at, train
+
+import eval
+from captioner.blip2.batches import load_pixels
+from captioner.blip2.loading import load_model, load_processor
+from captioner.blip2.vision import run_vision
+from captioner.data import splits
+from captioner.fast import features
+from captioner.fast.features import ABOUT, INDEX, RECORD, ROWS, FeatureFile, Place, choose_place, keep_features
+from captioner.runtime.errors import UserError
+from captioner.runtime.files import lock_folder
+from config import EvalConfig, TrainConfig, make_config
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+STORE = Path("store")
+STORED = {"features": STORE, "num_train_epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_checkpoint):
+    return load_processor(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint):
+    return load_model(tiny_checkpoint, True, CPU)
+
+
+@pytest.fixture(scope="module")
+def images(scenes):
+    return sorted((scenes / "images").iterdir())
+
+
+@pytest.fixture(scope="module")
+def expected(model, processor, images):
+    """The ViT's outputs (N, P, D) of all images."""
+    pixels = torch.stack([load_pixels(image, processor) for image in images])
+    with torch.inference_mode():
+        return model.vision_model(pixels).last_hidden_state
+
+
+def open_file(model, processor) -> FeatureFile:
+    return FeatureFile(STORE, model.vision_model, model.config.vision_config, processor)
+
+
+def keep(model, processor, images, limit=1e9) -> torch.Tensor:
+    """The kept outputs (N, P, D) of images that can all be read."""
+    kept, unreadable = keep_features(open_file(model, processor), limit, images)
+    assert not unreadable
+    return torch.stack([kept[image] for image in images])
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    """A list that gets the number of images each time that the ViT runs."""
+    counts, real = [], run_vision
+
+    def run(vision, pixels):
+        counts.append(len(pixels))
+        return real(vision, pixels)
+
+    monkeypatch.setattr(features, "run_vision", run)
+    return counts
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the same results
+
+
+def test_kept_outputs_are_those_of_the_vit(folder, model, processor, images, expected, counts, capsys):
+    assert torch.equal(keep(model, processor, images[:7]), expected[:7])
+    assert torch.equal(keep(model, processor, images), expected)  # seven are there, the rest is computed
+    assert torch.equal(keep(model, processor, images[::-1]), expected.flip(0))
+    assert counts == [7, 13]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(" had ")[1] for line in said] == ["0 of 7", "7 of 20", "20 of 20"]
+    file = open_file(model, processor)
+    assert os.path.getsize(STORE / ROWS) == 20 * file.row_bytes and os.path.getsize(STORE / INDEX) == 20 * RECORD
+    assert torch.equal(file.map_rows(), expected)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, settings):
+    """A folder in which main.py has run for an epoch, without kept outputs."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train(settings, num_train_epochs=1)
+    return folder
+
+
+def test_training_gives_the_same_adapter(folder, settings, trained, capsys):
+    without = hash_adapter(trained)
+    assert train(settings, **STORED) == without
+    assert "store had 0 of 20" in capsys.readouterr().out
+    assert train(settings, **STORED, logging_steps=2) == without
+    said = capsys.readouterr().out
+    assert "store had 20 of 20" in said and said.count(" test images") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_unreadable_images_are_left_out_as_without(folder, settings, scenes, trained, capsys, split):
+    shutil.copytree(scenes / "images", "images")
+    rows = (line.split(",") for line in (trained / "blip2-finetuned/split.csv").read_text().splitlines())
+    bad = next(Path("images", row[0]) for row in rows if row[1] == split)
+    bad.write_bytes(bad.read_bytes()[:400])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(splits, "MAX_UNREADABLE", 0.06)
+        results = []
+        for changes in ({"num_train_epochs": 1}, STORED, STORED):
+            capsys.readouterr()
+            adapter = train(settings, images=Path("images"), **changes)
+            said = capsys.readouterr().out
+            told = said.partition("1 of 20 images can't be read")[2].partition(" test images")[0]
+            assert bad.name in told and bad.name not in Path("blip2-finetuned/split.csv").read_text()
+            results.append((adapter, told))
+        assert results[0] == results[1] == results[2]
+        patch.setattr(splits, "MAX_UNREADABLE", 0.04)
+        with pytest.raises(UserError, match=r"1 of 20 images can't be read, more than 4%.*" + bad.name):
+            train(settings, images=Path("images"), **STORED)
+
+
+def test_other_settings_are_refused_before_images_are_encoded(folder, settings, capsys):
+    labels = Path("labels.json")
+    frames = json.loads(settings["labels"][0].read_text())
+    labels.write_text(json.dumps(frames))
+    settings = settings | {"labels": (labels,)}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, 1)
+        train(settings, **STORED)
+    assert "encoding images" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--lora-rank: was 16, is 8"):
+        train(settings, **STORED, lora_rank=8)
+    assert "encoding images" not in capsys.readouterr().err
+    rows = (line.split(",") for line in Path("logs/run/captions.csv").read_text().splitlines())
+    last = [row[0] for row in rows][-1]
+    labels.write_text(json.dumps([frame for frame in frames if frame["name"] != last]))
+    with pytest.raises(UserError, match=r"data f.*: was .*, is "):
+        train(settings, **STORED)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_damaged_outputs_to_the_same_adapter(folder, settings, trained, capsys):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, 2)
+        train(settings, **STORED)
+    damage("flipped", 3)
+    assert train(settings, **STORED, resume=True) == hash_adapter(trained)
+    assert "store had 19 of 20, and 1 damaged ones computed anew" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fast", ["on", pytest.param("auto", marks=pytest.mark.slow)])
+def test_captions_are_the_same(folder, trained, model, processor, images, monkeypatch, capsys, fast):
+    """With some of the images' outputs kept, with all, and with none."""
+    monkeypatch.chdir(trained)
+    shutil.rmtree(STORE, ignore_errors=True)
+
+    def caption(name, **changes):
+        options = {"split": "train", "num_samples": 9, "batch_size": 4, "max_new_tokens": 12, "fast": fast}
+        eval.main(make_config(EvalConfig, **options | {"run_name": f"{name}-{fast}", "seed": 3} | changes))
+        said = capsys.readouterr().out
+        return (Path("logs") / f"{name}-{fast}" / "predictions.jsonl").read_bytes(), said
+
+    live, said = caption("live")
+    assert "outputs of" not in said
+    empty, said = caption("empty", features=STORE)
+    assert empty == live and "outputs of" not in said
+    keep(model, processor, images[::2])
+    mixed, said = caption("mixed", features=STORE)
+    assert mixed == live and 0 < int(said.partition("outputs of ")[2].split()[0]) < 9
+    keep(model, processor, images)
+    stored, said = caption("stored", features=STORE)
+    assert stored == live and "outputs of 9 of 9 images" in said
+    blank, said = caption("blank", features=STORE, blank=True)
+    assert blank != live and "outputs of" not in said
+    assert caption("blank-off", blank=True)[0] == blank
+    said = caption("off", features=STORE, fast="off")[1]
+    assert "outputs of" not in said
+
+
+def test_captioning_finds_what_training_kept(folder, settings, capsys, monkeypatch):
+    """Processor and model of the adapter's folder give the same key as those of the checkpoint."""
+    monkeypatch.setattr(features, "list_folders", lambda setting, output, device: [Path(f"{output}-features")])
+    train(settings, num_train_epochs=1)
+    for split in ("val", "test"):
+        capsys.readouterr()
+        options = {"split": split, "num_samples": "all", "greedy": True, "max_new_tokens": 5}
+        eval.main(make_config(EvalConfig, **options))
+        found, asked = capsys.readouterr().out.partition("outputs of ")[2].split(" images")[0].split(" of ")
+        assert found == asked != "0"
+
+
+# --------------------------------------------------------------------------------------------------------------
+# what is not trusted
+
+
+def damage(how: str, row: int) -> None:
+    """Of the first four rows and their records."""
+    rows, index = bytearray((STORE / ROWS).read_bytes()), bytearray((STORE / INDEX).read_bytes())
+    size, place = len(rows) * RECORD // len(index), row * RECORD
+    if how == "flipped":
+        rows[row * size + size // 2] ^= 1
+    elif how == "flipped image sum":
+        index[place] ^= 1
+    elif how == "flipped sum":
+        index[place + RECORD - 1] ^= 1
+    elif how == "cut":
+        rows = rows[: row * size + size // 2]
+    elif how == "cut index":
+        index = index[: place + 40]
+    elif how == "no index":
+        index = b""
+    elif how == "empty":
+        rows = b""
+    elif how == "rows exchanged":
+        rows[row * size : (row + 1) * size], rows[:size] = rows[:size], rows[row * size : (row + 1) * size]
+    elif how == "another image's":
+        index[place : place + 32] = index[:32]
+    (STORE / ROWS).write_bytes(rows)
+    (STORE / INDEX).write_bytes(index)
+
+
+@pytest.mark.parametrize(
+    ("how", "computed", "told"),
+    [
+        ("flipped", 1, 1),
+        ("flipped image sum", 1, 0),  # as if there were no row
+        ("flipped sum", 1, 1),
+        ("cut", 2, 2),
+        ("cut index", 2, 1),
+        ("no index", 4, 0),
+        ("empty", 4, 4),
+        ("rows exchanged", 2, 2),
+        ("another image's", 2, 1),
+    ],
+)
+def test_damaged_rows_are_computed_anew(
+    folder, model, processor, images, expected, counts, capsys, how, computed, told
+):
+    keep(model, processor, images[:4])
+    damage(how, 2)
+    counts.clear()
+    capsys.readouterr()
+    assert torch.equal(keep(model, processor, images[:4]), expected[:4]) and counts == [computed]
+    said = capsys.readouterr().out
+    assert f"had {4 - computed} of 4" in said and (f"{told} damaged" in said if told else "damaged" not in said)
+    keep(model, processor, images[:4])
+    assert counts == [computed]
+    kept = open_file(model, processor).read(images[:5])
+    assert list(kept) == images[:4] and torch.equal(torch.stack(list(kept.values())), expected[:4])
+
+
+def test_rows_of_another_model_are_not_read(folder, tiny_checkpoint, model, processor, images, expected, counts):
+    keep(model, processor, images[:4])
+    reader = open_file(model, processor).map_rows()
+    other = load_model(tiny_checkpoint, False, CPU)
+    assert open_file(other, processor).read(images) == {}
+    assert not torch.equal(keep(other, processor, images[:2]), expected[:2])
+    assert counts == [4, 2] and os.path.getsize(STORE / INDEX) == 2 * RECORD
+    assert torch.equal(reader, expected[:4])  # a run that reads them goes on with them
+    (STORE / ABOUT).write_text(open_file(model, processor).about)  # as if they were this model's
+    assert open_file(model, processor).read(images) == {}
+
+
+def test_weights_precision_and_preparation_have_a_key_each(folder, tiny_checkpoint, model, processor):
+    def key(model, processor=processor):
+        return open_file(model, processor).key
+
+    plain = load_model(tiny_checkpoint, False, CPU)
+    keys = [key(model), key(plain), key(load_model(tiny_checkpoint, False, CPU).bfloat16())]
+    with torch.no_grad():
+        plain.vision_model.encoder.layers[1].mlp.fc2.weight[3, 5] += 1e-4
+    keys.append(key(plain))
+    scaled = load_model(tiny_checkpoint, True, CPU)
+    scaled.vision_model.encoder.layers[0].mlp.fc1.weight.quant_state.absmax[0] += 1
+    keys.append(key(scaled))
+    other = load_processor(tiny_checkpoint)
+    other.image_processor.resample = 2
+    keys.append(key(model, other))
+    assert len(set(keys)) == len(keys)
+    assert key(load_model(tiny_checkpoint, True, CPU), load_processor(tiny_checkpoint)) == keys[0]
+
+
+def test_an_image_is_known_by_its_content(folder, model, processor, images, expected, counts):
+    keep(model, processor, images[:2])
+    shutil.copy(images[0], "renamed.jpg")
+    shutil.copy(images[1], images[2].name)  # another image under a name that was there before
+    keep(model, processor, [Path("renamed.jpg"), Path(images[2].name)])
+    assert counts == [2]
+    shutil.copy(images[3], "renamed.jpg")
+    assert torch.equal(keep(model, processor, [Path("renamed.jpg")])[0], expected[3]) and counts == [2, 1]
+
+
+def test_unreadable_images_get_no_row(folder, model, processor, images, expected):
+    shutil.copytree(images[0].parent, "images")
+    paths = sorted(Path("images").iterdir())[:6]
+    paths[2].write_bytes(b"no image")
+    paths[4].unlink()
+    for _ in range(2):
+        kept, unreadable = keep_features(open_file(model, processor), 1e9, paths)
+        assert list(unreadable) == [paths[2], paths[4]]
+        assert all(f"{path}: not readable as an image" in reason for path, reason in unreadable.items())
+        assert torch.equal(torch.stack(list(kept.values())), expected[[0, 1, 3, 5]])
+    shutil.copy(images[4], paths[4])
+    assert keep_features(open_file(model, processor), 1e9, paths)[0].keys() == {*paths} - {paths[2]}
+    assert os.path.getsize(STORE / INDEX) == 6 * RECORD
+
+
+# --------------------------------------------------------------------------------------------------------------
+# processes that are killed, or share the work
+
+
+def fork(work, *args) -> int:
+    """The exit code of a process that does the work."""
+    process = multiprocessing.get_context("fork").Process(target=work, args=args)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def test_a_killed_run_keeps_what_it_has_written(folder, model, processor, images, expected, counts, monkeypatch):
+    """The kill comes between a row and its record."""
+    monkeypatch.setattr(features, "WRITERS", 1)
+    real, sums = FeatureFile.sum_row, []
+
+    def sum_row(self, *args):
+        sums.append(args)
+        if len(sums) == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, *args)
+
+    def keep_and_die():
+        FeatureFile.sum_row = sum_row
+        keep(model, processor, images)
+
+    assert fork(keep_and_die) == -signal.SIGKILL
+    assert len(open_file(model, processor).read(images)) == 5
+    assert torch.equal(keep(model, processor, images), expected) and counts == [15]
+    assert os.path.getsize(STORE / INDEX) == 20 * RECORD
+
+
+def test_two_processes_write_a_share_each(folder, model, processor, images, expected):
+    file = open_file(model, processor)
+    STORE.mkdir()
+    rows, _ = file.prepare(images, 1e9)
+    shares = [(images[place::2], [row.number for row in rows[place::2]]) for place in range(2)]
+    pixels = [torch.stack([load_pixels(image, processor) for image in share]) for share, _ in shares]
+
+    def write(place):
+        file.write(*shares[place], [(pixels[place], [None] * len(pixels[place]))])
+
+    writers = [multiprocessing.get_context("fork").Process(target=write, args=(place,)) for place in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert torch.equal(torch.stack(list(file.read(images).values())), expected)
+
+
+def test_processes_of_several_machines_keep_none(folder, monkeypatch, capsys):
+    monkeypatch.setattr(features, "find_place", lambda: (0, 4))
+    assert choose_place(make_config(TrainConfig, features=STORE), 1, CPU) is None
+    assert "computed in each pass (the processes run on several machines)" in capsys.readouterr().out
+
+
+def test_a_folder_that_another_run_fills_is_refused(folder, model, processor, images):
+    with lock_folder(STORE, "--features"), pytest.raises(UserError, match="--features store: another run is writing"):
+        keep(model, processor, images[:2])
+
+
+# --------------------------------------------------------------------------------------------------------------
+# disk and memory
+
+
+@pytest.fixture
+def disks(folder, monkeypatch):
+    """{folder: bytes that are free on its disk}, of the folder of the output and the temporary one."""
+    disks = {Path.cwd(): 1000, Path.cwd() / "tmp": 1000}
+    (folder / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(folder / "tmp"))
+
+    def measure_free(place: Path) -> int:
+        return next(disks[parent] for parent in (place / "x").absolute().parents if parent in disks)
+
+    monkeypatch.setattr(features, "measure_free", measure_free)
+    return disks
+
+
+def choose(need=100, device=GPU, **settings) -> Place | None:
+    return choose_place(make_config(TrainConfig, output=Path("out"), **settings), need, device)
+
+
+def test_the_roomiest_disk_is_taken_and_half_of_it(disks, capsys):
+    near, far = list(disks)
+    disks[near] = 1002
+    assert choose(501) == Place(Path.cwd() / "out-features", 501)
+    disks[far] = 1004
+    place = choose(502)
+    assert place.folder.parent == far and place.limit == 502
+    assert capsys.readouterr().out == ""
+    assert choose(503) is None
+    told = f"the frozen ViT's outputs are not kept, but computed in each pass ({place.folder} may take "
+    assert capsys.readouterr().out.startswith(told)
+    disks[near] = 2000
+    place.folder.mkdir()
+    (place.folder / INDEX).touch()
+    assert choose().folder == place.folder  # which holds some already
+    assert features.find_folder("auto", Path("out"), GPU) == place.folder
+    assert features.find_folder("auto", Path("other"), GPU) is None
+
+
+def test_the_user_says_where_and_how_much(disks, capsys):
+    gib = 2**30
+    disks[Path.cwd()] = 3 * gib
+    assert choose(features=STORE) == choose(features=STORE, device=CPU) == Place(STORE, 1.5 * gib)
+    assert choose(features=STORE, features_disk_gib=2.5).limit == 2.5 * gib
+    assert choose(features=STORE, features_disk_gib=5).limit == 3 * gib
+    STORE.mkdir()
+    with open(STORE / ROWS, "wb") as file:
+        file.truncate(gib)
+    assert choose(features=STORE).limit == 2 * gib  # what they take is theirs
+    assert capsys.readouterr().out == ""
+    for settings, reason in (({"features": "off"}, "off"), ({"device": CPU}, "auto keeps them where there is a GPU")):
+        assert choose(**settings) is None
+        assert f"not kept, but computed in each pass (--features {reason})" in capsys.readouterr().out
+    assert choose(gib, features=STORE, features_disk_gib=0.5) is None
+    assert "(store may take 0.5 GB (--features-disk-gib), they take 1.1)" in capsys.readouterr().out
+
+
+def test_rows_of_other_images_go_where_there_is_no_room_for_both(folder, model, processor, images, expected, counts):
+    size = open_file(model, processor).row_bytes
+    keep(model, processor, images[:6])
+    assert torch.equal(keep(model, processor, images[4:12], 12 * size), expected[4:12])
+    assert os.path.getsize(STORE / ROWS) == 12 * size and counts == [6, 6]
+    reader = open_file(model, processor).map_rows()
+    assert torch.equal(keep(model, processor, images[12:], 8 * size), expected[12:])
+    assert os.path.getsize(STORE / ROWS) == 8 * size and counts == [6, 6, 8]
+    assert len(reader) == 12 and torch.equal(reader[:6], expected[:6])
+
+
+def test_a_run_without_room_trains_without(folder, settings, trained, capsys):
+    adapter = train(settings, **STORED, features_disk_gib=0)
+    said = capsys.readouterr()
+    assert said.out.count("the frozen ViT's outputs are not kept") == 1 and "checking images" in said.err
+    assert not STORE.exists() and adapter == hash_adapter(trained)
+
+
+def test_a_folder_that_cant_be_written_is_named(folder, model, processor, images, monkeypatch):
+    STORE.write_text("a file")
+    with pytest.raises(UserError, match="--features store: can't be written"):
+        keep(model, processor, images[:2])
+    STORE.unlink()
+    STORE.mkdir()
+    (STORE / ROWS).mkdir()
+    with pytest.raises(UserError, match=r"store: can't be written .*--features off"):
+        keep(model, processor, images[:2])
+
+
+def test_the_disk_space_is_taken_before_images_are_encoded(folder, model, processor, images, counts, mount):
+    mount(STORE, "64k")  # of 87,040 bytes
+    with pytest.raises(UserError, match=r"store: can't be written \(No space left on device\); free some space"):
+        keep(model, processor, images)
+    assert counts == []
+
+
+class LargeVision(torch.nn.Module):
+    """Outputs (B, 257, 704) in fp32, 0.7 MB for each image."""
+
+    def __init__(self):
+        super().__init__()
+        self.post_layernorm = torch.nn.LayerNorm(704)
+
+    def forward(self, pixel_values):
+        return SimpleNamespace(last_hidden_state=pixel_values[:, :1, :1, :1].reshape(-1, 1, 1).expand(-1, 257, 704) + 1)
+
+
+def test_neither_writing_nor_reading_holds_all_rows_in_memory(folder, processor):
+    count, size = 400, 257 * 704 * 4
+    sizes = {"image_size": 224, "patch_size": 14, "hidden_size": 704, "num_attention_heads": 1}
+    vision_config = SimpleNamespace(**sizes, hidden_act="gelu", layer_norm_eps=1e-6)
+    images = [Path(f"{number}.jpg") for number in range(count)]
+    for number, image in enumerate(images):
+        image.write_bytes(number.to_bytes(2))
+    pixels = torch.arange(count).view(-1, 1, 1, 1).expand(-1, 3, 2, 2).float()
+    file = FeatureFile(STORE, LargeVision(), vision_config, processor)
+    process, peak, done = psutil.Process(), [0], threading.Event()
+
+    def measure():
+        memory = process.memory_info()
+        return memory.rss - memory.shared  # the page cache is the system's
+
+    def watch():
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], measure())
+
+    before, watcher = measure(), threading.Thread(target=watch)
+    watcher.start()
+    reading = ((part, [None] * len(part)) for part in pixels.split(32))
+    kept, _ = keep_features(file, 1e9, images, reading)
+    assert kept[images[7]].mean() == 8
+    assert torch.equal(torch.stack([kept[image][3, 5] for image in images]), torch.arange(count) + 1.0)
+    assert sum(output.sum(dtype=torch.float64).item() for output in kept.values()) > 0  # all is read
+    done.set()
+    watcher.join()
+    assert os.path.getsize(STORE / ROWS) == count * size
+    assert peak[0] - before < count * size / 2
