@@ -11,8 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # where the package is, which PYTHONSAFEPATH leaves out
 
-from captioner.bdd100k.census import draw_census, print_census
-from captioner.data.captions import caption_labels, find_labels
+from captioner.data.captions import caption_labels, check_replaceable, find_labels
 from captioner.runtime.cli import run_script
 from captioner.runtime.errors import go_on_without
 from captioner.runtime.files import lock_folder, name_run, split_revision
@@ -36,11 +35,13 @@ def count_tokens(captions: list[str]) -> tuple[Counter[int], str]:
 
 
 def main(config: PipelineConfig) -> None:
+    check_replaceable(config.output)
     run_dir = name_run(config.run_name, "-labels")
     with lock_folder(run_dir, "--run-name"):
         report = caption_labels(config.source, find_labels(config), config.output, run_dir)
         if config.census:
-            from captioner.data.caption_files import read_captions  # here: it needs pandas
+            from captioner.bdd100k.census import draw_census, print_census  # here: they need pandas
+            from captioner.data.caption_files import read_captions
 
             tokens, tokenizer = count_tokens(read_captions(config.output)["caption"].tolist())
             print_census(report, tokens, tokenizer)

@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
 from collections import Counter
 from dataclasses import asdict
+from datetime import date
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -79,7 +80,7 @@ def main(config: EvalConfig) -> None:
         scores |= {"predictions": str(found.file), "config": flatten(config)}
 
         write_json(run_dir / "scores.json", scores)
-        title = f"{len(predictions):,} images, {found.title}"
+        title = f"{found.title}, {date.today()}"
         write_report(run_dir / "report.html", title, make_rows(predictions, facts), found.images, scores)
         print_captions(predictions, config.show)
         print_scores(scores)
@@ -99,7 +100,8 @@ def caption_split(config: EvalConfig, run_dir: Path) -> Found:
         rows, unreadable = caption_examples(captioner, examples, config.model_floors)
         signature = {"split": config.split, **captioner.describe_way()}
     signature |= {"model": "base" if config.base else "fine-tuned"} | ({"images": "black"} if config.blank else {})
-    title = ", ".join([signature[name] for name in ("split", "decoding", "model")])
+    model = "the base of " * config.base + config.adapter.resolve().name
+    title = f"{model} on the {config.split} split, {signature['decoding']}" + ", black images" * config.blank
     references = {example.name: list(example.captions) for example in examples}
     predictions = [Prediction(name, text, references[name], floors) for name, (text, floors) in rows.items()]
     ask_main(write_predictions, file := run_dir / "predictions.jsonl", predictions)

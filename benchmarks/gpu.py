@@ -119,7 +119,7 @@ def run(
 ) -> tuple[float, str]:
     """(wall seconds, what it printed, each line with its second) of a script, started by the words of `launcher`.
 
-    `free_gib`: with so much of the GPU left to it, which takes itself for a T4 with `as_t4`.
+    `free_gib` is the GPU memory that the script finds free. With `as_t4` it takes the GPU for a T4.
     """
     command = [*launcher, script, *map(str, flags)]
     if free_gib is not None:
@@ -138,7 +138,7 @@ def run(
 
 
 def set_environment() -> dict[str, str]:
-    """Of what is run: Python keeps what it compiles, else imports would take twice as long."""
+    """The environment of a script that is measured: Python keeps its bytecode, else imports take twice as long."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return kept | {"PYTHONUNBUFFERED": "1"}
 
@@ -203,7 +203,7 @@ def measure_job(args) -> Iterator[tuple]:
 
 
 def measure_greedy(args) -> Iterator[tuple]:
-    """Of what the part job has trained."""
+    """Greedy captions by the adapter that the part job has trained."""
     done = caption(args, "job", "--num-samples", "all", "--greedy", "--features", find_features(args))
     yield from list_paces("captioning, greedy", done)
 

@@ -177,7 +177,7 @@ def list_changes(node: ast.AST, parent: ast.AST, data: bytes, span_of) -> Iterat
 
 
 def is_text(node: ast.AST) -> bool:
-    """Of text, where + joins: without it there is an error at once, which says nothing about the tests."""
+    """Whether an operand is text: there, any operator but + fails at once, which says nothing about the tests."""
     return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
 
 
@@ -255,7 +255,7 @@ class Recorder:
         self.coverage.start()
 
     def write_at_exit(self) -> None:
-        """In a process that multiprocessing forks: leave what that executed beside the output."""
+        """Called in a process that multiprocessing forked: write what it executed to a file beside the output."""
 
         def save() -> None:
             path = self.output.with_name(f"part-{os.getpid()}")

@@ -40,7 +40,7 @@ SERVER.set_forkserver_preload(["ranks", "main", "eval", "tyro", "matplotlib.back
 
 @dataclass
 class Ended:
-    """What came of two ranks: exit code, stdout and stderr of each; `launch` knows them as one."""
+    """The outcome of two ranks: exit code, stdout and stderr of each; `launch` has them as one."""
 
     codes: list[int] = field(default_factory=list)
     outs: list[str] = field(default_factory=list)
@@ -106,7 +106,7 @@ def start_ranks(script: Path, *args, cwd: Path | Sequence[Path], how: tuple = BY
 
 
 def make_environment(rank: int, port: int, how: tuple) -> dict[str, str]:
-    """This process's, with what accelerate's launcher and torch's, which it calls, add for a rank."""
+    """This process's environment, with the variables that the launchers of accelerate and torch add for a rank."""
     args, *_ = _validate_launch_command(launch_command_parser().parse_args([*map(str, [*how, *PROCESSES]), "script"]))
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}

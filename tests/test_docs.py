@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, call_script
 
 from captioner.bdd100k.facts import Facts, ObjectKind
 from captioner.bdd100k.wording import STYLES, describe
@@ -108,6 +108,15 @@ def test_each_style_is_shown_as_it_is_written():
     shown = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.MULTILINE))
     for style in STYLES:
         assert shown[style].replace("\\*", "*") == describe(facts, style)
+
+
+def test_the_frame_that_is_shown_becomes_the_row_that_is_shown(tmp_path):
+    text = (ROOT / "docs" / "captions.md").read_text(encoding="utf-8")
+    frame, row = (re.search(rf"<!-- {name} -->\n```\w+\n(.*?)```", text, re.DOTALL)[1] for name in ("frame", "row"))
+    (tmp_path / "labels.json").write_text(f"[{frame}]")
+    done = call_script("bdd100k_data_pipeline.py", "--labels", "labels.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "bdd100k_captions.csv").read_text().splitlines() == row.splitlines()
 
 
 def test_the_examples_of_contributing_run(tmp_path):

@@ -36,7 +36,7 @@ def stop_at(patch, step: int) -> None:
 
 
 def wait_for_lock(folder: Path, seconds: float = 10) -> None:
-    """A worker that was forked a moment ago may not yet have let go of it."""
+    """Wait for the lock: a worker that was forked a moment ago may still hold a copy of it."""
     end = time.monotonic() + seconds
     while True:
         try:

@@ -3,6 +3,8 @@
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
+
 from captioner.bdd100k.facts import ObjectKind
 from captioner.bdd100k.label_report import LabelReport
 
@@ -12,23 +14,26 @@ def print_census(report: LabelReport, tokens: Counter[int], tokenizer: str) -> N
     for name, counts in report.attributes.items():
         shares = ", ".join(f"{value} {count / report.frames:.1%}" for value, count in counts.most_common())
         print(f"{name.replace('_', ' ')}: {shares}")
-    print(f"\n{'class':<18}{'objects':>10}{'a frame':>9}{'occluded':>10}{'truncated':>10}")
-    for name, total in count_classes(report.objects).most_common():
-        seen = {kind: count for kind, count in report.objects.items() if kind.name == name}
-        occluded = sum(count for kind, count in seen.items() if kind.occluded) / total
-        truncated = sum(count for kind, count in seen.items() if kind.truncated) / total
-        print(f"{name:<18}{total:>10,}{total / report.frames:>9.2f}{occluded:>10.1%}{truncated:>10.1%}")
+    classes = tabulate_classes(report.objects)
+    shares = classes[["occluded", "truncated"]].div(classes["objects"], axis=0)
+    table = pd.concat([classes["objects"], (classes["objects"] / report.frames).rename("a frame"), shares], axis=1)
+    forms = {"objects": "{:,}".format, "a frame": "{:.2f}".format}
+    forms |= dict.fromkeys(shares, "{:.1%}".format)
+    print(f"\n{table.to_string(formatters=forms, col_space=9, index_names=False)}")
     print(f"\nobjects a frame, lanes and areas aside: {summarise(report.boxes_a_frame)}")
     print(f"near-duplicate boxes: {report.near_duplicates:,}")
     print(f"words a caption: {summarise(report.caption_words)}")
     print(f"tokens a caption ({tokenizer}, {tokens.total():,} captions): {summarise(tokens)}")
 
 
-def count_classes(objects: Counter[ObjectKind]) -> Counter[str]:
-    totals = Counter()
-    for kind, count in objects.items():
-        totals[kind.name] += count
-    return totals
+def tabulate_classes(objects: Counter[ObjectKind]) -> pd.DataFrame:
+    """Objects of each class, the most frequent first: all, in full view, occluded, truncated."""
+    rows = [
+        (kind.name, n, n * (not kind.occluded and not kind.truncated), n * kind.occluded, n * kind.truncated)
+        for kind, n in objects.items()
+    ]
+    table = pd.DataFrame(rows, columns=["class", "objects", "in full view", "occluded", "truncated"])
+    return table.groupby("class", sort=False).sum().sort_values("objects", ascending=False, kind="stable")
 
 
 def summarise(counts: Counter[int]) -> str:
@@ -62,16 +67,10 @@ def draw_census(report: LabelReport, tokens: Counter[int], path: Path) -> None:
 
 def draw_classes(axis, objects: Counter[ObjectKind]) -> None:
     """Objects of each class, in full view, occluded and truncated, on a logarithmic axis."""
-    names = [name for name, _ in reversed(count_classes(objects).most_common())]
-    looks = {
-        "in full view": lambda kind: not kind.occluded and not kind.truncated,
-        "occluded": lambda kind: kind.occluded,
-        "truncated": lambda kind: kind.truncated,
-    }
-    for row, (look, holds) in enumerate(looks.items()):
-        totals = count_classes(Counter({kind: count for kind, count in objects.items() if holds(kind)}))
-        places = [position + 0.27 * (1 - row) for position in range(len(names))]
-        axis.barh(places, [totals[name] for name in names], 0.25, label=look)
-    axis.set_yticks(range(len(names)), names)
+    table = tabulate_classes(objects)[::-1]
+    for row, look in enumerate(["in full view", "occluded", "truncated"]):
+        places = [position + 0.27 * (1 - row) for position in range(len(table))]
+        axis.barh(places, table[look], 0.25, label=look)
+    axis.set_yticks(range(len(table)), table.index)
     axis.set(title="objects", xscale="log")
     axis.legend(fontsize="small")

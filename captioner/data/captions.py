@@ -1,6 +1,8 @@
 """Labels -> the captions CSV."""
 
+import csv
 import functools
+import itertools
 import json
 import os
 import re
@@ -13,6 +15,7 @@ from typing import NamedTuple
 from captioner.bdd100k.frames import LabelOptions
 from captioner.bdd100k.label_files import read_labels
 from captioner.bdd100k.label_report import LabelReport
+from captioner.bdd100k.parsing import read_caption
 from captioner.bdd100k.wording import describe
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write
@@ -46,6 +49,19 @@ def write_captions(path: Path, rows: Iterable[tuple[str, str]]) -> int:
             file.write(f'{name},"{caption}"\n')  # neither can hold a quote: NAME and the caption grammar see to it
             count += 1
     return count
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise UserError if `path` is a file that write_captions has not written, and that it would replace."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            header, *rows = itertools.islice(csv.reader(file), 2)
+    except (OSError, ValueError, csv.Error):
+        header, rows = None, []
+    if header != CSV_HEADER or not all(len(row) == 2 and not read_caption(row[1]).unread for row in rows):
+        raise UserError(f"--output {path}: is there, and is no file of captions made from labels; name another file")
 
 
 def find_labels(config: PipelineConfig | TrainConfig) -> Sequence[Path]:

@@ -236,7 +236,9 @@ def _explain_no_match(names: Sequence[str], folder: Path) -> NoReturn:
 
 
 def find_image_folder(config: TrainConfig) -> Path:
+    """The folder of the images. Raises UserError for a folder that was given and has none."""
     if config.data.images is not None:
+        index_images(config.data.images)
         return config.data.images
     if config.data.captions is not None and config.data.captions.is_dir():
         return config.data.captions

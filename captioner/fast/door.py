@@ -15,7 +15,7 @@ from captioner.blip2.vision import start_reading, take_vision_out
 from captioner.data.splits import leave_out_unreadable, list_images
 from captioner.fast.captioning import FastGreedyCaptioner
 from captioner.fast.features import FeatureFile, Place, choose_place, has_rows, keep_features, measure_row
-from captioner.fast.speed import has_room_to_unpack, join_weights, unpack_nf4, use_fast_step
+from captioner.fast.speed import find_obstacle, has_room_to_unpack, join_weights, unpack_nf4, use_fast_step
 from captioner.fast.trainer import speed_up
 from captioner.runtime.processes import ask_main, find_place
 from captioner.training.plain import Parts, PlainWay, Splits
@@ -60,6 +60,8 @@ class FastWay(PlainWay):
     def make_parts(self, model) -> Parts:
         plain = super().make_parts(model)
         if not use_fast_step(self.config, model, self.device):
+            reason = find_obstacle(model) if self.device.type == "cuda" else "a CPU, unless --fast on is given"
+            print(f"training goes the plain way: the fast one is not made for {reason}")
             return plain
         lean = self.config.training.gradient_checkpointing
         if not lean and has_room_to_unpack(model, self.device):

@@ -1,9 +1,9 @@
 """What makes training fast on a GPU beside the loss as written out in caption_loss.py.
 
-Levers, each with a switch in config.py: NF4 weights unpacked once instead of at each use (unpack_nf4); weights of
-layers that read the same input side by side (join_weights); the launches of one forward and backward pass recorded once
-and replayed, with LoRA's weights, gradients and AdamW's moments as one tensor each (FastStep); passes without padding
-(packing.PackedCollator) of about one size (packing.PackedSampler). trainer.py trains with them.
+NF4 weights are unpacked once instead of at each use where there is room (unpack_nf4); weights of layers that read the
+same input lie side by side (join_weights); the launches of a pass are recorded once and replayed, with LoRA's weights,
+gradients and AdamW's moments as one tensor each (FastStep); passes are without padding (packing.PackedCollator) and of
+about one size (packing.PackedSampler). trainer.py trains with them.
 """
 
 import functools
@@ -196,15 +196,16 @@ class FastStep:
         return inputs, graph, result
 
 
+def find_obstacle(model) -> str | None:
+    """What FastStep is not made for, None if it can train this model here."""
+    if is_sharded():
+        return "weights that FSDP spreads over the GPUs"
+    return None if caption_loss.supports(model) else "a language model of another form than OPT-2.7B's"
+
+
 def use_fast_step(config: TrainConfig, model, device: torch.device) -> bool:
     """Whether FastStep is wanted and possible."""
-    obstacle = (
-        "weights that FSDP spreads over the GPUs"
-        if is_sharded()
-        else "a language model of another form than OPT-2.7B's"
-        if not caption_loss.supports(model)
-        else None
-    )
+    obstacle = find_obstacle(model)
     if config.fast.fast == "on" and obstacle:
         raise UserError(f"--fast on: not made for {obstacle}; use --fast auto")
     return config.fast.fast == "on" or (device.type == "cuda" and not obstacle)

@@ -83,7 +83,7 @@ def name_kind(config: dict) -> str:
 
 
 def tell_scores(run: dict, scores: dict) -> dict:
-    """What the template says of scores."""
+    """The card's sections on scores."""
     invented = scores["scores"].get("hallucination", {}).get("CHAIRs")
     stating = [item for item in scores.get("slices", []) if item["scores"][RANKED_BY]["value"] is not None]
     classes = scores["scores"].get("classes", {})
@@ -145,7 +145,7 @@ def list_results(run: dict, scores: dict) -> list[EvalResult]:
 
 
 def list_values(title: str, values: dict) -> str:
-    """A table of names and values, those left out that aren't set."""
+    """A table of names and values; values that aren't set are left out."""
     rows = [(name, format_setting(value)) for name, value in values.items() if value is not None and value != []]
     return make_table([title, "value"], rows)
 

@@ -133,7 +133,7 @@ _named: list[Path] = []  # folders that name_run has made
 
 
 def _leave_locks() -> None:
-    """A forked worker must not hold on to a folder when the run that it worked for was killed."""
+    """Let a forked worker drop its copy of the locks, which would outlive a run that is killed."""
     for file in _locks:
         file.close()
 

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 def step_back(worker: int = 0) -> None:
-    """In a process that reads: Ctrl-C is for the main process to answer, which comes first where cores are few."""
+    """Called in a process that reads: it leaves Ctrl-C, and the cores where they are few, to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with suppress(AttributeError, OSError):  # not on Windows
         os.nice(NICE)
@@ -75,7 +75,7 @@ def count_cores() -> int:
 
 
 def count_processes() -> int:
-    """That a launcher has started on this machine, and that read at the same time."""
+    """How many processes a launcher has started on this machine; they read at the same time."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 

@@ -45,7 +45,7 @@ def read_flags(default: Config, args: Sequence[str]) -> Config:
 
 
 def make_config(config_class: type[Config], **settings) -> Config:
-    """A configuration with these settings, by their flat names. Raises TypeError for one that there is none of."""
+    """A configuration with these settings, by their flat names. Raises TypeError for an unknown name."""
     groups: dict[str, dict] = {}
     for name, value in settings.items():
         owners = [group for group, known in list_fields(config_class) if known.name == name]
@@ -67,12 +67,12 @@ def list_fields(config_class: type) -> Iterator[tuple[str, dataclasses.Field]]:
 
 
 def name_fields(config_class: type, known: str) -> set[str]:
-    """The settings of which that is known, as in setting(default, free=True)."""
+    """The names of the settings that are marked so, as in setting(default, free=True)."""
     return {field.name for _, field in list_fields(config_class) if field.metadata.get(known)}
 
 
 def name_paths(config_class: type) -> set[str]:
-    """The settings that are paths, or may be."""
+    """The names of the settings that hold a path or may hold one."""
     return {field.name for _, field in list_fields(config_class) if "Path" in str(field.type)}
 
 

@@ -8,7 +8,7 @@ class Headline(NamedTuple):
 
     group: str  # of scores.json that it is in
     title: str  # of a column
-    words: str  # in a table with room
+    words: str  # where there is room
     hint: str  # what it is, in the report
     metric: str | None = None  # its name on the hub; None: it is not in the model card
     scale: int = 1  # the end of its scale
@@ -19,25 +19,19 @@ class Headline(NamedTuple):
 
 
 HEADLINES = {
-    "facts_f1": Headline(
-        "facts", "facts F1", "all facts, F1", "of the facts said and of those there, those right", "f1"
-    ),
-    "time_of_day": Headline("facts", "time", "time of day, accuracy", "share of images", "accuracy"),
-    "weather": Headline("facts", "weather", "weather, accuracy", "share of images", "accuracy"),
-    "scene": Headline("facts", "scene", "scene, accuracy", "share of images", "accuracy"),
-    "traffic_light": Headline(
-        "facts", "light", "traffic light, accuracy", "share of images; none counts too", "accuracy"
-    ),
-    "objects_f1": Headline("facts", "objects", "objects (kind and count), F1", "kind and count both right", "f1"),
-    "whole_caption": Headline(
-        "facts", "whole", "whole captions, accuracy", "every fact right and nothing else said", "accuracy"
-    ),
+    "facts_f1": Headline("facts", "facts F1", "facts F1", "of the facts said and of those there, those right", "f1"),
+    "time_of_day": Headline("facts", "time", "time of day", "share of images", "accuracy"),
+    "weather": Headline("facts", "weather", "weather", "share of images", "accuracy"),
+    "scene": Headline("facts", "scene", "scene", "share of images", "accuracy"),
+    "traffic_light": Headline("facts", "light", "traffic light", "share of images; none counts too", "accuracy"),
+    "objects_f1": Headline("facts", "objects", "objects F1", "kind and count both right", "f1"),
+    "whole_caption": Headline("facts", "whole", "whole caption", "every fact right and nothing else said", "accuracy"),
     "BLEU-4": Headline("corpus_bleu", "BLEU-4", "BLEU-4", "words in sequence", "bleu"),
     "CIDEr-D": Headline("cider_d", "CIDEr-D", "CIDEr-D", "rare words in sequence; 0 to 10", "cider", 10),
 }
 # Shown in the report, beneath those.
 MORE = {
-    "boxed_f1": Headline("facts", "boxed", "boxed objects, F1", "objects, lanes and drivable areas left out"),
+    "boxed_f1": Headline("facts", "boxed", "boxed objects F1", "objects, lanes and drivable areas left out"),
     "ROUGE-L": Headline("rouge_l", "ROUGE-L", "ROUGE-L", "longest common subsequence"),
     "METEOR": Headline("meteor", "METEOR", "METEOR (nltk)", "words and their order"),
     "CHAIRs": Headline("hallucination", "CHAIRs", "CHAIRs", "captions inventing objects; less is better"),

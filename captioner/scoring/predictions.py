@@ -8,7 +8,6 @@ a file of their own.
 
 import ast
 import csv
-import io
 import itertools
 import json
 import re
@@ -178,7 +177,7 @@ def _read_rows(path: Path, names: dict[int, str]) -> Iterator[tuple[str, Predict
             elif document is not None:
                 yield str(path), _make_prediction(document, f"{path}, line 1")
             else:
-                yield from _read_json_lines(io.StringIO(text, newline=""), path)
+                yield from _read_json_lines(re.split("\r\n?|\n", text), path)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: can't be read ({error}); it takes JSON lines or a CSV, in UTF-8") from None
 

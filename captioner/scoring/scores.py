@@ -66,10 +66,12 @@ def score_predictions(
         readings = [read_caption(text) for text in texts]
         groups = measured.pop(name) | fact_metrics.measure_facts(readings, facts)
         scored[name] = score_groups(groups, rides)
-        if name == "predictions":
-            own, own_readings = groups, readings
+        if name == "predictions":  # here: of 70,000 captions the statistics of one set are enough in memory
+            slices = score_slices(groups, list(map(slice_names, facts)), rides)
+            confusion = tabulate_confusion(readings, facts)
+            signature = {"n": len(predictions), "rides": rides.size, **signature}
+            signatures = make_signatures(groups, signature, resamples)
     scores = scored.pop("predictions")
-    slices = score_slices(own, list(map(slice_names, facts)), rides)
     return {
         "schema": SCHEMA_VERSION,
         "n": len(predictions),
@@ -82,9 +84,9 @@ def score_predictions(
         "floors": scored,
         "floors_from": "training captions" if training else "scored references",
         "published": PUBLISHED if of_bdd100k else [],
-        "confusion": tabulate_confusion(own_readings, facts),
+        "confusion": confusion,
         "slices": slices,
-        "signatures": make_signatures(own, {"n": len(predictions), "rides": rides.size, **signature}, resamples),
+        "signatures": signatures,
     }
 
 

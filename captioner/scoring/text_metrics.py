@@ -28,6 +28,7 @@ _WORD_TOKENIZER = NLTKWordTokenizer()
 
 ORDERS = (1, 2, 3, 4)  # n of the n-grams
 BLEU_NAMES = tuple(f"BLEU-{n}" for n in ORDERS)
+BLOCK = 10_000  # captions whose n-grams are in memory at once
 ROUGE_BETA = 1.2
 CIDER_SIGMA = 6.0
 METEOR_WEIGHTS = {"alpha": 0.9, "beta": 3.0, "gamma": 0.5}  # those of nltk, and of the first METEOR
@@ -80,10 +81,12 @@ class Texts:
         row = np.repeat(np.arange(len(self.tokens)), self.lengths)
         left = np.repeat(np.cumsum(self.lengths), self.lengths) - np.arange(len(words))  # tokens to the text's end
         grams, self.entries, self.gram_counts = words, [], []  # by order: entries and number of distinct n-grams
+        self.hashes: list[np.ndarray] = []  # by order: of the distinct n-grams, the same in other Texts
         self._starts = []
         for n in ORDERS:
             whole = left >= n
             distinct, gram = np.unique(grams[whole], return_inverse=True)
+            self.hashes.append(self._hash_grams(distinct, vocabulary))
             entries = _count(row[whole], gram, max(len(distinct), 1))
             self.gram_counts.append(max(len(distinct), 1))
             self.entries.append(entries)
@@ -94,6 +97,14 @@ class Texts:
                 following = np.zeros(len(words), dtype=np.int64)
                 following[: max(len(words) - n, 0)] = words[n:]
                 grams = longer * max(len(vocabulary), 1) + following
+
+    def _hash_grams(self, grams: np.ndarray, vocabulary: dict[str, int]) -> np.ndarray:
+        """64-bit hashes of n-grams, each given as the place of its first words among those before, and its last."""
+        words = np.fromiter(map(hash, vocabulary), dtype=np.int64, count=len(vocabulary)).view(np.uint64)
+        if not self.hashes:
+            return words[grams]
+        before, last = np.divmod(grams, max(len(vocabulary), 1))
+        return self.hashes[-1][before] * np.uint64(0x9E3779B97F4A7C15) + words[last]
 
     def find(self, texts: Iterable[str]) -> np.ndarray:
         """Positions of texts among the distinct ones."""
@@ -252,18 +263,44 @@ def _common_length(one: list[str], other: list[str]) -> int:
     return len(one) - row.bit_count()
 
 
-def measure_cider(references: References, predictions: Sequence[str]) -> Metric:
-    """Mean CIDEr-D, 0 to 10 (Vedantam et al. 2015): sigma 6, clipped; document frequencies from these references.
+class Frequencies(NamedTuple):
+    """In how many images' references each n-gram is."""
+
+    images: int
+    grams: list[tuple[np.ndarray, np.ndarray]]  # by order: hashes, sorted, and numbers of images
+
+
+def count_documents(blocks: Iterable[References]) -> Frequencies:
+    """The frequencies in all blocks together."""
+    images, found = 0, [[] for _ in ORDERS]
+    for references in blocks:
+        images += references.size
+        for order, grams in enumerate(references.texts.gram_counts):
+            documents = np.bincount(references.most[order][0] % grams, minlength=grams)
+            known = documents > 0
+            hashes = references.texts.hashes[order]  # none, where no text is long enough
+            found[order].append((hashes[known[: len(hashes)]], documents[known]))
+    grams = []
+    for parts in found:
+        hashes, place = np.unique(np.concatenate([hashes for hashes, _ in parts]), return_inverse=True)
+        grams.append((hashes, np.bincount(place, np.concatenate([counts for _, counts in parts]), len(hashes))))
+    return Frequencies(images, grams)
+
+
+def measure_cider(references: References, predictions: Sequence[str], frequencies: Frequencies | None = None) -> Metric:
+    """Mean CIDEr-D, 0 to 10 (Vedantam et al. 2015): sigma 6, clipped; document frequencies, if not given, from these
+    references.
 
     As in pycocoevalcap, lengths are counted in bigrams. One caption alone scores 0: its n-grams are in every document.
     """
+    frequencies = frequencies or count_documents([references])
     texts, predicted = references.texts, references.texts.find(predictions)[references.pair_row]
     lengths = np.maximum(texts.lengths - 1, 0)
     delta = lengths[predicted] - lengths[references.pair_text]
     similarity = np.zeros(len(predicted))
     for order, grams in enumerate(texts.gram_counts):
-        documents = np.bincount(references.most[order][0] % grams, minlength=grams)
-        rarity = math.log(references.size) - np.log(np.maximum(documents, 1))
+        documents = _look_up(texts.hashes[order], *frequencies.grams[order])  # (grams,)
+        rarity = math.log(frequencies.images) - np.log(np.maximum(documents, 1))
         every = texts.entries[order]
         norms = np.sqrt(np.bincount(every.row, (every.count * rarity[every.gram]) ** 2, len(texts.lengths)))
         said, there = texts.expand(order, predicted), texts.expand(order, references.pair_text)
@@ -319,16 +356,40 @@ def score(metric: Metric) -> dict[str, float]:
 
 def measure_texts(references: Sequence[Sequence[str]], sets: dict[str, Sequence[str]]) -> dict[str, dict[str, Metric]]:
     """{name of a set of predictions: {group: Metric}} of several sets for the same references."""
+    blocks = [slice(start, start + BLOCK) for start in range(0, len(references), BLOCK)]
+    frequencies = None
+    if len(blocks) > 1:
+        frequencies = count_documents(References(references[block], [], tokenize_coco) for block in blocks)
+    parts = [
+        measure_block(references[block], {name: texts[block] for name, texts in sets.items()}, frequencies)
+        for block in blocks
+    ]
+    return {
+        name: {
+            group: metric._replace(statistics=np.concatenate([part[name][group].statistics for part in parts]))
+            for group, metric in groups.items()
+        }
+        for name, groups in parts[0].items()
+    }
+
+
+def measure_block(
+    references: Sequence[Sequence[str]], sets: dict[str, Sequence[str]], frequencies: Frequencies | None
+) -> dict[str, dict[str, Metric]]:
+    """The same of captions that are in memory together; `frequencies` are those of all."""
     every = list(itertools.chain.from_iterable(sets.values()))
-    coco, spaces = References(references, every, tokenize_coco), References(references, every, tokenize_spaces)
-    measured = {}
+    measured = {name: {} for name in sets}
+    known = References(references, every, tokenize_spaces)
+    for name, predictions in sets.items():
+        measured[name]["reference_bleu"] = measure_reference_bleu(known, predictions)
+    known = References(references, every, tokenize_coco)
     for name, predictions in sets.items():
         groups = {
-            "corpus_bleu": measure_bleu(coco, predictions),
-            "reference_bleu": measure_reference_bleu(spaces, predictions),
-            "rouge_l": measure_rouge(coco, predictions),
-            "cider_d": measure_cider(coco, predictions),
-            "meteor": measure_meteor(coco, predictions),
+            "corpus_bleu": measure_bleu(known, predictions),
+            **measured[name],
+            "rouge_l": measure_rouge(known, predictions),
+            "cider_d": measure_cider(known, predictions, frequencies),
+            "meteor": measure_meteor(known, predictions),
         }
         measured[name] = {group: metric for group, metric in groups.items() if metric is not None}
     return measured

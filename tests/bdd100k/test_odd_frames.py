@@ -198,3 +198,31 @@ def test_a_census_tells_how_the_objects_of_each_class_are_seen(capsys):
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line}
     assert rows["car"] == ["4", "2.00", "50.0%", "25.0%"]
     assert rows["bus"] == ["1", "0.50", "0.0%", "100.0%"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        'name,raw_caption\na.jpg,"written by hand"\n',
+        "image,caption\na.jpg,It is so.\n",
+        "[]",
+        "\0\xff",
+        'name,raw_caption\n"a',
+    ],
+)
+def test_a_file_that_is_no_captions_of_ours_is_not_written_over(folder, content):
+    labels, output = folder / "labels.json", folder / "mine.csv"
+    labels.write_text(json.dumps([{"name": "a.jpg", "attributes": SCENE, "labels": [CAR]}]))
+    output.write_text(content)
+    run = call_script("bdd100k_data_pipeline.py", "--labels", labels, "--output", output)
+    assert run.returncode == 2 and f"--output {output}: is there" in run.stderr
+    assert output.read_text() == content and not (folder / "logs").exists()
+
+
+@pytest.mark.parametrize("style", ["plain", "natural", "markdown"])
+def test_captions_of_ours_are_written_anew(folder, style):
+    labels = folder / "labels.json"
+    labels.write_text(json.dumps([{"name": "a.jpg", "attributes": SCENE, "labels": [CAR]}]))
+    for _ in range(2):
+        run = call_script("bdd100k_data_pipeline.py", "--labels", labels, "--output", "o.csv", "--style", style)
+        assert run.returncode == 0, run.stderr

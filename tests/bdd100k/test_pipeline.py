@@ -1,5 +1,6 @@
 """Label files to CSV: the reference's example to the letter, real samples, and input that is wrong."""
 
+import functools
 import gzip
 import itertools
 import json
@@ -10,12 +11,13 @@ import signal
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 
 import pandas as pd
 import pytest
 from conftest import ROOT, SHARED, call_script, needs_real_samples
 
-from captioner.bdd100k import label_files
+from captioner.bdd100k import census, label_files
 from captioner.bdd100k.facts import MAX_COUNT, ObjectKind
 from captioner.bdd100k.frames import (
     DEFAULT_OPTIONS,
@@ -396,6 +398,24 @@ def test_strict_and_frames_without_a_scene(tmp_path):
     assert read_captions(output).set_index("name")["caption"]["b.jpg"] == "There is one car."
 
 
+def test_census_counts_objects_by_class_and_look(capsys):
+    def print_of(**objects) -> list[list[str]]:
+        report = LabelReport(frames=10, boxes_a_frame=Counter({3: 10}), caption_words=Counter({4: 10}), **objects)
+        census.print_census(report, Counter({5: 10}), "any")
+        table = capsys.readouterr().out.partition("\n\n")[0]
+        return [line.split() for line in table.strip().splitlines()]
+
+    car, truck = (functools.partial(ObjectKind, name) for name in ("car", "truck"))
+    counts = Counter({truck(): 3, car(): 1200, car(occluded=True): 400, car(occluded=True, truncated=True): 100})
+    assert print_of(objects=counts) == [
+        ["objects", "a", "frame", "occluded", "truncated"],
+        ["car", "1,700", "170.00", "29.4%", "5.9%"],
+        ["truck", "3", "0.30", "0.0%", "0.0%"],
+    ]
+    assert census.tabulate_classes(counts)["in full view"].to_dict() == {"car": 1200, "truck": 3}
+    assert "car" not in str(print_of())
+
+
 def test_census_is_printed_and_drawn(tmp_path, figures):
     file = tmp_path / "labels.json"
     file.write_text(json.dumps(drawn_frames(30)))
@@ -403,8 +423,8 @@ def test_census_is_printed_and_drawn(tmp_path, figures):
     run = run_pipeline("--labels", file, "--output", tmp_path / "c.csv", "--census", "--run-name", run_dir)
     assert run.returncode == 0, run.stderr
     assert "tokens a caption (demo's tokenizer, 30 captions)" in run.stdout
-    census = json.loads((run_dir / "census.json").read_text())
-    assert census["frames"] == 30 == sum(census["caption_words"].values()) == sum(census["weather"].values())
+    counted = json.loads((run_dir / "census.json").read_text())
+    assert counted["frames"] == 30 == sum(counted["caption_words"].values()) == sum(counted["weather"].values())
     assert (run_dir / "census.png").read_bytes().startswith(b"\x89PNG")
     assert f"captions written to {tmp_path / 'c.csv'}" in run.stdout and str(run_dir / "census.json") in run.stdout
     [figure] = figures
@@ -412,7 +432,7 @@ def test_census_is_printed_and_drawn(tmp_path, figures):
     assert titles[4:] == ["objects", "objects a frame", "words a caption", "tokens a caption"]
     assert all(axis.patches for axis in figure.axes)  # each has bars
     for axis, name in zip(figure.axes, titles[:4], strict=False):
-        counts = census[name.replace(" ", "_")]
+        counts = counted[name.replace(" ", "_")]
         assert sorted(bar.get_width() for bar in axis.patches) == sorted(counts.values()), name
     assert figure.get_suptitle().startswith("30 frames")
 

@@ -276,6 +276,46 @@ def test_passes_add_up_to_a_step(tiny_checkpoint, rows, packed, target):
     assert not expected
 
 
+def test_half_precision_with_a_scale_is_full_precision(tiny_checkpoint, packed):
+    """To rounding, as on a T4: OPT and its LoRA compute in fp16, the Q-Former in fp32."""
+    model = load(tiny_checkpoint)
+    loss, expected = loss_and_gradients(model, lambda: caption_nll(model, **packed).sum() / 50)
+    blip = model.get_base_model()
+    for part in (blip.vision_model, blip.language_model, blip.language_projection):
+        part.half()
+    for name, weight in model.named_parameters():
+        weight.data = weight.data.float() if "lora_" in name else weight.data
+    step = FastStep(model, cuda_graphs=False)
+    half = step(packed | {"pixel_values": packed["pixel_values"].half()}, 50, 1024.0)
+    assert half.dtype == torch.float32 and half.item() == pytest.approx(loss.item(), rel=1e-3)
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    parts = step.whole.grad.split([weight.numel() for weight in step.weights])
+    for weight, part in zip(step.weights, parts, strict=True):
+        gradient = expected[names[id(weight)]].flatten()
+        assert (part / 1024 - gradient).norm() < 0.03 * gradient.norm(), names[id(weight)]
+
+
+def test_a_gradient_beyond_fp16_leaves_the_step_out(tiny_checkpoint, packed):
+    """The scaler sees it in the whole, and takes a smaller scale."""
+    step = FastStep(load(tiny_checkpoint), cuda_graphs=False)
+    optimizer, scaler = torch.optim.AdamW([step.whole], fused=True), torch.amp.GradScaler("cpu", init_scale=64.0)
+    step(packed, 50)
+    unscaled = step.whole.grad.clone()
+    for gradient, is_left_out in ((None, False), (torch.inf, True)):
+        before = step.whole.detach().clone()
+        step.zero_grad()
+        step(packed, 50, scaler.scale(torch.ones(())))
+        if gradient is not None:
+            step.whole.grad[7] = gradient
+        scaler.unscale_(optimizer)
+        if gradient is None:
+            assert torch.allclose(step.whole.grad, unscaled, rtol=1e-4, atol=1e-7)
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(step.whole, before) is is_left_out
+    assert scaler.get_scale() == 32.0
+
+
 @pytest.mark.parametrize("moved", [False, True])
 def test_a_step_of_the_whole_is_that_of_its_weights(tiny_checkpoint, packed, moved):
     """Bit for bit, also when other memory takes the weights' place; AdamW knows each weight or the whole alone."""

@@ -178,6 +178,18 @@ def test_protocol_of_the_reference_is_a_mean_of_sentences():
         assert value == pytest.approx((each[0][key] + each[1][key]) / 2)
 
 
+def test_many_captions_are_measured_in_blocks(monkeypatch):
+    """What n-grams are rare is told by all references, not by those of a block."""
+    references = [[f"there are {n} cars"] + [f"{n % 7} cars are there"] * (n % 2) for n in range(30)]
+    sets = {"a": [f"there are {n % 5} cars" for n in range(30)], "b": ["there is one car"] * 30}
+    whole = text_metrics.measure_texts(references, sets)
+    monkeypatch.setattr(text_metrics, "BLOCK", 7)
+    blocks = text_metrics.measure_texts(references, sets)
+    for name, groups in whole.items():
+        for group, metric in groups.items():
+            assert blocks[name][group].statistics == pytest.approx(metric.statistics), (name, group)
+
+
 def test_signature_names_the_library():
     assert "nltk:" in make_signature(tok="coco", n=20)
     assert make_signature(tok="coco", n=20).startswith("tok:coco|n:20|")
