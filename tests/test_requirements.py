@@ -9,7 +9,7 @@ from lowest_requirements import REQUIREMENTS, list_lowest
 
 MODULES = {"pillow": "PIL"}  # imported under another name than the package's
 BROUGHT_ALONG = {"kagglesdk", "requests", "safetensors", "tokenizers"}  # by kagglehub and transformers
-OPTIONAL = {"triton"}  # comes with torch where there is a GPU
+OPTIONAL = {"triton", "gradio"}  # comes with torch where there is a GPU; is in requirements-app.txt
 
 
 def list_imports() -> set[str]:
