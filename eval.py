@@ -38,7 +38,13 @@ from captioner.runtime.settings import flatten
 from captioner.scoring.comparison import compare_predictions
 from captioner.scoring.console import print_captions, print_comparison, print_left_out, print_scores
 from captioner.scoring.origin import find_origin, is_bdd100k, read_training_captions
-from captioner.scoring.predictions import Prediction, read_predictions, read_references, write_predictions
+from captioner.scoring.predictions import (
+    Prediction,
+    is_frame_name,
+    read_predictions,
+    read_references,
+    write_predictions,
+)
 from captioner.scoring.reference_facts import read_facts
 from captioner.scoring.report import make_gallery, make_rows, write_report
 from captioner.scoring.scores import score_predictions
@@ -103,7 +109,8 @@ def caption_split(config: EvalConfig, run_dir: Path) -> Found:
     model = "the base of " * config.base + config.adapter.resolve().name
     title = f"{model} on the {config.split} split, {signature['decoding']}" + ", black images" * config.blank
     references = {example.name: list(example.captions) for example in examples}
-    predictions = [Prediction(name, text, references[name], floors) for name, (text, floors) in rows.items()]
+    rides = {example.name: None if is_frame_name(example.name) else example.group or None for example in examples}
+    predictions = [Prediction(name, text, references[name], seen, rides[name]) for name, (text, seen) in rows.items()]
     ask_main(write_predictions, file := run_dir / "predictions.jsonl", predictions)
     print_left_out(unreadable)
     left_out += Counter({"unreadable images": len(unreadable)})

@@ -140,7 +140,7 @@ def predictions_target(folder: Path) -> tuple[list[bytes], Check]:
 
 def config_target(folder: Path) -> tuple[list[bytes], Check]:
     import config
-    from captioner.blip2.caption_folder import read_finished
+    from captioner.blip2.caption_folder import describe_settings, read_earlier
     from captioner.data import splits
     from captioner.publishing import model_card, records
     from captioner.runtime.settings import flatten
@@ -213,10 +213,12 @@ def config_target(folder: Path) -> tuple[list[bytes], Check]:
                 (output / "run.json").write_text(json.dumps(run))
                 captions = folder / "unfinished" / "captions.jsonl"
                 captions.unlink(missing_ok=True)
-                read_finished(captions, eval_settings)  # writes the settings
+                captions.parent.mkdir(exist_ok=True)
+                found = describe_settings(eval_settings) | {"way": {"batch": "4", "by": "generate"}}
+                (captions.parent / "settings.json").write_text(json.dumps(found))
                 captions.write_bytes(data)
                 with expect_user_error(captions.parent):
-                    read_finished(captions, eval_settings)
+                    read_earlier(captions, describe_settings(eval_settings))
 
     return seeds, check
 

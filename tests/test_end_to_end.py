@@ -99,6 +99,20 @@ def test_the_same_seed_gives_the_same_captions(trained):
     assert one == two
 
 
+def test_captions_do_not_depend_on_the_batch(trained):
+    """Drawn by the image's seed; the signature tells the batch and the way of generating all the same."""
+    said = []
+    for size, fast in ((1, "off"), (3, "off"), (5, "on")):
+        flags = ["--num-samples", "all", "--split", "train", "--max-new-tokens", 8, "--batch-size", size]
+        done = call_script("eval.py", *flags, "--fast", fast, "--run-name", "batch", cwd=trained)
+        assert done.returncode == 0, done.stderr
+        said.append((trained / "logs/batch/predictions.jsonl").read_bytes())
+        signature = json.loads((trained / "logs/batch/scores.json").read_text())["signatures"]["corpus_bleu"]
+        by = "generate" if fast == "off" else "FastGenerator"
+        assert f"|decoding:T0.7-p0.9-seed42|batch:{size}|by:{by}|model:fine-tuned|" in signature
+    assert said[0] == said[1] == said[2] and len(said[0].splitlines()) > 5
+
+
 def test_the_plain_captioner_gives_the_same_captions(trained, monkeypatch):
     """That of blip2/, in whose place fast/ has one of its own; sampled, with what hides an image and without."""
     for flags in ([], ["--blank"]):

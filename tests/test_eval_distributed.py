@@ -92,13 +92,11 @@ def test_own_images_are_captioned_the_same(trained, drawn, tmp_path):
 
 UNEQUAL = """
 import config, eval
-from captioner.fast.captioning import FastCaptioner
+from captioner.fast import captioning
+from captioner.fast.generation_plan import Room
 from captioner.runtime import cli, processes
 
-def measure_room(self):
-    return ((4, 0), (2, 0))[processes.find_place()[0]]
-
-FastCaptioner._measure_room = measure_room
+captioning.measure_room = lambda model, longest: (Room(4, 0), Room(2, 0))[processes.find_place()[0]]
 cli.run_script(eval.main, config.parse_args(config.EvalConfig))
 """
 
@@ -114,6 +112,9 @@ def test_gpus_with_unequal_room_share_the_smaller_batches(trained):
     predictions = (trained / "logs" / "equal" / "predictions.jsonl").read_bytes()
     assert len(predictions.splitlines()) > 4
     assert (trained / "logs" / "unequal" / "predictions.jsonl").read_bytes() == predictions
+    for name in ("equal", "unequal"):
+        scores = json.loads((trained / "logs" / name / "scores.json").read_text())
+        assert "|batch:2|by:FastGenerator|" in scores["signatures"]["corpus_bleu"]
 
 
 FAILING = """

@@ -230,12 +230,13 @@ def test_disk_fills_up_while_images_are_captioned(folder, undisturbed, images, m
     """The captions before are kept, and the same command goes on behind them."""
     whole = caption_own(undisturbed, images, run_name="whole")
     mount(folder / "logs/own", "2m")
-    real = captioner.Captioner.caption
+    real, batches = captioner.Captioner.caption, []
 
-    def caption(self, index, pixels):
-        if index == 2:
+    def caption(self, names, pixels):
+        batches.append(names)
+        if len(batches) == 3:
             fill(Path("logs/own"))
-        return real(self, index, pixels)
+        return real(self, names, pixels)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"captions.jsonl: can't be .*No space"):
         patch.setattr(captioner.Captioner, "caption", caption)

@@ -30,68 +30,93 @@ class FolderCaptions(NamedTuple):
     unreadable: dict[str, str]  # why
 
 
+class Earlier(NamedTuple):
+    """What an earlier run under the same name has done."""
+
+    captions: dict[str, str]  # by name
+    way: dict[str, str]  # how they came about, as Captioner.describe_way tells; empty if there is no such run
+
+
 def caption_folder(
     config: EvalConfig, run_dir: Path, make_captioner: Callable[[EvalConfig, int], Captioner]
 ) -> FolderCaptions:
     """Caption the images of --images. Each caption goes to captions.jsonl in `run_dir` as soon as it is there.
 
     Captions that an earlier run under this name has written are taken over. A run that goes on has the batches of one
-    that was never stopped, and so the same captions, as long as the same images are there and can be read. Of a batch
-    that was half written, all is generated again and the rest written.
+    that was never stopped, whatever memory is free now, and so the same captions, as long as the same images are there
+    and can be read. Of a batch that was half written, all is generated again and the rest written.
     """
-    images, finished = ask_main(_open, config, run_dir)
-    unreadable: dict[str, str] = {}
+    images, earlier = ask_main(_open, config, run_dir)
+    finished, unreadable = dict(earlier.captions), {}
     if not images.keys() <= finished.keys():
-        path, before = run_dir / "captions.jsonl" if find_place()[0] == 0 else Path(os.devnull), frozenset(finished)
-        with (
-            make_captioner(config, len(images)) as captioner,
-            explain_writing(path, REMEDY),
-            open(path, "a", encoding="utf-8") as file,
-        ):
-            for rows in captioner.map_batches(list(images.items()), captioner.caption, unreadable, before):
-                for name, caption in rows:
-                    if name not in before:
-                        file.write(format_row(name, caption))
-                        finished[name] = caption
-                file.flush()
+        path = run_dir / "captions.jsonl" if find_place()[0] == 0 else Path(os.devnull)
+        if config.generation.batch_size is None and earlier.way:
+            generation = dataclasses.replace(config.generation, batch_size=int(earlier.way["batch"]))
+            config = dataclasses.replace(config, generation=generation)
+        with make_captioner(config, len(images)) as captioner, explain_writing(path, REMEDY):
+            ask_main(_note_way, config, run_dir, earlier, captioner.describe_way())
+            with open(path, "a", encoding="utf-8") as file:
+                pairs = list(images.items())
+                for rows in captioner.map_batches(pairs, captioner.caption, unreadable, earlier.captions.keys()):
+                    new = [(name, caption) for name, caption in rows if name not in earlier.captions]
+                    finished |= dict(new)
+                    file.writelines(format_row(name, caption) for name, caption in new)
+                    file.flush()
     return FolderCaptions(images, {name: finished[name] for name in images if name in finished}, unreadable)
 
 
-def _open(config: EvalConfig, run_dir: Path) -> tuple[dict[str, Path], dict[str, str]]:
-    """The images of --images by name, and {name: caption} of those that an earlier run did."""
+def _open(config: EvalConfig, run_dir: Path) -> tuple[dict[str, Path], Earlier]:
+    """The images of --images by name, and what an earlier run has done."""
     images = dict(find_images(config.images))
     run_dir.mkdir(parents=True, exist_ok=True)
-    finished = read_finished(run_dir / "captions.jsonl", config)
-    if finished:
-        done = sum(name in finished for name in images)
+    earlier = read_earlier(run_dir / "captions.jsonl", describe_settings(config))
+    if earlier.captions:
+        done = sum(name in earlier.captions for name in images)
         print(f"{done:,} of {len(images):,} images were captioned before")
-    return images, finished
+    return images, earlier
 
 
-def read_finished(path: Path, config: EvalConfig) -> dict[str, str]:
-    """{name: caption} of an earlier run under this name, which must have had the same settings."""
-    settings = dataclasses.asdict(config.generation) | {"adapter": str(config.adapter), "base": config.base}
-    settings |= {"blank": config.blank, "fast": config.fast.fast}
-    settings |= {"images": [str(image.resolve()) for image in config.images], "trained": read_run(config.adapter)}
-    noted = path.with_name("settings.json")
+def _note_way(config: EvalConfig, run_dir: Path, earlier: Earlier, way: dict[str, str]) -> None:
+    if not earlier.way:
+        write_json(run_dir / "settings.json", describe_settings(config) | {"way": way})
+    elif way != earlier.way:
+        print(f"note: captions before were made with {earlier.way}, from here on it is {way}: a few may differ")
+
+
+def describe_settings(config: EvalConfig) -> dict:
+    """The settings that a run which goes on must share with the one before."""
+    generation = dataclasses.asdict(config.generation)
+    del generation["batch_size"]  # which changes no more than last digits
+    settings = generation | {"adapter": str(config.adapter), "base": config.base, "blank": config.blank}
+    return settings | {
+        "images": [str(image.resolve()) for image in config.images],
+        "trained": read_run(config.adapter),
+    }
+
+
+def read_earlier(path: Path, settings: dict) -> Earlier:
+    """The captions in `path`, captions.jsonl of a run with these settings. A line that it didn't finish is cut off."""
     if not path.exists():
-        write_json(noted, settings)
-        return {}
+        return Earlier({}, {})
+    noted = path.with_name("settings.json")
     try:
-        same = json.loads(noted.read_text()) == settings
-        *lines, unfinished = path.read_bytes().split(b"\n")  # the run may have been stopped while it wrote a line
+        found = json.loads(noted.read_text())
+        way = found.pop("way", {})
+        if way and int(way["batch"]) < 1:
+            raise ValueError("no batch size")
+        *lines, unfinished = path.read_bytes().split(b"\n")
         texts = [line.decode("utf-8") for line in lines]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path.parent}: an earlier run that can't be read ({error}); take another --run-name"
         ) from None
-    if not same:
+    if found != settings:
         raise UserError(f"{path}: was written with other settings; take another --run-name, or those of {noted}")
     rows = dict(parse_row(text, f"{path}, line {n}") for n, text in enumerate(texts, start=1) if text.strip())
     if unfinished:
         with open(path, "r+b") as file:
             file.truncate(path.stat().st_size - len(unfinished))
-    return rows
+    return Earlier(rows, way)
 
 
 def write_captions(path: Path, captions: dict[str, str]) -> None:

@@ -88,6 +88,9 @@ class GreedyCaptioner:
     def __call__(self, model, pixel_values: Tensor) -> list[str]:
         return generate_captions(model, self.processor, pixel_values, self.generation, do_sample=False)
 
+    def finish(self) -> None:
+        """Called after them."""
+
 
 # --------------------------------------------------------------------------------------------------------------
 # from Python

@@ -259,7 +259,7 @@ def check_captions(path: Path, table: pd.DataFrame) -> pd.DataFrame:
         raise UserError(f"{path}: no captions in it; --captions takes {WANTED}")
     _refuse(path, table, table["name"] == "", "caption", "it has no image")
     outside = "an image is named by its path below the folder of images"
-    _refuse(path, table, table["name"].str.match(LEADS_OUT), "name", outside)
+    _refuse(path, table, table["name"].map(lambda name: bool(LEADS_OUT.match(name))), "name", outside)
     too_long = f"a caption has at most {MAX_CHARACTERS:,} characters"
     _refuse(path, table, table["caption"].str.len() > MAX_CHARACTERS, "caption", too_long)
     if "split" in table:

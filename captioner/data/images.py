@@ -170,13 +170,13 @@ def index_images(folder: Path) -> dict[str, list[Path]]:
     return index
 
 
-def locate_images(names: Iterable[str], folder: Path) -> dict[str, Path]:
-    """{name: path} of those names that have an image below `folder`.
+def locate_images(names: Iterable[str], folder: Path, index: dict[str, list[Path]] | None = None) -> dict[str, Path]:
+    """{name: path} of those names that have an image below `folder`, whose index_images() may be given.
 
     Names with folders are paths below it; else the file name counts, at any depth. A name without a suffix of images
     stands for the file that has one. Raises UserError, which lists them, for names that several files have.
     """
-    names, index = list(names), index_images(folder)
+    names, index = list(names), index or index_images(folder)
     are_paths = any("/" in name for name in names)
     found: dict[str, Path] = {}
     twice: dict[str, list[Path]] = {}
@@ -200,14 +200,16 @@ def locate_images(names: Iterable[str], folder: Path) -> dict[str, Path]:
     return found
 
 
-def match_images(captions: "pd.DataFrame", folder: Path, most_missing: float = 1.0) -> list[Example]:
-    """The images below `folder` that have captions, a table of read_captions, in its order.
+def match_images(
+    captions: "pd.DataFrame", folder: Path, most_missing: float = 1.0, index: dict[str, list[Path]] | None = None
+) -> list[Example]:
+    """The images below `folder` that have captions, a table of read_captions, in its order; see locate_images.
 
     How many captioned images aren't there is printed; raises UserError when that is all of them, or more than the share
     `most_missing`.
     """
     rows = captions.groupby("name", sort=False).agg({"caption": list, "group": "first"})
-    images = locate_images(rows.index, folder)
+    images = locate_images(rows.index, folder, index)
     examples = [
         Example(name, images[name], texts[0], group, tuple(texts[1:]))
         for name, texts, group in rows.itertuples()

@@ -109,6 +109,7 @@ def read_batches(
         num_workers=workers,
         prefetch_factor=min(max(answers // workers, ANSWERS), MORE_ANSWERS) if workers else None,
         collate_fn=collate,
+        pin_memory=bool(item_bytes) and torch.cuda.is_available(),  # by a thread of its own
         worker_init_fn=step_back,
         generator=torch.Generator(),  # else it would draw from the one that draws LoRA's first weights
     )

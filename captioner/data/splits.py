@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from unicodedata import normalize
 
 from captioner.data.captions import LEADS_OUT, Example, caption_labels, find_labels
-from captioner.data.images import IMAGE_SUFFIXES, find_image_folder, locate_images, match_images
+from captioner.data.images import IMAGE_SUFFIXES, find_image_folder, index_images, locate_images, match_images
 from captioner.data.run_record import explain_adapter, read_run
 from captioner.runtime.errors import UserError, escape_controls
 from captioner.runtime.files import atomic_write
@@ -121,9 +121,10 @@ def caption_frames(config: TrainConfig, labels: Sequence[Path], images: Path, ru
     """The examples of labels, by way of a captions file in the run folder."""
     from captioner.data.caption_files import read_captions  # here: who reads a split does without pandas
 
+    index = index_images(images)  # before captions are written: a wrong folder is told at once
     caption_labels(config.source, labels, run_dir / "captions.csv", run_dir)
     captions = read_captions(run_dir / "captions.csv")
-    return match_images(captions.assign(group=captions["name"].map(ride_of)), images)
+    return match_images(captions.assign(group=captions["name"].map(ride_of)), images, index=index)
 
 
 def read_own_captions(config: TrainConfig, run_dir: Path) -> tuple["pd.DataFrame", Path]:

@@ -1,48 +1,55 @@
 """Captions by FastGenerator, wherever it can stand in for transformers' generate()."""
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from captioner.blip2.captioner import SLOW_BATCH, Captioner
+from captioner.blip2.captioner import Captioner
 from captioner.blip2.captioning import GreedyCaptioner, decode_captions
+from captioner.fast.decoder_weights import supports
 from captioner.fast.features import FeatureFile, find_folder
-from captioner.fast.generation import CHUNK, FastGenerator, max_batch, round_up, supports
+from captioner.fast.generation import FastGenerator
+from captioner.fast.generation_plan import Room, measure_room, plan_generation
 from captioner.runtime.errors import UserError
 from captioner.runtime.processes import gather
 
-FAST_BATCH = 512  # images captioned at once, unless --batch-size says how many
-ROOM = 256  # images that there must be memory for, so that training beside it keeps some
+ROOM = 256  # images that there must be memory for, so that training beside them keeps some
 
 
 class FastGreedyCaptioner(GreedyCaptioner):
-    """GreedyCaptioner of up to `count` images at once, faster where the model and the GPU's memory allow it.
+    """GreedyCaptioner of `count` images, faster where the model and the GPU's memory allow it.
 
-    Copies of the weights, and graphs, stay until it goes.
+    Where memory is ample, the generator stays from one validation to the next. Elsewhere it takes little, and gives
+    that back each time.
     """
 
     def __init__(self, processor, generation, count: int):
         super().__init__(processor, generation)
         self.count = count
         self.generator: FastGenerator | None = None
+        self.lean = False
+
+    def prepare(self, model) -> None:
+        if self.generator is None:
+            room = measure_room(model, self.generation.max_new_tokens)
+            self.lean = room.copied < ROOM
+            plan = plan_generation(room, self.count, lean=self.lean)
+            self.generator = plan and plan.make(model)
 
     def __call__(self, model, pixel_values: Tensor) -> list[str]:
-        if self.generator is None and supports(model) and self._has_room(model):
-            self.generator = FastGenerator(model, self.count)
         if self.generator is None:
             return super().__call__(model, pixel_values)
-        tokens = self.generator.generate(pixel_values.to(self.generator.dtype), self.generation.max_new_tokens)
-        return decode_captions(self.processor, tokens)
+        captions = []
+        for part in pixel_values.to(self.generator.dtype).split(self.generator.batch_size):
+            tokens = self.generator.generate(part, self.generation.max_new_tokens)
+            captions += decode_captions(self.processor, tokens)
+        return captions
 
-    def _has_room(self, model) -> bool:
-        if not torch.cuda.is_available():
-            return True
-        torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info()[0]
-        return max_batch(model, self.generation.max_new_tokens, free) >= max(ROOM, self.count)
+    def finish(self) -> None:
+        if self.lean:
+            self.generator = None
 
 
 class FastCaptioner(Captioner):
@@ -56,44 +63,24 @@ class FastCaptioner(Captioner):
         self.features = folder and FeatureFile(folder, self.vision, self.model.config.vision_config, self.processor)
 
     def _prepare(self, images: int) -> None:
-        sizes = gather(self._measure_room)  # batches are of one size in all processes, which share them out
-        gather(self._make_generator, *map(min, zip(*sizes, strict=True)), images)
+        longest = self.generation.max_new_tokens
+        rooms = gather(measure_room, self.model, longest)  # batches are of one size in all processes
+        gather(self._make_generator, Room(*map(min, zip(*rooms, strict=True))), images)
 
-    def _measure_room(self) -> tuple[int, int]:
-        """For how many images at once FastGenerator has room, 0 if it can't be: with copies of the weights, and
-        without."""
-        if not supports(self.model):
-            return 0, 0
-        if self.model.device.type != "cuda":
-            return FAST_BATCH, 0
-        torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info()[0]
-        with_copies, without = (
-            max_batch(self.model, self.generation.max_new_tokens, free, copies) for copies in (True, False)
-        )
-        return with_copies, min(without, CHUNK)
-
-    def _make_generator(self, with_copies: int, without: int, images: int) -> None:
+    def _make_generator(self, room: Room, images: int) -> None:
         """Choose the batch size, and the fast way to generate where that is wanted and possible."""
-        self.batch_size, self.generator = self.config.generation.batch_size or SLOW_BATCH, None
-        wanted = self.config.fast.fast
-        if wanted == "off" or (wanted == "auto" and self.model.device.type != "cuda"):
-            return
-        size = self.config.generation.batch_size
-        copies = with_copies >= min(size or SLOW_BATCH, without)
-        fitting = with_copies if copies else without
-        if size is None:
-            most = FAST_BATCH if copies else SLOW_BATCH
-            size = min(most, 1 << max(fitting, 1).bit_length() - 1)  # a power of 2
-            size = min(size, round_up(math.ceil(images / math.ceil(images / size)), 8))  # the last one too
-        if size <= fitting:
-            self.batch_size, self.generator = size, FastGenerator(self.model, size, copies=copies)
+        wanted, size = self.config.fast.fast, self.config.generation.batch_size
+        self.generator, plan = None, None
+        if wanted == "on" or (wanted == "auto" and self.model.device.type == "cuda"):
+            plan = plan_generation(room, images, size)
+        if plan is not None:
+            self.batch_size, self.generator = plan.batch_size, plan.make(self.model)
         elif wanted == "on" and not supports(self.model):
             raise UserError("--fast on: not made for this language model; use --fast auto")
         elif wanted == "on":
             raise UserError(
-                f"--fast on: the GPU has room for {fitting} images at once in this way; take a "
-                "--batch-size of no more, or --fast auto"
+                f"--fast on: the GPU has room for {max(room)} images at once in this way; take a --batch-size of no "
+                "more, or --fast auto"
             )
 
     def _read_all(self, images: Sequence[Path]) -> Iterator[Tensor | str]:
@@ -122,4 +109,4 @@ class FastCaptioner(Captioner):
     def way(self) -> str:
         if self.generator is None:
             return super().way
-        return "FastGenerator" if self.generator.copies else "FastGenerator-packed"
+        return "FastGenerator" if self.generator.weights.copied else "FastGenerator-packed"

@@ -184,12 +184,16 @@ def _send(work: Callable[..., T], *args) -> T:
 
 
 def go_on_alone(index: int = 0) -> None:
-    """Part the processes: the one of that index goes on, the others end here, as if all were done."""
-    place, processes = find_place()
-    if processes == 1:
-        return
-    from accelerate import PartialState
+    """Part the processes: the one of that index goes on, the others end here, as if all were done.
 
-    PartialState().destroy_process_group()
-    if place != index:
+    Those that have not joined yet do not join for it: one that ends early would break off another's joining.
+    """
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        return
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()
+    if int(os.environ["RANK"]) != index:
         sys.exit()

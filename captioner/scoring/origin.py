@@ -14,7 +14,15 @@ from captioner.data.run_record import read_run
 from captioner.runtime.errors import UserError
 from captioner.scoring.predictions import is_frame_name
 
-KEPT = ("demo", "class_names", "lanes", "merge_duplicates", "min_box_size", "without_scene")  # settings, in scores.json
+KEPT = (
+    "demo",
+    "captions",
+    "class_names",
+    "lanes",
+    "merge_duplicates",
+    "min_box_size",
+    "without_scene",
+)  # settings, in scores.json
 
 
 class Origin(NamedTuple):
@@ -73,5 +81,6 @@ def read_training_captions(origin: Origin | None, names: Collection[str]) -> lis
 
 
 def is_bdd100k(origin: Origin | None, names: Collection[str]) -> bool:
-    """Whether the images are known to be BDD100K's: named like its frames, and of a run that was not the demo."""
-    return origin is not None and not origin.config.get("demo") and all(map(is_frame_name, names))
+    """Whether captions are known to be of BDD100K's labels: named as its frames, by a run on them."""
+    other = origin is None or origin.config.get("demo") or origin.config.get("captions")
+    return not other and all(map(is_frame_name, names))

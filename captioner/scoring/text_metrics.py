@@ -28,7 +28,7 @@ _WORD_TOKENIZER = NLTKWordTokenizer()
 
 ORDERS = (1, 2, 3, 4)  # n of the n-grams
 BLEU_NAMES = tuple(f"BLEU-{n}" for n in ORDERS)
-BLOCK = 10_000  # captions whose n-grams are in memory at once
+BLOCK = 5_000  # captions whose n-grams are in memory at once
 ROUGE_BETA = 1.2
 CIDER_SIGMA = 6.0
 METEOR_WEIGHTS = {"alpha": 0.9, "beta": 3.0, "gamma": 0.5}  # those of nltk, and of the first METEOR

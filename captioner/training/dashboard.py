@@ -166,11 +166,15 @@ class ValidationCaptions(TrainerCallback):
         was_training, texts = model.training, []
         model.eval()
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices):
-            for start in range(0, self.count, batch_size):
-                rows = [self.dataset[row] for row in range(start, min(start + batch_size, self.count))]
-                texts += self.caption(model, torch.stack([row["pixel_values"] for row in rows]))
-        model.train(was_training)
+        try:
+            with torch.random.fork_rng(devices):
+                self.caption.prepare(model)
+                for start in range(0, self.count, batch_size):
+                    rows = [self.dataset[row] for row in range(start, min(start + batch_size, self.count))]
+                    texts += self.caption(model, torch.stack([row["pixel_values"] for row in rows]))
+        finally:
+            self.caption.finish()
+            model.train(was_training)
         return texts
 
     def write(self, epoch: float, examples: Sequence, texts: list[str]) -> None:

@@ -1,8 +1,10 @@
 """When a run saves within an epoch, and how a signal stops it."""
 
+import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from transformers import TrainerCallback
@@ -38,7 +40,9 @@ class Pace(TrainerCallback):
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
-        print(f"\n{signal.Signals(number).name}: stops as soon as the state is saved; again: at once", flush=True)
+        said = f"\n{signal.Signals(number).name}: stops as soon as the state is saved; again: at once\n"
+        with suppress(OSError):
+            os.write(2, said.encode())  # by no print(): the signal may have come in the midst of one
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.steps_per_epoch == 0 or state.global_step >= state.max_steps:

@@ -491,7 +491,7 @@ class LargeVision(torch.nn.Module):
 
 
 def test_neither_writing_nor_reading_holds_all_rows_in_memory(folder, processor):
-    count, size = 400, 257 * 704 * 4
+    count, size = 800, 257 * 704 * 4
     sizes = {"image_size": 224, "patch_size": 14, "hidden_size": 704, "num_attention_heads": 1}
     vision_config = SimpleNamespace(**sizes, hidden_act="gelu", layer_norm_eps=1e-6)
     images = [Path(f"{number}.jpg") for number in range(count)]

@@ -12,10 +12,13 @@ from captioner.blip2 import batches, captioning, lora, sampling
 from captioner.blip2 import loading as blip2
 from captioner.blip2.lora import get_blip2
 from captioner.blip2.sampling import DrawTokens, seed_image
-from captioner.fast import generation
+from captioner.fast import captioning as fast_captioning
+from captioner.fast import generation, generation_plan
 from captioner.fast.adapters import copy_lora, join_lora
-from captioner.fast.captioning import FastCaptioner
-from captioner.fast.generation import FastGenerator, max_batch, supports
+from captioner.fast.captioning import FastCaptioner, FastGreedyCaptioner
+from captioner.fast.decoder_weights import supports
+from captioner.fast.generation import FastGenerator
+from captioner.fast.generation_plan import Plan, Room, max_batch, plan_generation
 from captioner.fast.kernels import choice
 from captioner.fast.layers import embed_images
 from captioner.runtime.errors import UserError
@@ -112,7 +115,7 @@ def test_nothing_is_read_that_an_earlier_call_left(tiny_checkpoint):
     generator = FastGenerator(model, batch_size=8)
     tokens = generator.generate(pixels, 20)
     with torch.inference_mode():
-        generator.cache.fill_(torch.nan)
+        generator.state.cache.fill_(torch.nan)
     assert torch.equal(generator.generate(pixels, 20), tokens)
 
 
@@ -122,7 +125,7 @@ def test_steps_end_soon_after_the_last_caption(tiny_checkpoint):
     model.config.text_config.eos_token_id = row[4]
     generator = FastGenerator(model, batch_size=4)
     assert generator.generate(pixels, NEW_TOKENS).tolist() == [row[: row.index(row[4]) + 1]]
-    assert generator.position.item() - generator.prefix <= generation.CHECK_EVERY
+    assert generator.state.position.item() - generator.prefix <= generation.CHECK_EVERY
 
 
 @pytest.mark.parametrize("copies", [True, False])
@@ -325,10 +328,44 @@ def test_way_to_generate_is_chosen_by_room(tiny_checkpoint, room, batch_size, ch
     )
     if chosen is None:
         with pytest.raises(UserError, match=f"room for {room[1]} images"):
-            captioner._make_generator(*room, 1024)
+            captioner._make_generator(Room(*room), 1024)
     else:
-        captioner._make_generator(*room, 1024)
-        assert (captioner.batch_size, bool(captioner.generator.copies)) == chosen
+        captioner._make_generator(Room(*room), 1024)
+        assert (captioner.batch_size, captioner.generator.weights.copied) == chosen
+
+
+@pytest.mark.parametrize(
+    ("room", "lean", "plan"),
+    [
+        ((600, 128), False, Plan(16, True)),
+        ((600, 128), True, Plan(16, False)),  # leaves memory to others
+        ((600, 0), True, Plan(16, True)),  # as on a CPU
+        ((0, 128), False, Plan(16, False)),
+        ((0, 8), True, Plan(8, False)),
+        ((0, 0), True, None),
+    ],
+)
+def test_one_rule_chooses_for_validation_too(room, lean, plan):
+    assert plan_generation(Room(*room), 16, lean=lean) == plan
+
+
+@pytest.mark.parametrize("room", [Room(600, 128), Room(100, 8), Room(0, 0)])
+def test_validation_asks_for_memory_once_and_gives_it_back(tiny_checkpoint, monkeypatch, room):
+    """Where it is not ample; and more images than the generator takes at once are captioned in parts."""
+    asked = []
+    monkeypatch.setattr(fast_captioning, "measure_room", lambda *_: asked.append(True) or room)
+    model, pixels = load(tiny_checkpoint), make_pixels(16)
+    settings = captioning.make_generation_config(model.config, 12)
+    processor = blip2.load_processor(tiny_checkpoint)
+    expected = captioning.GreedyCaptioner(processor, settings)(model, pixels)
+    caption = FastGreedyCaptioner(processor, settings, 16)
+    for _ in range(2):
+        caption.prepare(model)
+        assert caption(model, pixels[:10]) + caption(model, pixels[10:]) == expected
+        assert (caption.generator is None) == (room == Room(0, 0))
+        caption.finish()
+    assert (caption.generator is None) == (room != Room(600, 128))
+    assert len(asked) == (1 if room == Room(600, 128) else 2)
 
 
 def test_max_batch_fills_the_memory(tiny_checkpoint):
@@ -337,7 +374,7 @@ def test_max_batch_fills_the_memory(tiny_checkpoint):
         model = Blip2ForConditionalGeneration(build_full_size_config()).to(torch.bfloat16)
     assert supports(model)
     free, cache, weights = 40 * 2**30, 32 * 2 * 2560 * 160 * 2, 32 * 12 * 2560**2 * 2
-    taken = max_batch(model, 120, free) * cache + weights + generation.WORKSPACE
+    taken = max_batch(model, 120, free) * cache + weights + generation_plan.WORKSPACE
     assert 0.95 * free < taken <= free
     assert max_batch(model, 120, 4 * 2**30) == 0
     assert 12 < max_batch(model, 120, 3 * 2**29, copies=False) < 24

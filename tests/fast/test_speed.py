@@ -292,7 +292,7 @@ def test_half_precision_with_a_scale_is_full_precision(tiny_checkpoint, packed):
     parts = step.whole.grad.split([weight.numel() for weight in step.weights])
     for weight, part in zip(step.weights, parts, strict=True):
         gradient = expected[names[id(weight)]].flatten()
-        assert (part / 1024 - gradient).norm() < 0.03 * gradient.norm(), names[id(weight)]
+        assert (part / 1024 - gradient).norm() < 0.05 * gradient.norm(), names[id(weight)]
 
 
 def test_a_gradient_beyond_fp16_leaves_the_step_out(tiny_checkpoint, packed):

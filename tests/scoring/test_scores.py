@@ -334,6 +334,9 @@ def test_what_a_captioner_has_open_is_closed_when_captioning_fails(tmp_path, mon
         def __init__(self, config, count):
             pass
 
+        def describe_way(self):
+            return {"batch": "16"}
+
         def map_batches(self, *args):
             raise UserError("no memory")
 
@@ -342,7 +345,11 @@ def test_what_a_captioner_has_open_is_closed_when_captioning_fails(tmp_path, mon
 
     monkeypatch.setattr(evaluation, "make_captioner", Failing)
     monkeypatch.setattr(evaluation, "choose_examples", lambda config: ([Example("a.jpg", tmp_path, "A car.")], {}))
-    monkeypatch.setattr(caption_folder, "_open", lambda config, run_dir: ({"a.jpg": tmp_path}, {}))
+    monkeypatch.setattr(
+        caption_folder,
+        "_open",
+        lambda config, run_dir: ({"a.jpg": tmp_path}, caption_folder.Earlier({}, {"batch": "16"})),
+    )
     with pytest.raises(UserError, match="no memory"):
         getattr(evaluation, work)(EvalConfig(), tmp_path)
     assert finished == [True]

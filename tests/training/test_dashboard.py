@@ -1,5 +1,7 @@
 """What a run shows of itself: the curves."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -43,13 +45,13 @@ def test_captions_of_validation_images_leave_no_trace_in_training(training):
     model, modes = torch.nn.Dropout(), []
     model.train(training)
 
-    def caption(model, pixels):
+    def say(model, pixels):
         modes.append(model.training)
         return [f"{value:g} {torch.rand(1).item():.0f}"[:1] for value in pixels]
 
     dataset = [{"pixel_values": torch.tensor(float(place))} for place in range(5)]
     torch.manual_seed(0)
-    texts = ValidationCaptions(None, dataset, 5, caption).generate(model, batch_size=2)
+    texts = ValidationCaptions(None, dataset, 5, mock.Mock(side_effect=say)).generate(model, batch_size=2)
     drawn = torch.rand(1)
     torch.manual_seed(0)
     assert torch.equal(drawn, torch.rand(1))
