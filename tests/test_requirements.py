@@ -9,7 +9,7 @@ from lowest_requirements import REQUIREMENTS, list_lowest
 
 MODULES = {"pillow": "PIL"}  # imported under another name than the package's
 BROUGHT_ALONG = {"kagglesdk", "requests", "safetensors", "tokenizers"}  # by kagglehub and transformers
-OPTIONAL = {"triton", "gradio"}  # comes with torch where there is a GPU; is in requirements-app.txt
+OPTIONAL = {"triton", "gradio"}  # with torch where there is a GPU; in requirements-app.txt, for the page of demo/app.py
 
 
 def list_imports() -> set[str]:
@@ -29,6 +29,8 @@ def list_imports() -> set[str]:
 def test_requirements_are_what_is_imported():
     required = {MODULES.get(name.lower(), name) for name in list_lowest(REQUIREMENTS.read_text())}
     assert required == list_imports() - BROUGHT_ALONG - OPTIONAL
+    page = [line for line in (ROOT / "requirements-app.txt").read_text().splitlines() if not line.startswith("#")]
+    assert [line.partition(">")[0] for line in page] == ["-r requirements.txt", "gradio"]
 
 
 def test_lowest_versions_are_read_from_the_requirements():
