@@ -1,10 +1,9 @@
 """What a run shows of itself: the curves."""
 
-from unittest import mock
-
 import pytest
 import torch
 
+from captioner.blip2.captioning import GreedyCaptioner
 from captioner.training.dashboard import PANELS, ValidationCaptions, plot_dashboard
 
 
@@ -42,18 +41,26 @@ def test_curves_of_captions_say_of_how_many(figures, tmp_path):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_captions_of_validation_images_leave_no_trace_in_training(training):
+    """And the captioner gets ready once, before the first of them."""
     model, modes = torch.nn.Dropout(), []
     model.train(training)
 
-    def say(model, pixels):
-        modes.append(model.training)
-        return [f"{value:g} {torch.rand(1).item():.0f}"[:1] for value in pixels]
+    class Drawing(GreedyCaptioner):
+        def prepare(self, model):
+            modes.append("prepared")
+
+        def __call__(self, model, pixels):
+            modes.append(model.training)
+            return [f"{value:g} {torch.rand(1).item():.0f}"[:1] for value in pixels]
+
+        def finish(self):
+            modes.append("finished")
 
     dataset = [{"pixel_values": torch.tensor(float(place))} for place in range(5)]
     torch.manual_seed(0)
-    texts = ValidationCaptions(None, dataset, 5, mock.Mock(side_effect=say)).generate(model, batch_size=2)
+    texts = ValidationCaptions(None, dataset, 5, Drawing(None, None)).generate(model, batch_size=2)
     drawn = torch.rand(1)
     torch.manual_seed(0)
     assert torch.equal(drawn, torch.rand(1))
-    assert texts == ["0", "1", "2", "3", "4"] and modes == [False] * 3
+    assert texts == ["0", "1", "2", "3", "4"] and modes == ["prepared", *[False] * 3, "finished"]
     assert model.training == training
