@@ -164,6 +164,9 @@ def serve(config: AppConfig, blocking: bool = True):
         ssr_mode=False,
         prevent_thread_lock=not blocking,
         footer_links=[],
+        allowed_paths=[
+            str(Path(__file__).parent / "examples")
+        ],  # gradio serves else what lies below the current folder
         css=STYLE,
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
     )
