@@ -89,6 +89,7 @@ def try_to_train(run: Run, build: partial) -> CaptionTrainer | None:
     if done and done == steps:  # only the saving was left to do
         trainer.state = ask_main(TrainerState.load_from_json, str(checkpoint / "trainer_state.json"))
         trainer._load_best_model()
+        trainer.results = {"epoch": trainer.state.epoch}
         return trainer
     batches = math.ceil(len(trainer.train_dataset) / (state["micro_batch"] * arguments.world_size))
     steps_per_epoch = math.ceil(batches / arguments.gradient_accumulation_steps)
