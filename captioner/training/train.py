@@ -3,6 +3,7 @@
 import gc
 import math
 import multiprocessing
+import shlex
 import shutil
 import signal
 import sys
@@ -100,7 +101,8 @@ def try_to_train(run: Run, build: partial) -> CaptionTrainer | None:
             trainer.results = drop_parts(output.metrics, done)
             return trainer
     except Stopped:
-        command = " ".join(["python main.py", *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])
+        flags = [flag for flag in sys.argv[1:] if flag not in ("--resume", "--overwrite")]
+        command = shlex.join(["python", "main.py", *flags, "--resume"])
         print(f"saved after step {trainer.state.global_step:,} of {trainer.state.max_steps:,}; go on with\n{command}")
         sys.exit(128 + trainer.pace.signal if trainer.pace.signal else 0)
     except LOADER_ERRORS as error:
