@@ -35,7 +35,7 @@ from captioner.runtime.errors import UserError
 from captioner.runtime.files import lock_folder, name_run, write_json
 from captioner.runtime.processes import ask_main, go_on_alone
 from captioner.runtime.settings import flatten
-from captioner.scoring.comparison import compare_predictions
+from captioner.scoring.comparison import compare_files
 from captioner.scoring.console import print_captions, print_comparison, print_left_out, print_scores
 from captioner.scoring.origin import find_origin, is_bdd100k, read_training_captions
 from captioner.scoring.predictions import (
@@ -157,16 +157,10 @@ def caption_own_images(config: EvalConfig, run_dir: Path) -> None:
 def compare(config: EvalConfig, run_dir: Path) -> None:
     """Print how two predictions files differ, and whether by chance."""
     go_on_alone()
-    references = read_references(config.references) if config.references else None
     one, other = (config.compare, config.against) if config.against else (config.compare[:1], config.compare[1:])
-    sides = [[read_predictions(path, references)[0] for path in paths] for paths in (one, other)]
-    try:
-        compared = compare_predictions(*sides)
-    except ValueError as error:
-        raise UserError(f"--compare {' '.join(map(str, (*one, *other)))}: {error}") from None
-    files = {"one": list(map(str, one)), "other": list(map(str, other))}
-    write_json(run_dir / "comparison.json", compared | {"files": files})
-    print_comparison(compared, one, other)
+    compared = compare_files(one, other, config.references)
+    write_json(run_dir / "comparison.json", compared)
+    print_comparison(compared)
     print(f"comparison.json in {run_dir}")
 
 

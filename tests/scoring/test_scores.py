@@ -23,7 +23,7 @@ from captioner.bdd100k.wording import describe
 from captioner.data.captions import Example
 from captioner.runtime.errors import UserError
 from captioner.scoring import fact_metrics, text_metrics
-from captioner.scoring.comparison import compare_predictions
+from captioner.scoring.comparison import compare_files, compare_predictions
 from captioner.scoring.console import print_scores
 from captioner.scoring.origin import find_origin, read_training_captions
 from captioner.scoring.predictions import Prediction, read_predictions, read_references, write_predictions
@@ -549,6 +549,22 @@ def test_files_with_other_references_are_not_compared():
     one = [Prediction("a", "x", ["y"]), Prediction("b", "x", ["y"])]
     with pytest.raises(ValueError, match="1 of 2 images, b for one, have other references"):
         compare_predictions([one], [[one[0], one[1]._replace(references=["z"])]])
+
+
+def test_rides_are_known_if_one_of_the_files_tells_them():
+    """Somebody else's file, first on the command line, has none; that of eval.py has."""
+    rows = [Prediction(f"{place}.jpg", RIGHT, [RIGHT], ride=str(place // 4)) for place in range(40)]
+    theirs = [row._replace(ride=None) for row in rows]
+    for one, other in ((theirs, rows), (rows, theirs)):
+        assert compare_predictions([one], [other], resamples=5)["rides"] == 10
+
+
+def test_what_is_left_out_of_a_comparison_is_told(references, tmp_path, capsys):
+    rows = predict(references)
+    for name, part in (("a", rows), ("b", [*rows, Prediction("unknown.jpg", "x", [])])):
+        write_predictions(tmp_path / name, part)
+    assert compare_files([tmp_path / "a"], [tmp_path / "b"])["n"] == len(rows)
+    assert capsys.readouterr().out == f"left out of {tmp_path / 'b'}: 1 predictions without a reference\n"
 
 
 def test_several_files_a_side_tell_the_chance_of_training():
