@@ -18,9 +18,17 @@ from captioner.data.images import (
     open_image,
     tell_once,
 )
-from captioner.data.splits import choose_examples, find_images_root, read_split, ride_of, split_by_ride, write_splits
+from captioner.data.splits import (
+    choose_examples,
+    find_images_root,
+    prepare_splits,
+    read_split,
+    ride_of,
+    split_by_ride,
+    write_splits,
+)
 from captioner.runtime.errors import UserError
-from config import EvalConfig, make_config
+from config import EvalConfig, TrainConfig, make_config
 
 SHARES = {"train": 0.6, "val": 0.28, "test": 0.12}
 rides = st.dictionaries(st.integers(0, 2**32 - 1), st.integers(1, 9), min_size=3, max_size=60)
@@ -130,6 +138,15 @@ def test_an_image_that_captions_name_twice_is_refused(tmp_path):
     (tmp_path / "a.jpg").touch()
     with pytest.raises(UserError, match=r"a\.jpg: captions name it 'a\.jpg' and 'a'; give it one name"):
         match_images(tabulate([("a.jpg", "x"), ("a", "y")]), tmp_path)
+
+
+def test_captions_that_another_script_wrote_are_not_overwritten(drawn, tmp_path):
+    """As those of eval.py --images, under the --run-name that training is given."""
+    (tmp_path / "captions.csv").write_text("name,prediction\na.jpg,A car.\n")
+    config = make_config(TrainConfig, labels=(drawn / "labels.json",), images=drawn / "images")
+    with pytest.raises(UserError, match=r"--run-name .*captions\.csv: is there, and is no file of captions made from"):
+        prepare_splits(config, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["captions.csv"]
 
 
 def test_an_image_is_named_by_its_path_and_its_file_name(tmp_path):
