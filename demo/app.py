@@ -106,8 +106,8 @@ def write_table(rows: list[list[str]]) -> str:
     return str(path)
 
 
-def make_page(page: Page, title: str):
-    """The page as gradio's Blocks."""
+def make_page(page: Page, title: str, upload_mb: int):
+    """The page as gradio's Blocks; of a larger upload than `upload_mb` MiB gradio itself says no more than Error."""
     import gradio as gr
 
     def pick_example(event: gr.SelectData) -> str:
@@ -121,7 +121,11 @@ def make_page(page: Page, title: str):
             temperature = gr.Slider(0.1, 1.5, value=0.7, step=0.1, label="temperature (sampled)")
             seed = gr.Number(page.caption.seed, precision=0, label="seed (sampled)")
         with gr.Tab("One image"):
-            file = gr.File(label="drop or pick an image", file_count="single", elem_id="upload")
+            file = gr.File(
+                label=f"drop or pick an image, JPEG or PNG of at most {upload_mb} MB",
+                file_count="single",
+                elem_id="upload",
+            )
             examples = gr.Gallery(
                 list(map(str, EXAMPLES)),
                 label="or one of these, which no training has seen",
@@ -159,7 +163,7 @@ def serve(config: AppConfig, blocking: bool = True):
     from captioner.blip2.captioning import load_captioner
 
     page = Page(load_captioner(config.adapter, seed=config.seed))
-    blocks = make_page(page, f"Driving scenes: {config.adapter.name}")
+    blocks = make_page(page, f"Driving scenes: {config.adapter.name}", config.max_upload_mb)
     blocks.launch(
         server_name=config.host,
         server_port=config.port,
@@ -168,6 +172,7 @@ def serve(config: AppConfig, blocking: bool = True):
         ssr_mode=False,
         prevent_thread_lock=not blocking,
         footer_links=[],
+        allowed_paths=[str(EXAMPLES[0].parent)],  # else gradio serves what lies below the current folder alone
         css=STYLE,
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
     )

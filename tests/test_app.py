@@ -168,4 +168,5 @@ def test_an_upload_is_captioned_and_a_hostile_file_gets_a_clear_error(browser, p
     assert "hostile.jpg: not readable as an image" in wait_for(browser, "#after", "hostile.jpg")
     assert browser.execute_script("return window.broken ?? 0") == 0
     upload(browser, large)
-    wait_for(browser, "body", "exceeds")
+    wait_for(browser, "#upload", "Error")
+    assert "at most 1 MB" in wait_for(browser, "#upload", "drop or pick")
