@@ -28,9 +28,10 @@ System = Sequence[Sequence[Prediction]]  # the rows of each of its files
 
 
 def compare_files(one: Sequence[Path], other: Sequence[Path], references: Path | None = None) -> dict:
-    """The same of predictions files, whose own references those of the file `references` replace, if given.
+    """What compare_predictions says of the predictions files of two systems, and "files".
 
-    Prints what is left out of each. Raises UserError for files that can't be compared.
+    The references in the file `references`, if given, stand in for those of the predictions files. Prints what is left
+    out of each. Raises UserError for files that can't be compared.
     """
     known, sides = read_references(references) if references else None, ([], [])
     for paths, side in zip((one, other), sides, strict=True):
