@@ -244,12 +244,12 @@ def _run_jobs(run: Callable[[_Job], _Result], jobs: Sequence[_Job]) -> Iterator[
         return
     step = max(1, min(32, PIECE * len(jobs) // (total + 1)))  # many small files at once
     context = multiprocessing.get_context(pick_start())
-    taken, memory, processes = context.Value("q", 0), context.Lock(), {}
+    taken, processes, run = context.Value("q", 0), {}, functools.partial(_run_job, run, context.Lock())
     try:
         for _ in range(workers):
             answer, send = context.Pipe(duplex=False)
             inherited = [*processes, answer] if context.get_start_method() == "fork" else []
-            process = context.Process(target=_work, args=(run, jobs, step, taken, memory, send, inherited), daemon=True)
+            process = context.Process(target=_work, args=(run, jobs, step, taken, send, inherited), daemon=True)
             process.start()
             send.close()
             processes[answer] = process
@@ -260,9 +260,7 @@ def _run_jobs(run: Callable[[_Job], _Result], jobs: Sequence[_Job]) -> Iterator[
             process.join()
 
 
-def _work(
-    run: Callable[[_Job], _Result], jobs: Sequence[_Job], step: int, taken, memory, send, inherited: list
-) -> None:
+def _work(run: Callable[[_Job], _Result], jobs: Sequence[_Job], step: int, taken, send, inherited: list) -> None:
     """What a process does: take the next `step` jobs and send (number of the first, results) until none are left.
 
     What goes wrong, beyond what is wrong with a file, is sent too.
@@ -279,16 +277,18 @@ def _work(
         if first >= len(jobs):
             return
         try:
-            results = []
-            for job in jobs[first : first + step]:
-                with memory if _is_large(job) else nullcontext():
-                    results.append(run(job))
-            send.send((first, results))
+            send.send((first, list(map(run, jobs[first : first + step]))))
         except BrokenPipeError:
             return
         except Exception as error:
             send.send((first, f"{type(error).__name__}: {error}".strip(": ")))
             return
+
+
+def _run_job(run: Callable[[_Job], _Result], memory, job: _Job) -> _Result:
+    """run(job), for which a large job must have the lock `memory`."""
+    with memory if _is_large(job) else nullcontext():
+        return run(job)
 
 
 def _is_large(job: _Job) -> bool:
