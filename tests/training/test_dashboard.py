@@ -6,11 +6,8 @@ import pytest
 import torch
 
 from captioner.blip2.captioning import GreedyCaptioner
-<<<<<<< HEAD
-=======
 from captioner.data.captions import Example
 from captioner.training import dashboard
->>>>>>> cases
 from captioner.training.dashboard import PANELS, RunLog, ValidationCaptions, plot_dashboard
 
 
