@@ -27,15 +27,6 @@ from captioner.training.tracking import start_wandb
 REMEDY = "the checkpoints before are kept: see to the disk, then go on with --resume"
 SHOWN = 2  # captions of each epoch that go to the console
 WIDEST = 400  # characters of them
-PRINTED = {  # scores of each epoch: what they are called; those of facts are missing where references state none
-    "facts_f1": "facts F1",
-    "time_of_day": "time",
-    "weather": "weather",
-    "scene": "scene",
-    "traffic_light": "light",
-    "objects_f1": "objects F1",
-    "BLEU-4": "BLEU-4",
-}
 PANELS = {  # title: {key of the records: its label}
     "loss (nats a token)": {"loss": "training", "eval_loss": "validation"},
     "right facts of validation captions": {
@@ -163,8 +154,10 @@ class ValidationCaptions(TrainerCallback):
         record["val_captions"] = self.count
         self.log.add({"step": state.global_step, "epoch": state.epoch, **record})
         self.write(state.epoch, examples, texts)
-        told = [f"{words} {shares[name]:.3f}" for name, words in PRINTED.items() if f"val_{name}" in record]
-        print(f"\nepoch {state.epoch:g}: " + ", ".join([f"{self.count} validation captions", *told]))
+        print(f"\nepoch {state.epoch:g}: {self.count} validation captions, facts F1 {shares['facts_f1']:.3f}, "
+              f"time {shares['time_of_day']:.2f}, weather {shares['weather']:.2f}, scene {shares['scene']:.2f}, "
+              f"light {shares['traffic_light']:.2f}, objects F1 {shares['objects_f1']:.3f}, "
+              f"BLEU-4 {shares['BLEU-4']:.3f}")  # fmt: skip
         for example, text in list(zip(examples, texts, strict=True))[:SHOWN]:
             said = text if len(text) <= WIDEST else text[:WIDEST] + " ..."
             told = f"  {example.name}\n    said:      {said or '(nothing)'}\n    reference: {example.caption}"

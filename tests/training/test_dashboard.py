@@ -1,14 +1,10 @@
 """What a run shows of itself: the curves."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from captioner.blip2.captioning import GreedyCaptioner
-from captioner.data.captions import Example
-from captioner.training import dashboard
-from captioner.training.dashboard import PANELS, RunLog, ValidationCaptions, plot_dashboard
+from captioner.training.dashboard import PANELS, ValidationCaptions, plot_dashboard
 
 
 def test_each_panel_has_its_curves(figures, tmp_path):
@@ -75,22 +71,3 @@ def test_captions_of_validation_images_leave_no_trace_in_training(training):
     assert torch.equal(drawn, torch.rand(1))
     assert texts == ["0", "1", "2", "3", "4"] and modes == ["prepared", *[False] * 3, "finished"]
     assert model.training == training
-
-
-@pytest.mark.parametrize(
-    ("caption", "said"),
-    [
-        ("It is a night scene in rainy weather on a tunnel road.", "facts F1 1.000, time 1.000, weather 1.000"),
-        ("Ein Auto fährt auf einer Straße.", "2 validation captions, BLEU-4 1.000"),
-    ],
-)
-def test_scores_of_facts_are_told_where_references_state_any(tmp_path, monkeypatch, capsys, caption, said):
-    """Own captions may be in any words: they have no facts, and a score of none is no number."""
-    monkeypatch.setattr(dashboard, "list_examples", lambda dataset, count: [Example("a.jpg", "a.jpg", caption)] * count)
-    callback = ValidationCaptions(RunLog(tmp_path), None, 2, None)
-    monkeypatch.setattr(callback, "generate", lambda model, size: [caption] * 2)
-    state = SimpleNamespace(is_world_process_zero=True, epoch=1.0, global_step=3)
-    callback.on_evaluate(SimpleNamespace(eval_batch_size=2), state, None)
-    printed = capsys.readouterr().out
-    assert said in printed and "nan" not in printed
-    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
