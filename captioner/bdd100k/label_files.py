@@ -41,7 +41,7 @@ from captioner.bdd100k.frames import DEFAULT_OPTIONS, BadFile, BadFrame, LabelOp
 from captioner.bdd100k.label_report import LabelReport
 from captioner.runtime.errors import UserError, get_or_none
 from captioner.runtime.files import is_inside
-from captioner.runtime.processes import pick_start
+from captioner.runtime.processes import count_all_cores, pick_start
 
 LABEL_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".zip")
 
@@ -238,8 +238,7 @@ def _run_jobs(run: Callable[[_Job], _Result], jobs: Sequence[_Job]) -> Iterator[
     Processes take jobs themselves and answer through a pipe each, so that this one has little to do beside them. Of
     the large files that can't be cut one is read at a time, which may need three times its size in memory.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers, total = min(cores, len(jobs)), sum(job.size for job in jobs)
+    workers, total = min(count_all_cores(), len(jobs)), sum(job.size for job in jobs)
     if len(jobs) < 2 or total < PIECE:
         yield from map(run, jobs)
         return

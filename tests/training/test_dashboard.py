@@ -1,10 +1,12 @@
 """What a run shows of itself: the curves."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from captioner.blip2.captioning import GreedyCaptioner
-from captioner.training.dashboard import PANELS, ValidationCaptions, plot_dashboard
+from captioner.training.dashboard import PANELS, RunLog, ValidationCaptions, plot_dashboard
 
 
 def test_each_panel_has_its_curves(figures, tmp_path):
@@ -37,6 +39,13 @@ def test_curves_of_captions_say_of_how_many(figures, tmp_path):
         "right facts of validation captions (n = 16)",
         "BLEU-4 of validation captions (n = 16)",
     ]
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_captions_of_an_earlier_run_of_the_name_go(tmp_path, step):
+    (tmp_path / "captions.md").write_text("# after epoch 1")
+    RunLog(tmp_path).on_train_begin(None, SimpleNamespace(global_step=step), None)
+    assert (tmp_path / "captions.md").exists() == (step > 0)
 
 
 @pytest.mark.parametrize("training", [True, False])
