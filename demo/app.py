@@ -47,12 +47,11 @@ class Page:
     def __init__(self, caption):
         self.caption = caption  # what load_captioner gave
 
-    def try_image(self, path: str | None, how: str, temperature: float, seed: float) -> tuple:
+    def try_image(self, path: str | None, how: str, temperature: float, seed: float | None) -> tuple:
         """(image, HTML after fine-tuning, HTML before) of one file; an error in place of the first HTML."""
         if path is None:
             return None, "", ""
-        self.caption.seed = int(seed)
-        options = {"greedy": how == "greedy", "temperature": temperature}
+        options = self.choose_tokens(how, temperature, seed)
         try:
             image = open_image(Path(path))
             after, before = (self.caption.describe(path, finetuned=tuned, **options) for tuned in (True, False))
@@ -60,7 +59,12 @@ class Page:
             return None, show_error(error, path), ""
         return image, show_description(after), show_description(before)
 
-    def try_folder(self, paths: list[str] | None, how: str) -> tuple:
+    def choose_tokens(self, how: str, temperature: float, seed: float | None) -> dict:
+        """Options of a caption; an empty field stands for the seed 0."""
+        self.caption.seed = int(seed or 0)
+        return {"greedy": how == "greedy", "temperature": temperature}
+
+    def try_folder(self, paths: list[str] | None, how: str, temperature: float, seed: float | None) -> tuple:
         """(HTML, rows of name, caption and least certainty, CSV file) of many files; what can't be read is listed."""
         readable, failed = [], []
         for path in (paths or [])[:MAX_IMAGES]:
@@ -71,7 +75,7 @@ class Page:
                 failed.append(show_error(error, path))
         if len(paths or []) > MAX_IMAGES:
             failed.append(show_error(UserError(f"{len(paths)} files: the first {MAX_IMAGES} are taken"), ""))
-        described = self.caption.describe(readable, greedy=how == "greedy") if readable else []
+        described = self.caption.describe(readable, **self.choose_tokens(how, temperature, seed)) if readable else []
         rows = [
             [Path(path).name, what.text, f"{min([part.certainty for part in what.sentences], default=0):.2f}"]
             for path, what in zip(readable, described, strict=True)
@@ -146,7 +150,7 @@ def make_page(page: Page, title: str, upload_mb: int):
             told = gr.HTML(elem_id="told")
             table = gr.Dataframe(headers=["name", "caption", "least certainty"], interactive=False, wrap=True)
             download = gr.File(label="captions.csv", interactive=False)
-            files.change(page.try_folder, [files, how], [told, table, download], **alone)
+            files.change(page.try_folder, [files, how, temperature, seed], [told, table, download], **alone)
     return blocks
 
 

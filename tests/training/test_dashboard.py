@@ -43,6 +43,13 @@ def test_curves_of_captions_say_of_how_many(figures, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("step", [0, 3])
+def test_captions_of_an_earlier_run_of_the_name_go(tmp_path, step):
+    (tmp_path / "captions.md").write_text("# after epoch 1")
+    RunLog(tmp_path).on_train_begin(None, SimpleNamespace(global_step=step), None)
+    assert (tmp_path / "captions.md").exists() == (step > 0)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_captions_of_validation_images_leave_no_trace_in_training(training):
     """And the captioner gets ready once, before the first of them."""
