@@ -91,6 +91,8 @@ def open_run(config: TrainConfig, device: torch.device) -> Run | None:
     before = ask_main(find_unfinished, output, state, config.run.resume, config.run.overwrite)
     folder = ask_main(choose_folder, config.run.run_name, before)
     ask_main(prepare_output, output)
+    if before is None and (output / "run.json").is_file():
+        print(f"note: {output} has a finished adapter, which this run replaces at its end; --output FOLDER keeps both")
     state["run_dir"] = str(folder)
     state["wandb_id"] = (before or {}).get("wandb_id") or uuid.uuid4().hex[:8]
     state["micro_batch"] = (before or {}).get("micro_batch") or config.training.per_device_train_batch_size

@@ -1,5 +1,7 @@
 """What a run shows of itself: the curves."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 

@@ -176,6 +176,15 @@ def test_a_finished_run_that_is_resumed_keeps_its_card_as_it_is(tmp_path):
     assert (tmp_path / "README.md").read_text() == "edited by hand"
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_that_will_replace_an_adapter_says_so(folder, capsys, finished):
+    if finished:
+        Path("out").mkdir()
+        Path("out/run.json").write_text("{}")
+    run.open_run(make_config(TrainConfig, output=Path("out"), wandb="disabled"), torch.device("cpu"))
+    assert ("out has a finished adapter, which this run replaces" in capsys.readouterr().out) == finished
+
+
 # --------------------------------------------------------------------------------------------------------------
 # signals
 
