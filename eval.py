@@ -76,12 +76,13 @@ def main(config: EvalConfig) -> None:
         predictions, facts, unlabelled = read_facts(predictions, config.labels, origin, asdict(config.reading))
         names = [prediction.name for prediction in predictions]
         training, of_bdd100k = read_training_captions(origin, names), is_bdd100k(origin, names)
-        signature = found.signature | {"facts": "labels" if config.labels else "references"}
+        facts_from = ("labels" if config.labels else "references") if facts else None
+        signature = found.signature | ({"facts": facts_from} if facts else {})
         try:
             scores = score_predictions(predictions, signature, facts, training, of_bdd100k)  # those of the floors too
         except ValueError as error:
             raise UserError(f"{found.file}: {error}") from None
-        scores |= {"left_out": dict(incomplete + unlabelled + found.left_out), "facts_from": signature["facts"]}
+        scores |= {"left_out": dict(incomplete + unlabelled + found.left_out), "facts_from": facts_from}
         scores |= {"trained_with": origin and origin.to_json()}
         scores |= {"predictions": str(found.file), "config": flatten(config)}
 

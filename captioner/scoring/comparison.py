@@ -13,14 +13,15 @@ from statistics import mean, stdev
 import numpy as np
 from scipy.special import stdtrit
 
-from captioner.bdd100k.parsing import parse_caption, read_caption
+from captioner.bdd100k.parsing import read_caption
 from captioner.scoring import bootstrap, fact_metrics, text_metrics
 from captioner.scoring.bootstrap import BOOTSTRAP_SEED, LEVEL, RESAMPLES, Metric, Rides
+from captioner.scoring.grammar import find_facts
 from captioner.scoring.headlines import HEADLINES, MORE
 from captioner.scoring.predictions import Prediction, find_ride
 from captioner.scoring.scores import FEW, SCHEMA_VERSION
 
-COMPARED = ("facts", "corpus_bleu", "cider_d", "rouge_l", "hallucination")  # groups of scores
+COMPARED = ("facts", "corpus_bleu", "cider_d", "rouge_l", "hallucination")  # groups of scores, if they are measured
 SIDES = ("one", "other")
 System = Sequence[Sequence[Prediction]]  # the rows of each of its files
 
@@ -37,16 +38,17 @@ def compare_predictions(one: System, other: System, resamples: int = RESAMPLES) 
     check_references(files, names)
     rows = [files[0][name] for name in names]
     references = [row.references for row in rows]
-    facts = [parse_caption(texts[0]) for texts in references]
+    facts = find_facts([texts[0] for texts in references])
     sets = {str(place): [rows[name].prediction for name in names] for place, rows in enumerate(files)}
     measured = text_metrics.measure_texts(references, sets)
     for name, texts in sets.items():
-        groups = measured[name] | fact_metrics.measure_facts(list(map(read_caption, texts)), facts)
-        measured[name] = {group: groups[group] for group in COMPARED}
+        if facts:
+            measured[name] |= fact_metrics.measure_facts(list(map(read_caption, texts)), facts)
+        measured[name] = {group: measured[name][group] for group in COMPARED if group in measured[name]}
     measures = list(measured.values())
     sides = measures[: len(one)], measures[len(one) :]
     rides, compared = Rides([find_ride(row) for row in rows], resamples), {}
-    for group in COMPARED:
+    for group in measures[0]:
         first, second = ([groups[group] for groups in side] for side in sides)
         most = max(len(first), len(second))
         figures = bootstrap.compare_metrics(join_files(first, most), join_files(second, most), rides)

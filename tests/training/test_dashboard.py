@@ -4,15 +4,18 @@ import pytest
 import torch
 
 from captioner.blip2.captioning import GreedyCaptioner
-from captioner.training.dashboard import PANELS, ValidationCaptions, plot_dashboard
+from captioner.training.dashboard import ValidationCaptions, choose_panels, plot_dashboard
 
 
-def test_each_panel_has_its_curves(figures, tmp_path):
-    keys = [key for curves in PANELS.values() for key in curves]
+@pytest.mark.parametrize("by_facts", [True, False])
+def test_each_panel_has_its_curves(figures, tmp_path, by_facts):
+    panels = choose_panels([{"val_facts_f1": 0.5}] if by_facts else [])
+    assert ("facts" in " ".join(panels)) == by_facts
+    keys = [key for curves in panels.values() for key in curves]
     records = [{"step": step, **dict.fromkeys(keys, 1 / step)} for step in (1, 2, 3)]
     plot_dashboard(records, tmp_path / "dashboard.png")
     [figure] = figures
-    for axis, (title, curves) in zip(figure.axes, PANELS.items(), strict=True):
+    for axis, (title, curves) in zip(figure.axes, panels.items(), strict=True):
         assert axis.get_title() == title
         assert len(axis.lines) == len(curves)
         labels = [text.get_text() for text in axis.get_legend().get_texts()] if axis.get_legend() else []
