@@ -360,16 +360,16 @@ def test_a_caption_with_a_sentence_of_its_own_is_free(text):
 def test_free_captions_are_held_against_all_their_references(capsys):
     """As the text metrics do it, each by itself; the report ranks images by what CIDEr-D says of each."""
     references = [[text, FREE[(n + 1) % 3]] for n, text in enumerate(FREE)] * 8
-    rows = [Prediction(f"{n}.jpg", FREE[(n + n // 12) % 3], texts) for n, texts in enumerate(references)]
+    rows = [Prediction(f"{n}.jpg", FREE[(n + n // 8) % 3], texts) for n, texts in enumerate(references)]
     scores = score_predictions(rows, {}, resamples=20)
     texts = [row.prediction for row in rows]
     for group, metric in text_metrics.measure_texts(references, {"said": texts})["said"].items():
         for name, value in text_metrics.score(metric).items():
             assert scores["scores"][group][name]["value"] == pytest.approx(value)
-    assert scores["scores"]["rouge_l"]["ROUGE-L"]["value"] > 0.99, "the second reference counts as the first does"
     shown = [row.score for row in make_rows(rows, None)]
+    assert min(shown[:16]) > max(shown[16:]), "like the first reference, like the second, like neither"
     assert np.mean(shown) == pytest.approx(scores["scores"]["cider_d"]["CIDEr-D"]["value"])
-    assert "CIDEr-D" in scores["notes"][0]
+    assert "BLEU-4 is known to lie between" in scores["notes"][0]
     print_scores(scores)
     printed = capsys.readouterr().out
     assert f"{scores['scores']['cider_d']['CIDEr-D']['value']:.2f}" in printed
