@@ -35,7 +35,7 @@ def count_tokens(captions: list[str]) -> tuple[Counter[int], str]:
 
 
 def main(config: PipelineConfig) -> None:
-    check_replaceable(config.output)
+    check_replaceable(config.output, "--output")
     run_dir = name_run(config.run_name, "-labels")
     with lock_folder(run_dir, "--run-name"):
         report = caption_labels(config.source, find_labels(config), config.output, run_dir)

@@ -29,22 +29,16 @@ from datetime import date
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from captioner.data.images import find_images, index_images
+from captioner.data.images import name_images
 from captioner.data.splits import choose_examples
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import lock_folder, name_run, write_json
 from captioner.runtime.processes import ask_main, go_on_alone
 from captioner.runtime.settings import flatten
-from captioner.scoring.comparison import compare_predictions
+from captioner.scoring.comparison import compare_files
 from captioner.scoring.console import print_captions, print_comparison, print_left_out, print_scores
-from captioner.scoring.origin import find_origin, is_bdd100k, read_training_captions
-from captioner.scoring.predictions import (
-    Prediction,
-    is_frame_name,
-    read_predictions,
-    read_references,
-    write_predictions,
-)
+from captioner.scoring.origin import find_origin, is_bdd100k, read_origin_split
+from captioner.scoring.predictions import Prediction, add_rides, read_predictions, read_references, write_predictions
 from captioner.scoring.reference_facts import read_facts
 from captioner.scoring.report import make_gallery, make_rows, write_report
 from captioner.scoring.scores import score_predictions
@@ -67,28 +61,24 @@ def main(config: EvalConfig) -> None:
             return compare(config, run_dir)
         if config.images and not config.predictions:
             return caption_own_images(config, run_dir)
-
         found = read_file(config) if config.predictions else caption_split(config, run_dir)
         go_on_alone()
-        references = read_references(config.references) if config.references else None
-        predictions, incomplete = read_predictions(found.file, references)
+        predictions, incomplete = read_predictions(found.file, config.references and read_references(config.references))
         origin = find_origin(config.adapter, config.predictions)
         predictions, facts, unlabelled = read_facts(predictions, config.labels, origin, asdict(config.reading))
         names = [prediction.name for prediction in predictions]
-        training, of_bdd100k = read_training_captions(origin, names), is_bdd100k(origin, names)
+        training, groups = read_origin_split(origin, names)
+        predictions, of_bdd100k = add_rides(predictions, groups), is_bdd100k(origin, names)
         facts_from = ("labels" if config.labels else "references") if facts else None
         signature = found.signature | ({"facts": facts_from} if facts else {})
         try:
             scores = score_predictions(predictions, signature, facts, training, of_bdd100k)  # those of the floors too
         except ValueError as error:
             raise UserError(f"{found.file}: {error}") from None
-        scores |= {"left_out": dict(incomplete + unlabelled + found.left_out), "facts_from": facts_from}
-        scores |= {"trained_with": origin and origin.to_json()}
-        scores |= {"predictions": str(found.file), "config": flatten(config)}
-
+        scores.update(left_out=dict(incomplete + unlabelled + found.left_out), facts_from=facts_from)
+        scores.update(trained_with=origin and origin.to_json(), predictions=str(found.file), config=flatten(config))
         write_json(run_dir / "scores.json", scores)
-        title = f"{found.title}, {date.today()}"
-        write_report(run_dir / "report.html", title, make_rows(predictions, facts), found.images, scores)
+        write_report(run_dir / "report.html", found.title, make_rows(predictions, facts), found.images, scores)
         print_captions(predictions, config.show)
         print_scores(scores)
         print(f"predictions in {found.file}; scores.json and report.html in {run_dir}")
@@ -105,30 +95,23 @@ def caption_split(config: EvalConfig, run_dir: Path) -> Found:
     examples, left_out = ask_main(choose_examples, config)
     with make_captioner(config, len(examples)) as captioner:
         rows, unreadable = caption_examples(captioner, examples, config.model_floors)
-        signature = {"split": config.split, **captioner.describe_way()}
-    signature |= {"model": "base" if config.base else "fine-tuned"} | ({"images": "black"} if config.blank else {})
+        way = {"split": config.split, **captioner.describe_way()}
+    way |= {"model": "base" if config.base else "fine-tuned"} | ({"images": "black"} if config.blank else {})
     model = "the base of " * config.base + config.adapter.resolve().name
-    title = f"{model} on the {config.split} split, {signature['decoding']}" + ", black images" * config.blank
-    references = {example.name: list(example.captions) for example in examples}
-    rides = {example.name: None if is_frame_name(example.name) else example.group or None for example in examples}
-    predictions = [Prediction(name, text, references[name], seen, rides[name]) for name, (text, seen) in rows.items()]
+    title = f"{model} on the {config.split} split, {way['decoding']}{', black images' * config.blank}, {date.today()}"
+    captioned = [(example, *rows[example.name]) for example in examples if example.name in rows]
+    predictions = [Prediction(e.name, text, list(e.captions), floors) for e, text, floors in captioned]
+    predictions = add_rides(predictions, {example.name: example.group for example in examples})
     ask_main(write_predictions, file := run_dir / "predictions.jsonl", predictions)
     print_left_out(unreadable)
     left_out += Counter({"unreadable images": len(unreadable)})
-    images = {example.name: example.image for example in examples}
-    return Found(file, title, images, signature, left_out)
+    return Found(file, title, {example.name: example.image for example in examples}, way, left_out)
 
 
 def read_file(config: EvalConfig) -> Found:
     """The predictions of --predictions, with the images of --images."""
-    images = {}
-    for path in config.images:
-        images |= dict(find_images([path]))
-        if path.is_dir():
-            images |= {name: files[0] for name, files in index_images(path).items()}  # by the bare file name too
-    return Found(
-        config.predictions, config.predictions.name, images, {"split": "unknown", "decoding": "unknown"}, Counter()
-    )
+    title, signature = f"{config.predictions.name}, {date.today()}", {"split": "unknown", "decoding": "unknown"}
+    return Found(config.predictions, title, name_images(config.images), signature, Counter())
 
 
 def make_captioner(config: EvalConfig, count: int):
@@ -158,16 +141,9 @@ def caption_own_images(config: EvalConfig, run_dir: Path) -> None:
 def compare(config: EvalConfig, run_dir: Path) -> None:
     """Print how two predictions files differ, and whether by chance."""
     go_on_alone()
-    references = read_references(config.references) if config.references else None
     one, other = (config.compare, config.against) if config.against else (config.compare[:1], config.compare[1:])
-    sides = [[read_predictions(path, references)[0] for path in paths] for paths in (one, other)]
-    try:
-        compared = compare_predictions(*sides)
-    except ValueError as error:
-        raise UserError(f"--compare {' '.join(map(str, (*one, *other)))}: {error}") from None
-    files = {"one": list(map(str, one)), "other": list(map(str, other))}
-    write_json(run_dir / "comparison.json", compared | {"files": files})
-    print_comparison(compared, one, other)
+    write_json(run_dir / "comparison.json", compared := compare_files(one, other, config.references))
+    print_comparison(compared)
     print(f"comparison.json in {run_dir}")
 
 

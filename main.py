@@ -81,8 +81,8 @@ def train(config: TrainConfig, choose_way: Callable[..., PlainWay]) -> None:
         if run.is_main:
             print(f"adapter saved to {config.run.output} after {time.perf_counter() - start:.0f} s")
             publish(config)
-        if run.is_main and not config.check:
-            print("next: python eval.py" + (" --demo" if config.demo else f" --adapter {config.run.output}"))
+            if not config.check:
+                print("next: python eval.py" + (" --demo" if config.demo else f" --adapter {config.run.output}"))
 
 
 def choose_way(config: TrainConfig, model_config, device: torch.device) -> PlainWay:

@@ -47,12 +47,11 @@ class Page:
     def __init__(self, caption):
         self.caption = caption  # what load_captioner gave
 
-    def try_image(self, path: str | None, how: str, temperature: float, seed: float) -> tuple:
+    def try_image(self, path: str | None, how: str, temperature: float, seed: float | None) -> tuple:
         """(image, HTML after fine-tuning, HTML before) of one file; an error in place of the first HTML."""
         if path is None:
             return None, "", ""
-        self.caption.seed = int(seed)
-        options = {"greedy": how == "greedy", "temperature": temperature}
+        options = self.choose_tokens(how, temperature, seed)
         try:
             image = open_image(Path(path))
             after, before = (self.caption.describe(path, finetuned=tuned, **options) for tuned in (True, False))
@@ -60,7 +59,12 @@ class Page:
             return None, show_error(error, path), ""
         return image, show_description(after), show_description(before)
 
-    def try_folder(self, paths: list[str] | None, how: str) -> tuple:
+    def choose_tokens(self, how: str, temperature: float, seed: float | None) -> dict:
+        """Options of a caption; an empty field stands for the seed 0."""
+        self.caption.seed = int(seed or 0)
+        return {"greedy": how == "greedy", "temperature": temperature}
+
+    def try_folder(self, paths: list[str] | None, how: str, temperature: float, seed: float | None) -> tuple:
         """(HTML, rows of name, caption and least certainty, CSV file) of many files; what can't be read is listed."""
         readable, failed = [], []
         for path in (paths or [])[:MAX_IMAGES]:
@@ -71,7 +75,7 @@ class Page:
                 failed.append(show_error(error, path))
         if len(paths or []) > MAX_IMAGES:
             failed.append(show_error(UserError(f"{len(paths)} files: the first {MAX_IMAGES} are taken"), ""))
-        described = self.caption.describe(readable, greedy=how == "greedy") if readable else []
+        described = self.caption.describe(readable, **self.choose_tokens(how, temperature, seed)) if readable else []
         rows = [
             [Path(path).name, what.text, f"{min([part.certainty for part in what.sentences], default=0):.2f}"]
             for path, what in zip(readable, described, strict=True)
@@ -102,8 +106,8 @@ def write_table(rows: list[list[str]]) -> str:
     return str(path)
 
 
-def make_page(page: Page, title: str):
-    """The page as gradio's Blocks."""
+def make_page(page: Page, title: str, upload_mb: int):
+    """The page as gradio's Blocks; of a larger upload than `upload_mb` MiB gradio itself says no more than Error."""
     import gradio as gr
 
     def pick_example(event: gr.SelectData) -> str:
@@ -117,7 +121,11 @@ def make_page(page: Page, title: str):
             temperature = gr.Slider(0.1, 1.5, value=0.7, step=0.1, label="temperature (sampled)")
             seed = gr.Number(page.caption.seed, precision=0, label="seed (sampled)")
         with gr.Tab("One image"):
-            file = gr.File(label="drop or pick an image", file_count="single", elem_id="upload")
+            file = gr.File(
+                label=f"drop or pick an image, JPEG or PNG of at most {upload_mb} MB",
+                file_count="single",
+                elem_id="upload",
+            )
             examples = gr.Gallery(
                 list(map(str, EXAMPLES)),
                 label="or one of these, which no training has seen",
@@ -142,7 +150,7 @@ def make_page(page: Page, title: str):
             told = gr.HTML(elem_id="told")
             table = gr.Dataframe(headers=["name", "caption", "least certainty"], interactive=False, wrap=True)
             download = gr.File(label="captions.csv", interactive=False)
-            files.change(page.try_folder, [files, how], [told, table, download], **alone)
+            files.change(page.try_folder, [files, how, temperature, seed], [told, table, download], **alone)
     return blocks
 
 
@@ -155,7 +163,7 @@ def serve(config: AppConfig, blocking: bool = True):
     from captioner.blip2.captioning import load_captioner
 
     page = Page(load_captioner(config.adapter, seed=config.seed))
-    blocks = make_page(page, f"Driving scenes: {config.adapter.name}")
+    blocks = make_page(page, f"Driving scenes: {config.adapter.name}", config.max_upload_mb)
     blocks.launch(
         server_name=config.host,
         server_port=config.port,
@@ -164,6 +172,7 @@ def serve(config: AppConfig, blocking: bool = True):
         ssr_mode=False,
         prevent_thread_lock=not blocking,
         footer_links=[],
+        allowed_paths=[str(EXAMPLES[0].parent)],  # else gradio serves what lies below the current folder alone
         css=STYLE,
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
     )

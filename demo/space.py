@@ -10,7 +10,7 @@ from pathlib import Path
 
 from captioner.data.run_record import read_run
 from captioner.publishing.hub import stage_files
-from captioner.publishing.merge import check_adapter
+from captioner.publishing.records import check_adapter
 from captioner.runtime.errors import UserError
 
 ROOT = Path(__file__).parent.parent

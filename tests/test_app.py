@@ -50,13 +50,28 @@ def test_a_file_that_is_no_image_gets_an_error_without_folders(drawn, tmp_path):
 def test_a_folder_becomes_a_table_and_its_bad_files_are_listed(drawn, tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     paths = [str(path) for path in sorted((drawn / "images").iterdir())[:3]] + [str(tmp_path / "notes.txt")]
-    told, rows, table = Page(FakeCaptioner()).try_folder(paths, "greedy")
+    told, rows, table = Page(FakeCaptioner()).try_folder(paths, "greedy", 0.7, 1)
     assert "3 captions" in told and told.count('role="alert"') == 1 and "notes.txt" in told
     assert [row[2] for row in rows] == ["0.80"] * 3
     assert len(Path(table).read_text().splitlines()) == 4
-    assert Page(FakeCaptioner()).try_folder(None, "greedy")[1:] == ([], None)
-    many = Page(FakeCaptioner()).try_folder(paths[:1] * (MAX_IMAGES + 1), "greedy")
+    assert Page(FakeCaptioner()).try_folder(None, "greedy", 0.7, 1)[1:] == ([], None)
+    many = Page(FakeCaptioner()).try_folder(paths[:1] * (MAX_IMAGES + 1), "greedy", 0.7, 1)
     assert len(many[1]) == MAX_IMAGES and f"the first {MAX_IMAGES}" in many[0]
+
+
+def test_a_folder_is_sampled_as_the_fields_say(drawn):
+    """With the seed of the page, not with the one that an image before had; an emptied field is 0."""
+    path, asked = str(sorted((drawn / "images").iterdir())[0]), []
+
+    class Captioner(FakeCaptioner):
+        def describe(self, images, **options):
+            asked.append((self.seed, options["greedy"], options["temperature"]))
+            return super().describe(images, **options)
+
+    page = Page(Captioner())
+    page.try_folder([path], "sampled", 0.3, 7)
+    page.try_image(path, "sampled", 0.4, None)
+    assert asked == [(7, False, 0.3), (0, False, 0.4), (0, False, 0.4)]
 
 
 def test_a_space_holds_all_that_it_needs_and_no_path_of_this_machine(undisturbed, tmp_path, monkeypatch):
@@ -153,4 +168,5 @@ def test_an_upload_is_captioned_and_a_hostile_file_gets_a_clear_error(browser, p
     assert "hostile.jpg: not readable as an image" in wait_for(browser, "#after", "hostile.jpg")
     assert browser.execute_script("return window.broken ?? 0") == 0
     upload(browser, large)
-    wait_for(browser, "body", "exceeds")
+    wait_for(browser, "#upload", "Error")
+    assert "at most 1 MB" in wait_for(browser, "#upload", "drop or pick")

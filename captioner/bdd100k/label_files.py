@@ -41,7 +41,7 @@ from captioner.bdd100k.frames import DEFAULT_OPTIONS, BadFile, BadFrame, LabelOp
 from captioner.bdd100k.label_report import LabelReport
 from captioner.runtime.errors import UserError, get_or_none
 from captioner.runtime.files import is_inside
-from captioner.runtime.processes import pick_start
+from captioner.runtime.processes import count_all_cores, pick_start
 
 LABEL_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".zip")
 
@@ -238,19 +238,18 @@ def _run_jobs(run: Callable[[_Job], _Result], jobs: Sequence[_Job]) -> Iterator[
     Processes take jobs themselves and answer through a pipe each, so that this one has little to do beside them. Of
     the large files that can't be cut one is read at a time, which may need three times its size in memory.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers, total = min(cores, len(jobs)), sum(job.size for job in jobs)
+    workers, total = min(count_all_cores(), len(jobs)), sum(job.size for job in jobs)
     if len(jobs) < 2 or total < PIECE:
         yield from map(run, jobs)
         return
     step = max(1, min(32, PIECE * len(jobs) // (total + 1)))  # many small files at once
     context = multiprocessing.get_context(pick_start())
-    taken, memory, processes = context.Value("q", 0), context.Lock(), {}
+    taken, processes, run = context.Value("q", 0), {}, functools.partial(_run_job, run, context.Lock())
     try:
         for _ in range(workers):
             answer, send = context.Pipe(duplex=False)
             inherited = [*processes, answer] if context.get_start_method() == "fork" else []
-            process = context.Process(target=_work, args=(run, jobs, step, taken, memory, send, inherited), daemon=True)
+            process = context.Process(target=_work, args=(run, jobs, step, taken, send, inherited), daemon=True)
             process.start()
             send.close()
             processes[answer] = process
@@ -261,9 +260,7 @@ def _run_jobs(run: Callable[[_Job], _Result], jobs: Sequence[_Job]) -> Iterator[
             process.join()
 
 
-def _work(
-    run: Callable[[_Job], _Result], jobs: Sequence[_Job], step: int, taken, memory, send, inherited: list
-) -> None:
+def _work(run: Callable[[_Job], _Result], jobs: Sequence[_Job], step: int, taken, send, inherited: list) -> None:
     """What a process does: take the next `step` jobs and send (number of the first, results) until none are left.
 
     What goes wrong, beyond what is wrong with a file, is sent too.
@@ -280,16 +277,18 @@ def _work(
         if first >= len(jobs):
             return
         try:
-            results = []
-            for job in jobs[first : first + step]:
-                with memory if _is_large(job) else nullcontext():
-                    results.append(run(job))
-            send.send((first, results))
+            send.send((first, list(map(run, jobs[first : first + step]))))
         except BrokenPipeError:
             return
         except Exception as error:
             send.send((first, f"{type(error).__name__}: {error}".strip(": ")))
             return
+
+
+def _run_job(run: Callable[[_Job], _Result], memory, job: _Job) -> _Result:
+    """run(job), for which a large job must have the lock `memory`."""
+    with memory if _is_large(job) else nullcontext():
+        return run(job)
 
 
 def _is_large(job: _Job) -> bool:

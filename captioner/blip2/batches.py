@@ -50,10 +50,8 @@ def prepare_pixels(image: Image.Image, processor: Blip2Processor) -> Tensor:
 def list_values(image_processor) -> np.ndarray:
     """(3, 256) pixel values that the processor makes of each level of each channel."""
     levels = np.arange(256, dtype=np.uint8).reshape(1, 256, 1).repeat(3, axis=2)  # an image of 256 x 1
-    made = image_processor(Image.fromarray(levels), do_resize=False, return_tensors="np")["pixel_values"][
-        0
-    ]  # (3, 1, 256)
-    return np.ascontiguousarray(made[:, 0], dtype=np.float32)
+    made = image_processor(Image.fromarray(levels), do_resize=False, return_tensors="np")["pixel_values"]
+    return np.ascontiguousarray(made[0, :, 0], dtype=np.float32)  # of (1, 3, 1, 256)
 
 
 def end_token(model_config) -> int:

@@ -53,15 +53,14 @@ def caption_folder(
         if config.generation.batch_size is None and earlier.way:
             generation = dataclasses.replace(config.generation, batch_size=int(earlier.way["batch"]))
             config = dataclasses.replace(config, generation=generation)
-        with make_captioner(config, len(images)) as captioner, explain_writing(path, REMEDY):
+        with make_captioner(config, len(images)) as captioner:
             ask_main(_note_way, config, run_dir, earlier, captioner.describe_way())
-            with open(path, "a", encoding="utf-8") as file:
-                pairs = list(images.items())
-                for rows in captioner.map_batches(pairs, captioner.caption, unreadable, earlier.captions.keys()):
-                    new = [(name, caption) for name, caption in rows if name not in earlier.captions]
-                    finished |= dict(new)
+            pairs = list(images.items())
+            for rows in captioner.map_batches(pairs, captioner.caption, unreadable, earlier.captions.keys()):
+                new = [(name, caption) for name, caption in rows if name not in earlier.captions]
+                finished |= dict(new)
+                with explain_writing(path, REMEDY), open(path, "a", encoding="utf-8") as file:
                     file.writelines(format_row(name, caption) for name, caption in new)
-                    file.flush()
     return FolderCaptions(images, {name: finished[name] for name in images if name in finished}, unreadable)
 
 
@@ -69,7 +68,10 @@ def _open(config: EvalConfig, run_dir: Path) -> tuple[dict[str, Path], Earlier]:
     """The images of --images by name, and what an earlier run has done."""
     images = dict(find_images(config.images))
     run_dir.mkdir(parents=True, exist_ok=True)
-    earlier = read_earlier(run_dir / "captions.jsonl", describe_settings(config))
+    path, table = run_dir / "captions.jsonl", run_dir / "captions.csv"
+    if table.exists() and not path.exists():
+        raise UserError(f"{table}: was written by another script; take another --run-name")
+    earlier = read_earlier(path, describe_settings(config))
     if earlier.captions:
         done = sum(name in earlier.captions for name in images)
         print(f"{done:,} of {len(images):,} images were captioned before")

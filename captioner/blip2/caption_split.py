@@ -65,6 +65,10 @@ def find_nearest(captioner: Captioner, examples: Sequence[Example]) -> dict[str,
         for rows in captioner.map_batches(images, lambda _, outputs: captioner.encode(outputs), {}):
             features |= rows
     known = [example for example in training if example.name in features]
+    if not known:
+        raise UserError(
+            f"--model-floors: none of the {len(training):,} training images can be read; give --images-root"
+        )
     table = np.stack([features[example.name] for example in known])  # (N, D)
     readable = [example for example in examples if example.name in features]
     return {e.name: known[int((table @ features[e.name]).argmax())].caption for e in readable}

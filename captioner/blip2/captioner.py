@@ -42,6 +42,11 @@ class Captioner:
         self.model, self.processor, self.generation = load_finetuned(config.adapter, pick_device(), config.base)
         if config.generation.max_new_tokens is not None:
             self.generation.max_new_tokens = config.generation.max_new_tokens
+            room = self.model.config.text_config.max_position_embeddings - self.model.config.num_query_tokens - 1
+            if config.generation.max_new_tokens > room:
+                raise UserError(
+                    f"--max-new-tokens {config.generation.max_new_tokens}: the model has room for {room}; take fewer"
+                )
         self.vision = take_vision_out(self.model)
 
     def _prepare(self, images: int) -> None:

@@ -51,8 +51,11 @@ def write_captions(path: Path, rows: Iterable[tuple[str, str]]) -> int:
     return count
 
 
-def check_replaceable(path: Path) -> None:
-    """Raise UserError if `path` is a file that write_captions has not written, and that it would replace."""
+def check_replaceable(path: Path, flag: str) -> None:
+    """Raise UserError if `path` is a file that write_captions has not written, and that it would replace.
+
+    `flag` is what led to the path.
+    """
     if not path.exists() or not path.stat().st_size:
         return
     try:
@@ -61,7 +64,7 @@ def check_replaceable(path: Path) -> None:
     except (OSError, ValueError, csv.Error):
         header, rows = None, []
     if header != CSV_HEADER or not all(len(row) == 2 and not read_caption(row[1]).unread for row in rows):
-        raise UserError(f"--output {path}: is there, and is no file of captions made from labels; name another file")
+        raise UserError(f"{flag} {path}: is there, and is no file of captions made from labels; take another {flag}")
 
 
 def find_labels(config: PipelineConfig | TrainConfig) -> Sequence[Path]:

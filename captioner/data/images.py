@@ -7,7 +7,7 @@ import functools
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 from unicodedata import normalize
@@ -210,6 +210,8 @@ def match_images(
     """
     rows = captions.groupby("name", sort=False).agg({"caption": list, "group": "first"})
     images = locate_images(rows.index, folder, index)
+    if len(set(images.values())) < len(images):
+        _refuse_second_names(images)
     examples = [
         Example(name, images[name], texts[0], group, tuple(texts[1:]))
         for name, texts, group in rows.itertuples()
@@ -225,6 +227,15 @@ def match_images(
             raise UserError(f"{told}, more than {most_missing:.0%}: is it complete? The first: {names}")
         print(f"{told} and are left out")
     return examples
+
+
+def _refuse_second_names(images: Mapping[str, Path]) -> NoReturn:
+    """Raise UserError for an image with two names: it might be in two splits."""
+    names: dict[Path, str] = {}
+    for name, image in images.items():
+        if image in names:
+            raise UserError(f"{image}: captions name it {names[image]!r} and {name!r}; give it one name")
+        names[image] = name
 
 
 def _explain_no_match(names: Sequence[str], folder: Path) -> NoReturn:
@@ -263,7 +274,22 @@ def find_images(paths: Sequence[Path]) -> list[tuple[str, Path]]:
             found = {path.name: path}
         else:
             raise UserError(f"{path}: no such image or folder; --images takes images and folders of them")
-        if twice := found.keys() & images.keys():
-            raise UserError(f"{path}: {sorted(twice)[0]} came before; give the folder above both instead")
+        twice = [name for name in found.keys() & images.keys() if not found[name].samefile(images[name])]
+        if twice:
+            raise UserError(f"{path}: {min(twice)} came before; give the folder above both instead")
         images |= found
     return list(images.items())
+
+
+def name_images(paths: Sequence[Path]) -> dict[str, Path]:
+    """{name: file} of the images in `paths`, by the names that find_images gives them and by their file names.
+
+    A name that several files have stands for none of them.
+    """
+    by_path: dict[str, set[Path]] = {}
+    by_file: dict[str, set[Path]] = {}
+    for path in paths:
+        for name, file in find_images([path]):
+            by_path.setdefault(name, set()).add(file)
+            by_file.setdefault(normalize("NFC", file.name), set()).add(file)
+    return {name: min(files) for name, files in {**by_file, **by_path}.items() if len(files) == 1}

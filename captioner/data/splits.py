@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 from unicodedata import normalize
 
-from captioner.data.captions import LEADS_OUT, Example, caption_labels, find_labels
+from captioner.data.captions import LEADS_OUT, Example, caption_labels, check_replaceable, find_labels
 from captioner.data.images import IMAGE_SUFFIXES, find_image_folder, index_images, locate_images, match_images
 from captioner.data.run_record import explain_adapter, read_run
 from captioner.runtime.errors import UserError, escape_controls
@@ -27,15 +27,7 @@ TRAINED_ON = ("train", "val")  # splits whose images training sees
 MAX_UNREADABLE = 0.05  # share of the images that may be unreadable
 LISTED = 10  # of them that are listed
 FRAME_NAME = re.compile(r"[0-9a-f]{8}-[0-9a-f]{8}(\.\w+)?")  # of BDD100K
-
-
-SPLIT_COLUMNS = [
-    "name",
-    "split",
-    "image",
-    "raw_caption",
-    "group",
-]  # of split.csv
+SPLIT_COLUMNS = ["name", "split", "image", "raw_caption", "group"]  # of split.csv
 
 
 def ride_of(name: str) -> str:
@@ -121,9 +113,10 @@ def caption_frames(config: TrainConfig, labels: Sequence[Path], images: Path, ru
     """The examples of labels, by way of a captions file in the run folder."""
     from captioner.data.caption_files import read_captions  # here: who reads a split does without pandas
 
-    index = index_images(images)  # before captions are written: a wrong folder is told at once
-    caption_labels(config.source, labels, run_dir / "captions.csv", run_dir)
-    captions = read_captions(run_dir / "captions.csv")
+    index, path = index_images(images), run_dir / "captions.csv"  # before captions are written: a wrong folder is told
+    check_replaceable(path, "--run-name")
+    caption_labels(config.source, labels, path, run_dir)
+    captions = read_captions(path)
     return match_images(captions.assign(group=captions["name"].map(ride_of)), images, index=index)
 
 

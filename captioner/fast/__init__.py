@@ -1,8 +1,5 @@
 """What exists for speed alone. The program gives the same without it, later.
 
-use_fast_step(config, model, device) -> bool                 # speed: whether training by it is wanted and possible
-speed_up(config, model) -> Trainer's class, collator, loss   # trainer: in the place of CaptionTrainer and its own
-FastCaptioner(config, count)                                 # captioning: in the place of Captioner
-FastGreedyCaptioner(processor, generation, count)            # captioning: in the place of GreedyCaptioner
-keep_features(file, limit, images) -> {image: (P, D)}        # features: the frozen ViT's outputs, in a file
+FastWay(config, model_config, device)        # door: in the place of PlainWay, for main.py
+FastCaptioner(config, images)                # captioning: in the place of Captioner, for eval.py
 """

@@ -58,7 +58,7 @@ class FastCaptioner(Captioner):
     def _load(self) -> None:
         super()._load()
         folder = None
-        if self.config.fast.fast != "off" and not self.config.blank:
+        if not self.config.blank:
             folder = find_folder(self.config.fast.features, self.config.adapter, self.model.device)
         self.features = folder and FeatureFile(folder, self.vision, self.model.config.vision_config, self.processor)
 

@@ -189,7 +189,8 @@ class FeatureFile:
         """
         found, used = self.look_up(images), {number for number, _ in self.read_index().values()}
         damaged = {row.number for row in found if row.number is not None and not row.intact}
-        free = (number for number in itertools.count() if number not in used - damaged)
+        intact = used - damaged
+        free = (number for number in itertools.count() if number not in intact)
         rows = [row if row.intact else row._replace(number=next(free)) for row in found]
         count = 1 + max([*used, *(row.number for row in rows)], default=-1)
         with explain_writing(self.folder, REMEDY):

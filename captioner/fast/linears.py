@@ -49,7 +49,7 @@ def read_weight(base: nn.Linear) -> Tensor:
 
 
 def has_joined(layers: Sequence[nn.Module]) -> bool:
-    """Whether weights.join_weights has put the layers' weights side by side."""
+    """Whether speed.join_weights has put the layers' weights side by side."""
     return bool(layers) and hasattr(get_base(layers[0]), "joined")
 
 

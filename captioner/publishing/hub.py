@@ -17,9 +17,8 @@ from huggingface_hub import HfApi, get_token
 from captioner.data.captions import Example
 from captioner.data.run_record import read_run
 from captioner.data.splits import read_split
-from captioner.publishing.merge import check_adapter
 from captioner.publishing.model_card import format_card
-from captioner.publishing.records import ADAPTER, name_base, read_scores, strip_paths
+from captioner.publishing.records import ADAPTER, check_adapter, name_base, read_scores, strip_paths
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import read_json
 

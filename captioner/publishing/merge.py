@@ -5,15 +5,22 @@ merge_adapter(Path("blip2-finetuned"), Path("blip2-finetuned-merged"))   # needs
 
 import hashlib
 import json
-import os
-import re
 import shutil
 from pathlib import Path
 
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, Blip2ForConditionalGeneration, GenerationConfig
+
+from captioner.blip2.loading import load_pretrained, load_processor
+from captioner.blip2.lora import LORA_TARGETS
+from captioner.blip2.trust import check_adapter_folder
 from captioner.data.run_record import read_run
-from captioner.publishing.records import ADAPTER, take_names
+from captioner.publishing.records import check_adapter, take_names
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write, measure_free, read_json, split_revision
+from captioner.runtime.machine import measure_memory
 
 MERGED = "merged.json"  # what tells a folder that merge_adapter wrote from any other
 MERGING_MARGIN = 1_000_000_000  # bytes beside the weights; a model of 3.2 GB took 0.3 GB more than that in memory
@@ -26,15 +33,6 @@ def merge_adapter(folder: Path, output: Path) -> None:
     name only when all is written. Raises UserError when `output` holds anything but an earlier merged model, when disk
     or memory are too small, or when base or adapter can't be read.
     """
-    import torch
-    from peft import PeftModel
-    from safetensors import SafetensorError
-    from transformers import GenerationConfig
-
-    from captioner.blip2.loading import load_processor
-    from captioner.blip2.lora import LORA_TARGETS
-    from captioner.blip2.trust import check_adapter_folder
-
     check_adapter(folder)
     output = output.resolve()
     check_replaceable(output)
@@ -60,15 +58,6 @@ def merge_adapter(folder: Path, output: Path) -> None:
         raise UserError(f"{folder}: can't be merged into {source} and written to {output} ({reason})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_adapter(folder: Path) -> None:
-    missing = [name for name in (*ADAPTER, "run.json") if not (folder / name).is_file()]
-    if missing:
-        raise UserError(
-            f"{folder}: no fine-tuned model in it ({missing[0]} is missing); train one with python main.py --output "
-            f"{folder}"
-        )
 
 
 def check_replaceable(output: Path) -> None:
@@ -102,11 +91,6 @@ def write_merged(merged: Path, folder: Path, run: dict) -> None:
 
 def count_parameters(source: str) -> int:
     """Parameters of a BLIP-2 checkpoint, by its config.json."""
-    import torch
-    from transformers import AutoConfig, Blip2ForConditionalGeneration
-
-    from captioner.blip2.loading import load_pretrained
-
     with torch.device("meta"):
         return sum(p.numel() for p in Blip2ForConditionalGeneration(load_pretrained(AutoConfig, source)).parameters())
 
@@ -114,41 +98,22 @@ def count_parameters(source: str) -> int:
 def check_room(output: Path, size: int) -> None:
     """Raise UserError unless a model of `size` bytes can be written at `output`, and be held in memory."""
     parent = next(parent for parent in output.parents if parent.exists())
-    disk, memory = measure_free(parent), find_free_memory()
+    disk, memory = measure_free(parent), measure_memory()
     need = size + MERGING_MARGIN
     if disk is not None and disk < need:
         raise UserError(
             f"{parent}: {disk / 1e9:.1f} GB free, the merged model needs {need / 1e9:.1f} GB; free some space, or "
             "merge into a folder elsewhere"
         )
-    if memory is not None and memory < need:
+    if memory < need:
         raise UserError(
             f"{memory / 1e9:.1f} GB of memory free, merging in float32 needs {need / 1e9:.1f} GB; close other "
             "programs, or merge on a larger machine"
         )
 
 
-def find_free_memory() -> int | None:
-    """Bytes of memory that programs can still have: on Linux what the kernel says, elsewhere all there is, or None."""
-    try:
-        available = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-        if available:
-            return int(available[1]) * 1024
-    except OSError:
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # Windows has no sysconf
-        return None
-
-
 def load_unquantised(source: str):
     """The base model in float32 on the CPU."""
-    import torch
-    from transformers import Blip2ForConditionalGeneration
-
-    from captioner.blip2.loading import load_pretrained
-
     model, loading = load_pretrained(
         Blip2ForConditionalGeneration, source, output_loading_info=True, dtype=torch.float32
     )

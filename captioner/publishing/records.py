@@ -14,6 +14,16 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 PATH_FIELDS = name_paths(TrainConfig) | name_paths(EvalConfig)
 
 
+def check_adapter(folder: Path) -> None:
+    """Raise UserError unless the folder has an adapter that main.py wrote."""
+    missing = [name for name in (*ADAPTER, "run.json") if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder}: no fine-tuned model in it ({missing[0]} is missing); train one with python main.py --output "
+            f"{folder}"
+        )
+
+
 def read_scores(folder: Path) -> dict | None:
     """scores.json of the folder; None where there is none, or where it isn't of this adapter, or of another version."""
     if not (folder / "scores.json").is_file():

@@ -71,7 +71,7 @@ def pick_start() -> str:
 
 def count_cores() -> int:
     """Cores for this process: its share, where a launcher has started several on this machine."""
-    return max(1, _count_cores() // count_processes())
+    return max(1, count_all_cores() // count_processes())
 
 
 def count_processes() -> int:
@@ -79,7 +79,8 @@ def count_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def _count_cores() -> int:
+def count_all_cores() -> int:
+    """Cores for a process that works while the others of its run wait or have ended."""
     try:
         return len(os.sched_getaffinity(0))
     except (AttributeError, OSError):  # not on Windows and macOS

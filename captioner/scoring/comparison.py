@@ -1,6 +1,6 @@
 """How two systems differ, each of one or several predictions files: the content of comparison.json. No torch.
 
-    compared = compare_predictions([run_1, run_2], [other_1, other_2])
+    compared = compare_files([run_1, run_2], [other_1, other_2])     # paths
 
 Several files of one system are those of its other seeds of training: a score of the system is that of all its captions
 together, and how far its files lie apart is what training leaves to chance.
@@ -8,22 +8,44 @@ together, and how far its files lie apart is what training leaves to chance.
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
 from scipy.special import stdtrit
 
 from captioner.bdd100k.parsing import read_caption
+from captioner.runtime.errors import UserError
 from captioner.scoring import bootstrap, fact_metrics, text_metrics
 from captioner.scoring.bootstrap import BOOTSTRAP_SEED, LEVEL, RESAMPLES, Metric, Rides
 from captioner.scoring.grammar import find_facts
 from captioner.scoring.headlines import HEADLINES, MORE
-from captioner.scoring.predictions import Prediction, find_ride
+from captioner.scoring.predictions import Prediction, find_ride, read_predictions, read_references
 from captioner.scoring.scores import FEW, SCHEMA_VERSION
 
 COMPARED = ("facts", "corpus_bleu", "cider_d", "rouge_l", "hallucination")  # groups of scores, if they are measured
 SIDES = ("one", "other")
 System = Sequence[Sequence[Prediction]]  # the rows of each of its files
+
+
+def compare_files(one: Sequence[Path], other: Sequence[Path], references: Path | None = None) -> dict:
+    """What compare_predictions says of the predictions files of two systems, and "files".
+
+    The references in the file `references`, if given, stand in for those of the predictions files. Prints what is left
+    out of each. Raises UserError for files that can't be compared.
+    """
+    known, sides = read_references(references) if references else None, ([], [])
+    for paths, side in zip((one, other), sides, strict=True):
+        for path in paths:
+            rows, left_out = read_predictions(path, known)
+            side.append(rows)
+            for reason, count in left_out.items():
+                print(f"left out of {path}: {count:,} {reason}")
+    files = {name: list(map(str, paths)) for name, paths in zip(SIDES, (one, other), strict=True)}
+    try:
+        return compare_predictions(*sides) | {"files": files}
+    except ValueError as error:
+        raise UserError(f"--compare {' '.join(map(str, (*one, *other)))}: {error}") from None
 
 
 def compare_predictions(one: System, other: System, resamples: int = RESAMPLES) -> dict:
@@ -36,8 +58,7 @@ def compare_predictions(one: System, other: System, resamples: int = RESAMPLES) 
     if not names:
         raise ValueError("the files share no image")
     check_references(files, names)
-    rows = [files[0][name] for name in names]
-    references = [row.references for row in rows]
+    references = [files[0][name].references for name in names]
     facts = find_facts([texts[0] for texts in references])
     sets = {str(place): [rows[name].prediction for name in names] for place, rows in enumerate(files)}
     measured = text_metrics.measure_texts(references, sets)
@@ -47,7 +68,8 @@ def compare_predictions(one: System, other: System, resamples: int = RESAMPLES) 
         measured[name] = {group: measured[name][group] for group in COMPARED if group in measured[name]}
     measures = list(measured.values())
     sides = measures[: len(one)], measures[len(one) :]
-    rides, compared = Rides([find_ride(row) for row in rows], resamples), {}
+    tell_rides = [next((rows[name] for rows in files if rows[name].ride), files[0][name]) for name in names]
+    rides, compared = Rides([find_ride(row) for row in tell_rides], resamples), {}
     for group in measures[0]:
         first, second = ([groups[group] for groups in side] for side in sides)
         most = max(len(first), len(second))

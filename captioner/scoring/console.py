@@ -1,7 +1,6 @@
 """Scores, captions and comparisons as printed."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from captioner.runtime.errors import escape_controls
 from captioner.scoring.headlines import HEADLINES, RANKED_BY, choose_headlines
@@ -68,9 +67,9 @@ def print_captions(predictions: Sequence[Prediction], count: int) -> None:
         print(escape_controls(f"\n{prediction.name}\n  prediction: {prediction.prediction}{references}"))
 
 
-def print_comparison(compared: dict, one: Sequence[Path], other: Sequence[Path]) -> None:
-    for name, paths in (("A", one), ("B", other)):
-        print(f"{name} {', '.join(map(str, paths))}")
+def print_comparison(compared: dict) -> None:
+    one, other = compared["files"]["one"], compared["files"]["other"]
+    print(f"A {', '.join(one)}\nB {', '.join(other)}")
     print(f"{compared['n']:,} images of {compared['rides']:,} rides that all of these captioned")
     for name, count in (("A", compared["only_in_one"]), ("B", compared["only_in_other"])):
         if count:

@@ -1,7 +1,7 @@
 """Where predictions come from: the training run behind them, and what its record and split say. No torch.
 
 origin = find_origin(Path("blip2-finetuned"), Path("logs/run/predictions.jsonl"))
-training = read_training_captions(origin, names)
+training, groups = read_origin_split(origin, names)
 """
 
 import csv
@@ -14,15 +14,8 @@ from captioner.data.run_record import read_run
 from captioner.runtime.errors import UserError
 from captioner.scoring.predictions import is_frame_name
 
-KEPT = (
-    "demo",
-    "captions",
-    "class_names",
-    "lanes",
-    "merge_duplicates",
-    "min_box_size",
-    "without_scene",
-)  # settings, in scores.json
+# settings, in scores.json
+KEPT = ("demo", "captions", "class_names", "lanes", "merge_duplicates", "min_box_size", "without_scene")
 
 
 class Origin(NamedTuple):
@@ -34,7 +27,8 @@ class Origin(NamedTuple):
 
     def to_json(self) -> dict:
         """What scores.json keeps of it."""
-        return {"record": str(self.record), **{name: self.config[name] for name in KEPT if name in self.config}}
+        kept = {name: self.config[name] for name in KEPT if name in self.config}
+        return {"record": str(self.record), "adapter": str(self.adapter), **kept}
 
 
 def find_origin(adapter: Path, predictions: Path | None = None) -> Origin | None:
@@ -60,24 +54,30 @@ def _read_scores(predictions: Path) -> Origin | None:
     record = predictions.with_name("scores.json")
     try:
         scores = json.loads(record.read_text(encoding="utf-8"))
-        if Path(scores["predictions"]).name != predictions.name or not isinstance(scores["trained_with"], dict):
+        kept = scores["trained_with"]
+        if Path(scores["predictions"]).name != predictions.name or not isinstance(kept, dict):
             return None
-        return Origin(record, scores["trained_with"], Path(scores["config"]["adapter"]))
+        return Origin(record, kept, Path(kept.get("adapter") or scores["config"]["adapter"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
-def read_training_captions(origin: Origin | None, names: Collection[str]) -> list[str] | None:
-    """The captions that the run was trained on; None unless all images `names` are of its other splits."""
+def read_origin_split(origin: Origin | None, names: Collection[str]) -> tuple[list[str] | None, dict[str, str]]:
+    """The captions that the run was trained on, and {name: group} of its other images.
+
+    (None, {}) unless all images `names` are among those others.
+    """
     if origin is None:
-        return None
+        return None, {}
     try:
         with open(origin.adapter / "split.csv", encoding="utf-8", newline="") as file:
-            rows = [(row["name"], row["split"], row["raw_caption"]) for row in csv.DictReader(file)]
+            rows = [(r["name"], r["split"], r["raw_caption"], r.get("group") or "") for r in csv.DictReader(file)]
     except (OSError, KeyError, UnicodeDecodeError, csv.Error):
-        return None
-    held_out = {name for name, split, _ in rows if split != "train"}
-    return [caption for _, split, caption in rows if split == "train"] if held_out.issuperset(names) else None
+        return None, {}
+    held_out = {name: group for name, split, _, group in rows if split != "train"}
+    if not held_out.keys() >= set(names):
+        return None, {}
+    return [caption for _, split, caption, _ in rows if split == "train"], held_out
 
 
 def is_bdd100k(origin: Origin | None, names: Collection[str]) -> bool:

@@ -68,6 +68,20 @@ def find_ride(prediction: Prediction) -> str:
     return prediction.ride or (ride_of(name) if is_frame_name(name) else name)
 
 
+def add_rides(predictions: Iterable[Prediction], groups: Mapping[str, str]) -> list[Prediction]:
+    """The predictions, with the rides that `groups`, by name, tell of images whose names and rows tell none.
+
+    A group that is named as its image is one of its own, and tells nothing of rides.
+    """
+    told = []
+    for row in predictions:
+        group = groups.get(row.name, "")
+        if not row.ride and not is_frame_name(row.name) and group not in ("", row.name, Path(row.name).stem):
+            row = row._replace(ride=group)
+        told.append(row)
+    return told
+
+
 def read_predictions(path: Path, references: dict[str, list[str]] | None = None) -> tuple[list[Prediction], Counter]:
     """The predictions of a file that have a reference, and how many were left out, by reason.
 

@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from captioner.bdd100k.parsing import mark_caption, read_caption
 from captioner.data.images import FORMATS, MAX_PIXELS
 from captioner.runtime.errors import go_on_without
 from captioner.runtime.files import atomic_write
+from captioner.runtime.processes import count_all_cores
 from captioner.scoring.fact_metrics import count_right
 from captioner.scoring.grammar import find_facts
 from captioner.scoring.headlines import HEADLINES, MORE, RANKED_BY, TEXT_HEADLINES
@@ -174,7 +174,7 @@ def make_all_thumbnails(paths: Sequence[Path | None], side: int, quality: int) -
     def make(path: Path | None) -> str | None:
         return None if path is None else make_thumbnail(path, side, quality)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads do: Pillow lets go of the lock while it works
+    with ThreadPoolExecutor(count_all_cores()) as pool:  # threads do: Pillow lets go of the lock while it works
         made = pool.map(make, paths)
         return list(tqdm(made, desc="thumbnails", total=len(paths), unit="image"))
 

@@ -14,7 +14,7 @@ from config import TrainConfig
 
 
 def make_arguments(config: TrainConfig, device: torch.device) -> TrainingArguments:
-    """The Trainer's settings, but for the frames a pass (see set_micro_batch and EVAL_BATCH)."""
+    """The Trainer's settings, but for the frames a pass (see set_micro_batch and train_lora)."""
     dtype = pick_dtype(device)
     arguments = TrainingArguments(
         output_dir=str(checkpoint_folder(config.run.output)),

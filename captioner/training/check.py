@@ -130,6 +130,7 @@ def make_trial(config: TrainConfig, folder: Path) -> TrainConfig:
         overwrite=False,
         merge=False,
         push_to_hub=None,
+        push_captions=None,
         logging_steps=1,
         val_captions=1,
         wandb="disabled",

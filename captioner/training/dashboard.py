@@ -74,6 +74,8 @@ class RunLog(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         with explain_writing(self.run_dir, REMEDY):
             self.run_dir.mkdir(parents=True, exist_ok=True)
+            if not state.global_step:  # of an earlier run of this name
+                (self.run_dir / "captions.md").unlink(missing_ok=True)
         self.records = read_records(self.path, state.global_step)
         with atomic_write(self.path) as file:
             file.writelines(json.dumps(record) + "\n" for record in self.records)

@@ -84,11 +84,11 @@ class SealedTrainer(Trainer):
 
     def _load_best_model(self):
         self.accelerator.wait_for_everyone()
-        best = self.state.best_model_checkpoint
-        with share_folder(Path(best)) as here:
+        best = Path(self.args.output_dir, Path(self.state.best_model_checkpoint).name)  # the run may have been moved
+        with share_folder(best) as here:
             self.state.best_model_checkpoint = str(here)
             super()._load_best_model()
-        self.state.best_model_checkpoint = best
+        self.state.best_model_checkpoint = str(best)
 
 
 @contextmanager

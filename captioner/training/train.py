@@ -3,6 +3,7 @@
 import gc
 import math
 import multiprocessing
+import shlex
 import shutil
 import signal
 import sys
@@ -89,6 +90,7 @@ def try_to_train(run: Run, build: partial) -> CaptionTrainer | None:
     if done and done == steps:  # only the saving was left to do
         trainer.state = ask_main(TrainerState.load_from_json, str(checkpoint / "trainer_state.json"))
         trainer._load_best_model()
+        trainer.results = {"epoch": trainer.state.epoch}
         return trainer
     batches = math.ceil(len(trainer.train_dataset) / (state["micro_batch"] * arguments.world_size))
     steps_per_epoch = math.ceil(batches / arguments.gradient_accumulation_steps)
@@ -99,7 +101,8 @@ def try_to_train(run: Run, build: partial) -> CaptionTrainer | None:
             trainer.results = drop_parts(output.metrics, done)
             return trainer
     except Stopped:
-        command = " ".join(["python main.py", *(flag for flag in sys.argv[1:] if flag != "--resume"), "--resume"])
+        flags = [flag for flag in sys.argv[1:] if flag not in ("--resume", "--overwrite")]
+        command = shlex.join(["python", "main.py", *flags, "--resume"])
         print(f"saved after step {trainer.state.global_step:,} of {trainer.state.max_steps:,}; go on with\n{command}")
         sys.exit(128 + trainer.pace.signal if trainer.pace.signal else 0)
     except LOADER_ERRORS as error:

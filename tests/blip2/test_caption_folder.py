@@ -101,6 +101,16 @@ def test_another_batch_size_is_taken_and_told(start, capsys):
     assert "note: captions before were made with {'batch': '4'" in capsys.readouterr().out
 
 
+def test_captions_that_training_wrote_are_not_overwritten(start):
+    Path("run").mkdir()
+    Path("run/captions.csv").write_text("name,raw_caption\na.jpg,A car.\n")
+    with pytest.raises(UserError, match=r"run/captions\.csv: was written by another script; take another --run-name"):
+        start("run")
+    start("own")
+    Path("own/captions.csv").write_text("name,prediction\n")
+    start("own")  # its own is written again
+
+
 @pytest.mark.parametrize("change", [{"greedy": True}, {"seed": 1}, {"base": True}, {"max_new_tokens": 3}])
 def test_other_settings_are_refused(start, change):
     start("run", stop_after=1)

@@ -9,10 +9,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from captioner.data.captions import Example, write_captions
-from captioner.data.images import find_images, index_images, locate_images, match_images, open_image, tell_once
-from captioner.data.splits import choose_examples, find_images_root, read_split, ride_of, split_by_ride, write_splits
+from captioner.data.images import (
+    find_images,
+    index_images,
+    locate_images,
+    match_images,
+    name_images,
+    open_image,
+    tell_once,
+)
+from captioner.data.splits import (
+    choose_examples,
+    find_images_root,
+    prepare_splits,
+    read_split,
+    ride_of,
+    split_by_ride,
+    write_splits,
+)
 from captioner.runtime.errors import UserError
-from config import EvalConfig, make_config
+from config import EvalConfig, TrainConfig, make_config
 
 SHARES = {"train": 0.6, "val": 0.28, "test": 0.12}
 rides = st.dictionaries(st.integers(0, 2**32 - 1), st.integers(1, 9), min_size=3, max_size=60)
@@ -115,6 +131,41 @@ def test_a_name_in_either_form_of_unicode_finds_its_image(tmp_path):
 
 def tabulate(captions):
     return pd.DataFrame(captions, columns=["name", "caption"]).assign(split="", group="")
+
+
+def test_an_image_that_captions_name_twice_is_refused(tmp_path):
+    """It might be trained on and tested on."""
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(UserError, match=r"a\.jpg: captions name it 'a\.jpg' and 'a'; give it one name"):
+        match_images(tabulate([("a.jpg", "x"), ("a", "y")]), tmp_path)
+
+
+def test_captions_that_another_script_wrote_are_not_overwritten(drawn, tmp_path):
+    """As those of eval.py --images, under the --run-name that training is given."""
+    (tmp_path / "captions.csv").write_text("name,prediction\na.jpg,A car.\n")
+    config = make_config(TrainConfig, labels=(drawn / "labels.json",), images=drawn / "images")
+    with pytest.raises(UserError, match=r"--run-name .*captions\.csv: is there, and is no file of captions made from"):
+        prepare_splits(config, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["captions.csv"]
+
+
+def test_an_image_is_named_by_its_path_and_its_file_name(tmp_path):
+    paths = [tmp_path / name for name in ("1.jpg", "a/1.jpg", "a/2.jpg", "b/3.jpg", "c/3.jpg")]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    named = {str(path.relative_to(tmp_path)): path for path in paths} | {"2.jpg": paths[2]}  # two are called 3.jpg
+    assert name_images([tmp_path]) == name_images([tmp_path, paths[0]]) == named
+    assert name_images([tmp_path / "b", tmp_path / "c"]) == {}
+
+
+def test_an_image_that_is_given_twice_is_captioned_once(tmp_path):
+    (tmp_path / "a").mkdir()
+    for image in (tmp_path / "1.jpg", tmp_path / "a/1.jpg"):
+        image.touch()
+    assert find_images([tmp_path / "1.jpg", tmp_path / "1.jpg"]) == [("1.jpg", tmp_path / "1.jpg")]
+    with pytest.raises(UserError, match=r"a/1\.jpg: 1\.jpg came before; give the folder above both"):
+        find_images([tmp_path / "1.jpg", tmp_path / "a/1.jpg"])
 
 
 def test_captions_without_an_image_are_counted(tmp_path, capsys):

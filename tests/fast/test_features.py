@@ -194,6 +194,12 @@ def test_captions_are_the_same(folder, trained, model, processor, images, monkey
     assert "outputs of" not in said
 
 
+def test_more_tokens_than_the_model_has_positions_are_refused(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    with pytest.raises(UserError, match=r"--max-new-tokens 9999: the model has room for \d+"):
+        eval.main(make_config(EvalConfig, num_samples=1, max_new_tokens=9999, fast="on", run_name="long"))
+
+
 def test_captioning_finds_what_training_kept(folder, settings, capsys, monkeypatch):
     """Processor and model of the adapter's folder give the same key as those of the checkpoint."""
     monkeypatch.setattr(features, "list_folders", lambda setting, output, device: [Path(f"{output}-features")])

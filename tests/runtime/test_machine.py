@@ -362,3 +362,9 @@ def test_no_control_character_of_the_labels_or_images_reaches_the_terminal(capsy
     )
     out = capsys.readouterr().out
     assert not set("\x1b\x07") & set(out) and out.count("a\\x1b]0;title\\x07.jpg") == 2
+
+
+def test_processes_of_a_run_share_the_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert (processes.count_cores(), processes.count_all_cores()) == (2, 8)

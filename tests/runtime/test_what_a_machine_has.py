@@ -1,5 +1,6 @@
 """What is free on a machine, and what a run makes of it."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +33,10 @@ def test_memory_is_that_of_the_machine_or_its_container(small):
     assert measure_memory() == 6 * 2**30  # 3 GiB are used, one of which the kernel gives back
     small("1000\n")
     assert measure_memory() == 0
+
+
+def test_this_machine_has_memory():
+    assert 10**8 < measure_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_no_more_workers_than_cores(small):

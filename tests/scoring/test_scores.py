@@ -6,6 +6,7 @@ import os
 import random
 import re
 import threading
+from pathlib import Path
 
 import fastjsonschema
 import numpy as np
@@ -23,11 +24,11 @@ from captioner.bdd100k.wording import describe
 from captioner.data.captions import Example
 from captioner.runtime.errors import UserError
 from captioner.scoring import fact_metrics, text_metrics
-from captioner.scoring.comparison import compare_predictions
+from captioner.scoring.comparison import compare_files, compare_predictions
 from captioner.scoring.console import print_scores
 from captioner.scoring.grammar import find_facts
-from captioner.scoring.origin import find_origin, read_training_captions
-from captioner.scoring.predictions import Prediction, read_predictions, read_references, write_predictions
+from captioner.scoring.origin import find_origin, read_origin_split
+from captioner.scoring.predictions import Prediction, add_rides, read_predictions, read_references, write_predictions
 from captioner.scoring.reference_facts import read_facts
 from captioner.scoring.report import make_rows
 from captioner.scoring.scores import score_predictions
@@ -603,6 +604,22 @@ def test_files_with_other_references_are_not_compared():
         compare_predictions([one], [[one[0], one[1]._replace(references=["z"])]])
 
 
+def test_rides_are_known_if_one_of_the_files_tells_them():
+    """Somebody else's file, first on the command line, has none; that of eval.py has."""
+    rows = [Prediction(f"{place}.jpg", RIGHT, [RIGHT], ride=str(place // 4)) for place in range(40)]
+    theirs = [row._replace(ride=None) for row in rows]
+    for one, other in ((theirs, rows), (rows, theirs)):
+        assert compare_predictions([one], [other], resamples=5)["rides"] == 10
+
+
+def test_what_is_left_out_of_a_comparison_is_told(references, tmp_path, capsys):
+    rows = predict(references)
+    for name, part in (("a", rows), ("b", [*rows, Prediction("unknown.jpg", "x", [])])):
+        write_predictions(tmp_path / name, part)
+    assert compare_files([tmp_path / "a"], [tmp_path / "b"])["n"] == len(rows)
+    assert capsys.readouterr().out == f"left out of {tmp_path / 'b'}: 1 predictions without a reference\n"
+
+
 def test_several_files_a_side_tell_the_chance_of_training():
     """Two seeds of one system a tenth apart, two of the other alike: the spread, and an interval over seeds beside."""
     rows = [Prediction(f"{place:08x}-00000000.jpg", RIGHT, [RIGHT]) for place in range(40)]
@@ -662,7 +679,7 @@ def test_labels_are_read_as_the_run_read_them(without_lanes, drawn):
     assert "labels are read as run.json says: class names det20, lanes False" in said
     assert re.search(r"^12 frames used, 0 left out", said, re.MULTILINE)
     assert scores["trained_with"] == {
-        "record": "run.json", "demo": False, "class_names": "det20", "lanes": False, "min_box_size": 0,
+        "record": "run.json", "adapter": ".", "demo": False, "class_names": "det20", "lanes": False, "min_box_size": 0,
     }  # fmt: skip
     assert [item["what"] for item in scores["published"]] == ["weather", "scene"]  # no demo, and BDD100K's names
     overridden, said = score_labels(without_lanes, drawn, "--lanes", "True")
@@ -701,8 +718,41 @@ def test_floors_are_those_of_the_training_split_where_the_images_are_of_another(
         with open(without_lanes / "split.csv", "w", newline="") as file:
             csv.writer(file).writerows([["name", "split", "image", "raw_caption"], *split[len(train) :], *train])
         origin = find_origin(without_lanes, without_lanes / "p.jsonl")
-        assert read_training_captions(origin, [row.name for row in rows]) == found
-    assert read_training_captions(None, []) is None
+        assert read_origin_split(origin, [row.name for row in rows])[0] == found
+    assert read_origin_split(None, []) == (None, {})
+
+
+def test_scores_of_scores_tell_of_the_same_adapter(without_lanes, drawn):
+    """Scored again under the run's own name, without --adapter: the record must not come to name another adapter."""
+    (without_lanes / "adapter").mkdir()
+    (without_lanes / "run.json").rename(without_lanes / "adapter/run.json")
+    score_labels(without_lanes, drawn, "--adapter", "adapter")
+    (without_lanes / "logs/r/scores.json").rename(without_lanes / "scores.json")
+    for _ in range(2):
+        scores, _ = score_labels(without_lanes, drawn)
+        assert scores["trained_with"]["adapter"] == "adapter"
+        (without_lanes / "logs/r/scores.json").rename(without_lanes / "scores.json")
+    assert find_origin(without_lanes / "another", without_lanes / "p.jsonl").adapter == Path("adapter")
+
+
+def test_rides_are_those_of_the_split_where_names_tell_none(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"model": "base"}}))
+    split = [
+        ["1.jpg", "film"],
+        ["2.jpg", "2.jpg"],
+        ["3.jpg", "3"],
+        ["0a1b2c3d-00000000.jpg", "film"],
+        ["4.jpg", "film"],
+    ]
+    with open(tmp_path / "split.csv", "w", newline="") as file:
+        rows = [[name, "test", name, RIGHT, group] for name, group in split]
+        csv.writer(file).writerows([["name", "split", "image", "raw_caption", "group"], *rows])
+    predictions = [Prediction(name, "x", [RIGHT], ride="mine" if name == "4.jpg" else None) for name, _ in split]
+    names = [row.name for row in predictions]
+    training, groups = read_origin_split(find_origin(tmp_path), names)
+    assert training == []
+    assert [row.ride for row in add_rides(predictions, groups)] == ["film", None, None, None, "mine"]
+    assert read_origin_split(find_origin(tmp_path), [*names, "5.jpg"]) == (None, {})
 
 
 def test_several_files_a_side_on_the_command_line(references, tmp_path):

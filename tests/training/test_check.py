@@ -31,6 +31,12 @@ def test_an_unfinished_run_is_left_alone(folder, settings):
     assert [path for path in folder.rglob("*") if path.is_file()] == [kept] and kept.read_text() == "{}"
 
 
+def test_the_trial_publishes_nothing(tmp_path):
+    asked = make_config(TrainConfig, merge=True, push_to_hub="some/one", push_captions="some/captions")
+    run = make_trial(asked, tmp_path).run
+    assert (run.merge, run.push_to_hub, run.push_captions) == (False, None, None)
+
+
 def test_what_the_run_would_refuse_is_refused(folder, settings):
     with pytest.raises(UserError, match="nothing"):
         main.main(make_config(TrainConfig, **settings | {"images": Path("nothing")}, check=True))

@@ -80,6 +80,13 @@ def test_each_epoch_is_scored_by_what_its_references_say(figures, tmp_path, caps
     assert ("facts" in titles) == (not free) and "captions (n = 2)" in titles
 
 
+@pytest.mark.parametrize("step", [0, 3])
+def test_captions_of_an_earlier_run_of_the_name_go(tmp_path, step):
+    (tmp_path / "captions.md").write_text("# after epoch 1")
+    RunLog(tmp_path).on_train_begin(None, SimpleNamespace(global_step=step), None)
+    assert (tmp_path / "captions.md").exists() == (step > 0)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_captions_of_validation_images_leave_no_trace_in_training(training):
     """And the captioner gets ready once, before the first of them."""

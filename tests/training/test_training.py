@@ -50,10 +50,11 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(folder, settings, undisturbed
     """SIGTERM in the midst and at the end of an epoch; the command that goes on is named."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
         stop_at(patch, step)
+        patch.setattr(sys, "argv", ["main.py", "--images", "my images", "--overwrite"])
         train(settings)
     assert stopped.value.code == 128 + signal.SIGTERM
     said = capsys.readouterr().out
-    assert f"saved after step {step} of 6; go on with\npython main.py" in said and "--resume" in said
+    assert f"saved after step {step} of 6; go on with\npython main.py --images 'my images' --resume\n" in said
     assert train(settings, resume=True) == undisturbed[0]
     said = capsys.readouterr().out
     assert f"goes on after step {step} of 6" in said
@@ -65,6 +66,17 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(folder, settings, undisturbed
     assert sorted(record["step"] for record in records if "loss" in record) == list(
         range(1, 7)
     )  # none lost, none twice
+
+
+def test_a_run_that_was_moved_keeps_its_best_weights(folder, settings, undisturbed):
+    """Only the saving is left to do, of weights that a checkpoint names by the folder where it was."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, 2 * STEPS_PER_EPOCH)
+        train(settings, output=folder / "blip2-finetuned")
+    Path("elsewhere").mkdir()
+    shutil.move("blip2-finetuned", "elsewhere/blip2-finetuned")
+    os.chdir("elsewhere")
+    assert train(settings, resume=True) == undisturbed[0]
 
 
 def test_a_killed_run_goes_on_by_itself(folder, settings, undisturbed, scenes, tiny_checkpoint):

@@ -44,13 +44,13 @@ speed.FastStep.__call__ = fail
 """
 SENT_NAN = """
 from captioner.fast import speed
-real = speed.add_over_processes
-calls = iter(range(1000))  # two a step, first with the language model's gradients
-def add_over_processes(parts):
-    if rank == 1 and next(calls) == 2 * {steps}:
-        parts[0][0] = float("nan")
-    return real(parts)
-speed.add_over_processes = add_over_processes
+real = speed.FastStep.add_up
+calls = iter(range(1000))  # one a step
+def add_up(self, loss):
+    if rank == 1 and next(calls) == {steps}:
+        self.whole.grad[0] = float("nan")
+    return real(self, loss)
+speed.FastStep.add_up = add_up
 """
 PLAIN_NAN = """
 real = training.Trainer.training_step

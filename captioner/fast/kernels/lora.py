@@ -217,15 +217,13 @@ def _lora_backward(
     r = tl.arange(0, R)
     a_place = a + r[:, None] * width + column[None, :]
     weight0 = tl.load(a_place, is_column, 0.0)
-    weight1 = weight0
-    weight2 = weight0
+    weight1, weight2 = weight0, weight0
     if G > 1:
         weight1 = tl.load(a_place + R * width, is_column, 0.0)
     if G > 2:
         weight2 = tl.load(a_place + 2 * R * width, is_column, 0.0)
     sum0 = tl.zeros((R, COLUMNS), tl.float32)
-    sum1 = tl.zeros((R, COLUMNS), tl.float32)
-    sum2 = tl.zeros((R, COLUMNS), tl.float32)
+    sum1, sum2 = sum0, sum0
     first = tl.program_id(1) * height
     last = tl.minimum(first + height, rows)
     grad_x, x = grad_x + column[None, :], x + column[None, :]
