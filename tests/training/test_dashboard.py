@@ -1,10 +1,12 @@
 """What a run shows of itself: the curves."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from captioner.blip2.captioning import GreedyCaptioner
-from captioner.training.dashboard import PANELS, ValidationCaptions, plot_dashboard
+from captioner.training.dashboard import PANELS, RunLog, ValidationCaptions, plot_dashboard
 
 
 def test_each_panel_has_its_curves(figures, tmp_path):
