@@ -205,7 +205,7 @@ def test_full_disk_names_the_log(tmp_path, file):
         (tmp_path / name).symlink_to("/dev/full")
     writers = {
         "metrics.jsonl": lambda: log.add({"step": 1}),
-        "captions.md": lambda: dashboard.ValidationCaptions(log, [], 0, None).write(1, [], []),
+        "captions.md": lambda: dashboard.ValidationCaptions(log, [], 0, None).write(1, [], [], True),
         "dashboard.png": lambda: dashboard.plot_dashboard([], tmp_path / "dashboard.png"),
     }
     with pytest.raises(UserError, match=rf"{file}: can't be written .No space left.*--resume"):

@@ -244,7 +244,7 @@ def _run_jobs(run: Callable[[_Job], _Result], jobs: Sequence[_Job]) -> Iterator[
         return
     step = max(1, min(32, PIECE * len(jobs) // (total + 1)))  # many small files at once
     context = multiprocessing.get_context(pick_start())
-    taken, processes, run = context.Value("q", 0), {}, functools.partial(_run_job, run, context.Lock())
+    taken, processes, run = context.Value("q", 0), {}, functools.partial(_run_in_turn, run, context.Lock())
     try:
         for _ in range(workers):
             answer, send = context.Pipe(duplex=False)
@@ -285,7 +285,7 @@ def _work(run: Callable[[_Job], _Result], jobs: Sequence[_Job], step: int, taken
             return
 
 
-def _run_job(run: Callable[[_Job], _Result], memory, job: _Job) -> _Result:
+def _run_in_turn(run: Callable[[_Job], _Result], memory, job: _Job) -> _Result:
     """run(job), for which a large job must have the lock `memory`."""
     with memory if _is_large(job) else nullcontext():
         return run(job)

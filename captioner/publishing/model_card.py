@@ -18,8 +18,7 @@ from captioner.data.run_record import read_run
 from captioner.publishing.records import PATH_FIELDS, name_base, read_scores, strip_paths
 from captioner.runtime.files import atomic_write
 from captioner.runtime.settings import name_fields
-from captioner.scoring.headlines import HEADLINES
-from captioner.scoring.scores import RANKED_BY
+from captioner.scoring.headlines import RANKED_BY, choose_headlines
 from config import TrainConfig
 
 TEMPLATE = Path(__file__).with_suffix(".md")
@@ -102,7 +101,7 @@ def list_figures(scores: dict) -> str:
     """A table of headline scores with intervals, floors on the same images beside them."""
     sets = {"this model": scores["scores"], **{f"floor: {name}": groups for name, groups in scores["floors"].items()}}
     rows = []
-    for name, headline in HEADLINES.items():
+    for name, headline in choose_headlines(scores["scores"]).items():
         rows.append([headline.words, *(format_figure(headline.find(groups, name)) for groups in sets.values())])
     return make_table(["", *sets], rows)
 
@@ -127,7 +126,7 @@ def list_results(run: dict, scores: dict) -> list[EvalResult]:
     """The headline scores for the hub's model index; a score without a value is left out."""
     data_set = {"own": "own captions", "drawn": "drawn scenes", "bdd100k": "BDD100K"}[name_kind(run["config"])]
     results = []
-    for name, headline in HEADLINES.items():
+    for name, headline in choose_headlines(scores["scores"]).items():
         figure = headline.find(scores["scores"], name)
         if figure and figure["value"] is not None:
             results.append(
@@ -168,7 +167,7 @@ def describe_scoring(run: dict, scores: dict) -> str:
         said += f"; sampled at temperature {config['temperature']:g} and top-p {config['top_p']:g}"
     if run["config"].get("load_in_4bit"):
         said += "; the base model in NF4, as in training"
-    if "facts_from" in scores:
+    if scores.get("facts_from"):
         said += f"; facts held against those of the {scores['facts_from']}"
     return said
 

@@ -14,15 +14,16 @@ from statistics import mean, stdev
 import numpy as np
 from scipy.special import stdtrit
 
-from captioner.bdd100k.parsing import parse_caption, read_caption
+from captioner.bdd100k.parsing import read_caption
 from captioner.runtime.errors import UserError
 from captioner.scoring import bootstrap, fact_metrics, text_metrics
 from captioner.scoring.bootstrap import BOOTSTRAP_SEED, LEVEL, RESAMPLES, Metric, Rides
+from captioner.scoring.grammar import find_facts
 from captioner.scoring.headlines import HEADLINES, MORE
 from captioner.scoring.predictions import Prediction, find_ride, read_predictions, read_references
 from captioner.scoring.scores import FEW, SCHEMA_VERSION
 
-COMPARED = ("facts", "corpus_bleu", "cider_d", "rouge_l", "hallucination")  # groups of scores
+COMPARED = ("facts", "corpus_bleu", "cider_d", "rouge_l", "hallucination")  # groups of scores, if they are measured
 SIDES = ("one", "other")
 System = Sequence[Sequence[Prediction]]  # the rows of each of its files
 
@@ -58,17 +59,18 @@ def compare_predictions(one: System, other: System, resamples: int = RESAMPLES) 
         raise ValueError("the files share no image")
     check_references(files, names)
     references = [files[0][name].references for name in names]
-    facts = [parse_caption(texts[0]) for texts in references]
+    facts = find_facts([texts[0] for texts in references])
     sets = {str(place): [rows[name].prediction for name in names] for place, rows in enumerate(files)}
     measured = text_metrics.measure_texts(references, sets)
     for name, texts in sets.items():
-        groups = measured[name] | fact_metrics.measure_facts(list(map(read_caption, texts)), facts)
-        measured[name] = {group: groups[group] for group in COMPARED}
+        if facts:
+            measured[name] |= fact_metrics.measure_facts(list(map(read_caption, texts)), facts)
+        measured[name] = {group: measured[name][group] for group in COMPARED if group in measured[name]}
     measures = list(measured.values())
     sides = measures[: len(one)], measures[len(one) :]
     tell_rides = [next((rows[name] for rows in files if rows[name].ride), files[0][name]) for name in names]
     rides, compared = Rides([find_ride(row) for row in tell_rides], resamples), {}
-    for group in COMPARED:
+    for group in measures[0]:
         first, second = ([groups[group] for groups in side] for side in sides)
         most = max(len(first), len(second))
         figures = bootstrap.compare_metrics(join_files(first, most), join_files(second, most), rides)

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 
 from captioner.runtime.errors import escape_controls
-from captioner.scoring.headlines import HEADLINES
+from captioner.scoring.headlines import HEADLINES, RANKED_BY, choose_headlines
 from captioner.scoring.predictions import Prediction
-from captioner.scoring.scores import RANKED_BY
 
 WORST = 3  # slices that are printed
 
@@ -19,12 +18,14 @@ def print_left_out(unreadable: dict[str, str]) -> None:
 def print_scores(scores: dict) -> None:
     """Headline scores with the ends of their intervals, and the floors beneath."""
     rides = "" if scores["rides"] == scores["n"] else f" of {scores['rides']:,} rides"
-    print(f"\n{scores['n']:,} images{rides}. Shares of right facts, F1 for facts and objects; 95 % intervals")
-    print(f"{'':<26}" + "".join(f"{headline.title:>10}" for headline in HEADLINES.values()))
-    own = {name: headline.find(scores["scores"], name) for name, headline in HEADLINES.items()}
+    shown = choose_headlines(scores["scores"])
+    what = "Shares of right facts, F1 for facts and objects" if RANKED_BY in shown else "Likeness to the references"
+    print(f"\n{scores['n']:,} images{rides}. {what}; 95 % intervals")
+    print(f"{'':<26}" + "".join(f"{headline.title:>10}" for headline in shown.values()))
+    own = {name: headline.find(scores["scores"], name) for name, headline in shown.items()}
     digits = {name: choose_digits(figure) for name, figure in own.items()}
     for row, groups in {"predictions": scores["scores"], **scores["floors"]}.items():
-        figures = {name: headline.find(groups, name) for name, headline in HEADLINES.items()}
+        figures = {name: headline.find(groups, name) for name, headline in shown.items()}
         print(f"{row:<26}" + "".join(f"{format_value(figures[name]['value'], digits[name]):>10}" for name in figures))
         if row == "predictions":
             for end, title in (("low", "  from"), ("high", "  to")):
@@ -32,7 +33,7 @@ def print_scores(scores: dict) -> None:
     for group, title in {"corpus_bleu": "corpus BLEU", "reference_bleu": "reference protocol"}.items():
         figures = scores["scores"][group].items()
         print(f"{title:<26}" + "  ".join(f"{name} {figure['value']:.3f}" for name, figure in figures))
-    stating = [item for item in scores["slices"] if item["scores"][RANKED_BY]["value"] is not None]
+    stating = [item for item in scores.get("slices", ()) if item["scores"][RANKED_BY]["value"] is not None]
     if stating:
         worst = ", ".join(map(format_slice, stating[:WORST]))
         print(f"worst of {len(stating)} slices, {HEADLINES[RANKED_BY].title}: {worst}")

@@ -1,4 +1,7 @@
-"""The scores that are shown first, and what they are called: printed, in the report and in the model card."""
+"""The scores that are shown first, and what they are called: printed, in the report and in the model card.
+
+shown = choose_headlines(scores["scores"])
+"""
 
 from typing import NamedTuple
 
@@ -32,10 +35,21 @@ HEADLINES = {
 # Shown in the report, beneath those.
 MORE = {
     "boxed_f1": Headline("facts", "boxed", "boxed objects F1", "objects, lanes and drivable areas left out"),
-    "ROUGE-L": Headline("rouge_l", "ROUGE-L", "ROUGE-L", "longest common subsequence"),
-    "METEOR": Headline("meteor", "METEOR", "METEOR (nltk)", "words and their order"),
+    "ROUGE-L": Headline("rouge_l", "ROUGE-L", "ROUGE-L", "longest common subsequence", "rouge"),
+    "METEOR": Headline("meteor", "METEOR", "METEOR (nltk)", "words and their order", "meteor"),
     "CHAIRs": Headline("hallucination", "CHAIRs", "CHAIRs", "captions inventing objects; less is better"),
     "CHAIRi_boxed": Headline(
         "hallucination", "CHAIRi", "CHAIRi", "objects invented, lanes and drivable areas left out; less is better"
     ),
 }
+RANKED_BY = "facts_f1"  # the verdict, slices and images
+# Shown of captions that are scored as text alone. CIDEr-D comes first and is what the verdict and images are ranked by:
+# it is made for several references, and low for one caption that is said of all images.
+TEXT_HEADLINES = {name: (HEADLINES | MORE)[name] for name in ("CIDEr-D", "BLEU-4", "ROUGE-L", "METEOR")}
+
+
+def choose_headlines(groups: dict) -> dict[str, Headline]:
+    """The headlines of what scores.json has of a set of captions: with facts where facts were scored."""
+    if "facts" in groups:
+        return HEADLINES
+    return {name: headline for name, headline in TEXT_HEADLINES.items() if headline.find(groups, name)}

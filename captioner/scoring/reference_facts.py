@@ -16,8 +16,8 @@ from captioner.bdd100k.facts import Facts
 from captioner.bdd100k.frames import LabelOptions
 from captioner.bdd100k.label_files import read_labels
 from captioner.bdd100k.label_report import LabelReport
-from captioner.bdd100k.parsing import parse_caption
 from captioner.runtime.errors import UserError
+from captioner.scoring.grammar import count_of_grammar, find_facts
 from captioner.scoring.origin import Origin
 from captioner.scoring.predictions import Prediction, name_examples
 
@@ -44,15 +44,20 @@ def read_facts(
     labels: Sequence[Path] = (),
     origin: Origin | None = None,
     flags: Mapping[str, object] = MappingProxyType({}),
-) -> tuple[list[Prediction], list[Facts], Counter[str]]:
-    """The predictions that are scored, the facts of each, and how many are left out by reason.
+) -> tuple[list[Prediction], list[Facts] | None, Counter[str]]:
+    """The predictions that are scored, the facts of each, if there are any, and how many are left out by reason.
 
-    Facts are read in the first reference of each prediction, or from the label files `labels` if there are any, with
-    the options that choose_options finds; prints which, and what was read. Raises UserError when none of the
-    predictions has a label.
+    Facts are read in the first reference of each prediction, where find_facts finds any, or from the label files
+    `labels` if there are any, with the options that choose_options finds; prints which, and what was read. Raises
+    UserError when none of the predictions has a label.
     """
     if not labels:
-        return list(predictions), [parse_caption(prediction.references[0]) for prediction in predictions], Counter()
+        references = [prediction.references[0] for prediction in predictions]
+        facts, worded = find_facts(references), count_of_grammar(references)
+        if 0 < worded < len(references):
+            scored = "facts are scored" if facts else "too few for scores of facts"
+            print(f"{worded:,} of {len(references):,} references are in this project's wording: {scored}")
+        return list(predictions), facts, Counter()
     (options, told), report = choose_options(origin, flags), LabelReport()
     labelled = {frame.name: frame.facts for frame in read_labels(labels, report, options)}
     print(f"{told}\n{report}")

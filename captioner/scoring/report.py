@@ -28,11 +28,21 @@ from captioner.runtime.errors import go_on_without
 from captioner.runtime.files import atomic_write
 from captioner.runtime.processes import count_all_cores
 from captioner.scoring.fact_metrics import count_right
-from captioner.scoring.headlines import HEADLINES, MORE
+from captioner.scoring.grammar import find_facts
+from captioner.scoring.headlines import HEADLINES, MORE, RANKED_BY, TEXT_HEADLINES
 from captioner.scoring.predictions import Prediction
 from captioner.scoring.scores import slice_names
+from captioner.scoring.text_metrics import score_each_by_cider
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
+JUDGED = (
+    RANKED_BY,
+    "time_of_day",
+    "weather",
+    "scene",
+    "traffic_light",
+    "objects_f1",
+)  # the verdict is about
 VERDICTS = ("", "right", "wrong", "invented", "missing", "unread")
 MAX_BYTES = 50_000_000  # of the whole file; the thumbnails take what the text leaves
 
@@ -52,7 +62,7 @@ class ReportRow(NamedTuple):
     prediction: Pieces
     references: list[Pieces]
     slices: dict[str, str]  # facts of the reference to filter by, such as {"weather": "rainy"}
-    score: float | None  # F1 of the image's facts, 0 to 1; None without a reference
+    score: float | None  # F1 of the image's facts, 0 to 1, or its CIDEr-D, 0 to 10; None without a reference
 
 
 class Thumbnails(NamedTuple):
@@ -80,6 +90,8 @@ def write_report(
     paths = [images.get(row.name) for row in rows]
     report = {"title": title, "rows": [row_to_json(row) for row in rows], "scores": scores}
     report["headlines"] = [{"name": name, **headline._asdict()} for name, headline in (HEADLINES | MORE).items()]
+    as_text = scores is not None and "facts" not in scores["scores"]
+    report["judged"] = list(TEXT_HEADLINES) if as_text else JUDGED
     template = TEMPLATE.read_text(encoding="utf-8")
     values = {"POLICY": write_policy(template), "REPORT": to_script_json(report)}
     room = MAX_BYTES - len(template.encode()) - len(values["REPORT"]) - 6 * len(rows) - 2000  # 6: null, comma, space
@@ -208,8 +220,10 @@ def count_images(paths: Sequence[Path | None], thumbnails: Thumbnails) -> dict[s
     }
 
 
-def make_rows(predictions: Sequence[Prediction], facts: Sequence[Facts]) -> list[ReportRow]:
-    """The report's cards."""
+def make_rows(predictions: Sequence[Prediction], facts: Sequence[Facts] | None) -> list[ReportRow]:
+    """The report's cards; without facts the captions are plain text, scored by CIDEr-D."""
+    if facts is None:
+        return make_text_rows(predictions)
     rows = []
     for prediction, expected in zip(predictions, facts, strict=True):
         reading = read_caption(prediction.prediction)
@@ -221,6 +235,16 @@ def make_rows(predictions: Sequence[Prediction], facts: Sequence[Facts]) -> list
     return rows
 
 
+def make_text_rows(predictions: Sequence[Prediction]) -> list[ReportRow]:
+    scores = score_each_by_cider([row.prediction for row in predictions], [row.references for row in predictions])
+    return [
+        ReportRow(row.name, [(row.prediction, "")], [[(text, "")] for text in row.references], {}, score)
+        for row, score in zip(predictions, scores, strict=True)
+    ]
+
+
 def make_gallery(captions: Mapping[str, str]) -> list[ReportRow]:
     """The cards of captions that have no reference."""
+    if find_facts(list(captions.values())) is None:
+        return [ReportRow(name, [(text, "")], [], {}, None) for name, text in captions.items()]
     return [ReportRow(name, mark_caption(text, Facts(), ""), [], {}, None) for name, text in captions.items()]

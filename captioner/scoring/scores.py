@@ -3,7 +3,8 @@
     scores = score_predictions(predictions, signature={"split": "test", "decoding": "greedy"})
 
 Every figure is {"value", "low", "high"} with a 95 % interval (see bootstrap). Beside the predictions' own stand those
-of floors on the same images, and the same figures for slices of the images, worst first.
+of floors on the same images, and the same figures for slices of the images, worst first. Where there are no facts to
+hold the captions against, only their text is scored, and there are no slices.
 """
 
 import itertools
@@ -12,20 +13,20 @@ from collections.abc import Sequence
 import numpy as np
 
 from captioner.bdd100k.facts import Facts
-from captioner.bdd100k.parsing import Reading, parse_caption, read_caption
+from captioner.bdd100k.parsing import Reading, read_caption
 from captioner.scoring import bootstrap, fact_metrics, text_metrics
 from captioner.scoring.bootstrap import BOOTSTRAP_SEED, LEVEL, RESAMPLES, Metric, Rides
 from captioner.scoring.floors import make_floors
-from captioner.scoring.headlines import HEADLINES
+from captioner.scoring.grammar import find_facts
+from captioner.scoring.headlines import HEADLINES, RANKED_BY, choose_headlines
 from captioner.scoring.predictions import Prediction, find_ride, is_frame_name
 
 SCHEMA_VERSION = 2
 CLASS_GROUP = "classes: "  # what fact_metrics puts before a class
-RANKED_BY = "facts_f1"  # slices
 SLICED_BY = {"time of day": "time_of_day", "weather": "weather", "scene": "scene", "traffic light": "traffic_light"}
 OBJECT_BINS = (0, 1, 5, 10, 15, 20)  # smallest number of objects in each slice
 FEW = 20  # rides; intervals were tried down to as many, see docs/scores.md. A slice of fewer is not scored
-WIDE = 0.1  # width of an interval from which on it says little
+WIDE = 0.1  # width of an interval, in shares of the score's scale, from which on it says little
 ZOO = "BDD100K model zoo, image tagging, github.com/SysCV/bdd100k-models"
 PUBLISHED = [  # what others reach on the BDD100K val set
     {
@@ -49,29 +50,32 @@ def score_predictions(
 ) -> dict:
     """All scores of `predictions`, each of which has a reference, as JSON types.
 
-    `facts`, one for each prediction, are what the captions are held against; none: read in the first references.
-    `signature` is what there is to say of how the predictions came about, `training` the captions of the training
-    split, among which constant floors are chosen. Published figures are for captions `of_bdd100k` alone. Raises
-    ValueError for no predictions.
+    `facts`, one for each prediction, are what the captions are held against; none: those of the first references, if
+    find_facts finds any there. `signature` is what there is to say of how the predictions came about, `training` the
+    captions of the training split, among which constant floors are chosen. Published figures are for captions
+    `of_bdd100k` alone. Raises ValueError for no predictions.
     """
     if not predictions:
         raise ValueError("no predictions to score")
     references = [prediction.references for prediction in predictions]
-    facts = facts or [parse_caption(row[0]) for row in references]
+    facts = facts or find_facts([row[0] for row in references])
     ride_names = [find_ride(prediction) for prediction in predictions]
     sets = collect_sets(predictions, make_floors(references, training, ride_names, BOOTSTRAP_SEED))
     rides = Rides(ride_names, resamples)
-    measured, scored = text_metrics.measure_texts(references, sets), {}
+    measured, scored, by_facts = text_metrics.measure_texts(references, sets), {}, {}
     for name, texts in sets.items():
-        readings = [read_caption(text) for text in texts]
-        groups = measured.pop(name) | fact_metrics.measure_facts(readings, facts)
+        groups = measured.pop(name)
+        if facts:
+            readings = [read_caption(text) for text in texts]
+            groups |= fact_metrics.measure_facts(readings, facts)
         scored[name] = score_groups(groups, rides)
         if name == "predictions":  # here: of 70,000 captions the statistics of one set are enough in memory
-            slices = score_slices(groups, list(map(slice_names, facts)), rides)
-            confusion = tabulate_confusion(readings, facts)
             signature = {"n": len(predictions), "rides": rides.size, **signature}
             signatures = make_signatures(groups, signature, resamples)
-    scores = scored.pop("predictions")
+            if facts:
+                by_facts["confusion"] = tabulate_confusion(readings, facts)
+                by_facts["slices"] = score_slices(groups, list(map(slice_names, facts)), rides)
+    scores, slices = scored.pop("predictions"), len(by_facts.get("slices", ()))
     return {
         "schema": SCHEMA_VERSION,
         "n": len(predictions),
@@ -79,13 +83,12 @@ def score_predictions(
         "resamples": resamples,
         "bootstrap_seed": BOOTSTRAP_SEED,
         "distinct_predictions": len(set(sets["predictions"])),
-        "notes": make_notes(predictions, rides.size, scores, training is not None, len(slices)),
+        "notes": make_notes(predictions, rides.size, scores, training is not None, slices),
         "scores": scores,
         "floors": scored,
         "floors_from": "training captions" if training else "scored references",
-        "published": PUBLISHED if of_bdd100k else [],
-        "confusion": confusion,
-        "slices": slices,
+        "published": PUBLISHED if of_bdd100k and facts else [],
+        **by_facts,
         "signatures": signatures,
     }
 
@@ -101,12 +104,12 @@ def collect_sets(predictions: Sequence[Prediction], floors: dict[str, list[str]]
 
 
 def score_groups(groups: Measured, rides: Rides) -> dict:
-    """{group: {score: figure}}, the classes in a group of their own."""
+    """{group: {score: figure}}, the classes, if facts are scored, in a group of their own."""
     scored, classes = {}, {}
     for group, metric in groups.items():
         target, name = (classes, group.removeprefix(CLASS_GROUP)) if group.startswith(CLASS_GROUP) else (scored, group)
         target[name] = bootstrap.score_with_intervals(metric, rides)
-    return {**scored, "classes": classes}
+    return {**scored, "classes": classes} if "facts" in groups else scored
 
 
 def make_notes(
@@ -115,19 +118,20 @@ def make_notes(
     """What a reader of the scores must know."""
     notes, n = [], len(predictions)
     count = f"{n} images" if rides == n else f"{n} images of {rides} rides"
-    widths = {
-        name: (figure["low"], figure["high"])
-        for name, figure in scores["facts"].items()
-        if name in HEADLINES and figure["low"] is not None
-    }
+    widths, shown = {}, choose_headlines(scores)
+    for name, headline in shown.items():
+        figure = headline.find(scores, name)
+        if headline.group == "facts" or "facts" not in scores:
+            widths |= {name: (figure["low"], figure["high"])} if figure["low"] is not None else {}
     if rides < FEW:
         notes.append(f"{count} are too few for intervals and p-values to be relied on; score more images")
     elif widths:
-        widest = max(widths, key=lambda name: widths[name][1] - widths[name][0])
+        widest = max(widths, key=lambda name: (widths[name][1] - widths[name][0]) / shown[name].scale)
         low, high = widths[widest]
+        wide = (high - low) / shown[widest].scale > WIDE
         notes.append(
-            f"{count}: {HEADLINES[widest].words} is known to lie between {low:.2f} and {high:.2f}, the widest of "
-            f"the intervals" + (", too wide to tell models apart; score more images" if high - low > WIDE else "")
+            f"{count}: {shown[widest].words} is known to lie between {low:.2f} and {high:.2f}, the widest of "
+            f"the intervals" + (", too wide to tell models apart; score more images" if wide else "")
         )
     if slices > 1:
         notes.append(

@@ -349,6 +349,16 @@ def score_reference_bleu(predictions: Sequence[str], references: Sequence[Sequen
     return score(measure_reference_bleu(References(references, predictions, tokenize_spaces), predictions))
 
 
+def score_each_by_cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """CIDEr-D of each caption, 0 to 10; their mean is that of all."""
+    blocks, frequencies = split_blocks(references)
+    scores = []
+    for block in blocks:
+        known = References(references[block], predictions[block], tokenize_coco)
+        scores += measure_cider(known, predictions[block], frequencies).statistics[:, 0].tolist()
+    return scores
+
+
 def score(metric: Metric) -> dict[str, float]:
     """The scores of all captions together."""
     return dict(zip(metric.names, metric.score(metric.statistics.sum(axis=0)).tolist(), strict=True))
@@ -356,10 +366,7 @@ def score(metric: Metric) -> dict[str, float]:
 
 def measure_texts(references: Sequence[Sequence[str]], sets: dict[str, Sequence[str]]) -> dict[str, dict[str, Metric]]:
     """{name of a set of predictions: {group: Metric}} of several sets for the same references."""
-    blocks = [slice(start, start + BLOCK) for start in range(0, len(references), BLOCK)]
-    frequencies = None
-    if len(blocks) > 1:
-        frequencies = count_documents(References(references[block], [], tokenize_coco) for block in blocks)
+    blocks, frequencies = split_blocks(references)
     parts = [
         measure_block(references[block], {name: texts[block] for name, texts in sets.items()}, frequencies)
         for block in blocks
@@ -371,6 +378,14 @@ def measure_texts(references: Sequence[Sequence[str]], sets: dict[str, Sequence[
         }
         for name, groups in parts[0].items()
     }
+
+
+def split_blocks(references: Sequence[Sequence[str]]) -> tuple[list[slice], Frequencies | None]:
+    """Where captions are cut into blocks, and the document frequencies of all; None: those of the only block."""
+    blocks = [slice(start, start + BLOCK) for start in range(0, len(references), BLOCK)]
+    if len(blocks) == 1:
+        return blocks, None
+    return blocks, count_documents(References(references[block], [], tokenize_coco) for block in blocks)
 
 
 def measure_block(

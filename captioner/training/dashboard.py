@@ -14,30 +14,34 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from captioner.bdd100k.parsing import parse_caption, read_caption
+from captioner.bdd100k.parsing import read_caption
 from captioner.blip2.captioning import GreedyCaptioner
+from captioner.data.captions import Example
 from captioner.data.examples import list_examples
 from captioner.runtime.errors import escape_controls, go_on_without
 from captioner.runtime.files import atomic_write, explain_writing
 from captioner.scoring.fact_metrics import measure_shares
-from captioner.scoring.text_metrics import score, score_bleu
+from captioner.scoring.grammar import find_facts
+from captioner.scoring.text_metrics import measure_texts, score, score_bleu
 from captioner.training.run import Run
 from captioner.training.tracking import start_wandb
 
 REMEDY = "the checkpoints before are kept: see to the disk, then go on with --resume"
 SHOWN = 2  # captions of each epoch that go to the console
 WIDEST = 400  # characters of them
-PRINTED = {  # scores of each epoch: what they are called; those of facts are missing where references state none
-    "facts_f1": "facts F1",
-    "time_of_day": "time",
-    "weather": "weather",
-    "scene": "scene",
-    "traffic_light": "light",
-    "objects_f1": "objects F1",
-    "BLEU-4": "BLEU-4",
+EPOCH_LINE = {  # what the console says of each epoch: {key: (name, decimals)}
+    "facts_f1": ("facts F1", 3),
+    "time_of_day": ("time", 2),
+    "weather": ("weather", 2),
+    "scene": ("scene", 2),
+    "traffic_light": ("light", 2),
+    "objects_f1": ("objects F1", 3),
+    "CIDEr-D": ("CIDEr-D", 3),
+    "BLEU-4": ("BLEU-4", 3),
+    "ROUGE-L": ("ROUGE-L", 3),
+    "METEOR": ("METEOR", 3),
 }
-PANELS = {  # title: {key of the records: its label}
-    "loss (nats a token)": {"loss": "training", "eval_loss": "validation"},
+FACT_PANELS = {  # title: {key of the records: its label}; the first has shares from 0 to 1
     "right facts of validation captions": {
         "val_facts_f1": "all, F1",
         "val_time_of_day": "time of day",
@@ -47,9 +51,10 @@ PANELS = {  # title: {key of the records: its label}
         "val_objects_f1": "objects, F1",
     },
     "BLEU-4 of validation captions": {"val_BLEU-4": None},
-    "learning rate": {"learning_rate": None},
-    "gradient norm": {"grad_norm": None},
-    "samples a second": {"samples_per_second": None},
+}
+TEXT_PANELS = {  # of captions that are scored as text alone
+    "text scores of validation captions": {"val_BLEU-4": "BLEU-4", "val_ROUGE-L": "ROUGE-L", "val_METEOR": "METEOR"},
+    "CIDEr-D of validation captions": {"val_CIDEr-D": None},
 }
 
 
@@ -144,7 +149,10 @@ def read_records(path: Path, done: int) -> list[dict]:
 
 
 class ValidationCaptions(TrainerCallback):
-    """After each epoch: greedy captions of the first `count` validation images, and how right they are."""
+    """After each epoch: greedy captions of the first `count` validation images, and how right they are.
+
+    They are scored on facts where find_facts finds any in the references, else as text alone.
+    """
 
     def __init__(self, log: RunLog, dataset: Dataset, count: int, caption: GreedyCaptioner):
         self.log, self.dataset, self.count, self.caption = log, dataset, count, caption
@@ -154,20 +162,17 @@ class ValidationCaptions(TrainerCallback):
             return
         examples = list_examples(self.dataset, self.count)
         texts = self.generate(model, args.eval_batch_size)
-        references = [example.caption for example in examples]
-        shares = score(
-            measure_shares([read_caption(text) for text in texts], [parse_caption(text) for text in references])
-        )
-        shares |= score_bleu(texts, [[reference] for reference in references])
-        record = {f"val_{name}": value for name, value in shares.items() if value == value}
+        facts, scores = score_captions(texts, examples)
+        record = {f"val_{name}": value for name, value in scores.items() if value == value}
         record["val_captions"] = self.count
         self.log.add({"step": state.global_step, "epoch": state.epoch, **record})
-        self.write(state.epoch, examples, texts)
-        told = [f"{words} {shares[name]:.3f}" for name, words in PRINTED.items() if f"val_{name}" in record]
-        print(f"\nepoch {state.epoch:g}: " + ", ".join([f"{self.count} validation captions", *told]))
+        self.write(state.epoch, examples, texts, of_grammar=facts)
+        shown = [f"{title} {scores[name]:.{digits}f}" for name, (title, digits) in EPOCH_LINE.items() if name in scores]
+        print(f"\nepoch {state.epoch:g}: {self.count} validation captions, {', '.join(shown)}")
         for example, text in list(zip(examples, texts, strict=True))[:SHOWN]:
             said = text if len(text) <= WIDEST else text[:WIDEST] + " ..."
-            told = f"  {example.name}\n    said:      {said or '(nothing)'}\n    reference: {example.caption}"
+            told = f"  {example.name}\n    said:      {said or '(nothing)'}"
+            told += "".join(f"\n    reference: {caption}" for caption in example.captions)
             print(escape_controls(told))
 
     def generate(self, model, batch_size: int) -> list[str]:
@@ -186,13 +191,26 @@ class ValidationCaptions(TrainerCallback):
             model.train(was_training)
         return texts
 
-    def write(self, epoch: float, examples: Sequence, texts: list[str]) -> None:
+    def write(self, epoch: float, examples: Sequence[Example], texts: list[str], of_grammar: bool) -> None:
         path = self.log.run_dir / "captions.md"
         with explain_writing(path, REMEDY), open(path, "a", encoding="utf-8") as file:
             file.write(f"# after epoch {epoch:g}\n\n")
             for example, text in zip(examples, texts, strict=True):
-                cut = " (cut off)" if read_caption(text).cut_off else ""
-                file.write(f"{example.name}{cut}\n- said: {text}\n- reference: {example.caption}\n\n")
+                cut = " (cut off)" if of_grammar and read_caption(text).cut_off else ""
+                references = "".join(f"- reference: {caption}\n" for caption in example.captions)
+                file.write(f"{example.name}{cut}\n- said: {text}\n{references}\n")
+
+
+def score_captions(texts: Sequence[str], examples: Sequence[Example]) -> tuple[bool, dict[str, float]]:
+    """Whether captions are scored on facts, and their scores by name: those of facts and BLEU, or of text alone."""
+    references = [example.captions for example in examples]
+    facts = find_facts([row[0] for row in references])
+    if facts:
+        return True, score(measure_shares(list(map(read_caption, texts)), facts)) | score_bleu(texts, references)
+    scores: dict[str, float] = {}
+    for group, metric in measure_texts(references, {"said": texts})["said"].items():
+        scores |= score(metric) if group != "reference_bleu" else {}  # which has BLEU's names too
+    return False, scores
 
 
 def make_callbacks(run: Run, dataset: Dataset, caption: GreedyCaptioner) -> list[TrainerCallback]:
@@ -203,6 +221,18 @@ def make_callbacks(run: Run, dataset: Dataset, caption: GreedyCaptioner) -> list
     return [ValidationCaptions(log, dataset, min(run.config.run.val_captions, len(dataset)), caption), log]
 
 
+def choose_panels(records: list[dict]) -> dict[str, dict[str, str | None]]:
+    """{title: {key of the records: its label}}, with scores of facts where the records have any, else of text alone."""
+    by_facts = any("val_facts_f1" in record for record in records)
+    return {
+        "loss (nats a token)": {"loss": "training", "eval_loss": "validation"},
+        **(FACT_PANELS if by_facts else TEXT_PANELS),
+        "learning rate": {"learning_rate": None},
+        "gradient norm": {"grad_norm": None},
+        "samples a second": {"samples_per_second": None},
+    }
+
+
 def plot_dashboard(records: list[dict], path: Path) -> None:
     """Curves over the optimiser steps, as PNG."""
     from matplotlib.figure import Figure  # which, unlike pyplot, may be used by any thread
@@ -210,7 +240,7 @@ def plot_dashboard(records: list[dict], path: Path) -> None:
     figure = Figure(figsize=(15, 7))
     axes = figure.subplots(2, 3)
     figure.subplots_adjust(0.05, 0.08, 0.98, 0.94, wspace=0.2, hspace=0.35)  # a layout found anew takes as long again
-    for axis, (title, curves) in zip(axes.flat, PANELS.items(), strict=True):
+    for axis, (title, curves) in zip(axes.flat, choose_panels(records).items(), strict=True):
         for key, label in curves.items():
             points = [(record["step"], record[key]) for record in records if key in record]
             if points:

@@ -6,9 +6,10 @@ import re
 import shutil
 from pathlib import Path
 
+import fastjsonschema
 import pytest
 import torch
-from conftest import call_script
+from conftest import ROOT, call_script
 from transformers import AutoConfig
 
 from captioner.blip2 import batches
@@ -18,6 +19,7 @@ from captioner.data.splits import prepare_splits, read_split
 from captioner.runtime.errors import UserError
 from config import TrainConfig, make_config
 
+validate_scores = fastjsonschema.compile(json.loads((ROOT / "tests/scores.schema.json").read_text()))
 CAPTIONS = ["A red car waits.", "Zwei Autos, naß.", "猫が道を渡る", "Several lanes\nin the rain.", 'It\'s "late".']
 
 
@@ -77,7 +79,7 @@ KINDS = {
 
 
 def train_on(folder: Path, photos: Path, captions: Path, model: Path, *flags):
-    settings = ["--max-steps", 1, "--train-batch-size", 4, "--per-device-train-batch-size", 4, "--val-captions", 0]
+    settings = ["--max-steps", 1, "--train-batch-size", 4, "--per-device-train-batch-size", 4, "--val-captions", 2]
     settings += ["--dataloader-workers", 0, "--wandb", "disabled", "--lora-target", "lm", "--run-name", "run"]
     data = ["--captions", captions, "--images", photos, "--model", model]
     return call_script("main.py", *data, *settings, *flags, cwd=folder)
@@ -104,6 +106,16 @@ def test_each_kind_of_file_leads_to_an_adapter_and_to_scores(tmp_path, photos, t
     [predictions] = tmp_path.glob("logs/*/predictions.jsonl")
     for line in predictions.read_text().splitlines():
         assert json.loads(line)["references"] == wanted[json.loads(line)["name"]]
+    [written] = tmp_path.glob("logs/*/scores.json")
+    scores = json.loads(written.read_text())
+    validate_scores(scores)
+    assert scores["facts_from"] is None
+    card = (tmp_path / "blip2-finetuned/README.md").read_text()
+    assert f"| CIDEr-D | {scores['scores']['cider_d']['CIDEr-D']['value']:.3f}" in card
+    records = (tmp_path / "logs/run/metrics.jsonl").read_text()
+    assert "val_CIDEr-D" in records and "validation captions, CIDEr-D" in trained.stdout
+    for shown in (trained.stdout, records, scored.stdout, card, (written.parent / "scores.json").read_text()):
+        assert not re.search(r"facts[ _]f1|right facts|weather|traffic", shown, re.IGNORECASE), shown
 
 
 def test_two_rows_from_file_to_loss_mask(tmp_path, photos, tiny_checkpoint):

@@ -49,6 +49,15 @@ def make_scores(**config) -> dict:
     return scores | {"predictions": "/home/alice/logs/predictions.jsonl", "config": flatten(evaluation)}
 
 
+def make_text_scores() -> dict:
+    """The same of captions in words of their own, two of each image."""
+    texts = ["A red car waits.", "Two people cross in the rain.", "The street is empty."]
+    rows = [Prediction(f"{n}.jpg", texts[n % 2], [texts[n % 3], texts[(n + 1) % 3]]) for n in range(24)]
+    scores = score_predictions(rows, {"split": "test", "decoding": "greedy"}, resamples=50)
+    scores |= {"left_out": {}, "facts_from": None}
+    return scores | {"config": flatten(make_config(EvalConfig, greedy=True, num_samples="all"))}
+
+
 def make_run(**config) -> dict:
     """What main.py writes."""
     training = make_config(
@@ -94,6 +103,24 @@ def test_card_of_own_captions_speaks_of_no_other_data(tmp_path):
     write_json(tmp_path / "run.json", old)
     write_model_card(tmp_path)
     assert "BDD100K label files that the trainer gave" in (tmp_path / "README.md").read_text()
+
+
+def test_card_of_free_captions_speaks_of_no_facts(tmp_path):
+    config = make_config(TrainConfig, captions=Path("mine.csv"), images=Path("images"))
+    scores = make_text_scores()
+    write_json(tmp_path / "run.json", make_run() | {"config": flatten(config)})
+    write_json(tmp_path / "scores.json", scores)
+    write_model_card(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    named = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    figures = {group: scores["scores"][group] for group in ("cider_d", "corpus_bleu", "rouge_l")}
+    wanted = {name: figures[group][name]["value"] for group, name in
+              [("cider_d", "CIDEr-D"), ("corpus_bleu", "BLEU-4"), ("rouge_l", "ROUGE-L")]}  # fmt: skip
+    assert wanted.items() <= named.items() and named.keys() - wanted.keys() <= {"METEOR (nltk)"}
+    assert all(f"| {name} | {value:.3f} [" in card.text for name, value in wanted.items())
+    assert "24 images of the test split; the likeliest token each time" in card.text
+    for word in ("fact", "weather", "slices", "by class", "none", "traffic"):
+        assert word not in card.content.lower(), word
 
 
 def test_card_has_the_real_numbers(tmp_path):

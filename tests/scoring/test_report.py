@@ -12,7 +12,18 @@ from PIL import Image
 
 from captioner.runtime.errors import UserError
 from captioner.scoring import report
-from captioner.scoring.report import MAX_BYTES, ReportRow, make_thumbnail, make_thumbnails, to_script_json, write_report
+from captioner.scoring.predictions import Prediction
+from captioner.scoring.report import (
+    MAX_BYTES,
+    ReportRow,
+    make_gallery,
+    make_rows,
+    make_thumbnail,
+    make_thumbnails,
+    to_script_json,
+    write_report,
+)
+from captioner.scoring.scores import score_predictions
 
 SCRIPT = "<script>window.broken = 1</script>"
 IMAGE_TAG = '"><img src=x onerror="window.broken = 1">'
@@ -22,6 +33,12 @@ def make_row(number: int, verdict: str = "right", score: float | None = None, **
     prediction = [("It is a ", ""), ("night", verdict if verdict != "missing" else "right"), (" scene.", "")]
     reference = [("It is a ", ""), ("night", verdict if verdict in ("wrong", "missing") else "right"), (" scene.", "")]
     return ReportRow(f"{number:05d}.jpg", prediction, [reference], slices, score)
+
+
+def make_free_prediction(number: int) -> Prediction:
+    """A caption in words of its own, which is like a reference of each image but the first four."""
+    references = [f"A red car number {number} waits at the lights.", f"One car stands still, the number {number}."]
+    return Prediction(f"{number:05d}.jpg", "No idea." if number < 4 else references[number % 2], references)
 
 
 def read_block(page: str, name: str):
@@ -181,6 +198,8 @@ def pages(drawn, tmp_path_factory):
     scores["scores"]["facts"]["traffic_light"] = figure(0.5)
     scores["floors"]["most frequent caption"]["facts"]["traffic_light"] = figure(0.6)
     write_report(folder / "whole.html", "whole", [make_row(n, "right", n / 20) for n in range(20)], {}, scores)
+    free = [make_free_prediction(n) for n in range(24)]
+    write_report(folder / "free.html", "free", make_rows(free, None), {}, score_predictions(free, {}, resamples=50))
     many = [make_row(n, "wrong" if n % 2 else "right", n / 10_000, weather="clear") for n in range(10_000)]
     write_report(folder / "many.html", "many", many, {}, None)
     return folder
@@ -358,6 +377,42 @@ def test_the_page_begins_with_a_verdict_in_words(browser, pages):
     ]
     open_page(browser, pages / "many.html")
     assert browser.execute_script("return document.getElementById('verdict').hidden"), "no scores, no verdict"
+
+
+def test_free_captions_are_judged_by_their_text_alone(browser, pages):
+    open_page(browser, pages / "free.html")
+    [verdict] = read_texts(browser, "#verdict")
+    figure = (
+        r"CIDEr-D is \d\.\d\d \(95 % interval \d\.\d\d to \d\.\d\d\); a caption written without a look at the image "
+    )
+    assert re.fullmatch(
+        figure + r"reaches \d\.\d\d at best \(.*\)\. The captions are better than every floor\. "
+        r"Not clearly above the best floor: ROUGE-L.*\.",
+        verdict,
+    )
+    shown = "return [...document.querySelectorAll('main > section:not([hidden])')].map((e) => e.id)"
+    assert browser.execute_script(shown) == ["worst", "random", "scores", "how", "images"]
+    assert read_texts(browser, "#worst-lead") == ["Those least like their references, going by CIDEr-D."]
+    assert read_texts(browser, "#worst .name")[:4] == [f"{n:05d}.jpg" for n in range(4)]
+    assert read_texts(browser, "#worst .score")[0] == "CIDEr-D 0.00"
+    assert read_texts(browser, "#headline tbody th")[:3] == [
+        "BLEU-4words in sequence",
+        "CIDEr-Drare words in sequence; 0 to 10",
+        "ROUGE-Llongest common subsequence",
+    ]
+    assert not read_texts(browser, ".fact, .tally, #legend li, #tools [data-facet]")
+    assert browser.execute_script("return document.getElementById('error-label').hidden")
+    assert read_texts(browser, ".card .role")[:3] == ["prediction", "reference 1", "reference 2"]
+    text = browser.execute_script("return document.body.innerText.toLowerCase()")
+    assert not any(word in text for word in ("fact", "all right", "weather", "slice", "confusion"))
+    assert browser.get_log("browser") == []
+
+
+def test_a_gallery_of_free_captions_is_plain_text():
+    [free] = make_gallery({"a.jpg": "A car waits."})
+    assert free.prediction == [("A car waits.", "")]
+    rows = make_gallery({"a.jpg": "There is one car.", "b.jpg": "There are cars."})
+    assert rows[1].prediction == [("There are cars.", "unread")]
 
 
 def test_the_worst_images_and_some_at_random_come_before_the_scores(browser, pages):

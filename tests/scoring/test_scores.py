@@ -26,8 +26,10 @@ from captioner.runtime.errors import UserError
 from captioner.scoring import fact_metrics, text_metrics
 from captioner.scoring.comparison import compare_files, compare_predictions
 from captioner.scoring.console import print_scores
+from captioner.scoring.grammar import find_facts
 from captioner.scoring.origin import find_origin, read_origin_split
 from captioner.scoring.predictions import Prediction, add_rides, read_predictions, read_references, write_predictions
+from captioner.scoring.reference_facts import read_facts
 from captioner.scoring.report import make_rows
 from captioner.scoring.scores import score_predictions
 from captioner.scoring.text_metrics import measure_mean
@@ -307,20 +309,72 @@ def test_references_that_come_twice_are_refused(tmp_path):
 
 
 def test_references_without_a_fact_are_not_scored_on_facts(tmp_path):
-    """Somebody's free text: BLEU, and null for the facts; the command says so and ends well. Odd characters print."""
+    """Somebody's free text: its likeness alone, and no score, slice or confusion of facts. Odd characters print."""
     rows = [Prediction(f"{i}.jpg", "There is one car. \ud800", ["Cars drive along a street."]) for i in range(12)]
     write_predictions(tmp_path / "p.jsonl", rows)
     finished = call_script("eval.py", "--predictions", "p.jsonl", "--run-name", "r", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     scores = json.loads((tmp_path / "logs/r/scores.json").read_text())
     validate(scores)
-    groups = scores["scores"]
-    figures = [
-        groups["facts"]["facts_f1"],
-        groups["hallucination"]["CHAIRs"],
-        groups["classes"].get("car", {}).get("exact"),
-    ]
-    assert all(figure is None or figure["value"] is None for figure in figures)
+    assert scores["facts_from"] is None and "facts" not in finished.stdout.lower()
+    table = [line.split() for line in finished.stdout.splitlines() if "CIDEr-D" in line]
+    assert table[0][:3] == ["CIDEr-D", "BLEU-4", "ROUGE-L"]
+    page = (tmp_path / "logs/r/report.html").read_text()
+    row = json.loads(re.search(r'id="report-data">(.*?)</script>', page, re.DOTALL)[1])["rows"][0]
+    assert row["prediction"] == ["There is one car. \ud800"] and row["slices"] == {} and row["score"] == 0
+
+
+RIGHT = "It is a night scene in clear weather on a highway road. There are 3 cars."
+FREE = ["A red car waits at the lights.", "Two people cross in the rain.", "The street is empty at night."]
+
+
+@pytest.mark.parametrize(
+    ("worded", "free", "scored", "told"),
+    [
+        (10, 0, True, ""),
+        (6, 6, True, "6 of 12 references are in this project's wording: facts are scored\n"),
+        (5, 6, False, "5 of 11 references are in this project's wording: too few for scores of facts\n"),
+        (0, 4, False, ""),
+    ],
+)
+def test_facts_are_scored_where_half_of_the_references_are_of_the_grammar(worded, free, scored, told, capsys):
+    texts = [RIGHT] * worded + [FREE[n % 3] for n in range(free)]
+    rows = [Prediction(f"{n}.jpg", RIGHT, [text]) for n, text in enumerate(texts)]
+    _, facts, _ = read_facts(rows)
+    assert capsys.readouterr().out == told
+    scores = score_predictions(rows, {}, facts, of_bdd100k=True, resamples=5)
+    groups = {"facts", "time_of_day", "weather", "scene", "traffic_light", "hallucination", "form", "classes"}
+    for found in (scores["scores"], *scores["floors"].values()):
+        assert groups & found.keys() == (groups if scored else set())
+    assert {"slices", "confusion"} & scores.keys() == ({"slices", "confusion"} if scored else set())
+    assert bool(scores["published"]) == scored == ("facts" in scores["signatures"])
+    compared = compare_predictions([rows], [rows], resamples=5)["scores"]
+    assert ("facts_f1" in compared) == ("CHAIRs" in compared) == scored and "CIDEr-D" in compared
+
+
+@pytest.mark.parametrize("text", ["", "Two cars.", f"{RIGHT} A man waves.", "It is nearly night."])
+def test_a_caption_with_a_sentence_of_its_own_is_free(text):
+    assert find_facts([text]) is None
+    assert find_facts([text, RIGHT]) == [parse_caption(text), parse_caption(RIGHT)]
+
+
+def test_free_captions_are_held_against_all_their_references(capsys):
+    """As the text metrics do it, each by itself; the report ranks images by what CIDEr-D says of each."""
+    references = [[text, FREE[(n + 1) % 3]] for n, text in enumerate(FREE)] * 8
+    rows = [Prediction(f"{n}.jpg", FREE[(n + n // 8) % 3], texts) for n, texts in enumerate(references)]
+    scores = score_predictions(rows, {}, resamples=20)
+    texts = [row.prediction for row in rows]
+    for group, metric in text_metrics.measure_texts(references, {"said": texts})["said"].items():
+        for name, value in text_metrics.score(metric).items():
+            assert scores["scores"][group][name]["value"] == pytest.approx(value)
+    shown = [row.score for row in make_rows(rows, None)]
+    assert min(shown[:16]) > max(shown[16:]), "like the first reference, like the second, like neither"
+    assert np.mean(shown) == pytest.approx(scores["scores"]["cider_d"]["CIDEr-D"]["value"])
+    assert "BLEU-4 is known to lie between" in scores["notes"][0]
+    print_scores(scores)
+    printed = capsys.readouterr().out
+    assert f"{scores['scores']['cider_d']['CIDEr-D']['value']:.2f}" in printed
+    assert "fact" not in printed.lower() and "slices" not in printed
 
 
 @pytest.mark.parametrize("work", ["caption_split", "caption_own_images"])
@@ -384,8 +438,6 @@ def test_predictions_are_read_from_a_pipe(tmp_path):
 
 # --------------------------------------------------------------------------------------------------------------
 # what a figure must not hide
-
-RIGHT = "It is a night scene in clear weather on a highway road. There are 3 cars."
 
 
 def score_texts(texts, references=(RIGHT,), names="{:08x}-00000000.jpg", **options) -> dict:

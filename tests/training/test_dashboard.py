@@ -1,5 +1,6 @@
 """What a run shows of itself: the curves."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -7,16 +8,20 @@ import torch
 
 from captioner.blip2.captioning import GreedyCaptioner
 from captioner.data.captions import Example
-from captioner.training import dashboard
-from captioner.training.dashboard import PANELS, RunLog, ValidationCaptions, plot_dashboard
+from captioner.data.examples import tabulate_examples
+from captioner.scoring import text_metrics
+from captioner.training.dashboard import RunLog, ValidationCaptions, choose_panels, plot_dashboard
 
 
-def test_each_panel_has_its_curves(figures, tmp_path):
-    keys = [key for curves in PANELS.values() for key in curves]
+@pytest.mark.parametrize("by_facts", [True, False])
+def test_each_panel_has_its_curves(figures, tmp_path, by_facts):
+    panels = choose_panels([{"val_facts_f1": 0.5}] if by_facts else [])
+    assert ("facts" in " ".join(panels)) == by_facts
+    keys = [key for curves in panels.values() for key in curves]
     records = [{"step": step, **dict.fromkeys(keys, 1 / step)} for step in (1, 2, 3)]
     plot_dashboard(records, tmp_path / "dashboard.png")
     [figure] = figures
-    for axis, (title, curves) in zip(figure.axes, PANELS.items(), strict=True):
+    for axis, (title, curves) in zip(figure.axes, panels.items(), strict=True):
         assert axis.get_title() == title
         assert len(axis.lines) == len(curves)
         labels = [text.get_text() for text in axis.get_legend().get_texts()] if axis.get_legend() else []
@@ -41,6 +46,38 @@ def test_curves_of_captions_say_of_how_many(figures, tmp_path):
         "right facts of validation captions (n = 16)",
         "BLEU-4 of validation captions (n = 16)",
     ]
+
+
+GRAMMAR = "It is a night scene in clear weather on a highway road. There are 3 cars."
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_each_epoch_is_scored_by_what_its_references_say(figures, tmp_path, capsys, free):
+    """In the records, on the console, in captions.md and in dashboard.png: facts everywhere or nowhere."""
+    captions = [("A red car waits.", ("A car.", "One car stands still.")), ("Two people cross.", ("People walk.",))]
+    captions = captions if free else [(GRAMMAR, ()), (GRAMMAR.replace("night", "daytime"), ())]
+    examples = [Example(f"{n}.jpg", tmp_path, first, "", more) for n, (first, more) in enumerate(captions)]
+    said = ["A car", "Two people cross."] if free else [GRAMMAR, GRAMMAR]
+    log = RunLog(tmp_path)
+    watch = ValidationCaptions(log, tabulate_examples(examples), 2, None)
+    watch.generate = lambda model, batch_size: said
+    state = SimpleNamespace(is_world_process_zero=True, global_step=5, epoch=1.0)
+    watch.on_evaluate(SimpleNamespace(eval_batch_size=2), state, None)
+    [record] = log.records
+    printed, written = capsys.readouterr().out, (tmp_path / "captions.md").read_text()
+    text = text_metrics.measure_texts([example.captions for example in examples], {"said": said})["said"]
+    wanted = text_metrics.score(text["corpus_bleu"])
+    if free:
+        wanted |= text_metrics.score(text["cider_d"]) | text_metrics.score(text["rouge_l"])
+        assert wanted["ROUGE-L"] > 0.9, "any of the references will do"
+    assert {name: record[f"val_{name}"] for name in wanted} == wanted
+    assert ("val_facts_f1" in record) == ("facts F1 0.875" in printed) == (not free)
+    assert ("facts" in printed + json.dumps(record)) == (not free)
+    assert ("CIDEr-D" in printed) == ("ROUGE-L" in printed) == free
+    assert "cut off" not in written and written.count("- reference: ") == (5 if free else 2)
+    plot_dashboard(log.records, tmp_path / "dashboard.png")
+    titles = " ".join(axis.get_title() for axis in figures[0].axes)
+    assert ("facts" in titles) == (not free) and "captions (n = 2)" in titles
 
 
 @pytest.mark.parametrize("step", [0, 3])
@@ -75,22 +112,3 @@ def test_captions_of_validation_images_leave_no_trace_in_training(training):
     assert torch.equal(drawn, torch.rand(1))
     assert texts == ["0", "1", "2", "3", "4"] and modes == ["prepared", *[False] * 3, "finished"]
     assert model.training == training
-
-
-@pytest.mark.parametrize(
-    ("caption", "said"),
-    [
-        ("It is a night scene in rainy weather on a tunnel road.", "facts F1 1.000, time 1.000, weather 1.000"),
-        ("Ein Auto fährt auf einer Straße.", "2 validation captions, BLEU-4 1.000"),
-    ],
-)
-def test_scores_of_facts_are_told_where_references_state_any(tmp_path, monkeypatch, capsys, caption, said):
-    """Own captions may be in any words: they have no facts, and a score of none is no number."""
-    monkeypatch.setattr(dashboard, "list_examples", lambda dataset, count: [Example("a.jpg", "a.jpg", caption)] * count)
-    callback = ValidationCaptions(RunLog(tmp_path), None, 2, None)
-    monkeypatch.setattr(callback, "generate", lambda model, size: [caption] * 2)
-    state = SimpleNamespace(is_world_process_zero=True, epoch=1.0, global_step=3)
-    callback.on_evaluate(SimpleNamespace(eval_batch_size=2), state, None)
-    printed = capsys.readouterr().out
-    assert said in printed and "nan" not in printed
-    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
