@@ -61,7 +61,8 @@ def open_image(path: Path, draft: bool = False) -> Image.Image:
             return _to_rgb(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = name_kind(path) or error
-        raise UserError(f"{path}: not readable as an image ({reason}); remove it or fetch it again") from None
+        remedy = "check the path" if isinstance(error, FileNotFoundError) else "remove it or fetch it again"
+        raise UserError(f"{path}: not readable as an image ({reason}); {remedy}") from None
 
 
 def name_kind(path: Path) -> str | None:

@@ -127,6 +127,11 @@ def test_a_process_that_fails_says_why(read, message):
         list(data_reading.read_batches(read, range(200), list))
 
 
+def test_an_image_that_is_not_there_is_not_to_be_removed(tmp_path):
+    with pytest.raises(UserError, match=r"a\.jpg: not readable .*; check the path$"):
+        images.open_image(tmp_path / "a.jpg")
+
+
 def test_an_image_may_have_as_many_pixels_as_the_limit_says(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 64 * 36)
     Image.new("RGB", (64, 36)).save(tmp_path / "most.png")
