@@ -69,13 +69,12 @@ def main(config: EvalConfig) -> None:
         names = [prediction.name for prediction in predictions]
         training, groups = read_origin_split(origin, names)
         predictions, of_bdd100k = add_rides(predictions, groups), is_bdd100k(origin, names)
-        facts_from = ("labels" if config.labels else "references") if facts else None
-        signature = found.signature | ({"facts": facts_from} if facts else {})
+        held_against = {"facts": "labels" if config.labels else "references"} if facts else {}
         try:
-            scores = score_predictions(predictions, signature, facts, training, of_bdd100k)  # those of the floors too
+            scores = score_predictions(predictions, found.signature | held_against, facts, training, of_bdd100k)
         except ValueError as error:
             raise UserError(f"{found.file}: {error}") from None
-        scores.update(left_out=dict(incomplete + unlabelled + found.left_out), facts_from=facts_from)
+        scores.update(left_out=dict(incomplete + unlabelled + found.left_out), facts_from=held_against.get("facts"))
         scores.update(trained_with=origin and origin.to_json(), predictions=str(found.file), config=flatten(config))
         write_json(run_dir / "scores.json", scores)
         write_report(run_dir / "report.html", found.title, make_rows(predictions, facts), found.images, scores)
