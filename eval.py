@@ -93,9 +93,9 @@ def caption_split(config: EvalConfig, run_dir: Path) -> Found:
     from captioner.blip2.caption_split import caption_examples  # here: who only scores captions does without torch
 
     examples, left_out = ask_main(choose_examples, config)
-    with make_captioner(config, len(examples)) as captioner:
-        rows, unreadable = caption_examples(captioner, examples, config.model_floors)
-        way = {"split": config.split, **captioner.describe_way()}
+    captioner = make_captioner(config, len(examples))
+    rows, unreadable = caption_examples(captioner, examples, config.model_floors)
+    way = {"split": config.split, **captioner.describe_way()}
     way |= {"model": "base" if config.base else "fine-tuned"} | ({"images": "black"} if config.blank else {})
     model = "the base of " * config.base + config.adapter.resolve().name
     title = f"{model} on the {config.split} split, {way['decoding']}{', black images' * config.blank}, {date.today()}"

@@ -53,14 +53,14 @@ def caption_folder(
         if config.generation.batch_size is None and earlier.way:
             generation = dataclasses.replace(config.generation, batch_size=int(earlier.way["batch"]))
             config = dataclasses.replace(config, generation=generation)
-        with make_captioner(config, len(images)) as captioner:
-            ask_main(_note_way, config, run_dir, earlier, captioner.describe_way())
-            pairs = list(images.items())
-            for rows in captioner.map_batches(pairs, captioner.caption, unreadable, earlier.captions.keys()):
-                new = [(name, caption) for name, caption in rows if name not in earlier.captions]
-                finished |= dict(new)
-                with explain_writing(path, REMEDY), open(path, "a", encoding="utf-8") as file:
-                    file.writelines(format_row(name, caption) for name, caption in new)
+        captioner = make_captioner(config, len(images))
+        ask_main(_note_way, config, run_dir, earlier, captioner.describe_way())
+        pairs = list(images.items())
+        for rows in captioner.map_batches(pairs, captioner.caption, unreadable, earlier.captions.keys()):
+            new = [(name, caption) for name, caption in rows if name not in earlier.captions]
+            finished |= dict(new)
+            with explain_writing(path, REMEDY), open(path, "a", encoding="utf-8") as file:
+                file.writelines(format_row(name, caption) for name, caption in new)
     return FolderCaptions(images, {name: finished[name] for name in images if name in finished}, unreadable)
 
 

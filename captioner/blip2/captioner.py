@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ SLOW_BATCH = 16  # images captioned at once, unless --batch-size says how many
 
 
 class Captioner:
-    """The fine-tuned model with its processor and settings, in each process. Use it in a with statement."""
+    """The fine-tuned model with its processor and settings, in each process."""
 
     way = "generate"  # transformers' function
 
@@ -93,11 +92,7 @@ class Captioner:
                 else:
                     names.append(name)
                     inputs.append(read)
-            yield names, self._collect(inputs), unreadable
-
-    def _collect(self, inputs: list):
-        """A batch of what _read_all gave, as _run_vision takes it; made while the batch before is captioned."""
-        return inputs
+            yield names, inputs, unreadable
 
     def _do_batch(self, reading: Iterator[tuple], work: Callable, finished: Collection[str]):
         """Rows of this process's next batch, and {name: why not}; nothing where it has none left."""
@@ -120,15 +115,6 @@ class Captioner:
         how = self.config.generation
         decoding = "greedy" if how.greedy else f"T{how.temperature:g}-p{how.top_p:g}-seed{how.seed}"
         return {"decoding": decoding, "batch": str(self.batch_size), "by": self.way}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.finish()
-
-    def finish(self) -> None:
-        """Called at the end, whatever has happened: for what a faster way to caption has still to do."""
 
     def caption(self, names: Sequence[str], outputs: torch.Tensor) -> list[str]:
         """Captions for outputs (B, P, D) of the ViT, of images of those names.

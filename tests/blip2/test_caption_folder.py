@@ -1,6 +1,7 @@
 """A run that captions a folder, stopped and gone on with; by a captioner without a model."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,13 +23,7 @@ class FakeCaptioner:
     def __init__(self, config, count):
         self.batch_size = config.generation.batch_size or self.free
         self.batches: list[list[str]] = []
-        self.stop_after, self.finished = None, 0
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.finished += 1
+        self.stop_after = None
 
     def describe_way(self):
         return {"batch": str(self.batch_size), "by": "generate"}
@@ -69,10 +64,8 @@ def start(folder):
             made.append(captioner)
             return captioner
 
-        try:
+        with suppress(Stopped):
             caption_folder(config, Path(name), make)
-        except Stopped:
-            assert made[0].finished == 1
         return (Path(name) / "captions.jsonl").read_text(), made[0] if made else None
 
     return caption

@@ -21,7 +21,6 @@ from captioner.bdd100k.label_files import read_labels
 from captioner.bdd100k.label_report import LabelReport
 from captioner.bdd100k.parsing import parse_caption, read_caption
 from captioner.bdd100k.wording import describe
-from captioner.data.captions import Example
 from captioner.runtime.errors import UserError
 from captioner.scoring import fact_metrics, text_metrics
 from captioner.scoring.comparison import compare_files, compare_predictions
@@ -33,7 +32,6 @@ from captioner.scoring.reference_facts import read_facts
 from captioner.scoring.report import make_rows
 from captioner.scoring.scores import score_predictions
 from captioner.scoring.text_metrics import measure_mean
-from config import EvalConfig
 
 validate = fastjsonschema.compile(json.loads((ROOT / "tests/scores.schema.json").read_text()))
 
@@ -375,39 +373,6 @@ def test_free_captions_are_held_against_all_their_references(capsys):
     printed = capsys.readouterr().out
     assert f"{scores['scores']['cider_d']['CIDEr-D']['value']:.2f}" in printed
     assert "fact" not in printed.lower() and "slices" not in printed
-
-
-@pytest.mark.parametrize("work", ["caption_split", "caption_own_images"])
-def test_what_a_captioner_has_open_is_closed_when_captioning_fails(tmp_path, monkeypatch, work):
-    import eval as evaluation
-    from captioner.blip2 import caption_folder
-    from captioner.blip2.captioner import Captioner
-
-    finished = []
-
-    class Failing(Captioner):
-        def __init__(self, config, count):
-            pass
-
-        def describe_way(self):
-            return {"batch": "16"}
-
-        def map_batches(self, *args):
-            raise UserError("no memory")
-
-        def finish(self):
-            finished.append(True)
-
-    monkeypatch.setattr(evaluation, "make_captioner", Failing)
-    monkeypatch.setattr(evaluation, "choose_examples", lambda config: ([Example("a.jpg", tmp_path, "A car.")], {}))
-    monkeypatch.setattr(
-        caption_folder,
-        "_open",
-        lambda config, run_dir: ({"a.jpg": tmp_path}, caption_folder.Earlier({}, {"batch": "16"})),
-    )
-    with pytest.raises(UserError, match="no memory"):
-        getattr(evaluation, work)(EvalConfig(), tmp_path)
-    assert finished == [True]
 
 
 def test_few_images_are_said_to_be_few():
