@@ -20,6 +20,7 @@ from config import TrainConfig
 
 MANIFEST = "manifest.json"
 UNREADABLE = (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError)  # what damaged files lead to
+SAID = {"fingerprint": "captions, images or their split"}  # what stands in a message for a name of state.json
 GROUPS = ("config", "data", "world", "way")  # of state.json: what two runs are compared by
 FORMS = {
     **dict.fromkeys((*GROUPS, "versions"), dict),
@@ -181,6 +182,7 @@ def list_changes(before: dict, now: dict) -> list[str]:
             was, is_now = old.get(name), new.get(name)
             if was != is_now and not (group == "config" and name in FREE_OF_CHOICE):
                 flag = f"--{name.replace('_', '-')}" if group == "config" else f"{group} {name}"
+                flag += f" ({SAID[name]})" if name in SAID else ""
                 lines.append(f"  {flag}: was {was}, is {is_now}")
     return lines
 

@@ -43,6 +43,6 @@ def test_other_data_are_refused_wherever_they_lie(next_session, undisturbed):
     for frame in frames:
         frame["attributes"]["weather"] = "foggy"
     labels.write_text(json.dumps(frames))
-    with pytest.raises(UserError, match="fingerprint"):
+    with pytest.raises(UserError, match=r"data fingerprint \(captions, images or their split\)"):
         train(next_session)
     assert hash_adapter(undisturbed[1]) == undisturbed[0]
