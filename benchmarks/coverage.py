@@ -1,7 +1,7 @@
 """How often a 95 % interval holds the truth, and p-values of no difference: by simulation.
 
     python -m benchmarks.coverage                 # some minutes on a core
-    python -m benchmarks.coverage --record        # and put the tables into benchmarks/RESULTS.md
+    python -m benchmarks.coverage --record        # and put the tables into benchmarks/COVERAGE.md
 
 Beside the intervals of scoring/bootstrap.py stand those that a bootstrap of frames gives: percentiles of 1,000 samples
 of the captions as if each were of a ride of its own.
@@ -12,7 +12,7 @@ import argparse
 import numpy as np
 
 from benchmarks.drawn_captions import draw_predictions
-from benchmarks.results import record
+from benchmarks.results import RESULTS, record
 from captioner.bdd100k.facts import Facts
 from captioner.bdd100k.parsing import parse_caption, read_caption
 from captioner.scoring import bootstrap, fact_metrics, text_metrics
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument(
         "--repeats", type=int, default=1000, help="simulated test sets; a third of it for scores of text"
     )
-    parser.add_argument("--record", action="store_true", help="put the tables into benchmarks/RESULTS.md")
+    parser.add_argument("--record", action="store_true", help="put the tables into benchmarks/COVERAGE.md")
     args = parser.parse_args()
     rng, rule = np.random.default_rng(0), "| ---: " * 2 + "| --- "
     shares = [
@@ -178,7 +178,7 @@ def main() -> None:
     )
     print(text)
     if args.record:
-        record("Coverage of intervals", text, packages=["numpy", "scipy"])
+        record("Coverage of intervals", text, packages=["numpy", "scipy"], path=RESULTS.with_name("COVERAGE.md"))
 
 
 if __name__ == "__main__":
