@@ -95,6 +95,10 @@ class ModelSettings:
     # BLIP-2 checkpoint: name or name@revision on the hub, or a local folder
     model: str = setting(BASE_MODEL, unlisted=True)
     load_in_4bit: bool = True  # quantise the frozen weights to NF4 with double quantisation
+    image_size: int | None = None  # pixels a side, a multiple of 14 for BLIP-2; none: the checkpoint's, 224
+
+    def __post_init__(self):
+        check(self, "more than 0", lambda value: value > 0, "image_size")
 
 
 @dataclass(frozen=True)

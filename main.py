@@ -61,12 +61,12 @@ def train(config: TrainConfig, choose_way: Callable[..., PlainWay]) -> None:
             return publish(config)
         print(describe_machine(config.run.output, config.training.dataloader_workers))
         set_seed(config.training.seed)  # before LoRA draws its first weights
-        model_config = check_model(config.base.model, config.base.load_in_4bit, device)  # before hours of download
+        model_config = check_model(config.base.model, config.base.load_in_4bit, device, config.base.image_size)
         splits = ask_main(prepare_splits, config, run.folder)
-        processor = load_processor(config.base.model)
+        processor = load_processor(config.base.model, config.base.image_size)
         way = choose_way(config, model_config, device)
         splits = way.check_images(splits, processor)
-        model = load_model(config.base.model, config.base.load_in_4bit, device, checked=True)
+        model = load_model(config.base.model, config.base.load_in_4bit, device, config.base.image_size, checked=True)
         splits, features = way.encode_images(model, processor, splits)
         model = add_lora(model, *dataclasses.astuple(config.lora))
         parts = way.make_parts(model)

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from captioner.blip2.image_size import resize_positions, set_image_size, set_processor_size
 from captioner.blip2.lora import LORA_TARGETS
 from captioner.blip2.trust import ADAPTER_WEIGHTS, check_adapter_folder, check_model_folder
 from captioner.data.run_record import read_run
@@ -73,9 +74,11 @@ def pick_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def load_processor(source: str | Path) -> Blip2Processor:
+def load_processor(source: str | Path, image_size: int | None = None) -> Blip2Processor:
     """The processor of a checkpoint; images are prepared with Pillow, so torchvision is not needed."""
-    return load_pretrained(Blip2Processor, source, backend="pil")
+    processor = load_pretrained(Blip2Processor, source, backend="pil")
+    set_processor_size(processor, image_size)
+    return processor
 
 
 def load_config(source: str | Path) -> Blip2Config:
@@ -88,23 +91,26 @@ def load_config(source: str | Path) -> Blip2Config:
     return config
 
 
-def check_model(source: str | Path, load_in_4bit: bool, device: torch.device) -> Blip2Config:
-    """The same, of a model that fits the device; else raises UserError."""
+def check_model(
+    source: str | Path, load_in_4bit: bool, device: torch.device, image_size: int | None = None
+) -> Blip2Config:
+    """The same, of a model that fits the device, for images of that size; else raises UserError."""
     config = load_config(source)
+    set_image_size(config, image_size)
     check_fits(source, config, load_in_4bit, device)
     return config
 
 
 def load_model(
-    source: str | Path, load_in_4bit: bool, device: torch.device, checked: bool = False
+    source: str | Path, load_in_4bit: bool, device: torch.device, image_size: int | None = None, checked: bool = False
 ) -> Blip2ForConditionalGeneration:
-    """Load a BLIP-2 checkpoint onto `device`, frozen, its linear layers in NF4 if asked for.
+    """Load a BLIP-2 checkpoint onto `device`, frozen, its linear layers in NF4 if asked for, for images of that size.
 
     Raises UserError when it can't be had, is no BLIP-2 with an OPT, or is too large for the device; the last two are
     taken for granted if check_model() was `checked` before.
     """
     if not checked:
-        check_model(source, load_in_4bit, device)
+        check_model(source, load_in_4bit, device, image_size)
     dtype = pick_dtype(device)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -128,6 +134,8 @@ def load_model(
     model.requires_grad_(False)
     if load_in_4bit:
         check_nf4(model)
+    set_image_size(model.config, image_size)
+    resize_positions(model)
     return model
 
 
@@ -219,9 +227,9 @@ def load_finetuned(folder: Path, device: torch.device, base: bool = False):
     """
     with share_folder(folder) as here:
         run = read_run(here)
-        source = run["config"]["model"]
+        source, size = run["config"]["model"], run["config"].get("image_size")
         check_adapter_folder(here, LORA_TARGETS.values(), split_revision(source)[0])
-        model, processor = load_model(source, run["config"]["load_in_4bit"], device), load_processor(here)
+        model, processor = load_model(source, run["config"]["load_in_4bit"], device, size), load_processor(here)
         check_adapter_fits(here, model, processor)
         if not base:
             with torch.device(model.device):  # as in add_lora

@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, Blip2ForConditionalGeneration, GenerationConfig
 
+from captioner.blip2.image_size import resize_positions, set_image_size
 from captioner.blip2.loading import load_pretrained, load_processor
 from captioner.blip2.lora import LORA_TARGETS
 from captioner.blip2.trust import check_adapter_folder
@@ -41,7 +42,7 @@ def merge_adapter(folder: Path, output: Path) -> None:
     check_adapter_folder(folder, LORA_TARGETS.values(), split_revision(source)[0])
     check_room(output, count_parameters(source) * torch.float32.itemsize)
 
-    processor, model = load_processor(folder), load_unquantised(source)
+    processor, model = load_processor(folder), load_unquantised(source, run["config"].get("image_size"))
     temporary = output.with_name(f".{output.name}.merging")
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     try:
@@ -112,12 +113,14 @@ def check_room(output: Path, size: int) -> None:
         )
 
 
-def load_unquantised(source: str):
-    """The base model in float32 on the CPU."""
+def load_unquantised(source: str, image_size: int | None = None):
+    """The base model in float32 on the CPU, for images of that size."""
     model, loading = load_pretrained(
         Blip2ForConditionalGeneration, source, output_loading_info=True, dtype=torch.float32
     )
     wrong = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
     if wrong:
         raise UserError(f"{source}: {len(wrong)} weights are missing or of another shape, {wrong[0]} for one")
+    set_image_size(model.config, image_size)
+    resize_positions(model)
     return model
