@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import quote, unquote, urlsplit
 
 from PIL import Image
@@ -238,9 +238,12 @@ class HubServer(LoopbackServer):
     (file, first byte, number of bytes) that it set out to send.
     """
 
-    def __init__(self, files: Mapping[str, bytes], folder: Path, model: str = MODEL, large: int = 1 << 20):
+    def __init__(
+        self, files: Mapping[str, bytes], folder: Path, model: str = MODEL, large: int = 1 << 20, kind: str = "models"
+    ):
+        """`kind`: "datasets" for a data set of that name in place of a model."""
         super().__init__(HubHandler)
-        self.files, self.model, self.large = dict(files), model, large
+        self.files, self.model, self.large, self.kind = dict(files), model, large, kind
         self.cut_at, self.cuts, self.reset = None, 1, False
         self.calls: list[str] = []
         self.served: list[tuple[str, int, int]] = []
@@ -266,7 +269,8 @@ class HubServer(LoopbackServer):
                 if len(content) >= self.large:
                     entry["lfs"] = {"oid": self.sums[name], "size": len(content), "pointerSize": 135}
                 entries.append(entry)
-        return entries
+        folders = {str(parent) for entry in entries for parent in PurePosixPath(entry["path"]).parents} - {".", folder}
+        return entries + [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)]
 
 
 class HubHandler(LoopbackHandler):
@@ -281,7 +285,8 @@ class HubHandler(LoopbackHandler):
     def answer(self) -> None:
         hub, path = self.loopback, unquote(urlsplit(self.path).path)
         hub.calls.append(f"{self.command} {path}")
-        api, files, storage = f"/api/models/{hub.model}", f"/{hub.model}/resolve/", "/storage/"
+        root = "" if hub.kind == "models" else f"/{hub.kind}"
+        api, files, storage = f"/api/{hub.kind}/{hub.model}", f"{root}/{hub.model}/resolve/", "/storage/"
         if path.startswith(storage):
             self.send_part(path.removeprefix(storage))
         elif path.startswith(files):

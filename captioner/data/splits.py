@@ -242,7 +242,8 @@ def _read_rows(path: Path, split: str) -> list[Example]:
 def _check_example(path: Path, example: Example) -> None:
     """Raise UserError unless it names its own image: the folder may be somebody else's, and the report shows images."""
     name, image = (PurePosixPath(normalize("NFC", str(path))) for path in (example.name, example.image.as_posix()))
-    own = image.parts[-len(name.parts) :] == name.parts or image.with_suffix("").name == name.name
+    both = min(len(image.parts), len(name.parts))  # the root may lie below the first folder of the name
+    own = image.parts[-both:] == name.parts[-both:] or image.with_suffix("").name == name.name
     if LEADS_OUT.match(example.name) or ".." in image.parts or not own or image.suffix.lower() not in IMAGE_SUFFIXES:
         raise UserError(
             f"{path}: {example.name[:80]!r} with the image {str(example.image)[:200]!r} is no frame's; "

@@ -9,7 +9,10 @@ from pathlib import Path
 import fastjsonschema
 import pytest
 import torch
-from conftest import ROOT, call_script
+from conftest import ROOT, call_script, start_script
+from datasets import Dataset, Features, Value
+from datasets import Image as HubImage
+from loopback import COMMIT, HubServer
 from transformers import AutoConfig
 
 from captioner.blip2 import batches
@@ -116,6 +119,52 @@ def test_each_kind_of_file_leads_to_an_adapter_and_to_scores(tmp_path, photos, t
     assert "val_CIDEr-D" in records and "validation captions, CIDEr-D" in trained.stdout
     for shown in (trained.stdout, records, scored.stdout, card, (written.parent / "scores.json").read_text()):
         assert not re.search(r"facts[ _]f1|right facts|weather|traffic", shown, re.IGNORECASE), shown
+
+
+def score_all(folder: Path) -> dict:
+    """The scores of the adapter in `folder`, on all of its test split."""
+    scored = call_script("eval.py", "--num-samples", "all", "--greedy", "--max-new-tokens", 4, cwd=folder)
+    assert scored.returncode == 0, scored.stderr
+    [written] = folder.glob("logs/*/scores.json")
+    return json.loads(written.read_text())
+
+
+@pytest.mark.slow
+def test_an_image_folder_leads_to_an_adapter_and_to_scores(tmp_path, photos, tiny_checkpoint):
+    """Images and metadata.csv in one folder, which --captions names."""
+    rows = list_rows(photos)
+    folder = Path(shutil.copytree(photos, tmp_path / "set"))
+    write_table(folder / "metadata.csv", rows, ("file_name", "text"))
+    trained = train_on(tmp_path, folder, folder, tiny_checkpoint)
+    assert trained.returncode == 0, trained.stderr
+    parts = [read_split(tmp_path / "blip2-finetuned", split) for split in ("train", "val", "test")]
+    assert {example.name: example.caption for part in parts for example in part} == {
+        name: " ".join(caption.split()) for name, caption in rows
+    }
+    assert score_all(tmp_path)["n"] == len(parts[2])
+
+
+@pytest.mark.slow
+def test_a_data_set_of_the_hub_leads_to_an_adapter_and_to_scores(tmp_path, photos, tiny_checkpoint):
+    """By the hub's real client, from a loopback hub; the images go through our decoder."""
+    names, captions = zip(*list_rows(photos), strict=True)
+    columns = {"image": [str(photos / name) for name in names], "caption": list(captions)}
+    file = tmp_path / "set.parquet"
+    Dataset.from_dict(columns, Features({"image": HubImage(), "caption": Value("string")})).to_parquet(file)
+    files = {"data/train-00000-of-00001.parquet": file.read_bytes()}
+    settings = ["--max-steps", 1, "--train-batch-size", 4, "--dataloader-workers", 0, "--val-captions", 0]
+    with HubServer(files, tmp_path / "hub", model="me/cars", kind="datasets") as hub:
+        data = ["--captions", "me/cars", "--model", tiny_checkpoint, "--wandb", "disabled", "--run-name", "run"]
+        with start_script("main.py", *data, *settings, cwd=tmp_path, **hub.environment) as process:
+            _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    run = json.loads((tmp_path / "blip2-finetuned/run.json").read_text())
+    assert run["captions"] == {"data_set": "me/cars", "commit": COMMIT}
+    parts = [read_split(tmp_path / "blip2-finetuned", split) for split in ("train", "val", "test")]
+    assert sorted(example.caption for part in parts for example in part) == sorted(
+        " ".join(caption.split()) for caption in captions
+    )
+    assert score_all(tmp_path)["n"] == len(parts[2])
 
 
 def test_two_rows_from_file_to_loss_mask(tmp_path, photos, tiny_checkpoint):
