@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, call_script, start_script
 
 from captioner.runtime.errors import UserError
-from captioner.runtime.settings import flatten
+from captioner.runtime.settings import flatten, name_fields
 from config import DEMO, EvalConfig, PipelineConfig, TrainConfig, make_config, parse_args
 
 SCRIPTS = ["main.py", "eval.py", "bdd100k_data_pipeline.py"]
@@ -216,3 +216,12 @@ def test_output_that_nobody_reads_ends_a_script_quietly(lines):
         process.stdout.close()
         told = process.stderr.read()
     assert process.returncode == 141 and told == "nobody reads what is printed any more: ended\n"
+
+
+def test_what_a_run_that_goes_on_may_have_otherwise():
+    """What does not change what is learnt; all else is refused."""
+    assert name_fields(TrainConfig, "free") == {
+        *("labels", "images", "captions", "output", "features", "features_disk_gib"),  # where things lie
+        *("resume", "overwrite", "check", "save_minutes", "dataloader_workers"),
+        *("merge", "push_to_hub", "push_captions", "logging_steps", "val_captions", "run_name", "wandb"),
+    }

@@ -112,3 +112,12 @@ def test_captions_of_validation_images_leave_no_trace_in_training(training):
     assert torch.equal(drawn, torch.rand(1))
     assert texts == ["0", "1", "2", "3", "4"] and modes == ["prepared", *[False] * 3, "finished"]
     assert model.training == training
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_curves_are_drawn_after_a_validation_by_the_main_process(tmp_path, main):
+    log = RunLog(tmp_path)
+    state = SimpleNamespace(global_step=3, is_world_process_zero=main)
+    log.on_evaluate(None, state, None)
+    log.finish_drawing()
+    assert (tmp_path / "dashboard.png").exists() == main and log.last[1] == 3
