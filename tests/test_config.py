@@ -80,6 +80,7 @@ def test_defaults_are_those_of_the_reference():
     assert (config.run.output, config.data.captions) == (Path("blip2-finetuned"), None)
     training = config.training
     assert (training.num_train_epochs, training.learning_rate, training.weight_decay) == (5, 5e-5, 0.01)
+    assert training.warmup_ratio == 0.1
     assert (training.per_device_train_batch_size, training.train_batch_size) == (None, 16)
     assert (config.lora.lora_target, config.lora.lora_rank, config.lora.lora_alpha) == ("both", 16, 32)
     assert (config.data.train_share, config.data.val_share) == (0.6, 0.28)
