@@ -44,6 +44,7 @@ from kagglehub.kaggle_cache_resolver import DatasetKaggleCacheResolver
 from kagglesdk.datasets.types.dataset_api_service import ApiGetDatasetRequest
 
 from captioner.runtime.errors import UserError
+from captioner.runtime.files import find_existing
 
 # Where things lie in solesensei/solesensei_bdd100k. Other sets are searched for files and folders of these names.
 LABEL_FILES = {
@@ -256,7 +257,7 @@ def check_disk_space(handle: DatasetHandle) -> None:
     parts = [Path(cache.get_archive_path(handle)), *Path(cache.get_path(handle)).rglob("*")]
     there = sum(part.stat().st_size for part in parts if part.is_file())  # of a fetch that was interrupted
     needed = max(0, 2 * ask_size(handle) - there)
-    free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
+    free = shutil.disk_usage(find_existing(folder)).free
     if free < needed:
         raise UserError(
             f"{folder}: {free / 2**30:.1f} GiB free, and Kaggle data set {handle} needs {needed / 2**30:.1f} GiB for "

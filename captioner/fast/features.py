@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from captioner.blip2.vision import run_vision, start_reading
 from captioner.data.reading import read_ahead
-from captioner.runtime.files import atomic_write, explain_writing, lock_folder, measure_free
+from captioner.runtime.files import atomic_write, explain_writing, find_existing, lock_folder, measure_free
 from captioner.runtime.processes import ask_main, count_cores, count_processes, find_place, gather
 
 ABOUT, ROWS, INDEX = "about.json", "features.bin", "index.bin"
@@ -102,7 +102,7 @@ def choose_place(config, need: int, device: torch.device) -> Place | None:
 
 def measure_place(folder: Path, limit_gib: float | None) -> Place:
     """None stands for half of what is free there. What features take there already is theirs to use."""
-    parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    parent = find_existing(folder)
     rows = folder / ROWS
     free = (measure_free(parent) or 0) + (rows.stat().st_size if rows.exists() else 0)
     return Place(folder, free / 2 if limit_gib is None else min(free, limit_gib * 2**30))

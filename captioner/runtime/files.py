@@ -151,6 +151,11 @@ def is_inside(path: Path, folder: Path) -> bool:
     return any(real.is_relative_to(folder.parent / "blobs") for folder in snapshots)
 
 
+def find_existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there: whose disk it will be on."""
+    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+
+
 def measure_free(folder: Path) -> int | None:
     """Bytes that are free on the disk of `folder`; None where that can't be found out."""
     return get_or_none(lambda: shutil.disk_usage(folder).free)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from captioner.runtime.files import measure_free
+from captioner.runtime.files import find_existing, measure_free
 from captioner.runtime.processes import count_cores
 
 CONTAINER = Path("/sys/fs/cgroup")  # limits of this container, where there are any (Linux, cgroup v2)
@@ -31,7 +31,7 @@ def pick_workers(wanted: int) -> int:
 
 def describe_machine(output: Path, workers: int) -> str:
     """One line: cores, free memory and free disk of the output folder, and what a run does with them."""
-    folder = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
+    folder = find_existing(output.absolute())
     disk = measure_free(folder)
     told = "unknown disk" if disk is None else f"{disk / 2**30:.1f} GiB of disk free in {folder}"
     return (

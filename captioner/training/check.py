@@ -22,7 +22,7 @@ import torch
 from captioner.blip2.batches import Features
 from captioner.data.captions import Example
 from captioner.runtime.errors import UserError
-from captioner.runtime.files import measure_free
+from captioner.runtime.files import find_existing, measure_free
 from captioner.training.plain import PlainWay, Splits
 from config import FastTrainingSettings, TrainConfig
 
@@ -148,7 +148,7 @@ def limit_features(config: TrainConfig, folder: Path, share: float, device: torc
     if fast.features == "off" or (fast.features == "auto" and device.type != "cuda"):
         return fast
     places = [output, folder] if fast.features == "auto" else [fast.features.absolute()]
-    disks = [next(parent for parent in (place, *place.parents) if parent.exists()) for place in places]
+    disks = [find_existing(place) for place in places]
     limit = fast.features_disk_gib
     if limit is None:
         limit = max(measure_free(disk) or 0 for disk in disks) / 2 / 2**30
@@ -193,8 +193,7 @@ def report_estimate(config: TrainConfig, estimate: Estimate) -> None:
     else:
         print("  stored   no outputs of the ViT: each image is decoded and encoded in each epoch")
     print(f"  disk     {estimate.disk_bytes / 1e6:,.0f} MB of checkpoints and adapter in {config.run.output}")
-    output = config.run.output.absolute()
-    free = measure_free(next(parent for parent in (output, *output.parents) if parent.exists()))
+    free = measure_free(find_existing(config.run.output))
     if free is not None and free < estimate.disk_bytes:
         print(f"  but only {free / 1e6:,.0f} MB are free there: make room, or name another --output")
 
