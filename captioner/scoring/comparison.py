@@ -114,7 +114,7 @@ def measure_spread(name: str, one: Sequence[Metric], other: Sequence[Metric]) ->
     The interval is Welch's over files, for other seeds of training on the same images; None unless both systems have
     two files or more.
     """
-    values = [[float(score(metric)[metric.names.index(name)]) for metric in side] for side in (one, other)]
+    values = [[text_metrics.score(metric)[name] for metric in side] for side in (one, other)]
     found = {
         "files": {"one": values[0], "other": values[1]},
         "spread": {key: stdev(side) if len(side) > 1 else None for key, side in zip(SIDES, values, strict=True)},
@@ -136,7 +136,3 @@ def bound_means(one: Sequence[float], other: Sequence[float]) -> tuple[float, fl
     freedom = total**2 / sum(variance**2 / size for variance, size in variances)
     half = -float(stdtrit(freedom, (1 - LEVEL) / 2)) * math.sqrt(total)
     return difference - half, difference + half
-
-
-def score(metric: Metric) -> np.ndarray:
-    return metric.score(metric.statistics.sum(axis=0))

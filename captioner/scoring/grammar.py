@@ -6,7 +6,7 @@ facts = find_facts([row.references[0] for row in predictions])      # None: scor
 from collections.abc import Sequence
 
 from captioner.bdd100k.facts import Facts
-from captioner.bdd100k.parsing import parse_caption, read_caption
+from captioner.bdd100k.parsing import read_caption
 
 # Share of captions that must be of the grammar. All that are made from labels are, and hardly any that people write, so
 # the share lies near 1 or near 0. With half of them the scores of facts are about most of the images, and captions that
@@ -16,12 +16,12 @@ LEAST = 0.5
 
 def find_facts(captions: Sequence[str]) -> list[Facts] | None:
     """The facts of each caption; None where fewer than LEAST of the captions are of this project's grammar."""
-    if count_of_grammar(captions) < max(LEAST * len(captions), 1):
-        return None
-    return [parse_caption(caption) for caption in captions]
+    return read_wording(captions)[0]
 
 
-def count_of_grammar(captions: Sequence[str]) -> int:
-    """How many of the captions state a fact, and nothing that can't be read."""
-    readings = map(read_caption, captions)
-    return sum(reading.facts != Facts() and not reading.unread for reading in readings)
+def read_wording(captions: Sequence[str]) -> tuple[list[Facts] | None, int]:
+    """What find_facts gives, and how many of the captions state a fact and nothing that can't be read."""
+    readings = [read_caption(caption) for caption in captions]
+    worded = sum(reading.facts != Facts() and not reading.unread for reading in readings)
+    enough = worded >= max(LEAST * len(captions), 1)
+    return [reading.facts for reading in readings] if enough else None, worded

@@ -1,7 +1,6 @@
 """The facts of label files that captions are held against, read as for the captions that the model was trained on.
 
-options, told = choose_options(origin, {"lanes": False})
-predictions, facts, left_out = read_facts(paths, predictions, options)
+predictions, facts, left_out = read_facts(predictions, paths, origin, {"lanes": False})
 """
 
 import dataclasses
@@ -17,7 +16,7 @@ from captioner.bdd100k.frames import LabelOptions
 from captioner.bdd100k.label_files import read_labels
 from captioner.bdd100k.label_report import LabelReport
 from captioner.runtime.errors import UserError
-from captioner.scoring.grammar import count_of_grammar, find_facts
+from captioner.scoring.grammar import read_wording
 from captioner.scoring.origin import Origin
 from captioner.scoring.predictions import Prediction, name_examples
 
@@ -53,7 +52,7 @@ def read_facts(
     """
     if not labels:
         references = [prediction.references[0] for prediction in predictions]
-        facts, worded = find_facts(references), count_of_grammar(references)
+        facts, worded = read_wording(references)
         if 0 < worded < len(references):
             scored = "facts are scored" if facts else "too few for scores of facts"
             print(f"{worded:,} of {len(references):,} references are in this project's wording: {scored}")
