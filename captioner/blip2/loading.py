@@ -118,31 +118,35 @@ def load_model(
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    model, loading = load_pretrained(
-        Blip2ForConditionalGeneration,
-        source,
-        output_loading_info=True,
-        dtype=dtype,
-        device_map={"": device},
-        quantization_config=quantization if load_in_4bit else None,
-    )
-    if loading["missing_keys"] or loading["mismatched_keys"]:
-        wrong = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
-        raise UserError(
-            f"{source}: {len(wrong)} weights are missing or of another shape, {wrong[0]} for one; fetch it again"
-        )
+    where = {"dtype": dtype, "device_map": {"": device}}
+    model = load_weights(source, image_size, quantization_config=quantization if load_in_4bit else None, **where)
     model.requires_grad_(False)
     if load_in_4bit:
         check_nf4(model)
+    return model
+
+
+def load_weights(source: str | Path, image_size: int | None, **options) -> Blip2ForConditionalGeneration:
+    """A BLIP-2 for images of that size (None: the checkpoint's), with all its weights; `options` of from_pretrained."""
+    model, loading = load_pretrained(Blip2ForConditionalGeneration, source, output_loading_info=True, **options)
+    if wrong := sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]])):
+        raise UserError(
+            f"{source}: {len(wrong)} weights are missing or of another shape, {wrong[0]} for one; fetch it again"
+        )
     set_image_size(model.config, image_size)
     resize_positions(model)
     return model
 
 
+def count_parameters(config: Blip2Config) -> int:
+    """How many parameters the model has that `config` describes. No memory is taken."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Blip2ForConditionalGeneration(config).parameters())
+
+
 def check_fits(source, config, load_in_4bit: bool, device: torch.device) -> None:
     """Raise UserError if the model that `config` describes is out of the device's reach, before weights are fetched."""
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in Blip2ForConditionalGeneration(config).parameters())
+    parameters = count_parameters(config)
     billions = parameters / 1e9
     if device.type == "cpu":
         if parameters > CPU_PARAMETERS:

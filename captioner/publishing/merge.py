@@ -11,16 +11,15 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoConfig, Blip2ForConditionalGeneration, GenerationConfig
+from transformers import GenerationConfig
 
-from captioner.blip2.image_size import resize_positions, set_image_size
-from captioner.blip2.loading import load_pretrained, load_processor
+from captioner.blip2.loading import count_parameters, load_config, load_processor, load_weights
 from captioner.blip2.lora import LORA_TARGETS
 from captioner.blip2.trust import check_adapter_folder
 from captioner.data.run_record import read_run
 from captioner.publishing.records import check_adapter, take_names
 from captioner.runtime.errors import UserError
-from captioner.runtime.files import atomic_write, measure_free, read_json, split_revision
+from captioner.runtime.files import atomic_write, find_existing, measure_free, read_json, split_revision
 from captioner.runtime.machine import measure_memory
 
 MERGED = "merged.json"  # what tells a folder that merge_adapter wrote from any other
@@ -40,9 +39,10 @@ def merge_adapter(folder: Path, output: Path) -> None:
     run = read_run(folder)
     source = run["config"]["model"]
     check_adapter_folder(folder, LORA_TARGETS.values(), split_revision(source)[0])
-    check_room(output, count_parameters(source) * torch.float32.itemsize)
+    check_room(output, count_parameters(load_config(source)) * torch.float32.itemsize)
 
-    processor, model = load_processor(folder), load_unquantised(source, run["config"].get("image_size"))
+    processor = load_processor(folder)
+    model = load_weights(source, run["config"].get("image_size"), dtype=torch.float32)
     temporary = output.with_name(f".{output.name}.merging")
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     try:
@@ -90,15 +90,9 @@ def write_merged(merged: Path, folder: Path, run: dict) -> None:
         json.dump(record, file, indent=1)
 
 
-def count_parameters(source: str) -> int:
-    """Parameters of a BLIP-2 checkpoint, by its config.json."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in Blip2ForConditionalGeneration(load_pretrained(AutoConfig, source)).parameters())
-
-
 def check_room(output: Path, size: int) -> None:
     """Raise UserError unless a model of `size` bytes can be written at `output`, and be held in memory."""
-    parent = next(parent for parent in output.parents if parent.exists())
+    parent = find_existing(output.parent)
     disk, memory = measure_free(parent), measure_memory()
     need = size + MERGING_MARGIN
     if disk is not None and disk < need:
@@ -111,16 +105,3 @@ def check_room(output: Path, size: int) -> None:
             f"{memory / 1e9:.1f} GB of memory free, merging in float32 needs {need / 1e9:.1f} GB; close other "
             "programs, or merge on a larger machine"
         )
-
-
-def load_unquantised(source: str, image_size: int | None = None):
-    """The base model in float32 on the CPU, for images of that size."""
-    model, loading = load_pretrained(
-        Blip2ForConditionalGeneration, source, output_loading_info=True, dtype=torch.float32
-    )
-    wrong = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
-    if wrong:
-        raise UserError(f"{source}: {len(wrong)} weights are missing or of another shape, {wrong[0]} for one")
-    set_image_size(model.config, image_size)
-    resize_positions(model)
-    return model

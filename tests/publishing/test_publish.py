@@ -231,12 +231,12 @@ def test_labels_of_scores_are_no_paths():
 def adapter(tmp_path_factory, tiny_checkpoint) -> Path:
     """A folder as main.py leaves it, of an adapter that changes what the model says."""
     from captioner.blip2.captioning import make_generation_config
-    from captioner.blip2.loading import load_processor
+    from captioner.blip2.loading import load_processor, load_weights
     from captioner.blip2.lora import add_lora
 
     folder = tmp_path_factory.mktemp("work") / "blip2-finetuned"
     torch.manual_seed(1)
-    model = add_lora(merge.load_unquantised(tiny_checkpoint), "both", rank=4, alpha=8, dropout=0.0)
+    model = add_lora(load_weights(tiny_checkpoint, None, dtype=torch.float32), "both", rank=4, alpha=8, dropout=0.0)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
@@ -264,12 +264,12 @@ def test_merged_model_says_what_the_adapter_says(adapter, tiny_checkpoint, tmp_p
     from peft import PeftModel
     from transformers import Blip2ForConditionalGeneration, GenerationConfig
 
-    from captioner.blip2.loading import load_model, load_processor
+    from captioner.blip2.loading import load_model, load_processor, load_weights
 
     output = tmp_path / "merged"
     output.mkdir()  # an empty folder is taken
     merge_adapter(adapter, output)
-    base = merge.load_unquantised(tiny_checkpoint)
+    base = load_weights(tiny_checkpoint, None, dtype=torch.float32)
     plain = compute_logits(base)
     adapted = compute_logits(PeftModel.from_pretrained(base, adapter))
     merged = Blip2ForConditionalGeneration.from_pretrained(output)
