@@ -15,12 +15,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from captioner.runtime.errors import UserError, get_or_none
+from filelock import FileLock, Timeout
 
-try:
-    import fcntl
-except ImportError:  # Windows: there folders are not locked
-    fcntl = None
+from captioner.runtime.errors import UserError, get_or_none
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # of Lustre, NFS and FUSE without locks
 
@@ -76,51 +73,31 @@ def lock_folder(folder: Path, flag: str) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    path = folder / ".lock"
+    lock = FileLock(folder / ".lock", blocking=False, fallback_to_soft=False)
     try:
         made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-        file = _open_locked(path)
-    except BlockingIOError:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
         raise UserError(f"{flag} {folder}: another run is writing there; wait for its end, or name another") from None
     except OSError as error:
-        raise UserError(f"{flag} {folder}: can't be written ({error.strerror}); name another folder") from None
-    with file:
-        _locks.add(file)
-        try:
-            yield
-        finally:
-            _locks.discard(file)
-            if fcntl is None:
-                file.close()  # Windows removes no file that is open
-            with suppress(OSError):  # it may be gone, or the disk have become read-only
-                path.unlink()
-                for empty in made:
-                    empty.rmdir()
-            while _named and not _locks:
-                with suppress(OSError):
-                    _named.pop().rmdir()
-
-
-def _open_locked(path: Path):
-    """The file at `path`, made and locked. Raises BlockingIOError when another process has it."""
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a")  # noqa: SIM115
-        try:
-            if fcntl is None:
-                raise OSError(errno.ENOSYS, "this system has no flock")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-                return file
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            if error.errno in NO_LOCKS:
-                _tell_unlocked(path.parent, error.strerror)
-                return file
-            file.close()
-            raise
-        file.close()  # the run that had it has just removed it: what was locked is nobody's
+        if error.errno not in NO_LOCKS:
+            raise UserError(f"{flag} {folder}: can't be written ({error.strerror}); name another folder") from None
+        _tell_unlocked(folder, error.strerror)
+    _locks.add(lock)
+    try:
+        yield
+    finally:
+        _locks.discard(lock)
+        with suppress(OSError):  # it may be gone, or the disk have become read-only
+            Path(lock.lock_file).unlink()
+        lock.release()
+        with suppress(OSError):
+            for empty in made:
+                empty.rmdir()
+        while _named and not _locks:
+            with suppress(OSError):
+                _named.pop().rmdir()
 
 
 @functools.cache  # once
@@ -130,16 +107,6 @@ def _tell_unlocked(folder: Path, reason: str) -> None:
 
 _locks = set()
 _named: list[Path] = []  # folders that name_run has made
-
-
-def _leave_locks() -> None:
-    """Let a forked worker drop its copy of the locks, which would outlive a run that is killed."""
-    for file in _locks:
-        file.close()
-
-
-if fcntl is not None:
-    os.register_at_fork(after_in_child=_leave_locks)
 
 
 def is_inside(path: Path, folder: Path) -> bool:
