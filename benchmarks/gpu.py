@@ -31,13 +31,20 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from PIL import Image
+
 from benchmarks.results import record
+from captioner.bdd100k.frames import read_frame
+from captioner.bdd100k.label_report import LabelReport
+from captioner.bdd100k.wording import describe
 from demo.draw import draw_scene, list_labels, name_image, sample_scene
 
 ROOT = Path(__file__).parent.parent
 IMAGES, SIZE, QUALITY = 200, (1280, 720), 90  # that are drawn; frames beyond show them again
 SCENES_A_FRAME = 4  # at most, whose labels a frame has
 REFERENCE_LENGTH = 114  # positions to which the reference pads
+REFERENCE_STEPS, REFERENCE_WARMUP = 12, 3  # that are trained as the reference does, and those of them left out
+REFERENCE_CAPTIONS = 4
 NEW_TOKENS = 75  # of a caption: a model with random weights writes on to the last
 SIZES = {8: range(904, 968, 8), 16: range(1840, 1912, 8), 32: range(3704, 3776, 8), 64: range(7440, 7520, 8)}  # by rows
 FILLED = 16  # positions behind the rows
@@ -284,81 +291,103 @@ def measure_reference(args) -> Iterator[tuple]:
     yield REFERENCE_CAPTIONING, figures["captions"], "captions/s", math.nan
 
 
-def run_as_reference(args, steps: int = 12, warmup: int = 3, captions: int = 4) -> None:
+def run_as_reference(args) -> None:
+    """Train and caption as the reference does, in this process, and print the figures as a line of JSON."""
     import torch
-    from PIL import Image
-    from transformers import (
-        BitsAndBytesConfig,
-        Blip2ForConditionalGeneration,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
 
-    from captioner.bdd100k.frames import read_frame
-    from captioner.bdd100k.label_report import LabelReport
-    from captioner.bdd100k.wording import describe
     from captioner.blip2.loading import load_processor
+
+    processor, model = load_processor(args.model), load_as_reference(args.model)
+    frames = json.loads((args.folder / "labels.json").read_text())[: 16 * REFERENCE_STEPS]
+    samples = train_as_reference(model, processor, frames, args.folder)
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    images = [args.folder / "images" / frame["name"] for frame in frames[:REFERENCE_CAPTIONS]]
+    captions = caption_as_reference(model, processor, images)
+    print(json.dumps({"samples": samples, "peak": peak, "captions": captions}))
+
+
+def load_as_reference(source: Path):
+    """The model in NF4 and fp16, with LoRA on the Q-Former."""
+    import torch
+    from transformers import BitsAndBytesConfig, Blip2ForConditionalGeneration
+
     from captioner.blip2.lora import add_lora
 
-    processor = load_processor(args.model)
-    frames = json.loads((args.folder / "labels.json").read_text())[: 16 * steps]
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float16,
     )
+    place = {"": 0 if torch.cuda.is_available() else "cpu"}
     model = Blip2ForConditionalGeneration.from_pretrained(
-        args.model, quantization_config=quantization, dtype=torch.float16, device_map={"": 0}
+        source, quantization_config=quantization, dtype=torch.float16, device_map=place
     )
-    model = add_lora(model.requires_grad_(False), "qformer", 16, 32, 0.05)
+    return add_lora(model.requires_grad_(False), "qformer", 16, 32, 0.05)
 
-    class Frames(torch.utils.data.Dataset):
-        def __len__(self):
-            return len(frames)
 
-        def __getitem__(self, index):
-            image = Image.open(args.folder / "images" / frames[index]["name"]).convert("RGB")
-            text = describe(read_frame(frames[index], LabelReport()).facts)
-            options = {"padding": "max_length", "truncation": True, "max_length": REFERENCE_LENGTH}
-            row = processor(images=image, text=text, return_tensors="pt", **options)
-            row = {name: value[0] for name, value in row.items()}
-            return row | {"labels": row["input_ids"].clone()}
+class ReferenceFrames:
+    """A data set of frames, each decoded, described and padded anew whenever it is asked for."""
+
+    def __init__(self, frames: list[dict], images: Path, processor):
+        self.frames, self.images, self.processor = frames, images, processor
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, index: int) -> dict:
+        image = Image.open(self.images / self.frames[index]["name"]).convert("RGB")
+        text = describe(read_frame(self.frames[index], LabelReport()).facts)
+        options = {"padding": "max_length", "truncation": True, "max_length": REFERENCE_LENGTH}
+        row = self.processor(images=image, text=text, return_tensors="pt", **options)
+        row = {name: value[0] for name, value in row.items()}
+        return row | {"labels": row["input_ids"].clone()}
+
+
+def train_as_reference(model, processor, frames: list[dict], folder: Path) -> float:
+    """Samples a second of REFERENCE_STEPS steps of 4 x 4 frames, the first REFERENCE_WARMUP of them left out."""
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
     marks = []
 
     class Clock(TrainerCallback):
         def on_step_end(self, arguments, state, control, **_):
-            torch.cuda.synchronize()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             marks.append(time.perf_counter())
 
     arguments = TrainingArguments(
-        output_dir=str(args.folder / "reference"),
+        output_dir=str(folder / "reference"),
         per_device_train_batch_size=4,
         gradient_accumulation_steps=4,
-        max_steps=steps,
+        max_steps=REFERENCE_STEPS,
         learning_rate=5e-5,
-        fp16=True,
+        fp16=torch.cuda.is_available(),
         report_to="none",
         save_strategy="no",
         logging_strategy="no",
         remove_unused_columns=False,
         label_names=["labels"],
     )
-    Trainer(model=model, args=arguments, train_dataset=Frames(), callbacks=[Clock()]).train()
-    samples = 16 * (steps - warmup) / (marks[-1] - marks[warmup - 1])
-    peak = torch.cuda.max_memory_allocated() / 2**30
+    data = ReferenceFrames(frames, folder / "images", processor)
+    Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Clock()]).train()
+    return 16 * (REFERENCE_STEPS - REFERENCE_WARMUP) / (marks[-1] - marks[REFERENCE_WARMUP - 1])
+
+
+def caption_as_reference(model, processor, images: list[Path]) -> float:
+    """Captions a second, one by one, sampled."""
+    import torch
+
     model.eval()
     start = time.perf_counter()
-    for frame in frames[:captions]:
-        inputs = processor(images=Image.open(args.folder / "images" / frame["name"]), return_tensors="pt")
-        inputs = inputs.to("cuda", torch.float16)
-        with torch.autocast("cuda", torch.float16):
+    for image in images:
+        inputs = processor(images=Image.open(image), return_tensors="pt").to(model.device, torch.float16)
+        with torch.autocast(model.device.type, torch.float16):
             model.generate(
                 **inputs, do_sample=True, temperature=0.7, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS
             )
-    print(json.dumps({"samples": samples, "peak": peak, "captions": captions / (time.perf_counter() - start)}))
+    return len(images) / (time.perf_counter() - start)
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
 """benchmarks/RESULTS.md is written by the benchmarks: one section each; the section before moves to LOG.md."""
 
+import json
 import re
 import sys
 
 import pytest
 from conftest import ROOT
 
-from benchmarks import several_gpus
+from benchmarks import gpu, several_gpus
 from benchmarks.results import record
 
 
@@ -64,3 +65,18 @@ def test_several_gpus_are_held_against_those_alone(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         several_gpus.main()
     assert "2 or more" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
+def test_the_configuration_of_the_reference_is_measured(tiny_checkpoint, drawn, tmp_path, capsys, monkeypatch):
+    """On the CPU, where it trains in fp32 and no GPU memory is taken."""
+    (tmp_path / "images").symlink_to(drawn / "images")
+    (tmp_path / "labels.json").symlink_to(drawn / "labels.json")
+    monkeypatch.setattr(gpu, "REFERENCE_STEPS", 2)
+    monkeypatch.setattr(gpu, "REFERENCE_WARMUP", 1)
+    monkeypatch.setattr(gpu, "REFERENCE_CAPTIONS", 1)
+    flags = ["--as-reference", "--folder", str(tmp_path), "--model", str(tiny_checkpoint)]
+    monkeypatch.setattr(sys, "argv", ["gpu", *flags])
+    gpu.main()
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["samples"] > 0 and figures["captions"] > 0 and figures["peak"] == 0
