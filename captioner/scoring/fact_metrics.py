@@ -7,20 +7,14 @@ be read or that contradicts an earlier one counts as said and wrong. Shapes: N c
 """
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
-from captioner.bdd100k.facts import (
-    AREAS,
-    CLASSES,
-    LIGHTS,
-    SCENES,
-    TIMES_OF_DAY,
-    WEATHERS,
-    Facts,
-    merge_synonyms,
-)
+from captioner.bdd100k.facts import AREAS, CLASSES, LIGHTS, SCENES, TIMES_OF_DAY, WEATHERS, Facts, merge_synonyms
 from captioner.bdd100k.parsing import Reading
 from captioner.scoring.bootstrap import Metric
 from captioner.scoring.text_metrics import divide, measure_mean
@@ -50,6 +44,38 @@ def measure_facts(predictions: Sequence[Reading], references: Sequence[Facts]) -
     seen = [place for place in range(len(CLASSES)) if got[:, place].any() or there[:, place].any()]
     names = list(CLASSES)
     return groups | {f"classes: {names[place]}": measure_class(got[:, place], there[:, place]) for place in seen}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# a score and what it is a share of
+
+Figure = tuple[np.ndarray, np.ndarray | float]  # a score, and how many things it is a share of; NaN: it is no share
+
+
+def make_metric(
+    names: tuple[str, ...], statistics: np.ndarray, list_figures: Callable[[np.ndarray], list[Figure]]
+) -> Metric:
+    """The metric with the figures that list_figures(sums of statistics) gives, one for each name."""
+
+    def stack(part: int, sums: np.ndarray) -> np.ndarray:
+        return np.stack([np.broadcast_to(figure[part], sums.shape[:-1]) for figure in list_figures(sums)], axis=-1)
+
+    return Metric(names, statistics, partial(stack, 0), partial(stack, 1))
+
+
+def make_share(right: np.ndarray, trials: np.ndarray) -> Figure:
+    return divide(right, trials), trials
+
+
+def compare_sets(right: np.ndarray, said: np.ndarray, there: np.ndarray) -> list[Figure]:
+    """Precision, recall, F1; NaN where there is nothing to find, and precision 0 where nothing is said of it.
+
+    They are shares of the things said, of those there, and of the mean of the two.
+    """
+    undefined = np.where(there == 0, np.nan, 0.0)
+    precision = np.where(said == 0, 0.0, divide(right, said)) + undefined
+    f1 = divide(2 * right, said + there) + undefined
+    return [(precision, said), make_share(right, there), (f1, (said + there) / 2)]
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -85,49 +111,37 @@ def measure_shares(predictions: Sequence[Reading], references: Sequence[Facts]) 
     where the reference states it, the light where the reference states anything: a reference without any fact is not
     scored.
     """
-    statistics = np.zeros((len(predictions), 20))
-    for row, (reading, r) in enumerate(zip(predictions, references, strict=True)):
-        if r == Facts():
-            continue
-        p, extra = reading.facts, reading.unfounded_objects
-        statistics[row, :3] = count_right(reading, r)
-        statistics[row, 3] = reading.unfounded
-        for place, name in enumerate(ATTRIBUTES):
-            value = getattr(r, name)
-            statistics[row, 4 + 2 * place : 6 + 2 * place] = getattr(p, name) == value, value is not None
-        statistics[row, 10:12] = p.traffic_light == r.traffic_light and p != Facts(), 1
-        statistics[row, 12:14] = p == r and not reading.unfounded, 1
-        right = p.objects.items() & r.objects.items()
-        statistics[row, 14:17] = len(right), len(p.objects) + extra, len(r.objects)
-        boxed = [sum(kind.name not in AREAS for kind in kinds) for kinds in (dict(right), p.objects, r.objects)]
-        statistics[row, 17:20] = boxed[0], boxed[1] + extra, boxed[2]
-    statistics[:, 4:10:2] *= statistics[:, 5:10:2]  # unstated in both is no hit
-    return Metric(SHARES, statistics, _score_shares, _count_shares)
+    rows = [_count_statements(reading, facts) for reading, facts in zip(predictions, references, strict=True)]
+
+    def list_figures(sums: np.ndarray) -> list[Figure]:
+        right, said, there, unfounded, *others = np.moveaxis(sums, -1, 0)
+        read, *_ = compare_sets(right, said - unfounded, there)
+        objects, boxed = compare_sets(*others[:3]), compare_sets(*others[3:6])
+        accuracies = [make_share(*others[at : at + 2]) for at in range(6, len(others), 2)]
+        return [*compare_sets(right, said, there), read, *accuracies, *objects, *boxed]
+
+    return make_metric(SHARES, np.array(rows, dtype=float), list_figures)
 
 
-def _score_shares(sums: np.ndarray) -> np.ndarray:
-    facts, objects, boxed = (_score_sets(*np.moveaxis(sums[..., at : at + 3], -1, 0)) for at in (0, 14, 17))
-    read, _, _ = _score_sets(sums[..., 0], sums[..., 1] - sums[..., 3], sums[..., 2])
-    accuracies = [divide(sums[..., at], sums[..., at + 1]) for at in (4, 6, 8, 10, 12)]
-    return np.stack([*facts, read, *accuracies, *objects, *boxed], axis=-1)
+def _count_statements(reading: Reading, reference: Facts) -> list[int]:
+    """The statistics of a caption for measure_shares(), all 0 for a reference without any fact.
 
-
-def _count_shares(sums: np.ndarray) -> np.ndarray:
-    facts, objects, boxed = (_count_sets(*np.moveaxis(sums[..., at : at + 3], -1, 0)) for at in (0, 14, 17))
-    accuracies = [sums[..., at + 1] for at in (4, 6, 8, 10, 12)]
-    return np.stack([*facts, sums[..., 1] - sums[..., 3], *accuracies, *objects, *boxed], axis=-1)
-
-
-def _score_sets(right, said, there) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Precision, recall, F1; NaN where there is nothing to find, and precision 0 where nothing is said of it."""
-    undefined = np.where(there == 0, np.nan, 0.0)
-    precision = np.where(said == 0, 0.0, divide(right, said)) + undefined
-    return precision, divide(right, there), divide(2 * right, said + there) + undefined
-
-
-def _count_sets(right, said, there) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What precision, recall and F1 are shares of: things said, things there, and the mean of the two."""
-    return said, there, (said + there) / 2
+    How many of all statements are right, said, there, and said but unfounded; how many object sentences are right, said
+    and there, and how many of those without lanes and drivable areas; then whether each attribute, the traffic light
+    and the whole caption is right, and whether it counts.
+    """
+    if reference == Facts():
+        return [0] * 20
+    said, extra = reading.facts, reading.unfounded_objects
+    right = dict(said.objects.items() & reference.objects.items())
+    boxed = [sum(kind.name not in AREAS for kind in kinds) for kinds in (right, said.objects, reference.objects)]
+    row = [*count_right(reading, reference), reading.unfounded]
+    row += [len(right), len(said.objects) + extra, len(reference.objects), boxed[0], boxed[1] + extra, boxed[2]]
+    for name in ATTRIBUTES:
+        value = getattr(reference, name)
+        row += [value is not None and getattr(said, name) == value, value is not None]
+    row += [said.traffic_light == reference.traffic_light and said != Facts(), 1]
+    return [*row, said == reference and not reading.unfounded, 1]
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -173,24 +187,16 @@ def measure_confusion(labels: list[str], pairs: np.ndarray, each: bool) -> Metri
     there, got = is_label[:, 0], is_label[:, 1]
     in_references = there.any(axis=0)
 
-    def score(sums: np.ndarray) -> np.ndarray:
+    def list_figures(sums: np.ndarray) -> list[Figure]:
         right, got, there = np.split(sums, 3, axis=-1)
         f1 = np.where(right > 0, divide(2 * right, there + got), 0)[..., in_references]
-        scores = [divide(right.sum(axis=-1), there.sum(axis=-1)), divide(f1.sum(axis=-1), in_references.sum())]
-        if each:
-            for place in range(len(values)):
-                scores += _score_sets(right[..., place], got[..., place], there[..., place])
-        return np.stack(scores, axis=-1)
+        figures = [make_share(right.sum(axis=-1), there.sum(axis=-1))]
+        figures.append((divide(f1.sum(axis=-1), in_references.sum()), math.nan))
+        for place in range(len(values) if each else 0):
+            figures += compare_sets(right[..., place], got[..., place], there[..., place])
+        return figures
 
-    def trials(sums: np.ndarray) -> np.ndarray:
-        right, got, there = np.split(sums, 3, axis=-1)
-        counts = [there.sum(axis=-1), np.full(sums.shape[:-1], np.nan)]
-        if each:
-            for place in range(len(values)):
-                counts += _count_sets(right[..., place], got[..., place], there[..., place])
-        return np.stack(counts, axis=-1)
-
-    return Metric(("accuracy", "macro_f1", *names), np.hstack([there & got, got, there]), score, trials)
+    return make_metric(("accuracy", "macro_f1", *names), np.hstack([there & got, got, there]), list_figures)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -221,19 +227,16 @@ def measure_class(said: np.ndarray, labelled: np.ndarray) -> Metric:
         columns += [counted, counted & (error == 0), counted & (np.abs(error) <= 1), np.abs(error), error]
         names += [look + figure for figure in ("exact", "within_one", "mean_absolute_error", "bias")]
 
-    def score(sums: np.ndarray) -> np.ndarray:
-        scores = list(_score_sets(*np.moveaxis(sums[..., :3], -1, 0)))
-        for at in range(3, 3 + 5 * len(LOOKS), 5):
-            scores += [divide(sums[..., at + figure], sums[..., at]) for figure in range(1, 5)]
-        return np.stack(scores, axis=-1)
+    def list_figures(sums: np.ndarray) -> list[Figure]:
+        present, *looks = np.split(sums, range(3, len(columns), 5), axis=-1)
+        figures = compare_sets(*np.moveaxis(present, -1, 0))
+        for look in looks:
+            counted, exact, within_one, error, bias = np.moveaxis(look, -1, 0)
+            figures += [make_share(exact, counted), make_share(within_one, counted)]
+            figures += [(divide(error, counted), math.nan), (divide(bias, counted), math.nan)]
+        return figures
 
-    def trials(sums: np.ndarray) -> np.ndarray:
-        counts, no_share = list(_count_sets(*np.moveaxis(sums[..., :3], -1, 0))), np.full(sums.shape[:-1], np.nan)
-        for at in range(3, 3 + 5 * len(LOOKS), 5):
-            counts += [sums[..., at], sums[..., at], no_share, no_share]
-        return np.stack(counts, axis=-1)
-
-    return Metric(tuple(names), np.stack(columns, axis=-1).astype(np.float32), score, trials)
+    return make_metric(tuple(names), np.stack(columns, axis=-1).astype(np.float32), list_figures)
 
 
 CHAIR = ("CHAIRs", "CHAIRi")
@@ -255,20 +258,19 @@ def measure_hallucination(predictions: Sequence[Reading], references: Sequence[F
         named = [kind.name for kind in reading.facts.objects]
         boxed, extra = [name for name in named if name not in AREAS], reading.unfounded_objects
         invented, invented_boxed = (sum(name not in there for name in names) for names in (named, boxed))
-        sets = ((invented + extra, len(named) + extra), (invented_boxed + extra, len(boxed) + extra))
-        statistics[row, 0] = 1
-        for place, (wrong, said) in enumerate((*sets, (invented, len(named)))):
-            statistics[row, 1 + 3 * place : 4 + 3 * place] = wrong > 0, wrong, said
+        sets = (invented + extra, len(named) + extra), (invented_boxed + extra, len(boxed) + extra)
+        counts = [(wrong > 0, wrong, said) for wrong, said in (*sets, (invented, len(named)))]
+        statistics[row] = [1, *itertools.chain(*counts)]
 
-    def score(sums: np.ndarray) -> np.ndarray:
-        return np.stack([divide(sums[..., at], sums[..., of]) for at, of in pairs], axis=-1)
+    def list_figures(sums: np.ndarray) -> list[Figure]:
+        captions, *sets = np.split(sums, (1, 4, 7), axis=-1)
+        figures = []
+        for with_invented, invented, said in (np.moveaxis(counts, -1, 0) for counts in sets):
+            figures += [make_share(with_invented, captions[..., 0]), make_share(invented, said)]
+        return figures
 
-    def trials(sums: np.ndarray) -> np.ndarray:
-        return np.stack([sums[..., of] for _, of in pairs], axis=-1)
-
-    pairs = [(at, of) for place in range(3) for at, of in ((1 + 3 * place, 0), (2 + 3 * place, 3 + 3 * place))]
     names = tuple(name + end for end in ("", "_boxed", "_read") for name in CHAIR)
-    return Metric(names, statistics, score, trials)
+    return make_metric(names, statistics, list_figures)
 
 
 def measure_form(readings: Sequence[Reading]) -> Metric:
