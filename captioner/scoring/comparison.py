@@ -24,7 +24,6 @@ from captioner.scoring.predictions import Prediction, find_ride, read_prediction
 from captioner.scoring.scores import FEW, SCHEMA_VERSION
 
 COMPARED = ("facts", "corpus_bleu", "cider_d", "rouge_l", "hallucination")  # groups of scores, if they are measured
-SIDES = ("one", "other")
 System = Sequence[Sequence[Prediction]]  # the rows of each of its files
 
 
@@ -41,7 +40,7 @@ def compare_files(one: Sequence[Path], other: Sequence[Path], references: Path |
             side.append(rows)
             for reason, count in left_out.items():
                 print(f"left out of {path}: {count:,} {reason}")
-    files = {name: list(map(str, paths)) for name, paths in zip(SIDES, (one, other), strict=True)}
+    files = {"one": list(map(str, one)), "other": list(map(str, other))}
     try:
         return compare_predictions(*sides) | {"files": files}
     except ValueError as error:
@@ -115,15 +114,13 @@ def measure_spread(name: str, one: Sequence[Metric], other: Sequence[Metric]) ->
     two files or more.
     """
     values = [[text_metrics.score(metric)[name] for metric in side] for side in (one, other)]
-    found = {
+    spread = [stdev(side) if len(side) > 1 else None for side in values]
+    low, high = (None, None) if None in spread else bound_means(*values)
+    return {
         "files": {"one": values[0], "other": values[1]},
-        "spread": {key: stdev(side) if len(side) > 1 else None for key, side in zip(SIDES, values, strict=True)},
-        "seeds": None,
+        "spread": {"one": spread[0], "other": spread[1]},
+        "seeds": None if low is None else {"low": low, "high": high},
     }
-    if min(len(one), len(other)) > 1:
-        low, high = bound_means(*values)
-        found["seeds"] = {"low": low, "high": high}
-    return found
 
 
 def bound_means(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:

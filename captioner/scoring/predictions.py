@@ -22,7 +22,6 @@ from captioner.data.splits import FRAME_NAME, ride_of
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write
 
-LISTED = 3  # names that a message gives as examples
 WANTED = 'must be {"name": TEXT, "prediction": TEXT, "references": [TEXT, ...]}'
 REFERENCE = re.compile(r"references?_?\d*")  # fields of a row that are references
 NO_TEXTS = ("nan", "none", "null", "<na>", "n/a")  # as which a missing value is written
@@ -306,8 +305,3 @@ def _read_csv(file: Iterable[str], path: Path) -> Iterator[tuple[str, Prediction
             raise UserError(f"{place}: must have {len(columns)} fields")
         references = list(filter(str.strip, (row[column] for column in reference_columns)))
         yield place, Prediction(row["name"], row.get("prediction"), references, ride=row.get("ride"))
-
-
-def name_examples(names: Sequence[str]) -> str:
-    """The first few names, for a message."""
-    return ", ".join(names[:LISTED]) + ", ..." * (len(names) > LISTED)

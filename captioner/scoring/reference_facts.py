@@ -18,7 +18,9 @@ from captioner.bdd100k.label_report import LabelReport
 from captioner.runtime.errors import UserError
 from captioner.scoring.grammar import read_wording
 from captioner.scoring.origin import Origin
-from captioner.scoring.predictions import Prediction, name_examples
+from captioner.scoring.predictions import Prediction
+
+LISTED = 3  # names that a message gives as examples
 
 
 def choose_options(origin: Origin | None, flags: Mapping[str, object]) -> tuple[LabelOptions, str]:
@@ -62,7 +64,7 @@ def read_facts(
     print(f"{told}\n{report}")
     scored = [prediction for prediction in predictions if prediction.name in labelled]
     if not scored:
-        names = name_examples([prediction.name for prediction in predictions])
+        names = ", ".join(row.name for row in predictions[:LISTED]) + ", ..." * (len(predictions) > LISTED)
         raise UserError(f"--labels {labels[0]}: none of the captioned images is in it ({names})")
     left_out = Counter({"predictions without labels": len(predictions) - len(scored)})
     return scored, [labelled[prediction.name] for prediction in scored], +left_out

@@ -35,14 +35,7 @@ from captioner.scoring.scores import slice_names
 from captioner.scoring.text_metrics import score_each_by_cider
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
-JUDGED = (
-    RANKED_BY,
-    "time_of_day",
-    "weather",
-    "scene",
-    "traffic_light",
-    "objects_f1",
-)  # the verdict is about
+JUDGED = (RANKED_BY, "time_of_day", "weather", "scene", "traffic_light", "objects_f1")  # what the verdict is about
 VERDICTS = ("", "right", "wrong", "invented", "missing", "unread")
 MAX_BYTES = 50_000_000  # of the whole file; the thumbnails take what the text leaves
 
@@ -128,13 +121,8 @@ def write_policy(template: str) -> str:
 
 
 def row_to_json(row: ReportRow) -> dict:
-    return {
-        "name": row.name,
-        "prediction": pieces_to_json(row.prediction),
-        "references": [pieces_to_json(reference) for reference in row.references],
-        "slices": row.slices,
-        "score": row.score,
-    }
+    prediction, references = pieces_to_json(row.prediction), [pieces_to_json(pieces) for pieces in row.references]
+    return row._replace(prediction=prediction, references=references)._asdict()
 
 
 def pieces_to_json(pieces: Pieces) -> list:

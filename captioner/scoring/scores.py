@@ -9,6 +9,7 @@ hold the captions against, only their text is scored, and there are no slices.
 
 import itertools
 from collections.abc import Sequence
+from operator import itemgetter
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from captioner.scoring import bootstrap, fact_metrics, text_metrics
 from captioner.scoring.bootstrap import BOOTSTRAP_SEED, LEVEL, RESAMPLES, Metric, Rides
 from captioner.scoring.floors import make_floors
 from captioner.scoring.grammar import find_facts
-from captioner.scoring.headlines import HEADLINES, RANKED_BY, choose_headlines
+from captioner.scoring.headlines import HEADLINES, RANKED_BY, Headline, choose_headlines
 from captioner.scoring.predictions import Prediction, find_ride, is_frame_name
 
 SCHEMA_VERSION = 2
@@ -28,14 +29,10 @@ OBJECT_BINS = (0, 1, 5, 10, 15, 20)  # smallest number of objects in each slice
 FEW = 20  # rides; intervals were tried down to as many, see docs/scores.md. A slice of fewer is not scored
 WIDE = 0.1  # width of an interval, in shares of the score's scale, from which on it says little
 ZOO = "BDD100K model zoo, image tagging, github.com/SysCV/bdd100k-models"
+SET_UP = "640 pixels, 70,000 training images, val set"
 PUBLISHED = [  # what others reach on the BDD100K val set
-    {
-        "what": "weather",
-        "value": 0.8194,
-        "text": "ResNet-50, 640 pixels, 70,000 training images, val set",
-        "source": ZOO,
-    },
-    {"what": "scene", "value": 0.7807, "text": "ResNet-18, 640 pixels, 70,000 training images, val set", "source": ZOO},
+    {"what": "weather", "value": 0.8194, "text": f"ResNet-50, {SET_UP}", "source": ZOO},
+    {"what": "scene", "value": 0.7807, "text": f"ResNet-18, {SET_UP}", "source": ZOO},
 ]
 Measured = dict[str, Metric]
 
@@ -118,20 +115,13 @@ def make_notes(
     """What a reader of the scores must know."""
     notes, n = [], len(predictions)
     count = f"{n} images" if rides == n else f"{n} images of {rides} rides"
-    widths, shown = {}, choose_headlines(scores)
-    for name, headline in shown.items():
-        figure = headline.find(scores, name)
-        if headline.group == "facts" or "facts" not in scores:
-            widths |= {name: (figure["low"], figure["high"])} if figure["low"] is not None else {}
     if rides < FEW:
         notes.append(f"{count} are too few for intervals and p-values to be relied on; score more images")
-    elif widths:
-        widest = max(widths, key=lambda name: (widths[name][1] - widths[name][0]) / shown[name].scale)
-        low, high = widths[widest]
-        wide = (high - low) / shown[widest].scale > WIDE
+    elif widest := find_widest(scores):
+        width, headline, figure = widest
         notes.append(
-            f"{count}: {shown[widest].words} is known to lie between {low:.2f} and {high:.2f}, the widest of "
-            f"the intervals" + (", too wide to tell models apart; score more images" if wide else "")
+            f"{count}: {headline.words} is known to lie between {figure['low']:.2f} and {figure['high']:.2f}, the "
+            "widest of the intervals" + ", too wide to tell models apart; score more images" * (width > WIDE)
         )
     if slices > 1:
         notes.append(
@@ -151,6 +141,20 @@ def make_notes(
     if "meteor" not in scores:
         notes.append("METEOR is left out: it needs WordNet, python -m nltk.downloader wordnet")
     return notes
+
+
+def find_widest(scores: dict) -> tuple[float, Headline, dict] | None:
+    """The widest interval of the headlines: its width in shares of the score's scale, the headline and the figure.
+
+    None where no interval is known. Where facts are scored, text is left out.
+    """
+    found = [(headline, headline.find(scores, name)) for name, headline in choose_headlines(scores).items()]
+    widths = [
+        ((figure["high"] - figure["low"]) / headline.scale, headline, figure)
+        for headline, figure in found
+        if (headline.group == "facts" or "facts" not in scores) and figure["low"] is not None
+    ]
+    return max(widths, key=itemgetter(0), default=None)
 
 
 def tabulate_confusion(readings: Sequence[Reading], facts: Sequence[Facts]) -> dict[str, dict]:
@@ -188,17 +192,8 @@ def score_slices(measured: Measured, names: Sequence[dict[str, str]], rides: Rid
         figures = {}
         for group in dict.fromkeys(headline.group for headline in HEADLINES.values()):
             figures |= bootstrap.score_with_intervals(measured[group], rides, members, level)
-        headlines = {name: figures[name] for name in HEADLINES}
-        scored.append(
-            {
-                "by": by,
-                "value": value,
-                "n": len(members),
-                "rides": sizes[by, value],
-                "scores": headlines,
-                "level": level,
-            }
-        )
+        item = {"by": by, "value": value, "n": len(members), "rides": sizes[by, value]}
+        scored.append(item | {"scores": {name: figures[name] for name in HEADLINES}, "level": level})
     return sorted(scored, key=rank_slice)
 
 

@@ -344,11 +344,6 @@ def score_bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) 
     return score(measure_bleu(References(references, predictions, tokenize_coco), predictions))
 
 
-def score_reference_bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """BLEU-1 to BLEU-4, 0 to 1, by the reference code's own protocol."""
-    return score(measure_reference_bleu(References(references, predictions, tokenize_spaces), predictions))
-
-
 def score_each_by_cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     """CIDEr-D of each caption, 0 to 10; their mean is that of all."""
     blocks, frequencies = split_blocks(references)
@@ -392,16 +387,14 @@ def measure_block(
     references: Sequence[Sequence[str]], sets: dict[str, Sequence[str]], frequencies: Frequencies | None
 ) -> dict[str, dict[str, Metric]]:
     """The same of captions that are in memory together; `frequencies` are those of all."""
-    every = list(itertools.chain.from_iterable(sets.values()))
-    measured = {name: {} for name in sets}
+    every, measured = list(itertools.chain.from_iterable(sets.values())), {}
     known = References(references, every, tokenize_spaces)
-    for name, predictions in sets.items():
-        measured[name]["reference_bleu"] = measure_reference_bleu(known, predictions)
-    known = References(references, every, tokenize_coco)
+    reference_bleu = {name: measure_reference_bleu(known, predictions) for name, predictions in sets.items()}
+    known = References(references, every, tokenize_coco)  # in place of the others, as there may be no room for both
     for name, predictions in sets.items():
         groups = {
             "corpus_bleu": measure_bleu(known, predictions),
-            **measured[name],
+            "reference_bleu": reference_bleu[name],
             "rouge_l": measure_rouge(known, predictions),
             "cider_d": measure_cider(known, predictions, frequencies),
             "meteor": measure_meteor(known, predictions),

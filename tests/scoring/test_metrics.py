@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from captioner.bdd100k.wording import STYLES, describe
 from captioner.scoring import text_metrics
 from captioner.scoring.floors import make_floors
-from captioner.scoring.text_metrics import make_signature, score_bleu, score_reference_bleu, tokenize_coco
+from captioner.scoring.text_metrics import make_signature, score_bleu, tokenize_coco, tokenize_spaces
 
 # hypotheses, references, scores: the example in nlg-eval's README, and one of aac-metrics'
 NLG_EVAL = (
@@ -56,6 +56,12 @@ def score_all(predictions, references):
     return {
         name: value for measure in measures for name, value in text_metrics.score(measure(known, predictions)).items()
     }
+
+
+def score_reference_bleu(predictions, references):
+    """{score: value} by the reference code's own protocol."""
+    known = text_metrics.References(references, predictions, tokenize_spaces)
+    return text_metrics.score(text_metrics.measure_reference_bleu(known, predictions))
 
 
 @pytest.mark.parametrize(("predictions", "references", "published"), [NLG_EVAL, AAC_METRICS])
