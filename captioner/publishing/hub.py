@@ -29,6 +29,7 @@ UPLOADED = (  # what a user of the adapter needs; with the card, run.json and sc
     *("vocab.json", "merges.txt"),
 )
 
+FLAGS = {"model": "--push-to-hub", "dataset": "--push-captions"}  # by kind of repository
 SPLITS_ON_HUB = {"train": "train", "val": "validation", "test": "test"}  # what the hub calls them
 
 
@@ -40,32 +41,33 @@ def push_to_hub(folder: Path, repo: str) -> str:
     """
     check_adapter(folder)
     format_card(folder, repo)  # complains before anything is created
-    return _upload(
-        f"--push-to-hub {repo}", "model", functools.partial(stage_files, folder), f"adapter is safe in {folder}"
-    )
+    return _upload(repo, "model", functools.partial(stage_files, folder), f"adapter is safe in {folder}")
 
 
 def push_captions(folder: Path, repo: str) -> str:
     """Upload the captions of the adapter in `folder`, without images, to the data set `repo`, as push_to_hub does."""
     splits = {name: read_split(folder, split) for split, name in SPLITS_ON_HUB.items()}
     stage = functools.partial(stage_captions, splits)
-    return _upload(f"--push-captions {repo}", "dataset", stage, f"captions are safe in {folder / 'split.csv'}")
+    return _upload(repo, "dataset", stage, f"captions are safe in {folder / 'split.csv'}")
 
 
-def _upload(flag: str, kind: str, stage: Callable[[Path, str], None], kept: str) -> str:
-    """Make the private repository that `flag` names, of that kind, and upload what stage(folder, repository) writes."""
+def _upload(repo: str, kind: str, stage: Callable[[Path, str], None], kept: str) -> str:
+    """Make the private repository `repo` of that kind, and upload what stage(folder, repository) writes.
+
+    `kept` says in the error what is safe, and where.
+    """
     try:
         if get_token() is None:
             raise PermissionError("not logged in")
         api = HfApi()
-        url = api.create_repo(flag.split()[1], repo_type=kind, private=True, exist_ok=True)
+        url = api.create_repo(repo, repo_type=kind, private=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as staging:
             stage(Path(staging), url.repo_id)
             said = f"Upload the {kept.split()[0]}"
             api.upload_folder(repo_id=url.repo_id, repo_type=kind, folder_path=staging, commit_message=said)
     except Exception as error:  # of the hub, the network, the uploader's threads: they have no common type
         raise UserError(
-            f"{flag}: can't be uploaded ({describe_failure(error)}). The {kept}. "
+            f"{FLAGS[kind]} {repo}: can't be uploaded ({describe_failure(error)}). The {kept}. "
             "Log in with hf auth login and a token that may write there, check the name and the connection, then "
             "upload it with the same command and --resume"
         ) from None

@@ -4,7 +4,6 @@ merge_adapter(Path("blip2-finetuned"), Path("blip2-finetuned-merged"))   # needs
 """
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from captioner.blip2.trust import check_adapter_folder
 from captioner.data.run_record import read_run
 from captioner.publishing.records import check_adapter, take_names
 from captioner.runtime.errors import UserError
-from captioner.runtime.files import atomic_write, find_existing, measure_free, read_json, split_revision
+from captioner.runtime.files import find_existing, measure_free, read_json, split_revision, write_json
 from captioner.runtime.machine import measure_memory
 
 MERGED = "merged.json"  # what tells a folder that merge_adapter wrote from any other
@@ -86,8 +85,7 @@ def write_merged(merged: Path, folder: Path, run: dict) -> None:
         "adapter_sha256": digest,
         "files": sorted(path.name for path in merged.iterdir()),
     }
-    with atomic_write(merged / MERGED) as file:
-        json.dump(record, file, indent=1)
+    write_json(merged / MERGED, record)
 
 
 def check_room(output: Path, size: int) -> None:

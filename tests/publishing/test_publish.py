@@ -25,6 +25,7 @@ from captioner.publishing.model_card import write_model_card
 from captioner.publishing.records import strip_paths
 from captioner.runtime.cli import run_script
 from captioner.runtime.errors import UserError
+from captioner.runtime.files import write_json
 from captioner.runtime.settings import flatten
 from captioner.scoring.headlines import HEADLINES
 from captioner.scoring.predictions import Prediction
@@ -75,10 +76,6 @@ def make_run(**config) -> dict:
         "device": "NVIDIA H100",
         "finished": "2026-11-23T18:02:25+00:00",
     }
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content))
 
 
 # --------------------------------------------------------------------------------------------------------------
