@@ -218,8 +218,19 @@ def open_page(browser, path, width: int = 1200) -> None:
     WebDriverWait(browser, 20).until(lambda driver: driver.execute_script(script))
 
 
+def read_texts(browser, selector: str) -> list[str]:
+    script = "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)"
+    return browser.execute_script(script, selector)
+
+
 def read_names(browser) -> list[str]:
-    return browser.execute_script("return [...document.querySelectorAll('.card .name')].map((e) => e.textContent)")
+    return read_texts(browser, ".card .name")
+
+
+def list_sections(browser) -> list[str]:
+    """The sections that are shown."""
+    script = "return [...document.querySelectorAll('main > section:not([hidden])')].map((e) => e.id)"
+    return browser.execute_script(script)
 
 
 def set_value(browser, selector: str, value: str) -> None:
@@ -257,14 +268,11 @@ def test_nothing_from_outside_runs_and_nothing_is_fetched(browser, pages):
     open_page(browser, pages / "small.html")
     press(browser, "/", "<script>")
     assert read_names(browser) == [SCRIPT]
-    pieces = "return [...document.querySelectorAll('.card .fact')].map((e) => e.textContent)"
-    assert browser.execute_script(pieces) == [IMAGE_TAG, SCRIPT, SCRIPT]
-    assert browser.title == browser.execute_script("return document.querySelector('h1').textContent") == IMAGE_TAG
-    assert SCRIPT in browser.execute_script("return document.getElementById('notes').textContent")
-    assert browser.execute_script("return [window.broken ?? 0, document.querySelectorAll('img[src=x]').length]") == [
-        0,
-        0,
-    ]
+    assert read_texts(browser, ".card .fact") == [IMAGE_TAG, SCRIPT, SCRIPT]
+    assert [browser.title] == read_texts(browser, "h1") == [IMAGE_TAG]
+    assert SCRIPT in read_texts(browser, "#notes")[0]
+    broken = "return [window.broken ?? 0, document.querySelectorAll('img[src=x]').length]"
+    assert browser.execute_script(broken) == [0, 0]
 
     assert browser.get_log("browser") == []
     assert browser.execute_script("return performance.getEntriesByType('resource').map((e) => e.name)") == []
@@ -292,8 +300,14 @@ def test_the_policy_stops_requests_and_other_scripts(browser, pages):
 
 def test_filters_search_and_order_work(browser, pages):
     open_page(browser, pages / "small.html")
-    tallies = browser.execute_script("return [...document.querySelectorAll('.tally')].map((e) => e.textContent)")
-    assert tallies == ["1 wrong", "1 invented · 1 missing", "1 missing", "1 invented", "all right", "1 unread"]
+    assert read_texts(browser, ".tally") == [
+        "1 wrong",
+        "1 invented · 1 missing",
+        "1 missing",
+        "1 invented",
+        "all right",
+        "1 unread",
+    ]
     numbers = [name if name == SCRIPT else name.removesuffix(".jpg").lstrip("0") or "0" for name in read_names(browser)]
     assert numbers == ["1", SCRIPT, "3", "2", "0", "4"], "worst first, those without a score last"
     for selector, value, count in [
@@ -347,25 +361,16 @@ def test_the_keyboard_is_enough(browser, pages):
 
 def test_scores_are_shown_as_precisely_as_they_are_known(browser, pages):
     open_page(browser, pages / "small.html")
-    cells = "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)"
-    values = browser.execute_script(cells, "#headline tbody td")
+    values = read_texts(browser, "#headline tbody td")
     assert values[:3] == ["0.812[0.802, 0.822]", "0.400", "–"]
     assert values[3] == "0.81[0.75, 0.87]" and values[6] == "–"
-    assert "−0.250[−0.260, −0.240]" in browser.execute_script(cells, "#class-table td")
-    assert browser.execute_script(cells, "#matrices tbody td") == ["3", "1", "4", "0", "0", "0"]
-    assert "somebody" in browser.execute_script(cells, "#published-table td")
-    assert (
-        browser.execute_script("return document.querySelectorAll('#headline-plot .dot').length") == 3 + 1
-    )  # and the key
-    assert browser.execute_script(cells, "#notes li")[1:] == ["left out, no image: 1"]
-    footer = browser.execute_script("return document.getElementById('footer').textContent")
+    assert "−0.250[−0.260, −0.240]" in read_texts(browser, "#class-table td")
+    assert read_texts(browser, "#matrices tbody td") == ["3", "1", "4", "0", "0", "0"]
+    assert "somebody" in read_texts(browser, "#published-table td")
+    assert len(read_texts(browser, "#headline-plot .dot")) == 3 + 1  # and the key
+    assert read_texts(browser, "#notes li")[1:] == ["left out, no image: 1"]
+    [footer] = read_texts(browser, "#footer")
     assert "6 images, 5 shown" in footer and "this file: " in footer
-
-
-def read_texts(browser, selector: str) -> list[str]:
-    return browser.execute_script(
-        "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)", selector
-    )
 
 
 def test_the_page_begins_with_a_verdict_in_words(browser, pages):
@@ -390,8 +395,7 @@ def test_free_captions_are_judged_by_their_text_alone(browser, pages):
         r"Not clearly above the best floor: ROUGE-L.*\.",
         verdict,
     )
-    shown = "return [...document.querySelectorAll('main > section:not([hidden])')].map((e) => e.id)"
-    assert browser.execute_script(shown) == ["worst", "random", "scores", "how", "images"]
+    assert list_sections(browser) == ["worst", "random", "scores", "how", "images"]
     assert read_texts(browser, "#worst-lead") == ["Those least like their references, going by CIDEr-D."]
     assert read_texts(browser, "#worst .name")[:4] == [f"{n:05d}.jpg" for n in range(4)]
     assert read_texts(browser, "#worst .score")[0] == "CIDEr-D 0.00"
@@ -417,9 +421,7 @@ def test_a_gallery_of_free_captions_is_plain_text():
 
 def test_the_worst_images_and_some_at_random_come_before_the_scores(browser, pages):
     open_page(browser, pages / "whole.html")
-    sections = browser.execute_script(
-        "return [...document.querySelectorAll('main > section:not([hidden])')].map((e) => e.id)"
-    )
+    sections = list_sections(browser)
     assert sections[:3] == ["worst", "random", "scores"] and sections[-1] == "images"
     assert read_texts(browser, "#worst .name") == [f"{n:05d}.jpg" for n in range(6)]
     drawn = read_texts(browser, "#random .name")
@@ -479,7 +481,7 @@ def test_images_are_decoded_and_missing_ones_said(browser, pages):
 
 def test_own_images_are_a_gallery_alone(browser, pages):
     open_page(browser, pages / "own.html")
-    assert browser.execute_script("return [...document.querySelectorAll('main > section:not([hidden])')].length") == 1
+    assert len(list_sections(browser)) == 1
     assert read_names(browser) == [SCRIPT, "00004.jpg"]
     assert browser.execute_script("return [...document.getElementById('order').options].map((e) => e.value)") == [
         "by name"

@@ -47,6 +47,15 @@ def predict(references, change=lambda name, text: text):
     return [Prediction(name, change(name, text), [text]) for name, text in references.items()]
 
 
+def score_file(folder: Path, name: str, *flags) -> tuple[dict, str]:
+    """What eval.py writes to logs/r/scores.json of a predictions file in `folder`, and what it prints."""
+    finished = call_script("eval.py", "--predictions", name, *flags, "--run-name", "r", cwd=folder)
+    assert finished.returncode == 0, finished.stderr
+    scores = json.loads((folder / "logs/r/scores.json").read_text())
+    validate(scores)
+    return scores, finished.stdout
+
+
 def test_perfect_predictions_reach_the_maximum(references):
     scores = score_predictions(predict(references), {}, resamples=50)["scores"]
     for group, names in {"corpus_bleu": None, "rouge_l": None, "facts": None, "weather": None, "scene": None}.items():
@@ -66,12 +75,8 @@ def test_shuffled_predictions_fall_to_the_floor(references):
     texts = dict(zip(references, shuffled, strict=True))
     scored = score_predictions(predict(references, lambda name, _: texts[name]), {}, resamples=200)
     floor = scored["floors"]["another image's caption"]
-    for group, name in (
-        ("facts", "facts_f1"),
-        ("facts", "objects_f1"),
-        ("facts", "weather"),
-        ("corpus_bleu", "BLEU-4"),
-    ):
+    groups = {"facts_f1": "facts", "objects_f1": "facts", "weather": "facts", "BLEU-4": "corpus_bleu"}
+    for name, group in groups.items():
         own, other = scored["scores"][group][name], floor[group][name]
         assert own["low"] <= other["high"] and other["low"] <= own["high"], name
         assert own["value"] < 0.75
@@ -87,16 +92,13 @@ def test_a_note_says_how_far_the_figures_can_be_trusted(references, count, note)
 
 def test_the_command_writes_what_the_schema_says(references, tmp_path):
     write_predictions(tmp_path / "p.jsonl", predict(references, lambda name, text: text.replace("car", "bus")))
-    finished = call_script("eval.py", "--predictions", "p.jsonl", "--run-name", "one", cwd=tmp_path)
-    assert finished.returncode == 0, finished.stderr
-    scores = json.loads((tmp_path / "logs/one/scores.json").read_text())
-    validate(scores)
+    scores, printed = score_file(tmp_path, "p.jsonl")
     assert scores["n"] == len(references)
-    assert (tmp_path / "logs/one/report.html").stat().st_size > 10_000
-    lines = finished.stdout.splitlines()
+    assert (tmp_path / "logs/r/report.html").stat().st_size > 10_000
+    lines = printed.splitlines()
     table = lines[next(i for i, line in enumerate(lines) if "BLEU-4" in line and "facts F1" in line) :][:6]
     assert len({len(line) for line in table if line.strip()}) == 1  # aligned
-    assert f"{scores['scores']['corpus_bleu']['BLEU-1']['value']:.3f}" in finished.stdout
+    assert f"{scores['scores']['corpus_bleu']['BLEU-1']['value']:.3f}" in printed
 
 
 def test_a_csv_and_references_apart_score_the_same(references, tmp_path):
@@ -107,16 +109,11 @@ def test_a_csv_and_references_apart_score_the_same(references, tmp_path):
     (tmp_path / "captions.csv").write_text(
         "\n".join(["name,raw_caption", *(f'{name},"{text}"' for name, text in captions)]) + "\n"
     )
-    finished = call_script(
-        "eval.py", "--predictions", "theirs.csv", "--references", "captions.csv", "--run-name", "r", cwd=tmp_path
-    )
-    assert finished.returncode == 0, finished.stderr
-    scores = json.loads((tmp_path / "logs/r/scores.json").read_text())
-    validate(scores)
+    scores, printed = score_file(tmp_path, "theirs.csv", "--references", "captions.csv")
     assert scores["n"] == len(captions) - 1
     assert scores["left_out"] == {"references without a prediction": 1, "predictions without a reference": 1}
     assert scores["scores"]["facts"]["whole_caption"]["value"] == 1
-    assert "left out: 1 predictions without a reference" in finished.stdout
+    assert "left out: 1 predictions without a reference" in printed
 
 
 def test_facts_come_from_labels_where_they_are_given(drawn, tmp_path):
@@ -124,12 +121,7 @@ def test_facts_come_from_labels_where_they_are_given(drawn, tmp_path):
     frames = list(read_labels([drawn / "labels.json"], LabelReport()))
     rows = [Prediction(frame.name, describe(frame.facts), ["Cars on a road at night."]) for frame in frames[:-1]]
     write_predictions(tmp_path / "p.jsonl", [*rows, Prediction("unknown.jpg", "x", ["y"])])
-    finished = call_script(
-        "eval.py", "--predictions", "p.jsonl", "--labels", drawn / "labels.json", "--run-name", "r", cwd=tmp_path
-    )
-    assert finished.returncode == 0, finished.stderr
-    scores = json.loads((tmp_path / "logs/r/scores.json").read_text())
-    validate(scores)
+    scores, _ = score_file(tmp_path, "p.jsonl", "--labels", drawn / "labels.json")
     assert scores["facts_from"] == "labels"
     assert scores["scores"]["facts"]["whole_caption"]["value"] == 1
     assert scores["left_out"] == {"predictions without labels": 1}
@@ -310,12 +302,9 @@ def test_references_without_a_fact_are_not_scored_on_facts(tmp_path):
     """Somebody's free text: its likeness alone, and no score, slice or confusion of facts. Odd characters print."""
     rows = [Prediction(f"{i}.jpg", "There is one car. \ud800", ["Cars drive along a street."]) for i in range(12)]
     write_predictions(tmp_path / "p.jsonl", rows)
-    finished = call_script("eval.py", "--predictions", "p.jsonl", "--run-name", "r", cwd=tmp_path)
-    assert finished.returncode == 0, finished.stderr
-    scores = json.loads((tmp_path / "logs/r/scores.json").read_text())
-    validate(scores)
-    assert scores["facts_from"] is None and "facts" not in finished.stdout.lower()
-    table = [line.split() for line in finished.stdout.splitlines() if "CIDEr-D" in line]
+    scores, printed = score_file(tmp_path, "p.jsonl")
+    assert scores["facts_from"] is None and "facts" not in printed.lower()
+    table = [line.split() for line in printed.splitlines() if "CIDEr-D" in line]
     assert table[0][:3] == ["CIDEr-D", "BLEU-4", "ROUGE-L"]
     page = (tmp_path / "logs/r/report.html").read_text()
     row = json.loads(re.search(r'id="report-data">(.*?)</script>', page, re.DOTALL)[1])["rows"][0]
@@ -628,14 +617,7 @@ def without_lanes(drawn, tmp_path):
 
 
 def score_labels(folder, drawn, *args) -> tuple[dict, str]:
-    labels = drawn / "labels.json"
-    finished = call_script(
-        "eval.py", "--predictions", "p.jsonl", "--labels", labels, "--run-name", "r", "--show", 0, *args, cwd=folder
-    )
-    assert finished.returncode == 0, finished.stderr
-    scores = json.loads((folder / "logs/r/scores.json").read_text())
-    validate(scores)
-    return scores, finished.stdout
+    return score_file(folder, "p.jsonl", "--labels", drawn / "labels.json", "--show", 0, *args)
 
 
 def test_labels_are_read_as_the_run_read_them(without_lanes, drawn):
@@ -702,13 +684,8 @@ def test_scores_of_scores_tell_of_the_same_adapter(without_lanes, drawn):
 
 def test_rides_are_those_of_the_split_where_names_tell_none(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"config": {"model": "base"}}))
-    split = [
-        ["1.jpg", "film"],
-        ["2.jpg", "2.jpg"],
-        ["3.jpg", "3"],
-        ["0a1b2c3d-00000000.jpg", "film"],
-        ["4.jpg", "film"],
-    ]
+    split = [["1.jpg", "film"], ["2.jpg", "2.jpg"], ["3.jpg", "3"], ["0a1b2c3d-00000000.jpg", "film"]]
+    split += [["4.jpg", "film"]]
     with open(tmp_path / "split.csv", "w", newline="") as file:
         rows = [[name, "test", name, RIGHT, group] for name, group in split]
         csv.writer(file).writerows([["name", "split", "image", "raw_caption", "group"], *rows])
