@@ -16,7 +16,7 @@ from benchmarks.results import RESULTS, record
 from captioner.bdd100k.facts import Facts
 from captioner.bdd100k.parsing import parse_caption, read_caption
 from captioner.scoring import bootstrap, fact_metrics, text_metrics
-from captioner.scoring.bootstrap import Metric, Rides
+from captioner.scoring.bootstrap import RESAMPLES, Metric, Rides
 from captioner.scoring.predictions import find_ride
 
 IMAGES, SHARES, FRAMES = (20, 200, 1200), (0.5, 0.7, 0.95, 0.994), (1, 2, 4)
@@ -42,8 +42,9 @@ def bound_by_frames(metric: Metric, counts: np.ndarray) -> dict[str, tuple[float
     return dict(zip(metric.names, np.nanpercentile(samples, [2.5, 97.5], axis=0).T, strict=True))
 
 
-def count_draws(rng, size: int, resamples: int = 1000) -> np.ndarray:
-    return rng.multinomial(size, np.full(size, 1 / size), resamples).astype(np.float32)
+def count_draws(rng, size: int) -> np.ndarray:
+    """(R, N) how often each of N captions is in a sample."""
+    return rng.multinomial(size, np.full(size, 1 / size), RESAMPLES).astype(np.float32)
 
 
 def cover_shares(rng, repeats: int) -> list[str]:
@@ -60,7 +61,7 @@ def cover_shares(rng, repeats: int) -> list[str]:
                     figure = bootstrap.score_with_intervals(measure_share(right), drawn)["share"]
                     held += figure["low"] <= share <= figure["high"]
                     # the mean of a sample of zeros and ones is a binomial number
-                    samples = rng.binomial(images, right.mean(), 1000) / images
+                    samples = rng.binomial(images, right.mean(), RESAMPLES) / images
                     low, high = np.percentile(samples, [2.5, 97.5])
                     held_by_frames += low <= share <= high
                 cells.append(f"{100 * held_by_frames / repeats:.0f} → **{100 * held / repeats:.0f}**")
@@ -141,24 +142,21 @@ def tabulate_differences(rng, repeats: int) -> list[str]:
     return rows
 
 
-def shift_test(rng, differences: np.ndarray, resamples: int = 1000) -> float:
+def shift_test(rng, differences: np.ndarray) -> float:
     """p of a paired bootstrap of frames, shifted to no difference (Riezler and Maxwell 2005)."""
-    samples = count_draws(rng, len(differences), resamples) @ differences / len(differences)
-    return (np.sum(np.abs(samples - samples.mean()) >= abs(differences.mean())) + 1) / (resamples + 1)
+    samples = count_draws(rng, len(differences)) @ differences / len(differences)
+    return (np.sum(np.abs(samples - samples.mean()) >= abs(differences.mean())) + 1) / (RESAMPLES + 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--repeats", type=int, default=1000, help="simulated test sets; a third of it for scores of text"
-    )
+    repeats = "simulated test sets; a third of it for scores of text"
+    parser.add_argument("--repeats", type=int, default=1000, help=repeats)
     parser.add_argument("--record", action="store_true", help="put the tables into benchmarks/COVERAGE.md")
     args = parser.parse_args()
     rng, rule = np.random.default_rng(0), "| ---: " * 2 + "| --- "
-    shares = [
-        f"| frames a ride | images | {' | '.join(f'p = {share}' for share in SHARES)} |",
-        rule + "| --- " * 3 + "|",
-    ]
+    heads = " | ".join(f"p = {share}" for share in SHARES)
+    shares = [f"| frames a ride | images | {heads} |", rule + "| --- " * 3 + "|"]
     scores = [f"| frames a ride | images | {' | '.join(SCORES)} |", rule + "| --- " * (len(SCORES) - 1) + "|"]
     tests = ["| | bootstrap of frames | exchanged rides |", "| --- | --- | --- |"]
     shares += cover_shares(rng, args.repeats)

@@ -1,6 +1,6 @@
-"""Captions as BDD100K has them, drawn from what is published of its labels, and captions of made-up models of them.
+"""Captions as BDD100K has them, drawn from what is published of its labels, and captions of a made-up model of them.
 
-    rows = draw_predictions(rides=600, frames=2, seed=0)
+    rows = draw_predictions(rides=600, frames=2)
 
 No label of BDD100K is in it. Of its val labels (10,000 frames) the shares of weather, time of day and scene are taken,
 the boxes of each class (with traffic lights 18.5 a frame, quartiles 11, 17 and 24), 9.4 lanes and areas a frame, 47 %
@@ -14,11 +14,10 @@ that probability.
 import random
 from collections import Counter
 from collections.abc import Collection
-from typing import NamedTuple
 
 import numpy as np
 
-from captioner.bdd100k.facts import AREAS, LIGHTS, Facts, ObjectKind
+from captioner.bdd100k.facts import LIGHTS, Facts, ObjectKind
 from captioner.bdd100k.wording import describe
 from captioner.scoring.predictions import Prediction
 
@@ -34,17 +33,9 @@ AREA_LABELS = 9.4  # lanes and drivable areas a frame
 CROWDING = 4.65  # shape of the gamma distribution of how full a frame is, which gives the quartiles
 LIT = {"red": 0.15, "yellow": 0.01, "green": 0.25, None: 0.59}  # made up
 
-
-class Model(NamedTuple):
-    """How often a made-up model is right."""
-
-    weather: float = 0.82
-    scene: float = 0.78
-    time_of_day: float = 0.937
-    light: float = 0.85
-    boxes: float = 0.53
-    areas: float = 0.53  # lanes and drivable areas
-    invented: float = 0.05  # of each class, a frame
+# how often the model is right
+RIGHT = {"time_of_day": 0.937, "weather": 0.82, "scene": 0.78, "light": 0.85, "count": 0.53}
+INVENTED = 0.05  # objects of each class that it invents, a frame
 
 
 def pick(rng: random.Random, shares: dict):
@@ -69,42 +60,33 @@ def draw_ride(rng: random.Random, numbers: np.random.Generator, frames: int, wea
     return facts
 
 
-def see(facts: Facts, model: Model, rng: random.Random, numbers: np.random.Generator) -> Facts:
-    """What a made-up model says of a frame."""
+def see(facts: Facts, rng: random.Random, numbers: np.random.Generator) -> Facts:
+    """What the model says of a frame."""
     attributes = {}
     for name, shares in (("time_of_day", TIMES), ("weather", WEATHERS), ("scene", SCENES)):
-        right = rng.random() < getattr(model, name)
+        right = rng.random() < RIGHT[name]
         others = {value: share for value, share in shares.items() if value != getattr(facts, name)}
         attributes[name] = getattr(facts, name) if right else pick(rng, others)
     objects = {}
     for kind, count in facts.objects.items():
-        share = model.areas if kind.name in AREAS else model.boxes
-        found = count if rng.random() < share else int(numbers.binomial(count, share))
+        found = count if rng.random() < RIGHT["count"] else int(numbers.binomial(count, RIGHT["count"]))
         if found:
             objects[kind] = found
     for name in BOXES:
-        if rng.random() < model.invented / 2:
+        if rng.random() < INVENTED / 2:
             objects.setdefault(ObjectKind(name, rng.random() < OCCLUDED), 1)
-    light = facts.traffic_light if rng.random() < model.light else rng.choice([*LIGHTS, None])
+    light = facts.traffic_light if rng.random() < RIGHT["light"] else rng.choice([*LIGHTS, None])
     return Facts(**attributes, traffic_light=light, objects=objects)
 
 
-USUAL = Model()
-
-
-def draw_predictions(
-    rides: int, frames: int = 1, model: Model = USUAL, seed: int = 0, without: Collection[str] = ()
-) -> list[Prediction]:
-    """Frames of so many rides, none of the weathers `without`, with a model's captions.
-
-    The references don't depend on the model.
-    """
+def draw_predictions(rides: int, frames: int, without: Collection[str] = ()) -> list[Prediction]:
+    """The model's captions of the frames of so many rides, none of the weathers `without`."""
     weathers = {weather: share for weather, share in WEATHERS.items() if weather not in without}
     rows = []
     for ride in range(rides):
-        drawn = draw_ride(random.Random(f"{seed}-{ride}"), np.random.default_rng((seed, ride)), frames, weathers)
-        rng, numbers = random.Random(f"model-{seed}-{ride}"), np.random.default_rng((seed, ride, 1))
+        drawn = draw_ride(random.Random(f"0-{ride}"), np.random.default_rng((0, ride)), frames, weathers)
+        rng, numbers = random.Random(f"model-0-{ride}"), np.random.default_rng((0, ride, 1))
         for frame, facts in enumerate(drawn):
             name = f"{ride:08x}-{frame:08x}.jpg"
-            rows.append(Prediction(name, describe(see(facts, model, rng, numbers)), [describe(facts)]))
+            rows.append(Prediction(name, describe(see(facts, rng, numbers)), [describe(facts)]))
     return rows

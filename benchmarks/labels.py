@@ -69,10 +69,10 @@ def run_reference(labels: Path, output: Path) -> None:
         writer.writerows((frame["name"], caption_as_reference(frame)) for frame in frames)
 
 
-def draw_frames(count: int = 300) -> list[dict]:
-    """Frames with the labels of three drawn scenes each, about as many as a real frame has."""
+def draw_frames() -> list[dict]:
+    """300 frames with the labels of three drawn scenes each, about as many as a real frame has."""
     frames = []
-    for seed in range(0, 3 * count, 3):
+    for seed in range(0, 900, 3):
         scenes = [sample_scene(seed + i) for i in range(3)]
         labels = list(itertools.chain.from_iterable(map(list_labels, scenes)))
         attributes = {"weather": scenes[0].weather, "scene": scenes[0].place, "timeofday": scenes[0].time}
@@ -154,13 +154,8 @@ def compare(labels: Path, folder: Path, repeats: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=FRAMES, help="frames")
-    parser.add_argument(
-        "--frames-from",
-        type=Path,
-        nargs="*",
-        default=[],
-        help="2018 label files whose frames are repeated; none: drawn ones",
-    )
+    whose = "2018 label files whose frames are repeated; none: drawn ones"
+    parser.add_argument("--frames-from", type=Path, nargs="*", default=[], help=whose)
     parser.add_argument("--folder", type=Path, help="where to put the files; none: a temporary folder")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each")
     parser.add_argument("--record", action="store_true", help="put the table into benchmarks/RESULTS.md")
@@ -180,11 +175,8 @@ def main() -> None:
             (folder / name).unlink()
     header = "| labels | what read them | seconds | from, to | peak MB |\n| --- | --- | ---: | --- | ---: |\n"
     if args.record:
-        record(
-            f"Labels to captions, {'real' if real else 'drawn'} frames",
-            header + "\n".join(tables),
-            packages=["msgspec"],
-        )
+        title = f"Labels to captions, {'real' if real else 'drawn'} frames"
+        record(title, header + "\n".join(tables), packages=["msgspec"])
 
 
 if __name__ == "__main__":
