@@ -49,7 +49,7 @@ class Row(NamedTuple):
     value: float
     unit: str
     peak_gib: float = math.nan  # of the first GPU
-    beside: str | None = None  # what rows it is compared with, those of one process, have here
+    beside: str | None = None  # it is compared with the rows of one process that have the same here
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ Config = TypeVar("Config")
 
 
 def setting(default, **known: bool) -> Any:
-    """A field with its default, and what is known of it beside its comment; see name_fields()."""
+    """A field with its default and marks, such as free=True, by which name_fields() finds it."""
     return dataclasses.field(default=default, metadata=known)
 
 
@@ -91,7 +91,7 @@ def _plain(value):
 
 
 def check(group, must_be: str, holds: Callable[[Any], bool], *names: str) -> None:
-    """Raise UserError unless the settings of those `names` hold; None is none to check."""
+    """Raise UserError unless holds(value) for each of the settings `names` that is not None."""
     for name in names:
         value = getattr(group, name)
         if value is not None and not holds(value):

@@ -19,7 +19,7 @@ LEVEL = 0.95  # of the intervals
 RESAMPLES, BOOTSTRAP_SEED = 1000, 12345  # sacrebleu's
 FLIPS = 9999  # random sign flips; with 2^13 or fewer ways to flip all of them are tried
 EXACT_FLIPS = 13
-CHUNK = 2**23  # numbers of a matrix that is made at once
+CHUNK = 2**23  # elements of the largest matrix that is made at once
 
 
 class Metric(NamedTuple):

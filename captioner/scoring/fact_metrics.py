@@ -22,7 +22,7 @@ from captioner.scoring.text_metrics import divide, measure_mean
 ATTRIBUTES = {"time_of_day": TIMES_OF_DAY, "weather": WEATHERS, "scene": tuple(SCENES)}
 NOT_SAID = "not said"  # the label of a prediction that gives no value
 NO_LIGHT = "none"  # no lit light is labelled, or said to be there
-LOOKS = ("", "occluded_", "truncated_")  # which objects of a class are counted: all, these, those
+LOOKS = ("", "occluded_", "truncated_")  # of the objects of a class all are counted, the occluded, the truncated
 
 
 def measure_facts(predictions: Sequence[Reading], references: Sequence[Facts]) -> dict[str, Metric]:

@@ -14,7 +14,7 @@ from captioner.data.run_record import read_run
 from captioner.runtime.errors import UserError
 from captioner.scoring.predictions import is_frame_name
 
-# settings, in scores.json
+# settings of the run that scores.json keeps
 KEPT = ("demo", "captions", "class_names", "lanes", "merge_duplicates", "min_box_size", "without_scene")
 
 

@@ -24,7 +24,7 @@ from captioner.runtime.files import atomic_write
 
 WANTED = 'must be {"name": TEXT, "prediction": TEXT, "references": [TEXT, ...]}'
 REFERENCE = re.compile(r"references?_?\d*")  # fields of a row that are references
-NO_TEXTS = ("nan", "none", "null", "<na>", "n/a")  # as which a missing value is written
+NO_TEXTS = ("nan", "none", "null", "<na>", "n/a")  # what programs write where a value is missing
 
 
 class Prediction(NamedTuple):

@@ -162,7 +162,8 @@ def make_all_thumbnails(paths: Sequence[Path | None], side: int, quality: int) -
     def make(path: Path | None) -> str | None:
         return None if path is None else make_thumbnail(path, side, quality)
 
-    with ThreadPoolExecutor(count_all_cores()) as pool:  # threads do: Pillow lets go of the lock while it works
+    # threads are enough: Pillow releases Python's lock while it decodes
+    with ThreadPoolExecutor(count_all_cores()) as pool:
         made = pool.map(make, paths)
         return list(tqdm(made, desc="thumbnails", total=len(paths), unit="image"))
 

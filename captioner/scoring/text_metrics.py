@@ -99,7 +99,11 @@ class Texts:
                 grams = longer * max(len(vocabulary), 1) + following
 
     def _hash_grams(self, grams: np.ndarray, vocabulary: dict[str, int]) -> np.ndarray:
-        """64-bit hashes of n-grams, each given as the place of its first words among those before, and its last."""
+        """64-bit hashes of distinct n-grams, the same in all Texts of this process.
+
+        An n-gram is given as p * (size of the vocabulary) + w: p is the place of its first n - 1 words among the
+        distinct (n - 1)-grams, w the number of its last word.
+        """
         words = np.fromiter(map(hash, vocabulary), dtype=np.int64, count=len(vocabulary)).view(np.uint64)
         if not self.hashes:
             return words[grams]
