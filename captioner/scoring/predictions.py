@@ -47,8 +47,7 @@ class References(dict[str, list[str]]):
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
     """Write JSON lines."""
     with atomic_write(path) as file:
-        for prediction in predictions:
-            file.write(format_prediction(prediction))
+        file.writelines(map(format_prediction, predictions))
 
 
 def format_prediction(prediction: Prediction) -> str:
@@ -205,20 +204,15 @@ def _parse_document(text: str) -> dict | list | None:
     return document if any(isinstance(row, dict) for row in rows) else None
 
 
-def _read_json_lines(file: Iterable[str], path: Path) -> Iterator[tuple[str, Prediction]]:
-    for number, line in enumerate(file, start=1):
+def _read_json_lines(lines: Iterable[str], path: Path) -> Iterator[tuple[str, Prediction]]:
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             place = f"{path}, line {number}"
-            yield place, parse_prediction(line, place)
-
-
-def parse_prediction(line: str, place: str) -> Prediction:
-    """One JSON line. Raises UserError with the place."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: {WANTED} ({str(error)[:200]})") from None
-    return _make_prediction(row, place)
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{place}: {WANTED} ({str(error)[:200]})") from None
+            yield place, _make_prediction(row, place)
 
 
 def _make_prediction(row, place: str) -> Prediction:

@@ -14,12 +14,11 @@ import math
 import random
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageOps
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from captioner.bdd100k.facts import Facts
 from captioner.bdd100k.parsing import mark_caption, read_caption
@@ -163,9 +162,7 @@ def make_all_thumbnails(paths: Sequence[Path | None], side: int, quality: int) -
         return None if path is None else make_thumbnail(path, side, quality)
 
     # threads are enough: Pillow releases Python's lock while it decodes
-    with ThreadPoolExecutor(count_all_cores()) as pool:
-        made = pool.map(make, paths)
-        return list(tqdm(made, desc="thumbnails", total=len(paths), unit="image"))
+    return thread_map(make, paths, max_workers=count_all_cores(), desc="thumbnails", unit="image")
 
 
 def make_thumbnail(path: Path, side: int, quality: int) -> str | None:
