@@ -73,6 +73,7 @@ def lock_folder(folder: Path, flag: str) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
+    # not the soft lock, a file that would outlive a run that is killed
     lock = FileLock(folder / ".lock", blocking=False, fallback_to_soft=False)
     try:
         made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
@@ -89,7 +90,7 @@ def lock_folder(folder: Path, flag: str) -> Iterator[None]:
         yield
     finally:
         _locks.discard(lock)
-        with suppress(OSError):  # it may be gone, or the disk have become read-only
+        with suppress(OSError):  # it may be gone, the disk read-only, or this be Windows, whose lock removes it itself
             Path(lock.lock_file).unlink()
         lock.release()
         with suppress(OSError):
