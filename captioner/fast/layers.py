@@ -20,7 +20,7 @@ from captioner.blip2.lora import get_blip2
 from captioner.fast.adapters import Adapters
 from captioner.fast.kernels import choice, norm
 from captioner.fast.kernels.attention import BACKENDS, Rows, attend
-from captioner.fast.kernels.lora import add_low_rank, lora_backward, project_low
+from captioner.fast.kernels.lora import lora_backward, project_low
 from captioner.fast.linears import group_linears, has_joined, join_linears
 
 
@@ -176,56 +176,49 @@ def apply_linears(
 class LoraLinears(torch.autograd.Function):
     """Frozen linear layers side by side, with or without LoRA: x (N, in), A, B -> (N, sum of out).
 
-    The matrices are those of `copy_lora`. Each layer's LoRA has a dropout mask of its own, as in peft.
+    The matrices are those of `copy_lora`. The layers' LoRA share a dropout mask, where peft draws one for each.
     """
 
     @staticmethod
     def forward(ctx, x, layers, drop, relu, after_relu, a=None, b=None):
         weight, bias = join_linears(layers)
-        ctx.layers, ctx.after_relu = layers, after_relu
+        ctx.layers, ctx.after_relu, ctx.drop = layers, after_relu, drop
         if a is None:
             ctx.save_for_backward(x if after_relu else None)
             return run_linear(x, weight, bias, relu)
-        groups, rank, width = len(layers), b.shape[1], weight.shape[1]
-        ctx.has_room = choice.use_kernels(x) and spare_columns(weight) >= len(a)
-        room = widen(weight, len(a))[:, width:] if ctx.has_room else None  # that B takes
-        is_one_product = ctx.has_room and spare_columns(x) >= len(a)
-        if is_one_product:  # [x, low] times the transposed of [weight, B]
-            low = widen(x, len(a))[:, width:].unflatten(1, (groups, rank)).transpose(0, 1)  # (G, N, R)
-        else:
-            low = x.new_empty(groups, len(x), rank)
-        drop = project_low(x, a, low, drop, b, room)
-        if is_one_product:
+        ctx.has_room = spare_columns(weight) >= len(a)
+        fits = ctx.has_room and spare_columns(x) >= len(a)
+        low = take_spare(x, len(a)) if fits else x.new_empty(len(x), len(a))  # (N, G x R)
+        beside = take_spare(weight, len(a)) if ctx.has_room else b.new_zeros(len(b), len(a))
+        mask = project_low(x, a, low, drop, b, beside)
+        if fits:  # one product: [x, low] times the transposed of [weight, B]
             y = run_linear(widen(x, len(a)), widen(weight, len(a)), bias, relu)
         else:
-            y = F.linear(x, weight, bias)
-            add_low_rank(y, low, b, relu)
-        ctx.drop = drop._replace(masks=None)
-        ctx.save_for_backward(x, a, b, low, drop.masks)
+            y = torch.addmm(bias, low, beside.T).addmm_(x, weight.T)
+            y = y.relu_() if relu else y
+        ctx.save_for_backward(x, a, low, mask, None if ctx.has_room else beside)
         return y
 
     @staticmethod
     def backward(ctx, grad_y):
         x, *saved = ctx.saved_tensors
-        weight = join_linears(ctx.layers)[0]
+        weight, grad_x = join_linears(ctx.layers)[0], None
         if not saved:
-            grad_x = grad_y @ weight if ctx.needs_input_grad[0] else None
-            if ctx.after_relu and grad_x is not None:
-                grad_x.masked_fill_(x <= 0, 0)
+            if ctx.needs_input_grad[0]:
+                grad_x = grad_y @ weight
+                if ctx.after_relu:
+                    grad_x.masked_fill_(x <= 0, 0)
             return grad_x, None, None, None, None, None, None
-        a, b, low, masks = saved
-        groups, rank = len(ctx.layers), b.shape[1]
-        parts = grad_y.unflatten(1, (groups, -1)).transpose(0, 1)  # (G, N, out)
-        if ctx.has_room and ctx.needs_input_grad[0]:
-            # one product: [gradients of x without LoRA, of low]
-            both = grad_y @ widen(weight, len(a))  # (N, in + G x R)
-            grad_x, grad_low = both.split([x.shape[1], len(a)], 1)
-            grad_low = grad_low.unflatten(1, (groups, rank)).transpose(0, 1)  # (G, N, R)
+        a, low, mask, beside = saved
+        groups, width = len(ctx.layers), x.shape[1]
+        if ctx.has_room and ctx.needs_input_grad[0]:  # one product: gradients of [x without LoRA, low]
+            grad_x, grad_low = (grad_y @ widen(weight, len(a))).split([width, len(a)], 1)
         else:
             grad_x = grad_y @ weight if ctx.needs_input_grad[0] else None
-            grad_low = torch.bmm(parts, b.view(groups, -1, rank))
-        grad_b = torch.bmm(parts.mT, low).view(b.shape)
-        grad_a = lora_backward(grad_x, x, grad_low, a, ctx.drop._replace(masks=masks), ctx.after_relu)
+            grad_low = grad_y @ (take_spare(weight, len(a)) if ctx.has_room else beside)
+        parts, lows = (matrix.unflatten(1, (groups, -1)).transpose(0, 1) for matrix in (grad_y, low))  # (G, N, .)
+        grad_b = torch.bmm(parts.mT, lows).flatten(0, 1)  # (sum of out, R)
+        grad_a = lora_backward(grad_x, x, grad_low, a, ctx.drop, mask, ctx.after_relu)
         return grad_x, None, None, None, None, grad_a, grad_b
 
 
@@ -241,3 +234,8 @@ def spare_columns(matrix: Tensor) -> int:
 def widen(matrix: Tensor, columns: int) -> Tensor:
     """The matrix with so many of its spare columns."""
     return matrix.as_strided((len(matrix), matrix.shape[1] + columns), matrix.stride())
+
+
+def take_spare(matrix: Tensor, columns: int) -> Tensor:
+    """Its spare columns (rows, columns) themselves."""
+    return widen(matrix, columns)[:, matrix.shape[1] :]
