@@ -8,6 +8,7 @@ batch together, L queries and S keys of a row, G linear layers that read the sam
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,12 +57,11 @@ def run_decoder(decoder, x: Tensor, rows: Rows, lora: Adapters, wanted: Tensor) 
 
     Elsewhere the last layer ends with its attention: what it would give there is read by none.
     """
-    ends = [(layer.self_attn_layer_norm, group_linears(layer)[0]) for layer in decoder.layers]
-    ends.append((decoder.final_layer_norm, []))
+    ends = [End(layer.self_attn_layer_norm, group_linears(layer)[0]) for layer in decoder.layers[1:]]
+    ends.append(End(decoder.final_layer_norm, [], wanted))
     normed = decoder.layers[0].self_attn_layer_norm(x)
-    for layer, (layer_norm, readers) in zip(decoder.layers, ends[1:], strict=True):
-        places = wanted if layer_norm is decoder.final_layer_norm else None
-        x, normed = run_opt_layer(layer, x, normed, layer_norm, readers, rows, places, lora=lora)
+    for layer, end in zip(decoder.layers, ends, strict=True):
+        x, normed = run_opt_layer(layer, x, normed, end, rows, lora=lora)
     return normed
 
 
@@ -92,32 +92,30 @@ def _attention_contexts() -> tuple:
     return sdpa_kernel(BACKENDS), sdpa_kernel(BACKENDS)
 
 
-def opt_layer(
-    layer,
-    x: Tensor,
-    normed: Tensor,
-    next_norm: nn.LayerNorm,
-    next_readers: Sequence[nn.Module],
-    rows: Rows,
-    wanted: Tensor | None,
-    lora: Adapters,
-) -> tuple[Tensor, Tensor]:
-    """An OPTDecoderLayer on x (N, H), each position seeing itself and its row's before: the new x, and next_norm(x).
+class End(NamedTuple):
+    """What follows an OPT layer."""
 
-    `normed` is x as the layer's first norm makes it; what next_norm makes is for `next_readers` to read. Both are of
-    the places `wanted` (C,) alone, unless it is None.
+    norm: nn.LayerNorm
+    readers: Sequence[nn.Module]  # linear layers that read what the norm gives
+    wanted: Tensor | None = None  # (C,) the places whose result is read; None: all
+
+
+def opt_layer(layer, x: Tensor, normed: Tensor, end: End, rows: Rows, lora: Adapters) -> tuple[Tensor, Tensor]:
+    """An OPTDecoderLayer on x (N, H), each position seeing itself and its row's before: the new x, and end.norm of it.
+
+    `normed` is x as the layer's first norm makes it. Both results are of the places end.wanted.
     """
     attention, (qkv, out, fc1, fc2) = layer.self_attn, group_linears(layer)
     joined = [apply_linears(qkv, normed, lora)]
     h = attend(joined, attention.num_heads, attention.dropout * attention.training, rows)
-    if wanted is not None:
-        x, h = x.index_select(0, wanted), h.index_select(0, wanted)
+    if end.wanted is not None:
+        x, h = x.index_select(0, end.wanted), h.index_select(0, end.wanted)
     h = apply_linears(out, h, lora)
     x, normed = add_and_norm(x, h, layer.dropout * layer.training, layer.final_layer_norm, lora, fc1)
     relu = isinstance(layer.activation_fn, nn.ReLU)
     h = apply_linears(fc1, normed, lora, relu=relu)
     h = apply_linears(fc2, h if relu else layer.activation_fn(h), lora, after_relu=relu)
-    return add_and_norm(x, h, layer.dropout * layer.training, next_norm, lora, next_readers)
+    return add_and_norm(x, h, layer.dropout * layer.training, end.norm, lora, end.readers)
 
 
 def qformer_layer(layer, x: Tensor, vision: Tensor, lora: Adapters) -> Tensor:
@@ -182,7 +180,7 @@ class LoraLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layers, drop, relu, after_relu, a=None, b=None):
         weight, bias = join_linears(layers)
-        ctx.layers, ctx.after_relu, ctx.drop = layers, after_relu, drop
+        ctx.layers, ctx.after_relu = layers, after_relu
         if a is None:
             ctx.save_for_backward(x if after_relu else None)
             return run_linear(x, weight, bias, relu)
@@ -190,13 +188,14 @@ class LoraLinears(torch.autograd.Function):
         fits = ctx.has_room and spare_columns(x) >= len(a)
         low = take_spare(x, len(a)) if fits else x.new_empty(len(x), len(a))  # (N, G x R)
         beside = take_spare(weight, len(a)) if ctx.has_room else b.new_zeros(len(b), len(a))
-        mask = project_low(x, a, low, drop, b, beside)
+        drop = project_low(x, a, low, drop, b, beside)
         if fits:  # one product: [x, low] times the transposed of [weight, B]
             y = run_linear(widen(x, len(a)), widen(weight, len(a)), bias, relu)
         else:
             y = torch.addmm(bias, low, beside.T).addmm_(x, weight.T)
             y = y.relu_() if relu else y
-        ctx.save_for_backward(x, a, low, mask, None if ctx.has_room else beside)
+        ctx.drop = drop._replace(mask=None)
+        ctx.save_for_backward(x, a, low, drop.mask, None if ctx.has_room else beside)
         return y
 
     @staticmethod
@@ -218,7 +217,7 @@ class LoraLinears(torch.autograd.Function):
             grad_low = grad_y @ (take_spare(weight, len(a)) if ctx.has_room else beside)
         parts, lows = (matrix.unflatten(1, (groups, -1)).transpose(0, 1) for matrix in (grad_y, low))  # (G, N, .)
         grad_b = torch.bmm(parts.mT, lows).flatten(0, 1)  # (sum of out, R)
-        grad_a = lora_backward(grad_x, x, grad_low, a, ctx.drop, mask, ctx.after_relu)
+        grad_a = lora_backward(grad_x, x, grad_low, a, ctx.drop._replace(mask=mask), ctx.after_relu)
         return grad_x, None, None, None, None, grad_a, grad_b
 
 

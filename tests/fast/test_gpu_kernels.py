@@ -81,7 +81,7 @@ def test_lora_is_torchs(groups, rank, relu, programs, dtype, monkeypatch):
     room = torch.full((rows, ranks + 8), 7.0, device=DEVICE, dtype=dtype)
     low = room[:, :ranks]  # as beside x
     beside = torch.zeros(groups * part, width + ranks, device=DEVICE, dtype=dtype)[:, width:]
-    assert project_low(x.detach(), a.detach(), low, drop, b, beside) is None and (room[:, ranks:] == 7).all()
+    assert project_low(x.detach(), a.detach(), low, drop, b, beside).mask is None and (room[:, ranks:] == 7).all()
     expected = (x.double() * mask.double()) @ a.double().T
     check(low, expected, dtype)
     assert torch.equal(beside, torch.block_diag(*b.chunk(groups)))
@@ -94,21 +94,22 @@ def test_lora_is_torchs(groups, rank, relu, programs, dtype, monkeypatch):
     grad_x, grad_low = make(rows, width + ranks, dtype=dtype).split([width, ranks], 1)  # beside each other
     gradients = torch.autograd.grad(expected, (x, a), grad_low.double())
     wanted, twin = grad_x.double() + gradients[0].double(), grad_x.clone()
-    grad_a = lora_backward(grad_x, x.detach(), grad_low, a.detach(), drop, None, relu)
-    by_twin = by_torch(lora_backward, twin, x.detach(), grad_low, a.detach(), drop, mask != 0, relu)
+    grad_a = lora_backward(grad_x, x.detach(), grad_low, a.detach(), drop, relu)
+    kept = drop._replace(mask=mask != 0)
+    by_twin = by_torch(lora_backward, twin, x.detach(), grad_low, a.detach(), kept, relu)
     for grad, result in ((grad_x, grad_a), (twin, by_twin)):
         check(result, gradients[1], dtype)
         check(grad, wanted * (x > 0) if relu else wanted, dtype)
-    assert torch.equal(lora_backward(None, x.detach(), grad_low, a.detach(), drop, None), grad_a)
+    assert torch.equal(lora_backward(None, x.detach(), grad_low, a.detach(), drop), grad_a)
 
 
 def test_more_ranks_than_fit_are_torchs():
     """Its mask is kept then, and used again."""
     x, a, b, drop = make(9, 40), make(136, 40), make(5, 136), Drop(0.5, SEED, 3)
     low = x.new_empty(9, 136)
-    mask = project_low(x, a, low, drop, b, torch.zeros_like(b))
-    check(low, (x * mask * 2) @ a.T, torch.float32)
-    check(lora_backward(None, x, low, a, drop, mask), low.T @ (x * mask * 2), torch.float32)
+    drop = project_low(x, a, low, drop, b, torch.zeros_like(b))
+    check(low, (x * drop.mask * 2) @ a.T, torch.float32)
+    check(lora_backward(None, x, low, a, drop), low.T @ (x * drop.mask * 2), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -19,6 +19,7 @@ class Drop(NamedTuple):
     share: float
     seed: Tensor  # (1,) int64, of the pass
     site: int  # number of the place
+    mask: Tensor | None = None  # that torch has drawn there
 
     @property
     def level(self) -> int:

@@ -28,12 +28,11 @@ def fill_up(ranks: int) -> int:
     return max(16, triton.next_power_of_2(ranks))
 
 
-def project_low(x: Tensor, a: Tensor, low: Tensor, drop: Drop, b: Tensor, beside: Tensor) -> Tensor | None:
+def project_low(x: Tensor, a: Tensor, low: Tensor, drop: Drop, b: Tensor, beside: Tensor) -> Drop:
     """Write dropout(x) @ A.T into low (N, K), of x (N, W) and a (K, W); and place b where the next product finds it.
 
     b (G x M, R) goes, block by block, onto the diagonal of `beside` (G x M, K), which is zero elsewhere. a and b are
-    contiguous, rows of x, low and `beside` may lie apart. Returns the mask (N, W) if torch has drawn it, which the
-    backward pass needs then.
+    contiguous, rows of x, low and `beside` may lie apart. Returns what the backward pass needs of the dropout.
     """
     (rows, width), (outputs, rank) = x.shape, b.shape
     groups = len(a) // rank
@@ -42,7 +41,7 @@ def project_low(x: Tensor, a: Tensor, low: Tensor, drop: Drop, b: Tensor, beside
         torch.mm(kept, a.T, out=low)
         blocks = beside.unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).diagonal(dim1=0, dim2=2)  # (M, R, G)
         blocks.copy_(b.unflatten(0, (groups, -1)).permute(1, 2, 0))
-        return mask
+        return drop._replace(mask=mask)
     assert x.stride(1) == low.stride(1) == beside.stride(1) == 1 and a.is_contiguous() and b.is_contiguous()
     blocks, height = triton.cdiv(rows, PROJECT["ROWS"]), outputs // groups
     _project_low[groups, blocks + triton.cdiv(height, PROJECT["PLACED"])](
@@ -54,7 +53,7 @@ def project_low(x: Tensor, a: Tensor, low: Tensor, drop: Drop, b: Tensor, beside
         **PROJECT,
         num_stages=pick_stages(x.device),
     )
-    return None
+    return drop
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -93,23 +92,26 @@ def _project_low(
 
 
 def lora_backward(
-    grad_x: Tensor | None, x: Tensor, grad_low: Tensor, a: Tensor, drop: Drop, mask: Tensor | None, relu: bool = False
+    grad_x: Tensor | None, x: Tensor, grad_low: Tensor, a: Tensor, drop: Drop, relu: bool = False
 ) -> Tensor:
-    """The gradient of `a` (K, W) from that of project_low's result, grad_low (N, K); `mask` as that returned it.
+    """The gradient of `a` (K, W) from that of project_low's result, grad_low (N, K); `drop` as that gave it.
 
     Adds what goes to x to grad_x (N, W) in place, which is then set to 0 where x <= 0 if `relu`; None: not wanted. Rows
     of x, grad_x and grad_low may lie apart.
     """
     (rows, width), ranks = x.shape, len(a)
     if not use_kernels(x, ranks):
-        back = [] if grad_x is None else [grad_low @ a]
-        if mask is not None:
-            x_kept, *back = (torch.ops.aten.native_dropout_backward(part, mask, drop.scale) for part in (x, *back))
+
+        def keep(values: Tensor) -> Tensor:
+            return (
+                values if drop.mask is None else torch.ops.aten.native_dropout_backward(values, drop.mask, drop.scale)
+            )
+
         if grad_x is not None:
-            grad_x += back[0]
-        if relu and grad_x is not None:
-            grad_x.masked_fill_(x <= 0, 0)
-        return grad_low.T @ (x if mask is None else x_kept)
+            grad_x += keep(grad_low @ a)
+            if relu:
+                grad_x.masked_fill_(x <= 0, 0)
+        return grad_low.T @ keep(x)
     target = x if grad_x is None else grad_x
     assert x.stride(1) == target.stride(1) == grad_low.stride(1) == 1
     blocks, height = triton.cdiv(width, BACKWARD["COLUMNS"]), BACKWARD["ROWS"]
