@@ -26,9 +26,10 @@ from captioner.data import images as data_images
 from captioner.data.captions import Example
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import lock_folder, name_run
-from captioner.training import dashboard, pace, sealed_trainer, trainer
+from captioner.training import checkpoints, dashboard, pace, trainer
 from captioner.training import run as training_run
-from captioner.training.checkpoints import find_checkpoint, fingerprint_data
+from captioner.training.checkpoints import find_checkpoint
+from captioner.training.run_state import fingerprint_data
 from config import EvalConfig, make_config
 
 OUTPUT = Path("blip2-finetuned")
@@ -102,7 +103,7 @@ def fill_before(patch, file: str, step: int) -> None:
     owner, name, place = {
         "adapter_model.safetensors": (trainer.CaptionTrainer, "_save", 1),
         "optimizer.pt": (torch, "save", 1),
-        "manifest.json": (sealed_trainer, "seal_checkpoint", 0),
+        "manifest.json": (checkpoints, "seal_checkpoint", 0),
     }[file]  # of whose arguments one is the folder, or the file
     real = getattr(owner, name)
 
@@ -506,7 +507,7 @@ def test_a_worker_dies_while_a_checkpoint_is_written(folder, settings, monkeypat
     def save(*args):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
 
-    monkeypatch.setattr(sealed_trainer.Trainer, "_save_checkpoint", save)
+    monkeypatch.setattr(checkpoints.Trainer, "_save_checkpoint", save)
     with pytest.raises(UserError, match="a process that reads images was killed"):
         train(settings)
 

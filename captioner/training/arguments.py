@@ -77,14 +77,3 @@ def split_batch(config: TrainConfig, world_size: int) -> int:
             + (f" times --per-device-train-batch-size {micro}" if micro else "")
         )
     return share
-
-
-def check_sharding(config: TrainConfig) -> None:
-    """Raise UserError for what does not go with weights that are spread over the GPUs."""
-    if config.base.load_in_4bit:
-        raise UserError("--load-in-4bit: FSDP can't spread NF4 weights; give --no-load-in-4bit, or leave FSDP out")
-    if config.run.val_captions:
-        raise UserError(
-            f"--val-captions {config.run.val_captions}: with FSDP no process has the whole model to caption with; give "
-            "--val-captions 0, and caption with eval.py after training"
-        )

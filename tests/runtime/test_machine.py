@@ -29,7 +29,8 @@ from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write, lock_folder, measure_free, name_run
 from captioner.scoring.console import print_captions, print_left_out
 from captioner.scoring.predictions import Prediction
-from captioner.training.checkpoints import find_damage, hash_file, read_state
+from captioner.training.checkpoints import find_damage, hash_file
+from captioner.training.run_state import read_state
 from config import PipelineConfig
 
 HOLD = """

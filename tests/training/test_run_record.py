@@ -15,7 +15,7 @@ import torch
 
 from captioner.publishing import publish
 from captioner.runtime.errors import UserError
-from captioner.training import checkpoints, dashboard, record, run, tracking, train
+from captioner.training import checkpoints, dashboard, record, run, run_state, tracking, train
 from captioner.training.pace import Pace
 from config import TrainConfig, make_config
 
@@ -101,7 +101,7 @@ def test_training_goes_on_without_wandb(monkeypatch):
 
 def test_a_checkpoint_is_written_where_free_space_is_not_told(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", fail)
-    checkpoints.check_disk(tmp_path, 10**18, "a checkpoint")
+    checkpoints.check_disk(tmp_path, 10**18)
 
 
 @pytest.mark.parametrize(("url", "logged_in"), [("", False), ("https://wandb.example.org:8080/api", True)])
@@ -146,7 +146,7 @@ def test_a_run_of_before_versions_were_noted_goes_on(capsys):
 
 def test_other_versions_are_no_reason_to_refuse_a_run():
     before = {"config": {"seed": 1}, "versions": {"torch": "2.12.0"}}
-    checkpoints.refuse_changes(Path("output"), before, {"config": {"seed": 1}, "versions": {"torch": "2.13.0"}})
+    run_state.refuse_changes(Path("output"), before, {"config": {"seed": 1}, "versions": {"torch": "2.13.0"}})
 
 
 def test_a_run_goes_on_in_its_own_folder(folder):
@@ -167,7 +167,7 @@ def test_a_folder_outside_of_logs_is_not_believed(folder, named):
 def test_a_state_of_another_form_is_named(tmp_path, content):
     (tmp_path / "state.json").write_text(content)
     with pytest.raises(UserError, match=r"state\.json: not readable .*--overwrite"):
-        checkpoints.read_state(tmp_path)
+        run_state.read_state(tmp_path)
 
 
 def test_a_finished_run_that_is_resumed_keeps_its_card_as_it_is(tmp_path):

@@ -20,7 +20,7 @@ from captioner.data import splits
 from captioner.fast import speed
 from captioner.fast.trainer import FastTrainer
 from captioner.runtime.errors import UserError
-from captioner.training import sealed_trainer, trainer
+from captioner.training import checkpoints, trainer
 from captioner.training.checkpoints import find_checkpoint
 from captioner.training.order import LengthSampler
 from captioner.training.record import OF_A_PART
@@ -149,19 +149,19 @@ def test_a_batch_has_frames_of_about_one_length():
 # guards
 
 
-@pytest.mark.parametrize("trainer_class", [sealed_trainer.SealedTrainer, trainer.CaptionTrainer, FastTrainer])
+@pytest.mark.parametrize("trainer_class", [checkpoints.SealedTrainer, trainer.CaptionTrainer, FastTrainer])
 def test_each_private_method_that_is_overridden_is_transformers(trainer_class):
     """And is named: a release of transformers that renames one would leave ours out without a word."""
-    for name in sealed_trainer.PRIVATE_HOOKS:
-        assert callable(getattr(sealed_trainer.Trainer, name, None)), name
+    for name in trainer.PRIVATE_HOOKS:
+        assert callable(getattr(checkpoints.Trainer, name, None)), name
     overridden = {name for name in vars(trainer_class) if name.startswith("_") and not name.startswith("__")}
-    assert overridden <= set(sealed_trainer.PRIVATE_HOOKS), overridden
+    assert overridden <= set(trainer.PRIVATE_HOOKS), overridden
 
 
 @pytest.mark.parametrize("fast", ["off", "on"])
 def test_a_loss_that_is_no_number_stops_the_run(folder, settings, fast):
     """The batch is named, no weight has changed, the checkpoint before is kept."""
-    real = sealed_trainer.Trainer.training_step
+    real = checkpoints.Trainer.training_step
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = real(self, model, inputs, num_items_in_batch)
@@ -169,7 +169,7 @@ def test_a_loss_that_is_no_number_stops_the_run(folder, settings, fast):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as stopped:
         if fast == "off":
-            patch.setattr(sealed_trainer.Trainer, "training_step", training_step)
+            patch.setattr(checkpoints.Trainer, "training_step", training_step)
         else:
             step = speed.FastStep.__call__
             calls = iter(range(1000))  # two a step
@@ -191,7 +191,7 @@ def test_out_of_memory_takes_fewer_frames_a_pass(folder, settings, capsys):
     expected = train(settings, per_device_train_batch_size=1, output=Path("blip2-finetuned"))
     shutil.rmtree("blip2-finetuned")
     capsys.readouterr()
-    real = sealed_trainer.Trainer.training_step
+    real = checkpoints.Trainer.training_step
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if len(inputs["labels"]) > 1 and self.state.global_step == 1:
@@ -199,7 +199,7 @@ def test_out_of_memory_takes_fewer_frames_a_pass(folder, settings, capsys):
         return real(self, model, inputs, num_items_in_batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sealed_trainer.Trainer, "training_step", training_step)
+        patch.setattr(checkpoints.Trainer, "training_step", training_step)
         assert train(settings) == expected
     assert "out of GPU memory: from here on 1 frames a forward pass, 4 a step" in capsys.readouterr().out
 
@@ -208,21 +208,21 @@ def test_out_of_memory_with_one_frame_a_pass_is_an_error(folder, settings, monke
     def training_step(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(sealed_trainer.Trainer, "training_step", training_step)
+    monkeypatch.setattr(checkpoints.Trainer, "training_step", training_step)
     with pytest.raises(UserError, match=r"out of GPU memory with 1 frames .*--gradient-checkpointing"):
         train(settings, per_device_train_batch_size=1)
 
 
 @pytest.mark.slow
 def test_a_full_disk_keeps_the_checkpoint_before(folder, settings, undisturbed, monkeypatch):
-    real, calls = sealed_trainer.check_disk, []
+    real, calls = checkpoints.check_disk, []
 
-    def check_disk(where, need, what):
+    def check_disk(where, need):
         calls.append(need)
-        real(where, need if len(calls) < 2 else 10**18, what)
+        real(where, need if len(calls) < 2 else 10**18)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"MB free.*--resume"):
-        patch.setattr(sealed_trainer, "check_disk", check_disk)
+        patch.setattr(checkpoints, "check_disk", check_disk)
         train(settings)
     assert train(settings, resume=True) == undisturbed[0]
 

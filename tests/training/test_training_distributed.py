@@ -118,7 +118,7 @@ def train_two(settings, tmp_path):
             path.mkdir(exist_ok=True)
         script = tmp_path / "patched.py"
         script.write_text(
-            "import os, signal, torch, main\nfrom captioner.training import sealed_trainer as training\n"
+            "import os, signal, torch, main\nfrom captioner.training import checkpoints as training\n"
             "from config import TrainConfig, parse_args\nfrom captioner.runtime.cli import run_script\n"
             f"rank = int(os.environ['RANK'])\n{patch}\nrun_script(main.main, parse_args(TrainConfig))\n"
         )
