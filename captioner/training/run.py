@@ -20,13 +20,13 @@ from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write, is_inside, name_run, read_json
 from captioner.runtime.processes import ask_main, go_on_alone, is_sharded
 from captioner.runtime.settings import flatten
-from captioner.training.arguments import make_arguments, split_batch
 from captioner.training.checkpoints import checkpoint_folder
 from captioner.training.fsdp import check_sharding, gather_trainable
 from captioner.training.record import describe_run, note_versions
 from captioner.training.run_state import find_unfinished, fingerprint_data, list_changes, read_state, refuse_changes
 from captioner.training.tracking import choose_wandb_mode
 from captioner.training.trainer import CaptionTrainer
+from captioner.training.training_arguments import make_arguments, split_batch
 from config import TrainConfig
 
 FINISHED = ".checkpoints-of-a-finished-run"

@@ -1,4 +1,4 @@
-"""The Trainer's settings."""
+"""The Trainer's settings: learning-rate schedule, precision, what is saved and when, and frames a forward pass."""
 
 import os
 
