@@ -22,8 +22,8 @@ import eval as evaluation
 import main
 from captioner.bdd100k import label_files, label_report
 from captioner.blip2 import caption_folder, captioner
-from captioner.data import images as data_images
-from captioner.data.captions import Example
+from captioner.data import image_files
+from captioner.data.examples import Example
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import lock_folder, name_run
 from captioner.training import checkpoints, dashboard, pace, trainer
@@ -308,7 +308,7 @@ def test_an_image_vanishes_before_the_fingerprint(tmp_path):
 def test_an_image_vanishes_while_others_are_captioned(folder, undisturbed, images, capsys):
     """Counted and named; the others get their captions."""
     shutil.copytree(images, "images")
-    real = data_images.find_images
+    real = image_files.find_images
 
     def find_images(paths):
         found = real(paths)

@@ -20,10 +20,11 @@ from transformers import Blip2Processor, GenerationConfig
 
 from captioner.bdd100k.facts import Facts
 from captioner.bdd100k.parsing import parse_caption
-from captioner.blip2.batches import prefix_ids, prepare_pixels
+from captioner.blip2.batches import prefix_ids
 from captioner.blip2.loading import load_finetuned, pick_device
+from captioner.blip2.pixels import prepare_pixels
 from captioner.blip2.sampling import DrawTokens, seed_image
-from captioner.data.images import normalize_image, open_image
+from captioner.data.image_decoding import normalize_image, open_image
 
 AT_ONCE = 16  # images that ImageCaptioner captions in one batch
 
@@ -46,7 +47,7 @@ def generate_tokens(
     """New tokens (B, N) for pixel_values (B, 3, S, S); `options` override `generation`.
 
     Greedy, unless `draw` chooses the tokens or `options` say otherwise (do_sample=True). Where the ViT's outputs
-    (B, P, D) stand in for it (see vision.py), pixel_values are those.
+    (B, P, D) stand in for it (see vit.py), pixel_values are those.
     """
     prefix = _make_prefix(model, len(pixel_values))  # (B, Q+1)
     tokens = model.generate(

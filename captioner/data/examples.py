@@ -1,16 +1,30 @@
-"""Examples as tables of Hugging Face's `datasets`, and back. Images stay paths: they are opened by open_image alone.
+"""What is trained and tested on: images with their captions, one by one or as a table of Hugging Face's `datasets`.
+
+Images stay paths in it: they are opened by open_image alone.
 
 table = tabulate_examples(splits["train"])      # columns name, image, caption, group, index
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from captioner.data.captions import Example
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # it takes a while to import
     from datasets import Dataset
+
+
+class Example(NamedTuple):
+    """An image and its captions."""
+
+    name: str  # as captions name it: its file, or its path below the folder of images
+    image: Path
+    caption: str  # the first
+    group: str = ""  # what must not be in two splits: a ride
+    more: tuple[str, ...] = ()  # captions
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return (self.caption, *self.more)
 
 
 def tabulate_examples(examples: Sequence[Example]) -> "Dataset":

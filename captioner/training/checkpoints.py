@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer_pt_utils import safe_globals
 
-from captioner.data.reading import explain_dead_worker
+from captioner.data.parallel import explain_dead_worker
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write, measure_free
 from captioner.runtime.processes import gather, share_folder

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from captioner.data.captions import Example
+from captioner.data.examples import Example
 from captioner.data.run_record import read_run
 from captioner.data.splits import find_images_root, write_splits
 from captioner.runtime.errors import UserError

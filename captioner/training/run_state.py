@@ -7,7 +7,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from captioner.data.captions import Example
+from captioner.data.examples import Example
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import write_json
 from captioner.runtime.settings import flatten, name_fields

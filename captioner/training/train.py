@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict
 from transformers import TrainerCallback, TrainerState
 
 from captioner.blip2.batches import get_reader
-from captioner.data.reading import LOADER_ERRORS, explain_dead_worker
+from captioner.data.parallel import LOADER_ERRORS, explain_dead_worker
 from captioner.runtime.errors import UserError
 from captioner.runtime.processes import ask_main, gather
 from captioner.training.checkpoints import check_pickles, checkpoint_folder, find_checkpoint, read_step

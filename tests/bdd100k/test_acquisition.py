@@ -18,7 +18,7 @@ from captioner.bdd100k import download
 from captioner.bdd100k.download import IMAGE_FOLDER, LABEL_FILES, fetch_images, fetch_labels
 from captioner.bdd100k.label_files import read_labels
 from captioner.bdd100k.label_report import LabelReport
-from captioner.data.images import index_images
+from captioner.data.image_files import index_images
 from captioner.runtime.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent

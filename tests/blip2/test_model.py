@@ -12,7 +12,8 @@ from tokenizers.processors import TemplateProcessing
 from captioner.blip2 import batches, captioning
 from captioner.blip2 import loading as blip2
 from captioner.blip2.lora import add_lora
-from captioner.data.captions import Example
+from captioner.blip2.pixels import load_pixels
+from captioner.data.examples import Example
 from captioner.fast import packing
 from captioner.runtime.errors import UserError
 
@@ -212,14 +213,14 @@ def test_pixels_are_those_of_the_processor(drawn, processor, blank):
         image = Image.open(path).convert("RGB")
         image = Image.new("RGB", image.size) if blank else image
         expected = processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
-        assert torch.equal(batches.load_pixels(path, processor, blank), expected)
+        assert torch.equal(load_pixels(path, processor, blank), expected)
 
 
 def test_unreadable_image_is_named(tmp_path, processor):
     bad = tmp_path / "bad.jpg"
     bad.write_text("no image")
     with pytest.raises(UserError, match=r"bad\.jpg: not readable as an image"):
-        batches.load_pixels(bad, processor)
+        load_pixels(bad, processor)
 
 
 def test_a_caption_has_no_token_that_its_text_has_not(processor):

@@ -159,7 +159,7 @@ def test_a_pickle_in_a_checkpoint_does_not_run(folder, settings, stopped, tmp_pa
 
 def test_no_link_leads_out_of_a_folder(tmp_path, drawn):
     from captioner.bdd100k.label_files import find_label_files
-    from captioner.data.images import find_images, index_images
+    from captioner.data.image_files import find_images, index_images
 
     (tmp_path / "data").mkdir()
     secret = shutil.copy(next((drawn / "images").iterdir()), tmp_path / "secret.jpg")

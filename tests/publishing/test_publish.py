@@ -16,7 +16,7 @@ from datasets import load_dataset
 from huggingface_hub import ModelCard, close_session, constants
 from loopback_push import Hub
 
-from captioner.data.captions import Example
+from captioner.data.examples import Example
 from captioner.data.splits import write_splits
 from captioner.publishing import merge, model_card
 from captioner.publishing.hub import push_to_hub, stage_files

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from captioner.blip2.captioning import GreedyCaptioner
-from captioner.data.captions import Example
-from captioner.data.examples import tabulate_examples
+from captioner.data.examples import Example, tabulate_examples
 from captioner.scoring import text_metrics
 from captioner.training.dashboard import RunLog, ValidationCaptions, choose_panels, plot_dashboard
 

@@ -229,7 +229,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(folder, settings, undisturbed, 
 
 def test_images_are_mended_or_left_out(folder, settings, scenes, capsys):
     """CMYK, 16 bits and EXIF rotation train; a truncated file is left out, counted and listed; many stop the run."""
-    from captioner.data.images import open_image
+    from captioner.data.image_decoding import open_image
 
     shutil.copytree(scenes / "images", "images")
     paths = sorted(Path("images").iterdir())
@@ -260,7 +260,7 @@ def test_images_are_mended_or_left_out(folder, settings, scenes, capsys):
     "content", [b"", b"GIF89a" + bytes(50), b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS\n"]
 )
 def test_what_is_no_image_is_refused(tmp_path, content):
-    from captioner.data.images import open_image
+    from captioner.data.image_decoding import open_image
 
     (tmp_path / "a.jpg").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.jpg: not readable as an image"):
@@ -268,7 +268,7 @@ def test_what_is_no_image_is_refused(tmp_path, content):
 
 
 def test_a_decompression_bomb_is_not_decoded(tmp_path):
-    from captioner.data.images import open_image
+    from captioner.data.image_decoding import open_image
 
     Image.new("1", (30_000, 30_000)).save(tmp_path / "bomb.png")
     with pytest.raises(UserError, match=r"30000 x 30000 pixels|exceeds limit"):

@@ -1,6 +1,6 @@
-"""The frozen ViT by itself: images to pixels, by processes, and pixels to its outputs.
+"""Images -> pixel values, as the ViT takes them: one at a time, or many by processes.
 
-Shapes: B images at once, S image side in pixels (224), P positions of the ViT (257), D its width (1408).
+Shapes: B images at once, S image side in pixels (224).
 """
 
 import functools
@@ -8,46 +8,42 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers import Blip2Processor
 
-from captioner.blip2.batches import load_pixels
-from captioner.blip2.lora import get_blip2
-from captioner.data.reading import BATCH, read_batches
+from captioner.data.image_decoding import open_image
+from captioner.data.parallel import read_batches
 from captioner.runtime.errors import UserError
 
 
-class StoredVision(torch.nn.Module):
-    """Stands in place of the ViT and passes on what the ViT gave before."""
-
-    def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        return BaseModelOutputWithPooling(last_hidden_state=pixel_values)  # (B, P, D)
-
-
-def take_vision_out(model) -> torch.nn.Module:
-    """The model's ViT, in whose place its outputs are taken from here on."""
-    blip2 = get_blip2(model)
-    vision, blip2.vision_model = blip2.vision_model, StoredVision()
-    return vision
+def load_pixels(image: Path, processor: Blip2Processor, blank: bool = False) -> Tensor:
+    """(3, S, S) pixel values of an image file, or of a black image of its size."""
+    opened = open_image(image)
+    return prepare_pixels(Image.new("RGB", opened.size) if blank else opened, processor)
 
 
-def run_vision(vision, pixels: Tensor) -> Tensor:
-    """The ViT's outputs (B, P, D) for pixels (B, 3, S, S), BATCH images at a time.
+def prepare_pixels(image: Image.Image, processor: Blip2Processor) -> Tensor:
+    """(3, S, S) pixel values of an RGB image.
 
-    A GPU may add up in another order for another number of rows: there, always BATCH images are computed, blank ones
-    among them, so that an output does not depend on how many images came with it.
+    The same numbers as the processor gives, which copies the image several times on its way.
     """
-    weight, outputs = vision.post_layernorm.weight, []
-    for part in pixels.split(BATCH):
-        count = len(part)
-        if weight.is_cuda:
-            part = part.pin_memory().to(weight.device, non_blocking=True)  # the GPU goes on meanwhile
-            part = F.pad(part, (0, 0, 0, 0, 0, 0, 0, BATCH - count))
-        with torch.inference_mode():
-            outputs.append(vision(part.to(weight.dtype)).last_hidden_state[:count])
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    prepare = processor.image_processor
+    if not (prepare.do_resize and prepare.do_rescale and prepare.do_normalize and "height" in prepare.size):
+        return prepare(image, return_tensors="pt")["pixel_values"][0]
+    small = np.asarray(image.resize((prepare.size["width"], prepare.size["height"]), prepare.resample))  # (S, S, 3)
+    values = list_values(prepare)
+    return torch.from_numpy(np.stack([values[channel].take(small[:, :, channel]) for channel in range(3)]))
+
+
+@functools.cache
+def list_values(image_processor) -> np.ndarray:
+    """(3, 256) pixel values that the processor makes of each level of each channel."""
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 256, 1).repeat(3, axis=2)  # an image of 256 x 1
+    made = image_processor(Image.fromarray(levels), do_resize=False, return_tensors="np")["pixel_values"]
+    return np.ascontiguousarray(made[0, :, 0], dtype=np.float32)  # of (1, 3, 1, 256)
 
 
 def start_reading(

@@ -1,6 +1,5 @@
-"""Many images at once: by threads or by processes, in order.
+"""Reading ahead: many items at once, by threads or by processes, in order; and why a process that reads has ended.
 
-unreadable = check_images([Path("a.jpg")])   # {path: why}
 for image in read_ahead(open_image, paths): ...              # by threads
 for images in read_batches(open_image, paths, list): ...     # by processes
 """
@@ -14,9 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from tqdm import tqdm
-
-from captioner.data.images import open_image
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import measure_free
 from captioner.runtime.processes import count_cores, count_processes, step_back
@@ -28,18 +24,6 @@ ANSWERS, MORE_ANSWERS = 2, 8  # of a process that may wait to be asked for: at l
 ALL_ANSWERS = 128  # that may wait on a machine, but for at least ANSWERS of each process: 1.2 GB for BLIP-2
 SHARED_MEMORY = Path("/dev/shm")  # where answers of processes wait
 LOADER_ERRORS = (UserError, RuntimeError, EOFError, ConnectionError)  # that explain_dead_worker may know
-
-
-def check_images(paths: Sequence[Path]) -> dict[Path, str]:
-    """{path: why} of the images that can't be read. All of each is decoded, on all cores."""
-    unreadable = {}
-    with tqdm(total=len(paths), desc="checking images", unit="image") as bar:
-        reasons = itertools.chain.from_iterable(read_batches(_check, paths, list))
-        for path, reason in zip(paths, reasons, strict=True):
-            if reason is not None:
-                unreadable[path] = reason
-            bar.update()
-    return unreadable
 
 
 def read_ahead(read: Callable[[T], R], items: Iterable[T], ahead: int = AHEAD, at_once: int = 1) -> Iterator[R]:
@@ -148,12 +132,4 @@ def _explain_loader(error: Exception) -> UserError | None:
             f"a process that reads images was killed ({reason}): mostly for want of memory or of shared memory "
             f"({SHARED_MEMORY}); free some, or read with fewer (--dataloader-workers)"
         )
-    return None
-
-
-def _check(path: Path) -> str | None:
-    try:
-        open_image(path, draft=True)
-    except UserError as error:
-        return str(error)
     return None

@@ -5,12 +5,10 @@ import functools
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from captioner.bdd100k.frames import LabelOptions
 from captioner.bdd100k.label_files import read_labels
@@ -22,22 +20,6 @@ from captioner.runtime.files import atomic_write
 from config import DEMO_DATA, DEMO_SCENES, PipelineConfig, SourceSettings, TrainConfig
 
 CSV_HEADER = ["name", "raw_caption"]
-# Names of images that are no path below a folder: absolute ones, addresses, .. and control characters.
-LEADS_OUT = re.compile(r"[/~]|[A-Za-z]:|\w+://|(.*/)?\.\.(/|$)|.*[\0-\x1f\x7f]", re.DOTALL)
-
-
-class Example(NamedTuple):
-    """An image and its captions."""
-
-    name: str  # as captions name it: its file, or its path below the folder of images
-    image: Path
-    caption: str  # the first
-    group: str = ""  # what must not be in two splits: a ride
-    more: tuple[str, ...] = ()  # captions
-
-    @property
-    def captions(self) -> tuple[str, ...]:
-        return (self.caption, *self.more)
 
 
 def write_captions(path: Path, rows: Iterable[tuple[str, str]]) -> int:
