@@ -4,6 +4,7 @@ for image in read_ahead(open_image, paths): ...              # by threads
 for images in read_batches(open_image, paths, list): ...     # by processes
 """
 
+import functools
 import itertools
 import re
 import traceback
@@ -56,19 +57,6 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-class _Reading:
-    """read(item) of each item, as a DataLoader wants it."""
-
-    def __init__(self, read: Callable, items: Sequence):
-        self.read, self.items = read, items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int):
-        return self.read(self.items[index])
-
-
 def read_batches(
     read: Callable[[T], R],
     items: Sequence[T],
@@ -88,16 +76,20 @@ def read_batches(
         workers, answers = min(workers, room // ANSWERS - 1), min(answers, room // 2)
     workers = max(workers, 0)
     loader = torch.utils.data.DataLoader(
-        _Reading(read, items),
+        items,
         BATCH,
         num_workers=workers,
         prefetch_factor=min(max(answers // workers, ANSWERS), MORE_ANSWERS) if workers else None,
-        collate_fn=collate,
+        collate_fn=functools.partial(_read_part, read, collate),
         pin_memory=bool(item_bytes) and torch.cuda.is_available(),  # by a thread of its own
         worker_init_fn=step_back,
         generator=torch.Generator(),  # else it would draw from the one that draws LoRA's first weights
     )
     return _explain_deaths(iter(loader))
+
+
+def _read_part(read: Callable[[T], R], collate: Callable[[list[R]], B], items: list[T]) -> B:
+    return collate([read(item) for item in items])
 
 
 def _explain_deaths(batches: Iterator[B]) -> Iterator[B]:
