@@ -31,13 +31,16 @@ def tabulate_examples(examples: Sequence[Example]) -> "Dataset":
     """A table with a row for each image: its name, path, captions, group and place."""
     from datasets import Dataset, Features, List, Value
 
+    columns = {
+        "name": [example.name for example in examples],
+        "image": [str(example.image) for example in examples],
+        "caption": [example.captions for example in examples],
+        "group": [example.group for example in examples],
+        "index": range(len(examples)),
+    }
     text = Value("string")
-    columns = {"name": text, "image": text, "caption": List(text), "group": text, "index": Value("int64")}
-    rows = [(e.name, str(e.image), e.captions, e.group, index) for index, e in enumerate(examples)]
-    values = zip(*rows, strict=True) if rows else [()] * len(columns)
-    return Dataset.from_dict(
-        {name: list(column) for name, column in zip(columns, values, strict=True)}, Features(columns)
-    )
+    types = {"name": text, "image": text, "caption": List(text), "group": text, "index": Value("int64")}
+    return Dataset.from_dict(columns, Features(types))
 
 
 def list_examples(table: "Dataset", count: int) -> list[Example]:

@@ -3,7 +3,6 @@
 import csv
 import functools
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from captioner.bdd100k.label_report import LabelReport
 from captioner.bdd100k.parsing import read_caption
 from captioner.bdd100k.wording import describe
 from captioner.runtime.errors import UserError
-from captioner.runtime.files import atomic_write
+from captioner.runtime.files import atomic_write, write_json
 from config import DEMO_DATA, DEMO_SCENES, PipelineConfig, SourceSettings, TrainConfig
 
 CSV_HEADER = ["name", "raw_caption"]
@@ -75,8 +74,7 @@ def caption_labels(source: SourceSettings, labels: Sequence[Path], output: Path,
     )
     report = LabelReport()
     write_captions(output, _caption_rows(source, labels, options, report))
-    with atomic_write(run_dir / "census.json") as file:
-        json.dump(report.to_json(), file, indent=1)
+    write_json(run_dir / "census.json", report.to_json())
     print(report)
     print(f"captions written to {output}, what the labels hold to {run_dir / 'census.json'}")
     return report

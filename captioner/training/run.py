@@ -105,9 +105,8 @@ def is_finished(config: TrainConfig) -> bool:
     """Whether a run with these settings has come to its end in the output folder."""
     if read_state(checkpoint_folder(config.run.output)) or not (config.run.output / "run.json").is_file():
         return False
-    return not list_changes(
-        {"config": read_run(config.run.output)["config"]}, describe_state(config, 1) | {"world": {}}
-    )
+    now = describe_state(config, 1)["config"]  # however many processes there were
+    return not list_changes({"config": read_run(config.run.output)["config"]}, {"config": now})
 
 
 def prepare_output(output: Path) -> None:
@@ -125,10 +124,7 @@ def prepare_output(output: Path) -> None:
 def describe_state(config: TrainConfig, world_size: int) -> dict:
     """What an unfinished run must have in common with the one that goes on with it, beside its data."""
     model = str(Path(config.base.model).resolve()) if Path(config.base.model).is_dir() else config.base.model
-    return {
-        "config": {**flatten(config), "model": model},
-        "world": {"processes": world_size},
-    }
+    return {"config": {**flatten(config), "model": model}, "world": {"processes": world_size}}
 
 
 def save_run(run: Run, trainer: CaptionTrainer, processor, generation, splits: dict[str, list[Example]]) -> None:

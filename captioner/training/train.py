@@ -67,8 +67,8 @@ def choose_micro_batch(run: Run, model, dataset: Dataset, parts: Parts) -> None:
     """The frames of a forward pass: as before, as the user says, or the most that fit in each process."""
     step, share = run.config.training.train_batch_size, split_batch(run.config, run.arguments.world_size)
     if run.state["micro_batch"] is None:
-        search = (find_micro_batch, model, dataset, share, parts.collator, parts.compute_loss)
-        run.state["micro_batch"] = min(gather(*search))
+        fitting = gather(find_micro_batch, model, dataset, share, parts.collator, parts.compute_loss)
+        run.state["micro_batch"] = min(fitting)
     micro = run.state["micro_batch"]
     print(f"{step} frames an optimiser step: {micro} a forward pass, {share // micro} passes")
 
