@@ -332,25 +332,17 @@ def _class_of(category: str, names: ClassNames) -> str | None:
     return category if category in CLASSES else None
 
 
-class _Kinds(dict):
-    """{(category, occluded, truncated): what such a label is counted as}, None when it is not; filled when asked."""
-
-    def __init__(self, names: ClassNames, lanes: bool):
-        self.names, self.lanes = names, lanes
-
-    def __missing__(self, look: tuple) -> ObjectKind | None:
-        category, occluded, truncated = look
-        name = None if category is None else _class_of(category, self.names)
-        if name == TRAFFIC_LIGHT:  # in most frames
-            self[look] = None
-            return None
-        if name is None or (name in AREAS and not self.lanes):
-            return None
-        self[look] = kind = ObjectKind(name, bool(occluded), bool(truncated))
-        return kind
+@functools.lru_cache(maxsize=4096)
+def _kind_of(
+    category: str | None, occluded: bool | None, truncated: bool | None, names: ClassNames, lanes: bool
+) -> ObjectKind | None:
+    """What a label that says this is counted as; None when it is not."""
+    name = None if category is None else _class_of(category, names)
+    if name in (None, TRAFFIC_LIGHT) or (name in AREAS and not lanes):
+        return None
+    return ObjectKind(name, bool(occluded), bool(truncated))
 
 
-_kinds_of = functools.cache(_Kinds)
 _PLAIN = _LabelAttributes()
 
 
@@ -364,9 +356,9 @@ def _read_objects(
         labels = [label for index, label in enumerate(labels) if index not in duplicates or _is_light(label)]
     if options.min_box_size:
         labels = _leave_out_small(labels, options.min_box_size, report)
-    kinds, lights, counts = _kinds_of(options.class_names, options.lanes), set(), {}
+    lights, counts = set(), {}
     for (category, occluded, truncated, light), count in _tally(labels).items():
-        kind = kinds[category, occluded, truncated]
+        kind = _kind_of(category, occluded, truncated, options.class_names, options.lanes)
         if kind is not None:
             counts[kind] = counts.get(kind, 0) + count
         elif category is None:
@@ -377,8 +369,7 @@ def _read_objects(
             report.remarks[f"object of the unknown class {category[:40]!r}, not counted"] += count
     if len(labels) > MAX_COUNT and max(counts.values(), default=0) > MAX_COUNT:
         raise BadFrame(f"more than {MAX_COUNT} objects of one kind")
-    status = next((light for light in LIGHTS if light in lights), None) if lights else None
-    return status, counts
+    return next((light for light in LIGHTS if light in lights), None), counts
 
 
 def _is_light(label: _Label) -> bool:
