@@ -1,9 +1,12 @@
 """What tests of whole training runs share."""
 
+import json
 import os
 import signal
 import time
 from pathlib import Path
+
+import pytest
 
 import main
 from captioner.runtime.errors import UserError
@@ -21,6 +24,19 @@ def train(settings, **changes) -> str:
     """Train in the current folder; the adapter's SHA-256."""
     main.main(make_config(TrainConfig, **(settings | changes)))
     return hash_adapter(Path())
+
+
+def read_log(folder: Path = Path()) -> list[dict]:
+    """What a run in `folder` has logged: a record for each step and each epoch."""
+    return [json.loads(line) for line in (folder / "logs/run/metrics.jsonl").read_text().splitlines()]
+
+
+def train_until(settings, step: int, **changes) -> None:
+    """Train in the current folder, and stop the run by SIGTERM after `step`."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        stop_at(patch, step)
+        train(settings, **changes)
+    assert stopped.value.code == 128 + signal.SIGTERM
 
 
 def stop_at(patch, step: int) -> None:
