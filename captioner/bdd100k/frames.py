@@ -114,12 +114,15 @@ class _Wrapper(msgspec.Struct, Generic[Category, Light], gc=False):
 
 
 class _Decoders:
+    """Of each layout that a file may have, for labels with these types of category and light."""
+
     def __init__(self, category: object, light: object):
         self.array = msgspec.json.Decoder(list[_Frame[category, light]])
         self.frame = msgspec.json.Decoder(_Frame[category, light])
         self.wrapper = msgspec.json.Decoder(_Wrapper[category, light])
 
     def decode(self, data: bytes | memoryview) -> tuple[list[_Frame], bool]:
+        """The frames, and whether they were in a Scalabel wrapper."""
         if re.match(rb"\s*\{", data) is None:
             return self.array.decode(data), False
         frames = _decode_lines(self.frame, data)
@@ -180,9 +183,9 @@ def _find_bad_text(data: memoryview) -> tuple[str, int | None]:
 
 
 def _lack_a_key(frames: list[_Frame]) -> bool:
-    """Whether keys may be written in another case than ours, or the file be no labels.
+    """Whether frames lack a key that labels have: it may be spelt in another case, or the file holds no labels.
 
-    A frame may be without labels, as long as not all are.
+    A frame may lack its labels, as long as not all frames do.
     """
     if any(frame.name is None or (frame.labels and frame.labels[0].category is None) for frame in frames):
         return True

@@ -23,11 +23,6 @@ IGNORED = -100  # label of a position that carries no loss
 Features = Mapping[Path, Tensor]  # the ViT's output (P, D) of each image
 
 
-def end_token(model_config) -> int:
-    """The token that ends a caption: OPT's own end token in BLIP-2, a newline."""
-    return model_config.text_config.eos_token_id
-
-
 def tokenize_captions(captions: Sequence[str], processor: Blip2Processor, max_tokens: int, end: int) -> list[list[int]]:
     """Tokens of each caption and the end token, which comes after any cut so that it is never lost.
 
@@ -55,7 +50,7 @@ class RowReader:
         self.seed, self.epoch = 0, 0
 
     def __deepcopy__(self, memo) -> "RowReader":
-        return self  # a table with another format has no use for gigabytes of features
+        return self  # `datasets` copies a table's transform with its format: this one may hold gigabytes of features
 
     @property
     def longest(self) -> int:
@@ -137,10 +132,9 @@ def make_datasets(
     from datasets import DatasetDict
 
     tables, training = DatasetDict(), config.training
+    end = model_config.text_config.eos_token_id  # OPT's own end token in BLIP-2, a newline
     for split in TRAINED_ON:
-        tables[split] = make_dataset(
-            splits[split], processor, training.max_caption_tokens, end_token(model_config), training.seed
-        )
+        tables[split] = make_dataset(splits[split], processor, training.max_caption_tokens, end, training.seed)
         get_reader(tables[split]).features = features
     tables["test"] = tabulate_examples(splits["test"])
     return tables

@@ -49,19 +49,16 @@ def list_values(image_processor) -> np.ndarray:
 def start_reading(
     images: Sequence[Path], processor, dtype: torch.dtype, side: int, blank: bool = False
 ) -> Iterator[tuple[Tensor, list[str | None]]]:
-    """What processes make of images from the call on, BATCH at a time; see load_pixels for `blank`.
+    """Read images by processes, which start at the call; see load_pixels for `blank`.
 
-    (pixels (B, 3, S, S) of those that can be read, why not for each of all).
+    Of B images at a time: pixels (B, 3, S, S) of those that can be read, and for each of all why it can't be read.
     """
     read = functools.partial(_read, processor=processor, blank=blank)
     return read_batches(read, images, functools.partial(_stack, dtype=dtype), 3 * side**2 * dtype.itemsize)
 
 
 def read_each(images: Sequence[Path], processor, dtype: torch.dtype, side: int, blank: bool) -> Iterator[Tensor | str]:
-    """Pixels (3, S, S) of each image in order, or why it can't be read; see load_pixels for `blank`.
-
-    By processes, which start at the call.
-    """
+    """The same image by image, in order: its pixels (3, S, S), or why it can't be read."""
     batches = start_reading(images, processor, dtype, side, blank)
     return itertools.chain.from_iterable(itertools.starmap(_list_each, batches))
 
@@ -80,7 +77,7 @@ def _read(image: Path, processor, blank: bool) -> Tensor | str:
 
 
 def _stack(read: list[Tensor | str], dtype: torch.dtype) -> tuple[Tensor, list[str | None]]:
-    """(pixels of those that could be read, why not for each of all)."""
+    """What start_reading gives of a batch."""
     pixels = [item.to(dtype) for item in read if not isinstance(item, str)]
     reasons = [item if isinstance(item, str) else None for item in read]
     return torch.stack(pixels) if pixels else torch.empty(0), reasons

@@ -19,10 +19,10 @@ from captioner.runtime.files import measure_free
 from captioner.runtime.processes import count_cores, count_processes, step_back
 
 T, R, B = TypeVar("T"), TypeVar("R"), TypeVar("B")
-AHEAD = 256  # images that are read before they are asked for
-BATCH = 32  # images that a process reads for one answer
-ANSWERS, MORE_ANSWERS = 2, 8  # of a process that may wait to be asked for: at least, and where there is room
-ALL_ANSWERS = 128  # that may wait on a machine, but for at least ANSWERS of each process: 1.2 GB for BLIP-2
+AHEAD = 256  # items that are read before they are asked for
+BATCH = 32  # items that a process reads for one answer
+ANSWERS, MORE_ANSWERS = 2, 8  # that may wait for each process until they are asked for: the fewest, and the most
+ALL_ANSWERS = 128  # that may wait on a machine (1.2 GB for BLIP-2), unless ANSWERS of each process are more
 SHARED_MEMORY = Path("/dev/shm")  # where answers of processes wait
 LOADER_ERRORS = (UserError, RuntimeError, EOFError, ConnectionError)  # that explain_dead_worker may know
 

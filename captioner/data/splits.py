@@ -165,7 +165,7 @@ def split_own_captions(config: TrainConfig, run_dir: Path) -> dict[str, list[Exa
 
 
 def _fill_splits(names, examples: Mapping[str, Example], shares, seed: int) -> dict[str, list[str]]:
-    """Parts of what is to be trained on for the splits that have no name yet."""
+    """Names for the splits that have none yet, taken from those of the split train, and what is left for that."""
     if not names["train"]:
         raise UserError(f"no image is in the split train: {', '.join(split for split in names if names[split])} alone")
     empty = ["train", *(split for split in names if not names[split])]

@@ -143,7 +143,7 @@ def hash_file(path: Path) -> str:
 
 
 def remove_old_checkpoints(folder: Path) -> None:
-    """All but the newest, one before it to fall back to, and the best that each of them names."""
+    """Keep the newest, the one before it to fall back to, and the best that each of the two names."""
     checkpoints, kept = list_checkpoints(folder), set()
     for checkpoint in [checkpoint for checkpoint in checkpoints if (checkpoint / MANIFEST).exists()][:2]:
         with suppress(*UNREADABLE):  # not intact: nothing to fall back to
@@ -158,7 +158,7 @@ def remove_old_checkpoints(folder: Path) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """From the newest on, intact or not."""
+    """The checkpoints in a folder, the newest first, intact or not."""
     found = (path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name))
     return sorted(found, key=step_of, reverse=True)
 
@@ -202,7 +202,7 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """The newest intact checkpoint. Damaged newer ones are deleted, which is said; so can be written anew."""
+    """The newest intact checkpoint. Damaged newer ones are deleted, which is printed: they will be written anew."""
     for checkpoint in list_checkpoints(folder):
         damage = find_damage(checkpoint)
         if damage is None:

@@ -94,7 +94,7 @@ def open_run(config: TrainConfig, device: torch.device) -> Run | None:
 
 
 def choose_folder(run_name: str | None, before: dict | None) -> Path:
-    """The folder of a run in logs/: a new one, but that of a run that goes on if what its state names lies there."""
+    """The folder of a run in logs/: a new one, or that of the run that goes on, if its state names one in logs/."""
     named = Path(before["run_dir"]) if before and before.get("run_dir") else None
     if named and is_inside(named, Path("logs")) and named.resolve() != Path("logs").resolve():
         return named

@@ -193,6 +193,9 @@ class CaptionTrainer(SealedTrainer):
 
 
 def raise_versions(optimizer: torch.optim.Optimizer, *_) -> None:
-    """Count that an optimiser has written its weights, which torch's fused ones don't: captions take them anew then."""
+    """Raise the versions of the weights that an optimiser has written, which torch's fused ones don't.
+
+    By its version, what keeps a copy of a weight knows that it is out of date.
+    """
     for group in optimizer.param_groups:
         torch.autograd.graph.increment_version(group["params"])

@@ -44,7 +44,7 @@ def dataset(tmp_path, processor, base):
         image = tmp_path / f"{index}.png"
         Image.new("RGB", (64, 36), ["black", "white"][index]).save(image)
         examples.append(Example(image.name, image, caption))
-    return batches.make_dataset(examples, processor, 256, batches.end_token(base.config))
+    return batches.make_dataset(examples, processor, 256, base.config.text_config.eos_token_id)
 
 
 def make_batch(dataset, model, rows=(0, 1)):
