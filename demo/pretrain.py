@@ -46,7 +46,7 @@ from captioner.bdd100k.frames import read_frame
 from captioner.bdd100k.label_report import LabelReport
 from captioner.bdd100k.wording import STYLES, describe
 from captioner.blip2.batches import CaptionCollator, tokenize_captions
-from captioner.blip2.captioning import generate_captions, make_generation_config
+from captioner.blip2.generation import generate_captions, make_generation_config
 from captioner.runtime.files import atomic_write
 from config import DEMO_DATA, DEMO_FOLDER, DEMO_SCENES
 from demo.draw import VERSION, draw_scene

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
-from captioner.blip2.captioning import generate_captions
+from captioner.blip2.generation import generate_captions
 from captioner.blip2.loading import load_finetuned, pick_device
 from captioner.blip2.pixels import read_each
 from captioner.blip2.sampling import DrawTokens, seed_image

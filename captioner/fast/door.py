@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from captioner.blip2.batches import Features
-from captioner.blip2.captioning import GreedyCaptioner
+from captioner.blip2.generation import GreedyCaptioner
 from captioner.blip2.loading import pick_dtype
 from captioner.blip2.pixels import start_reading
 from captioner.blip2.vit import take_vision_out

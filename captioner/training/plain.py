@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from captioner.blip2.batches import CaptionCollator, Features
-from captioner.blip2.captioning import GreedyCaptioner
+from captioner.blip2.generation import GreedyCaptioner
 from captioner.data.examples import Example
 from captioner.data.image_decoding import open_image
 from captioner.data.parallel import read_batches

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 
-from captioner.blip2 import batches, captioning
+from captioner.blip2 import batches, generation
 from captioner.blip2 import loading as blip2
 from captioner.blip2.lora import add_lora
 from captioner.blip2.pixels import load_pixels
@@ -123,18 +123,18 @@ def test_padding_does_not_change_the_loss(dataset, base):
 def test_caption_learnt_by_heart_is_generated_and_stops(dataset, lora, processor):
     batch = make_batch(dataset, lora)
     fit(lora, batch)
-    settings = captioning.make_generation_config(lora.config, max_new_tokens=100)
-    captions = captioning.generate_captions(lora, processor, batch["pixel_values"], settings, do_sample=False)
+    settings = generation.make_generation_config(lora.config, max_new_tokens=100)
+    captions = generation.generate_captions(lora, processor, batch["pixel_values"], settings, do_sample=False)
     assert captions == CAPTIONS  # two images, two captions: the image matters, and both stop long before 100 tokens
 
 
 def test_a_batch_equals_its_rows(dataset, lora, processor):
     batch = make_batch(dataset, lora)
     fit(lora, batch, steps=10)
-    settings = captioning.make_generation_config(lora.config, max_new_tokens=40)
-    together = captioning.generate_captions(lora, processor, batch["pixel_values"], settings, do_sample=False)
+    settings = generation.make_generation_config(lora.config, max_new_tokens=40)
+    together = generation.generate_captions(lora, processor, batch["pixel_values"], settings, do_sample=False)
     alone = [
-        captioning.generate_captions(lora, processor, pixels[None], settings, do_sample=False)[0]
+        generation.generate_captions(lora, processor, pixels[None], settings, do_sample=False)[0]
         for pixels in batch["pixel_values"]
     ]
     assert together == alone

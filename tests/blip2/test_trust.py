@@ -10,7 +10,7 @@ import torch
 from pickles import Planted
 from training_runs import train, train_until
 
-from captioner.blip2 import captioning, lora
+from captioner.blip2 import generation, lora
 from captioner.blip2 import loading as blip2
 from captioner.blip2.trust import check_adapter_folder, check_model_folder
 from captioner.runtime.errors import UserError
@@ -33,7 +33,7 @@ def adapter(tiny_checkpoint, tmp_path) -> Path:
     folder = tmp_path / "adapter"
     lora.add_lora(blip2.load_model(tiny_checkpoint, False, CPU), "lm", 4, 8, 0.0).save_pretrained(folder)
     blip2.load_processor(tiny_checkpoint).save_pretrained(folder)
-    captioning.make_generation_config(blip2.AutoConfig.from_pretrained(tiny_checkpoint), 20).save_pretrained(folder)
+    generation.make_generation_config(blip2.AutoConfig.from_pretrained(tiny_checkpoint), 20).save_pretrained(folder)
     (folder / "run.json").write_text(json.dumps({"config": {"model": str(tiny_checkpoint), "load_in_4bit": False}}))
     return folder
 

@@ -230,7 +230,7 @@ def test_labels_of_scores_are_no_paths():
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory, tiny_checkpoint) -> Path:
     """A folder as main.py leaves it, of an adapter that changes what the model says."""
-    from captioner.blip2.captioning import make_generation_config
+    from captioner.blip2.generation import make_generation_config
     from captioner.blip2.loading import load_processor, load_weights
     from captioner.blip2.lora import add_lora
 
