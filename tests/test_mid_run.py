@@ -26,7 +26,7 @@ from captioner.data import image_files
 from captioner.data.examples import Example
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import lock_folder, name_run
-from captioner.training import checkpoints, dashboard, pace, trainer
+from captioner.training import checkpoints, dashboard, stopping, trainer
 from captioner.training import run as training_run
 from captioner.training.checkpoints import find_checkpoint
 from captioner.training.run_state import fingerprint_data
@@ -344,7 +344,7 @@ def test_permission_is_lost_in_training(folder, settings, undisturbed, scenes, r
     for parent in (folder, *folder.parents[:2]):
         parent.chmod(0o755)
     images = Path(shutil.copytree(scenes / "images", "images"))
-    real = pace.Pace.on_step_end
+    real = stopping.Pace.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2:
@@ -352,7 +352,7 @@ def test_permission_is_lost_in_training(folder, settings, undisturbed, scenes, r
         real(self, args, state, control, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"Permission denied.*--resume"):
-        patch.setattr(pace.Pace, "on_step_end", on_step_end)
+        patch.setattr(stopping.Pace, "on_step_end", on_step_end)
         try:
             train(settings, save_minutes=0.0, images=images)
         finally:
@@ -364,7 +364,7 @@ def test_permission_is_lost_in_training(folder, settings, undisturbed, scenes, r
 @pytest.mark.slow
 def test_disk_becomes_read_only_in_training(folder, settings, undisturbed, mount):
     """As Linux makes it when the disk has errors: here a read-only one is put in its place for a while."""
-    real = pace.Pace.on_step_end
+    real = stopping.Pace.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2:
@@ -372,7 +372,7 @@ def test_disk_becomes_read_only_in_training(folder, settings, undisturbed, mount
         real(self, args, state, control, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"Read-only file system.*--resume"):
-        patch.setattr(pace.Pace, "on_step_end", on_step_end)
+        patch.setattr(stopping.Pace, "on_step_end", on_step_end)
         train(settings, save_minutes=0.0)
     subprocess.run(["umount", CHECKPOINTS], check=True)
     assert train(settings, save_minutes=0.0, resume=True) == undisturbed[0]

@@ -11,7 +11,7 @@ import pytest
 import main
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import lock_folder
-from captioner.training import pace
+from captioner.training import stopping
 from captioner.training.checkpoints import hash_file
 from config import TrainConfig, make_config
 
@@ -41,14 +41,14 @@ def train_until(settings, step: int, **changes) -> None:
 
 def stop_at(patch, step: int) -> None:
     """Send SIGTERM to this process after `step`."""
-    real = pace.Pace.on_step_end
+    real = stopping.Pace.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == step:
             os.kill(os.getpid(), signal.SIGTERM)
         real(self, args, state, control, **kwargs)
 
-    patch.setattr(pace.Pace, "on_step_end", on_step_end)
+    patch.setattr(stopping.Pace, "on_step_end", on_step_end)
 
 
 def wait_for_lock(folder: Path, seconds: float = 10) -> None:

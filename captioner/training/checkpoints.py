@@ -30,7 +30,7 @@ from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write, measure_free
 from captioner.runtime.processes import gather, share_folder
 from captioner.training.fsdp import fit_fsdp, gather_trainable
-from captioner.training.pace import Pace
+from captioner.training.stopping import Pace
 
 MANIFEST = "manifest.json"
 UNREADABLE = (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError)  # what damaged files lead to

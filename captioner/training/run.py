@@ -22,7 +22,7 @@ from captioner.runtime.processes import ask_main, go_on_alone, is_sharded
 from captioner.runtime.settings import flatten
 from captioner.training.checkpoints import checkpoint_folder
 from captioner.training.fsdp import check_sharding, gather_trainable
-from captioner.training.record import describe_run, note_versions
+from captioner.training.provenance import describe_run, note_versions
 from captioner.training.run_state import find_unfinished, fingerprint_data, list_changes, read_state, refuse_changes
 from captioner.training.tracking import choose_wandb_mode
 from captioner.training.trainer import CaptionTrainer

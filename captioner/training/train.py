@@ -19,11 +19,11 @@ from captioner.runtime.errors import UserError
 from captioner.runtime.processes import ask_main, gather
 from captioner.training.checkpoints import check_pickles, checkpoint_folder, find_checkpoint, read_step
 from captioner.training.micro_batch import find_micro_batch, list_micro_batches
-from captioner.training.pace import Pace, Stopped
 from captioner.training.plain import Parts
-from captioner.training.record import drop_parts
+from captioner.training.provenance import drop_parts
 from captioner.training.run import Run
 from captioner.training.run_state import write_state
+from captioner.training.stopping import Pace, Stopped
 from captioner.training.trainer import CaptionTrainer, RowCollator
 from captioner.training.training_arguments import set_micro_batch, split_batch
 

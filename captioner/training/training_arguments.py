@@ -30,7 +30,7 @@ def make_arguments(config: TrainConfig, device: torch.device) -> TrainingArgumen
         use_cpu=device.type == "cpu",
         seed=config.training.seed,
         eval_strategy="epoch",
-        save_strategy="epoch",  # and within epochs, see pace.Pace
+        save_strategy="epoch",  # and within epochs, see stopping.Pace
         save_total_limit=None,  # see checkpoints.remove_old_checkpoints
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",

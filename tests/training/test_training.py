@@ -23,7 +23,7 @@ from captioner.runtime.errors import UserError
 from captioner.training import checkpoints, trainer
 from captioner.training.checkpoints import find_checkpoint
 from captioner.training.order import LengthSampler
-from captioner.training.record import OF_A_PART
+from captioner.training.provenance import OF_A_PART
 
 STEPS_PER_EPOCH = 3
 

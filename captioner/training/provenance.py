@@ -1,4 +1,4 @@
-"""What is written down of a finished run, in run.json."""
+"""Where an adapter comes from, as run.json tells it: versions, commit, device, results."""
 
 import importlib.metadata
 import platform
