@@ -45,7 +45,7 @@ from captioner.bdd100k.facts import CLASSES, LIGHTS, SCENES, TIMES_OF_DAY, WEATH
 from captioner.bdd100k.frames import read_frame
 from captioner.bdd100k.label_report import LabelReport
 from captioner.bdd100k.wording import STYLES, describe
-from captioner.blip2.batches import CaptionCollator, tokenize_captions
+from captioner.blip2.batches import IGNORED, CaptionCollator, tokenize_captions
 from captioner.blip2.generation import generate_captions, make_generation_config
 from captioner.runtime.files import atomic_write
 from config import DEMO_DATA, DEMO_FOLDER, DEMO_SCENES
@@ -253,7 +253,7 @@ class EnglishBatches:
     def sample(self, size: int) -> dict[str, torch.Tensor]:
         index = torch.randint(len(self.ids), (size,), device=self.ids.device)
         ids, mask = self.ids[index], self.mask[index]
-        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORED)}
 
 
 # --------------------------------------------------------------------------------------------------------------

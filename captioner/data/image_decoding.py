@@ -41,12 +41,12 @@ def open_image(path: Path, draft: bool = False) -> Image.Image:
             ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = name_kind(path) or error
+        reason = _name_kind(path) or error
         remedy = "check the path" if isinstance(error, FileNotFoundError) else "remove it or fetch it again"
         raise UserError(f"{path}: not readable as an image ({reason}); {remedy}") from None
 
 
-def name_kind(path: Path) -> str | None:
+def _name_kind(path: Path) -> str | None:
     """What a file is that is no JPEG and no PNG; None if that is not known."""
     try:
         with open(path, "rb") as file:
