@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # where the package is, which PYTHONSAFEPATH leaves out
 
-from captioner.data.captions import caption_labels, check_replaceable, find_labels
+from captioner.data.label_captions import caption_labels, check_replaceable, find_labels
 from captioner.runtime.cli import run_script
 from captioner.runtime.errors import go_on_without
 from captioner.runtime.files import lock_folder, name_run, split_revision

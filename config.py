@@ -28,9 +28,8 @@ DEMO_SCENES = 1400  # drawn for --demo: 800 to train, 80 to validate, 520 to tes
 BASE_MODEL = "Salesforce/blip2-opt-2.7b@59a1ef6c1e5117b3f65523d1c6066825bcf315e3"
 
 
-# What is known of a field beside its comment: `free` ones don't change what is learnt, and may differ when a run goes
-# on (labels and images may lie elsewhere: what they hold is compared by its fingerprint); `unlisted` ones are left out
-# of the model card.
+# Marks of a field. `free`: it does not change what is learnt, so that a run may go on with another value (labels and
+# images may lie elsewhere: what they hold is compared by its fingerprint). `unlisted`: the model card leaves it out.
 
 # --------------------------------------------------------------------------------------------------------------
 # groups

@@ -29,7 +29,7 @@ from datetime import date
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from captioner.data.images import name_images
+from captioner.data.image_files import name_images
 from captioner.data.splits import choose_examples
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import lock_folder, name_run, write_json

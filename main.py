@@ -30,7 +30,7 @@ import torch
 from transformers import set_seed
 
 from captioner.blip2.batches import get_reader, make_datasets
-from captioner.blip2.captioning import make_generation_config
+from captioner.blip2.generation import make_generation_config
 from captioner.blip2.loading import check_model, load_model, load_processor, pick_device
 from captioner.blip2.lora import add_lora
 from captioner.data.splits import prepare_splits

@@ -416,7 +416,7 @@ def make_trainable():
 
     from benchmarks.full_size import build_full_size_config
     from captioner.blip2.lora import add_lora
-    from captioner.blip2.vision import take_vision_out
+    from captioner.blip2.vit import take_vision_out
     from captioner.fast.speed import join_weights
 
     torch.manual_seed(0)

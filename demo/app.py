@@ -4,7 +4,7 @@
     python -m demo.app --adapter blip2-finetuned --space space    # writes a folder for Hugging Face Spaces instead
 
 It needs gradio (requirements-app.txt). gradio stores an upload as bytes, up to --max-upload-mb; it is decoded by
-captioner.data.images alone: JPEG and PNG, up to 50 million pixels.
+captioner.data.image_decoding alone: JPEG and PNG, up to 50 million pixels.
 """
 
 import csv
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tyro
 
-from captioner.data.images import open_image
+from captioner.data.image_decoding import open_image
 from captioner.runtime.errors import UserError
 
 EXAMPLES = sorted((Path(__file__).parent / "examples").glob("????????-????????.jpg"))

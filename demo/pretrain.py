@@ -45,8 +45,8 @@ from captioner.bdd100k.facts import CLASSES, LIGHTS, SCENES, TIMES_OF_DAY, WEATH
 from captioner.bdd100k.frames import read_frame
 from captioner.bdd100k.label_report import LabelReport
 from captioner.bdd100k.wording import STYLES, describe
-from captioner.blip2.batches import CaptionCollator, tokenize_captions
-from captioner.blip2.captioning import generate_captions, make_generation_config
+from captioner.blip2.batches import IGNORED, CaptionCollator, tokenize_captions
+from captioner.blip2.generation import generate_captions, make_generation_config
 from captioner.runtime.files import atomic_write
 from config import DEMO_DATA, DEMO_FOLDER, DEMO_SCENES
 from demo.draw import VERSION, draw_scene
@@ -216,12 +216,10 @@ class SceneBatches:
 
     def __init__(self, pixels: np.ndarray, captions: list[str], processor, model, device):
         self.pixels = torch.tensor(pixels, device=device)  # (N, S, S, 3) uint8
-        self.normalise = PixelNormaliser(processor, device)
+        self.processor = processor
         end = model.config.text_config.eos_token_id
-        collate = CaptionCollator(model.config)
         tokens = tokenize_captions(captions, processor, MAX_TOKENS, end)
-        rows = [{"pixel_values": torch.empty(0), "caption_ids": ids} for ids in tokens]
-        batch = collate(rows)
+        batch = CaptionCollator(model.config)([{"pixel_values": torch.empty(0), "caption_ids": ids} for ids in tokens])
         self.text = {key: batch[key].to(device) for key in ("input_ids", "attention_mask", "labels")}
 
     def sample(self, size: int) -> dict[str, torch.Tensor]:
@@ -229,19 +227,15 @@ class SceneBatches:
         pixels = self.pixels[index]
         half = size // 2
         pixels[:half] = pixels[:half].flip(2)
-        return {"pixel_values": self.normalise(pixels), **{key: value[index] for key, value in self.text.items()}}
+        text = {key: value[index] for key, value in self.text.items()}
+        return {"pixel_values": normalise_pixels(pixels, self.processor), **text}
 
 
-class PixelNormaliser:
+def normalise_pixels(pixels: torch.Tensor, processor) -> torch.Tensor:
     """(B, S, S, 3) uint8 -> (B, 3, S, S), scaled and normalised as the processor does it."""
-
-    def __init__(self, processor, device):
-        image = processor.image_processor
-        self.mean = torch.tensor(image.image_mean, device=device).view(1, 3, 1, 1)
-        self.std = torch.tensor(image.image_std, device=device).view(1, 3, 1, 1)
-
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        return (pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+    image = processor.image_processor
+    mean, std = (torch.tensor(values, device=pixels.device) for values in (image.image_mean, image.image_std))
+    return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
 class EnglishBatches:
@@ -259,7 +253,7 @@ class EnglishBatches:
     def sample(self, size: int) -> dict[str, torch.Tensor]:
         index = torch.randint(len(self.ids), (size,), device=self.ids.device)
         ids, mask = self.ids[index], self.mask[index]
-        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORED)}
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -297,10 +291,9 @@ def score(model, processor, pixels: np.ndarray, captions: list[str]) -> dict[str
     """Shares, in percent, of web captions that are right on unseen scenes: weather and time, scene, light, objects."""
     model.eval()
     generation = make_generation_config(model.config, MAX_TOKENS)
-    normalise = PixelNormaliser(processor, model.device)
     predictions = []
     for start in range(0, len(captions), 250):
-        batch = normalise(torch.tensor(pixels[start : start + 250], device=model.device))
+        batch = normalise_pixels(torch.tensor(pixels[start : start + 250], device=model.device), processor)
         predictions += generate_captions(model, processor, batch, generation, do_sample=False)
     right, hits, said, there = Counter(), 0, 0, 0
     for prediction, caption in zip(predictions, captions, strict=True):

@@ -38,7 +38,12 @@ MODULES = (
         "captioner.data.splits",
         "captioner.blip2.loading",
     ),
-    *("captioner.scoring.predictions", "captioner.training.checkpoints", "captioner.publishing.model_card"),
+    *(
+        "captioner.scoring.predictions",
+        "captioner.training.checkpoints",
+        "captioner.training.run_state",
+        "captioner.publishing.model_card",
+    ),
     *("config", "eval", "main"),
 )
 SCRATCH = "/dev/shm" if Path("/dev/shm").is_dir() else None  # files in memory: a disk would take most of the time
@@ -144,7 +149,7 @@ def config_target(folder: Path) -> tuple[list[bytes], Check]:
     from captioner.data import splits
     from captioner.publishing import model_card, records
     from captioner.runtime.settings import flatten
-    from captioner.training import checkpoints
+    from captioner.training import checkpoints, run_state
     from captioner.training.run import is_finished
 
     output = folder / "adapter"
@@ -196,7 +201,7 @@ def config_target(folder: Path) -> tuple[list[bytes], Check]:
             case 5:
                 (output / "checkpoints" / "state.json").write_bytes(data)
                 with expect_user_error(output):
-                    checkpoints.find_unfinished(output, state, resume=True, overwrite=False)
+                    run_state.find_unfinished(output, state, resume=True, overwrite=False)
             case 6:
                 (checkpoint / "trainer_state.json").write_bytes(data)
                 (checkpoint / "manifest.json").unlink(missing_ok=True)

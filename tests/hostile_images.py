@@ -64,7 +64,7 @@ def measure(path: Path) -> dict:
 
 
 def open_one(path: Path) -> dict:
-    from captioner.data.images import open_image
+    from captioner.data.image_decoding import open_image
     from captioner.runtime.errors import UserError
     from captioner.scoring.report import make_thumbnail
 

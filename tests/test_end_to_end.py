@@ -202,7 +202,7 @@ def test_adapter_loads_with_plain_peft(trained, tiny_checkpoint, drawn):
     from PIL import Image
     from transformers import Blip2ForConditionalGeneration, Blip2Processor, GenerationConfig
 
-    from captioner.blip2.captioning import generate_captions
+    from captioner.blip2.generation import generate_captions
     from captioner.blip2.loading import load_finetuned
 
     folder = trained / "blip2-finetuned"

@@ -22,13 +22,14 @@ import eval as evaluation
 import main
 from captioner.bdd100k import label_files, label_report
 from captioner.blip2 import caption_folder, captioner
-from captioner.data import images as data_images
-from captioner.data.captions import Example
+from captioner.data import image_files
+from captioner.data.examples import Example
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import lock_folder, name_run
-from captioner.training import dashboard, pace, sealed_trainer, trainer
+from captioner.training import checkpoints, dashboard, stopping, trainer
 from captioner.training import run as training_run
-from captioner.training.checkpoints import find_checkpoint, fingerprint_data
+from captioner.training.checkpoints import find_checkpoint
+from captioner.training.run_state import fingerprint_data
 from config import EvalConfig, make_config
 
 OUTPUT = Path("blip2-finetuned")
@@ -102,7 +103,7 @@ def fill_before(patch, file: str, step: int) -> None:
     owner, name, place = {
         "adapter_model.safetensors": (trainer.CaptionTrainer, "_save", 1),
         "optimizer.pt": (torch, "save", 1),
-        "manifest.json": (sealed_trainer, "seal_checkpoint", 0),
+        "manifest.json": (checkpoints, "seal_checkpoint", 0),
     }[file]  # of whose arguments one is the folder, or the file
     real = getattr(owner, name)
 
@@ -307,7 +308,7 @@ def test_an_image_vanishes_before_the_fingerprint(tmp_path):
 def test_an_image_vanishes_while_others_are_captioned(folder, undisturbed, images, capsys):
     """Counted and named; the others get their captions."""
     shutil.copytree(images, "images")
-    real = data_images.find_images
+    real = image_files.find_images
 
     def find_images(paths):
         found = real(paths)
@@ -343,7 +344,7 @@ def test_permission_is_lost_in_training(folder, settings, undisturbed, scenes, r
     for parent in (folder, *folder.parents[:2]):
         parent.chmod(0o755)
     images = Path(shutil.copytree(scenes / "images", "images"))
-    real = pace.Pace.on_step_end
+    real = stopping.Pace.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2:
@@ -351,7 +352,7 @@ def test_permission_is_lost_in_training(folder, settings, undisturbed, scenes, r
         real(self, args, state, control, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"Permission denied.*--resume"):
-        patch.setattr(pace.Pace, "on_step_end", on_step_end)
+        patch.setattr(stopping.Pace, "on_step_end", on_step_end)
         try:
             train(settings, save_minutes=0.0, images=images)
         finally:
@@ -363,7 +364,7 @@ def test_permission_is_lost_in_training(folder, settings, undisturbed, scenes, r
 @pytest.mark.slow
 def test_disk_becomes_read_only_in_training(folder, settings, undisturbed, mount):
     """As Linux makes it when the disk has errors: here a read-only one is put in its place for a while."""
-    real = pace.Pace.on_step_end
+    real = stopping.Pace.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2:
@@ -371,7 +372,7 @@ def test_disk_becomes_read_only_in_training(folder, settings, undisturbed, mount
         real(self, args, state, control, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"Read-only file system.*--resume"):
-        patch.setattr(pace.Pace, "on_step_end", on_step_end)
+        patch.setattr(stopping.Pace, "on_step_end", on_step_end)
         train(settings, save_minutes=0.0)
     subprocess.run(["umount", CHECKPOINTS], check=True)
     assert train(settings, save_minutes=0.0, resume=True) == undisturbed[0]
@@ -506,7 +507,7 @@ def test_a_worker_dies_while_a_checkpoint_is_written(folder, settings, monkeypat
     def save(*args):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
 
-    monkeypatch.setattr(sealed_trainer.Trainer, "_save_checkpoint", save)
+    monkeypatch.setattr(checkpoints.Trainer, "_save_checkpoint", save)
     with pytest.raises(UserError, match="a process that reads images was killed"):
         train(settings)
 

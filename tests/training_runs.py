@@ -1,14 +1,17 @@
 """What tests of whole training runs share."""
 
+import json
 import os
 import signal
 import time
 from pathlib import Path
 
+import pytest
+
 import main
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import lock_folder
-from captioner.training import pace
+from captioner.training import stopping
 from captioner.training.checkpoints import hash_file
 from config import TrainConfig, make_config
 
@@ -23,16 +26,29 @@ def train(settings, **changes) -> str:
     return hash_adapter(Path())
 
 
+def read_log(folder: Path = Path()) -> list[dict]:
+    """What a run in `folder` has logged: a record for each step and each epoch."""
+    return [json.loads(line) for line in (folder / "logs/run/metrics.jsonl").read_text().splitlines()]
+
+
+def train_until(settings, step: int, **changes) -> None:
+    """Train in the current folder, and stop the run by SIGTERM after `step`."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        stop_at(patch, step)
+        train(settings, **changes)
+    assert stopped.value.code == 128 + signal.SIGTERM
+
+
 def stop_at(patch, step: int) -> None:
     """Send SIGTERM to this process after `step`."""
-    real = pace.Pace.on_step_end
+    real = stopping.Pace.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == step:
             os.kill(os.getpid(), signal.SIGTERM)
         real(self, args, state, control, **kwargs)
 
-    patch.setattr(pace.Pace, "on_step_end", on_step_end)
+    patch.setattr(stopping.Pace, "on_step_end", on_step_end)
 
 
 def wait_for_lock(folder: Path, seconds: float = 10) -> None:

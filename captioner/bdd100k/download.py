@@ -171,21 +171,12 @@ def find_labels(root: Path, subset: str) -> Path:
     usual = root / LABEL_FILES[subset]
     if usual.is_file():
         return usual
-    others = []
-    found: dict[str, Path] = {}
-    for folder, folders, files in os.walk(root):
-        folders.sort()
-        labels = sorted(name for name in files if name.endswith(".json"))
-        for name in (usual.name, f"det_{subset}.json"):
-            if name in labels:
-                found.setdefault(name, Path(folder, name))
-        if labels and Path(folder).name == subset:
-            found.setdefault(subset, Path(folder))
-        others += [Path(folder, name) for name in labels[:LISTED]]
-    for name in (usual.name, f"det_{subset}.json", subset):
-        if name in found:
-            return found[name]
-    listed = ", ".join(str(path.relative_to(root)) for path in others[:LISTED]) or "none"
+    files = sorted(root.rglob("*.json"), key=lambda file: (file.parent.parts, file.name))
+    found = [file for name in (usual.name, f"det_{subset}.json") for file in files if file.name == name]
+    found += [file.parent for file in files if file.parent.name == subset]
+    if found:
+        return found[0]
+    listed = ", ".join(str(file.relative_to(root)) for file in files[:LISTED]) or "none"
     raise UserError(
         f"{root}: no labels of {subset} found in this data set, neither {usual.name}, det_{subset}.json nor a folder "
         f"{subset} of .json files (its .json files: {listed}); give them with --labels, and the images with --images"

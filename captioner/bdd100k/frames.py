@@ -114,12 +114,15 @@ class _Wrapper(msgspec.Struct, Generic[Category, Light], gc=False):
 
 
 class _Decoders:
+    """Of each layout that a file may have, for labels with these types of category and light."""
+
     def __init__(self, category: object, light: object):
         self.array = msgspec.json.Decoder(list[_Frame[category, light]])
         self.frame = msgspec.json.Decoder(_Frame[category, light])
         self.wrapper = msgspec.json.Decoder(_Wrapper[category, light])
 
     def decode(self, data: bytes | memoryview) -> tuple[list[_Frame], bool]:
+        """The frames, and whether they were in a Scalabel wrapper."""
         if re.match(rb"\s*\{", data) is None:
             return self.array.decode(data), False
         frames = _decode_lines(self.frame, data)
@@ -180,9 +183,9 @@ def _find_bad_text(data: memoryview) -> tuple[str, int | None]:
 
 
 def _lack_a_key(frames: list[_Frame]) -> bool:
-    """Whether keys may be written in another case than ours, or the file be no labels.
+    """Whether frames lack a key that labels have: it may be spelt in another case, or the file holds no labels.
 
-    A frame may be without labels, as long as not all are.
+    A frame may lack its labels, as long as not all frames do.
     """
     if any(frame.name is None or (frame.labels and frame.labels[0].category is None) for frame in frames):
         return True
@@ -332,25 +335,17 @@ def _class_of(category: str, names: ClassNames) -> str | None:
     return category if category in CLASSES else None
 
 
-class _Kinds(dict):
-    """{(category, occluded, truncated): what such a label is counted as}, None when it is not; filled when asked."""
-
-    def __init__(self, names: ClassNames, lanes: bool):
-        self.names, self.lanes = names, lanes
-
-    def __missing__(self, look: tuple) -> ObjectKind | None:
-        category, occluded, truncated = look
-        name = None if category is None else _class_of(category, self.names)
-        if name == TRAFFIC_LIGHT:  # in most frames
-            self[look] = None
-            return None
-        if name is None or (name in AREAS and not self.lanes):
-            return None
-        self[look] = kind = ObjectKind(name, bool(occluded), bool(truncated))
-        return kind
+@functools.lru_cache(maxsize=4096)
+def _kind_of(
+    category: str | None, occluded: bool | None, truncated: bool | None, names: ClassNames, lanes: bool
+) -> ObjectKind | None:
+    """What a label that says this is counted as; None when it is not."""
+    name = None if category is None else _class_of(category, names)
+    if name in (None, TRAFFIC_LIGHT) or (name in AREAS and not lanes):
+        return None
+    return ObjectKind(name, bool(occluded), bool(truncated))
 
 
-_kinds_of = functools.cache(_Kinds)
 _PLAIN = _LabelAttributes()
 
 
@@ -364,9 +359,9 @@ def _read_objects(
         labels = [label for index, label in enumerate(labels) if index not in duplicates or _is_light(label)]
     if options.min_box_size:
         labels = _leave_out_small(labels, options.min_box_size, report)
-    kinds, lights, counts = _kinds_of(options.class_names, options.lanes), set(), {}
+    lights, counts = set(), {}
     for (category, occluded, truncated, light), count in _tally(labels).items():
-        kind = kinds[category, occluded, truncated]
+        kind = _kind_of(category, occluded, truncated, options.class_names, options.lanes)
         if kind is not None:
             counts[kind] = counts.get(kind, 0) + count
         elif category is None:
@@ -377,8 +372,7 @@ def _read_objects(
             report.remarks[f"object of the unknown class {category[:40]!r}, not counted"] += count
     if len(labels) > MAX_COUNT and max(counts.values(), default=0) > MAX_COUNT:
         raise BadFrame(f"more than {MAX_COUNT} objects of one kind")
-    status = next((light for light in LIGHTS if light in lights), None) if lights else None
-    return status, counts
+    return next((light for light in LIGHTS if light in lights), None), counts
 
 
 def _is_light(label: _Label) -> bool:

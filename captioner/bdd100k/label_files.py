@@ -348,7 +348,8 @@ def _run_job(
         return _Result([], 0, report, f"it ends too early{_name(member)}; is the download complete?")
     except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
         return _Result([], 0, report, f"can't be unpacked ({error}){_name(member)}; fetch it again, or unpack it")
-    return _finish(frames, count, report, convert)
+    report.add(frames)
+    return _Result([(name, convert(facts)) for name, facts in frames] if convert else frames, count, report)
 
 
 def _decode(job: _Job, archive, member: _Member | None) -> Iterator[tuple[list, bool]]:
@@ -405,11 +406,6 @@ def _read_frames(
             name = raw.name if isinstance(raw, _Frame) else raw.get("name") if isinstance(raw, dict) else None
             report.skip(str(error), f"in {file.name}" if name is None else name)
     return frames
-
-
-def _finish(frames: list[Frame], count: int, report: LabelReport, convert) -> _Result:
-    report.add(frames)
-    return _Result([(name, convert(facts)) for name, facts in frames] if convert else frames, count, report)
 
 
 def _load(job: _Job, archive, member: _Member | None, cut: bool) -> Iterator[tuple[_Bytes, bool]]:

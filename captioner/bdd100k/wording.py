@@ -67,16 +67,14 @@ def _describe_class(name: str, counts: Mapping[ObjectKind, int]) -> str:
     total = sum(counts.values())
     if len(counts) == 1:  # all alike: the qualifier stands before the noun
         [kind] = counts
-        return f"There {'is' if total == 1 else 'are'} {_number(total)} {kind.qualifier}" + (
-            f"{singular}." if total == 1 else f"{plural}."
-        )
+        verb, noun = ("is", singular) if total == 1 else ("are", plural)
+        return f"There {verb} {_number(total)} {kind.qualifier}{noun}."
     shares = [
         f"{_number(counts[ObjectKind(name, *seen)])} {word}"
         for seen, word in SHARES.items()
         if ObjectKind(name, *seen) in counts
     ]
-    first, space, word = shares[0].partition(" ")
-    shares[0] = f"{first} of them{space}{word}"
+    shares[0] = shares[0].replace(" ", " of them ", 1)
     told = shares[0] if len(shares) == 1 else ", ".join(shares[:-1]) + " and " + shares[-1]
     return f"There are {total} {plural}, {told}."
 

@@ -1,9 +1,9 @@
 """The model as transformers and peft have it.
 
-load_model(source, load_in_4bit, device) -> model            # frozen
-add_lora(model, target, rank, alpha, dropout) -> model
-load_finetuned(folder, device, base) -> model, processor, generation settings   # what main.py saved
-CaptionCollator(model_config)(rows) -> batch                 # labels masked to the caption
-load_captioner(folder)(image) -> text                        # of a path, a PIL image, an array, or a list of them
-check_model_folder(folder)                                   # raises UserError for what might run code
+load_model(source, load_in_4bit, device) -> model            # loading: frozen
+add_lora(model, target, rank, alpha, dropout) -> model       # lora
+load_finetuned(folder, device, base) -> model, processor, generation settings   # loading: what main.py saved
+CaptionCollator(model_config)(rows) -> batch                 # batches: labels masked to the caption
+load_captioner(folder)(image) -> text                        # captioning: of a path, a PIL image, an array or a list
+check_model_folder(folder)                                   # trust: raises UserError for what might run code
 """

@@ -1,21 +1,17 @@
 """Examples -> batches with masked labels."""
 
-import functools
 import itertools
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import Blip2Processor
 
-from captioner.data.captions import Example
-from captioner.data.examples import tabulate_examples
-from captioner.data.images import open_image
+from captioner.blip2.pixels import load_pixels
+from captioner.data.examples import Example, tabulate_examples
 from captioner.data.splits import TRAINED_ON
 from config import TrainConfig
 
@@ -25,38 +21,6 @@ if TYPE_CHECKING:  # it takes a while to import
 IGNORED = -100  # label of a position that carries no loss
 
 Features = Mapping[Path, Tensor]  # the ViT's output (P, D) of each image
-
-
-def load_pixels(image: Path, processor: Blip2Processor, blank: bool = False) -> Tensor:
-    """(3, S, S) pixel values of an image file, or of a black image of its size."""
-    opened = open_image(image)
-    return prepare_pixels(Image.new("RGB", opened.size) if blank else opened, processor)
-
-
-def prepare_pixels(image: Image.Image, processor: Blip2Processor) -> Tensor:
-    """(3, S, S) pixel values of an RGB image.
-
-    The same numbers as the processor gives, which copies the image several times on its way.
-    """
-    prepare = processor.image_processor
-    if not (prepare.do_resize and prepare.do_rescale and prepare.do_normalize and "height" in prepare.size):
-        return prepare(image, return_tensors="pt")["pixel_values"][0]
-    small = np.asarray(image.resize((prepare.size["width"], prepare.size["height"]), prepare.resample))  # (S, S, 3)
-    values = list_values(prepare)
-    return torch.from_numpy(np.stack([values[channel].take(small[:, :, channel]) for channel in range(3)]))
-
-
-@functools.cache
-def list_values(image_processor) -> np.ndarray:
-    """(3, 256) pixel values that the processor makes of each level of each channel."""
-    levels = np.arange(256, dtype=np.uint8).reshape(1, 256, 1).repeat(3, axis=2)  # an image of 256 x 1
-    made = image_processor(Image.fromarray(levels), do_resize=False, return_tensors="np")["pixel_values"]
-    return np.ascontiguousarray(made[0, :, 0], dtype=np.float32)  # of (1, 3, 1, 256)
-
-
-def end_token(model_config) -> int:
-    """The token that ends a caption: OPT's own end token in BLIP-2, a newline."""
-    return model_config.text_config.eos_token_id
 
 
 def tokenize_captions(captions: Sequence[str], processor: Blip2Processor, max_tokens: int, end: int) -> list[list[int]]:
@@ -86,7 +50,7 @@ class RowReader:
         self.seed, self.epoch = 0, 0
 
     def __deepcopy__(self, memo) -> "RowReader":
-        return self  # a table with another format has no use for gigabytes of features
+        return self  # `datasets` copies a table's transform with its format: this one may hold gigabytes of features
 
     @property
     def longest(self) -> int:
@@ -168,10 +132,9 @@ def make_datasets(
     from datasets import DatasetDict
 
     tables, training = DatasetDict(), config.training
+    end = model_config.text_config.eos_token_id  # OPT's own end token in BLIP-2, a newline
     for split in TRAINED_ON:
-        tables[split] = make_dataset(
-            splits[split], processor, training.max_caption_tokens, end_token(model_config), training.seed
-        )
+        tables[split] = make_dataset(splits[split], processor, training.max_caption_tokens, end, training.seed)
         get_reader(tables[split]).features = features
     tables["test"] = tabulate_examples(splits["test"])
     return tables

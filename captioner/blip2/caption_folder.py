@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from captioner.blip2.captioner import Captioner
-from captioner.data.images import find_images
+from captioner.data.image_files import find_images
 from captioner.data.run_record import read_run
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write, explain_writing, write_json

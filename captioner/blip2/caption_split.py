@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from captioner.blip2.captioner import Captioner
-from captioner.data.captions import Example
+from captioner.data.examples import Example
 from captioner.data.splits import read_split
 from captioner.runtime.errors import UserError
 from captioner.runtime.processes import ask_main, find_place

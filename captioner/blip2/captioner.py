@@ -8,11 +8,12 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
-from captioner.blip2.captioning import generate_captions
+from captioner.blip2.generation import generate_captions
 from captioner.blip2.loading import load_finetuned, pick_device
+from captioner.blip2.pixels import read_each
 from captioner.blip2.sampling import DrawTokens, seed_image
-from captioner.blip2.vision import read_each, run_vision, take_vision_out
-from captioner.data.reading import one_ahead
+from captioner.blip2.vit import run_vision, take_vision_out
+from captioner.data.parallel import one_ahead
 from captioner.runtime.errors import UserError
 from captioner.runtime.processes import find_place, gather
 from config import EvalConfig

@@ -94,7 +94,7 @@ def load_config(source: str | Path) -> Blip2Config:
 def check_model(
     source: str | Path, load_in_4bit: bool, device: torch.device, image_size: int | None = None
 ) -> Blip2Config:
-    """The same, of a model that fits the device, for images of that size; else raises UserError."""
+    """The configuration for images of that size. Raises UserError also for a model that does not fit the device."""
     config = load_config(source)
     set_image_size(config, image_size)
     check_fits(source, config, load_in_4bit, device)

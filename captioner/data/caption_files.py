@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from captioner.bdd100k.file_kinds import name_kind
-from captioner.data.captions import LEADS_OUT
+from captioner.data.image_files import LEADS_OUT
 from captioner.runtime.errors import UserError, escape_controls
 
 COLUMNS = ("name", "caption", "split", "group")  # of the table

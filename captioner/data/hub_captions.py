@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from captioner.data.caption_files import METADATA, SPLIT_NAMES, TEXT_COLUMNS, check_captions
-from captioner.data.images import IMAGE_SUFFIXES
+from captioner.data.image_files import IMAGE_SUFFIXES
 from captioner.runtime.errors import UserError, escape_controls
 from captioner.runtime.files import write_json
 

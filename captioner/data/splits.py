@@ -8,13 +8,21 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 from unicodedata import normalize
 
-from captioner.data.captions import LEADS_OUT, Example, caption_labels, check_replaceable, find_labels
-from captioner.data.images import IMAGE_SUFFIXES, find_image_folder, index_images, locate_images, match_images
+from captioner.data.examples import Example
+from captioner.data.image_files import (
+    IMAGE_SUFFIXES,
+    LEADS_OUT,
+    find_image_folder,
+    index_images,
+    locate_images,
+    match_images,
+)
+from captioner.data.label_captions import caption_labels, check_replaceable, find_labels
 from captioner.data.run_record import explain_adapter, read_run
 from captioner.runtime.errors import UserError, escape_controls
 from captioner.runtime.files import atomic_write
@@ -157,7 +165,7 @@ def split_own_captions(config: TrainConfig, run_dir: Path) -> dict[str, list[Exa
 
 
 def _fill_splits(names, examples: Mapping[str, Example], shares, seed: int) -> dict[str, list[str]]:
-    """Parts of what is to be trained on for the splits that have no name yet."""
+    """Names for the splits that have none yet, taken from those of the split train, and what is left for that."""
     if not names["train"]:
         raise UserError(f"no image is in the split train: {', '.join(split for split in names if names[split])} alone")
     empty = ["train", *(split for split in names if not names[split])]
@@ -167,9 +175,9 @@ def _fill_splits(names, examples: Mapping[str, Example], shares, seed: int) -> d
     return {}
 
 
-def list_images(splits: dict[str, list[Example]], names: Iterable[str]) -> list[Path]:
-    """The images of the splits of those names, in their order."""
-    return [example.image for name in names for example in splits[name]]
+def list_split_images(splits: dict[str, list[Example]]) -> list[Path]:
+    """The images of all splits, in their order."""
+    return [example.image for examples in splits.values() for example in examples]
 
 
 def leave_out_unreadable(splits: dict[str, list[Example]], unreadable: dict[Path, str]) -> dict[str, list[Example]]:

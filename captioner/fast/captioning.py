@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from captioner.blip2.captioner import Captioner
-from captioner.blip2.captioning import GreedyCaptioner, decode_captions
+from captioner.blip2.generation import GreedyCaptioner, decode_captions
 from captioner.fast.decoder_weights import supports
 from captioner.fast.features import FeatureFile, find_folder
 from captioner.fast.generation import FastGenerator

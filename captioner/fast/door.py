@@ -9,10 +9,11 @@ from collections.abc import Iterator
 import torch
 
 from captioner.blip2.batches import Features
-from captioner.blip2.captioning import GreedyCaptioner
+from captioner.blip2.generation import GreedyCaptioner
 from captioner.blip2.loading import pick_dtype
-from captioner.blip2.vision import start_reading, take_vision_out
-from captioner.data.splits import leave_out_unreadable, list_images
+from captioner.blip2.pixels import start_reading
+from captioner.blip2.vit import take_vision_out
+from captioner.data.splits import leave_out_unreadable, list_split_images
 from captioner.fast.captioning import FastGreedyCaptioner
 from captioner.fast.features import FeatureFile, Place, choose_place, has_rows, keep_features, measure_row
 from captioner.fast.speed import find_obstacle, has_room_to_unpack, join_weights, unpack_nf4, use_fast_step
@@ -34,7 +35,7 @@ class FastWay(PlainWay):
         self.reading: Iterator | None = None  # the images that they are made of, decoded while the model is loaded
 
     def check_images(self, splits: Splits, processor) -> Splits:
-        vision, dtype, images = self.model_config.vision_config, pick_dtype(self.device), list_images(splits, splits)
+        vision, dtype, images = self.model_config.vision_config, pick_dtype(self.device), list_split_images(splits)
         self.place = ask_main(choose_place, self.config, len(images) * measure_row(vision, dtype), self.device)
         if self.place is None:
             return super().check_images(splits, processor)
@@ -50,7 +51,7 @@ class FastWay(PlainWay):
         file = FeatureFile(self.place.folder, vision, model.config.vision_config, processor)
         if has_room_to_unpack(vision, self.device):
             unpack_nf4(vision)  # which the file is not known by, and which changes no digit
-        images = list_images(splits, splits)  # eval.py finds those of the test split
+        images = list_split_images(splits)  # eval.py finds those of the test split
         features, unreadable = keep_features(file, self.place.limit, images, self.reading)
         self.reading = None
         del vision, file

@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from captioner.blip2.vision import run_vision, start_reading
-from captioner.data.reading import read_ahead
+from captioner.blip2.pixels import start_reading
+from captioner.blip2.vit import run_vision
+from captioner.data.parallel import read_ahead
 from captioner.runtime.files import atomic_write, explain_writing, find_existing, lock_folder, measure_free
 from captioner.runtime.processes import ask_main, count_cores, count_processes, find_place, gather
 

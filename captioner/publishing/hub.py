@@ -14,7 +14,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 
-from captioner.data.captions import Example
+from captioner.data.examples import Example
 from captioner.data.run_record import read_run
 from captioner.data.splits import read_split
 from captioner.publishing.model_card import format_card

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from captioner.data.captions import CSV_HEADER
+from captioner.data.label_captions import CSV_HEADER
 from captioner.data.splits import FRAME_NAME, ride_of
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write

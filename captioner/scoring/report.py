@@ -22,7 +22,7 @@ from tqdm.contrib.concurrent import thread_map
 
 from captioner.bdd100k.facts import Facts
 from captioner.bdd100k.parsing import mark_caption, read_caption
-from captioner.data.images import FORMATS, MAX_PIXELS
+from captioner.data.image_decoding import FORMATS, MAX_PIXELS
 from captioner.runtime.errors import go_on_without
 from captioner.runtime.files import atomic_write
 from captioner.runtime.processes import count_all_cores

@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from captioner.blip2.batches import Features
-from captioner.data.captions import Example
+from captioner.data.examples import Example
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import find_existing, measure_free
 from captioner.training.plain import PlainWay, Splits

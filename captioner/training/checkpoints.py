@@ -1,32 +1,39 @@
-"""What lets a training run survive: checkpoints that prove themselves intact, and the settings that they belong to.
+"""Checkpoints: what they hold, how they prove themselves intact, which are kept, and which one a run goes on from.
 
-While a run is unfinished, `<output>/checkpoints/` holds state.json and the Trainer's checkpoint-<step> folders. A
-checkpoint counts only once its manifest of SHA-256 sums is written, which comes last.
+While a run is unfinished, `<output>/checkpoints/` holds state.json (see run_state.py) and folders checkpoint-<step>:
+
+    adapter_model.safetensors, adapter_config.json    # LoRA's weights
+    optimizer.pt, scheduler.pt, scaler.pt             # AdamW's moments, the learning rate, with fp16 the loss's scale
+    rng_state*.pth                                    # the random numbers of each process
+    trainer_state.json                                # the step, the losses so far, which checkpoint was the best
+    manifest.json                                     # SHA-256 sums of all these, written last: without it none counts
 """
 
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from captioner.data.captions import Example
+import torch
+from safetensors import SafetensorError
+from transformers import Trainer
+from transformers.trainer_pt_utils import safe_globals
+
+from captioner.data.parallel import explain_dead_worker
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write, measure_free
-from captioner.runtime.settings import flatten, name_fields
-from config import TrainConfig
+from captioner.runtime.processes import gather, share_folder
+from captioner.training.fsdp import fit_fsdp, gather_trainable
+from captioner.training.stopping import Pace
 
 MANIFEST = "manifest.json"
 UNREADABLE = (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError)  # what damaged files lead to
-SAID = {"fingerprint": "captions, images or their split"}  # what stands in a message for a name of state.json
-GROUPS = ("config", "data", "world", "way")  # of state.json: what two runs are compared by
-FORMS = {
-    **dict.fromkeys((*GROUPS, "versions"), dict),
-    **{"changed_versions": list, "run_dir": str, "wandb_id": str, "micro_batch": int},
-}
-FREE_OF_CHOICE = name_fields(TrainConfig, "free")
 
 
 def checkpoint_folder(output: Path) -> Path:
@@ -35,7 +42,89 @@ def checkpoint_folder(output: Path) -> Path:
 
 
 # --------------------------------------------------------------------------------------------------------------
-# checkpoints
+# writing
+
+
+class SealedTrainer(Trainer):
+    """Trainer that seals its checkpoints, keeps those that are needed, and stops once `pace` says so."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            fit_fsdp(self.accelerator.state.fsdp_plugin, self.model)
+        self.pace: Pace | None = None
+        self.results: dict = {}  # what train() measured, once it has come to its end
+
+    def train(self, resume_from_checkpoint: str | None = None):
+        folder = resume_from_checkpoint and Path(resume_from_checkpoint)
+        with share_folder(folder) if folder else nullcontext() as here:
+            return super().train(resume_from_checkpoint=here and str(here))
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self.args.output_dir)
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        copies = 4 if self.is_fsdp_enabled else 3  # weights and two moments in fp32; FSDP writes weights twice
+        check_disk(folder, 4 * copies * trainable + 2**22)
+        with explain_checkpoint(checkpoint):
+            super()._save_checkpoint(model, trial)
+            if self.state.best_global_step:  # in all processes: Trainer asks the disk, which may be another machine's
+                self.state.best_model_checkpoint = str(folder / f"checkpoint-{self.state.best_global_step}")
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                seal_checkpoint(checkpoint)
+                remove_old_checkpoints(folder)
+        if self.pace is not None:
+            self.pace.after_save()
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """With FSDP, Trainer would gather the frozen weights too."""
+        if self.is_fsdp_enabled:
+            self._save(output_dir or self.args.output_dir, state_dict=gather_trainable(self.model))
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _save_rng_state(self, output_dir):
+        """Of all processes, written by the first: machines may have no folder in common."""
+        with tempfile.TemporaryDirectory() as folder:
+            super()._save_rng_state(folder)
+            states = gather(lambda: {path.name: path.read_bytes() for path in Path(folder).iterdir()})
+        if self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            for name, content in dict(item for state in states for item in state.items()).items():
+                (Path(output_dir) / name).write_bytes(content)
+
+    def _load_best_model(self):
+        self.accelerator.wait_for_everyone()
+        best = Path(self.args.output_dir, Path(self.state.best_model_checkpoint).name)  # the run may have been moved
+        with share_folder(best) as here:
+            self.state.best_model_checkpoint = str(here)
+            super()._load_best_model()
+        self.state.best_model_checkpoint = str(best)
+
+
+@contextmanager
+def explain_checkpoint(checkpoint: Path) -> Iterator[None]:
+    """Turn what goes wrong when a checkpoint is written into a UserError."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = measure_free(checkpoint.parent)  # which torch's own message does not tell
+        told = "" if free is None else f"; {free / 1e6:,.0f} MB are free"
+        raise explain_dead_worker(error) or UserError(
+            f"{checkpoint.parent}: the checkpoint of step {step_of(checkpoint)} can't be written ({error}"
+            f"{told}); the ones before are kept: see to the disk, then go on with --resume"
+        ) from None
+
+
+def check_disk(folder: Path, need: int) -> None:
+    """Raise UserError unless the `need` bytes of a checkpoint are free where `folder` is."""
+    free = measure_free(folder)
+    if free is not None and free < need:
+        raise UserError(
+            f"{folder}: {free / 1e6:,.0f} MB free, a checkpoint needs {need / 1e6:,.0f} MB; the checkpoints before are "
+            "kept: free some space, then go on with --resume"
+        )
 
 
 def seal_checkpoint(checkpoint: Path) -> None:
@@ -54,7 +143,7 @@ def hash_file(path: Path) -> str:
 
 
 def remove_old_checkpoints(folder: Path) -> None:
-    """All but the newest, one before it to fall back to, and the best that each of them names."""
+    """Keep the newest, the one before it to fall back to, and the best that each of the two names."""
     checkpoints, kept = list_checkpoints(folder), set()
     for checkpoint in [checkpoint for checkpoint in checkpoints if (checkpoint / MANIFEST).exists()][:2]:
         with suppress(*UNREADABLE):  # not intact: nothing to fall back to
@@ -64,8 +153,12 @@ def remove_old_checkpoints(folder: Path) -> None:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
+# --------------------------------------------------------------------------------------------------------------
+# reading
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
-    """From the newest on, intact or not."""
+    """The checkpoints in a folder, the newest first, intact or not."""
     found = (path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name))
     return sorted(found, key=step_of, reverse=True)
 
@@ -73,6 +166,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """The optimiser step that a checkpoint's name tells."""
     return int(checkpoint.name.split("-")[1])
+
+
+def read_step(checkpoint: Path) -> tuple[int, int]:
+    """(optimiser steps done, optimiser steps of the whole run) of a checkpoint."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return state["global_step"], state["max_steps"]
 
 
 def name_best(checkpoint: Path) -> str | None:
@@ -103,7 +202,7 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """The newest intact checkpoint. Damaged newer ones are deleted, which is said; so can be written anew."""
+    """The newest intact checkpoint. Damaged newer ones are deleted, which is printed: they will be written anew."""
     for checkpoint in list_checkpoints(folder):
         damage = find_damage(checkpoint)
         if damage is None:
@@ -113,101 +212,18 @@ def find_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def read_step(checkpoint: Path) -> tuple[int, int]:
-    """(optimiser steps done, optimiser steps of the whole run) of a checkpoint."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    return state["global_step"], state["max_steps"]
-
-
-def check_disk(folder: Path, need: int, what: str) -> None:
-    """Raise UserError unless `need` bytes are free where `folder` is."""
-    free = measure_free(folder)
-    if free is not None and free < need:
-        raise UserError(
-            f"{folder}: {free / 1e6:,.0f} MB free, {what} needs {need / 1e6:,.0f} MB; the checkpoints before are kept: "
-            "free some space, then go on with --resume"
-        )
-
-
-# --------------------------------------------------------------------------------------------------------------
-# the run that they belong to
-
-
-def fingerprint_data(splits: dict[str, list[Example]]) -> dict:
-    """What the splits hold, as JSON types: frames of each, and a SHA-256 over names, captions and image sizes."""
-    digest = hashlib.sha256()
-    for split, examples in splits.items():
-        for e in examples:
-            try:
-                size = e.image.stat().st_size
-            except OSError as error:
-                raise UserError(f"{e.image}: can't be read any more ({error.strerror}); see to the folder") from None
-            captions = "\0".join(e.captions)
-            digest.update(f"{split}\0{e.name}\0{size}\0{captions}\n".encode())
-    return {
-        "fingerprint": digest.hexdigest(),
-        "frames": {split: len(examples) for split, examples in splits.items()},
-    }
-
-
-def write_state(folder: Path, state: dict) -> None:
-    with atomic_write(folder / "state.json") as file:
-        json.dump(state, file, indent=1)
-
-
-def read_state(folder: Path) -> dict | None:
-    """What write_state wrote there; None when no run is unfinished."""
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        if not isinstance(state, dict):
-            raise ValueError("no JSON object")
-        if wrong := [key for key, form in FORMS.items() if not isinstance(state.get(key, form()), form)]:
-            raise ValueError(f"{wrong[0]} is {state[wrong[0]]!r:.40}")
-        return state
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder / 'state.json'}: not readable ({error}); start anew with --overwrite") from None
-
-
-def list_changes(before: dict, now: dict) -> list[str]:
-    """What differs between two states in settings that change what is learnt, one line each; of `now`'s groups."""
-    lines = []
-    for group in [group for group in GROUPS if group in now]:
-        old, new = before.get(group) or {}, now.get(group) or {}
-        if group == "config":  # a program of another time may have had other settings
-            defaults = flatten(TrainConfig())
-            old = {name: old.get(name, defaults.get(name)) for name in new}
-        for name in dict.fromkeys([*old, *new]):
-            was, is_now = old.get(name), new.get(name)
-            if was != is_now and not (group == "config" and name in FREE_OF_CHOICE):
-                flag = f"--{name.replace('_', '-')}" if group == "config" else f"{group} {name}"
-                flag += f" ({SAID[name]})" if name in SAID else ""
-                lines.append(f"  {flag}: was {was}, is {is_now}")
-    return lines
-
-
-def find_unfinished(output: Path, state: dict, resume: bool, overwrite: bool) -> dict | None:
-    """The state of the unfinished run in `output` that is to go on; None when training starts anew.
-
-    Raises UserError when there is one that can't go on with these settings, and for --resume when there is none.
-    """
-    folder = checkpoint_folder(output)
-    if overwrite:
-        return None
-    before = read_state(folder)
-    if before is None:
-        if resume:
-            raise UserError(f"--resume: no unfinished run in {output}; leave --resume away to train anew")
-        return None
-    refuse_changes(output, before, state)
-    return before
-
-
-def refuse_changes(output: Path, before: dict, now: dict) -> None:
-    """Raise UserError unless the unfinished run in `output`, of state `before`, can go on as `now`."""
-    if changes := list_changes(before, now):
-        raise UserError(
-            f"{output}: holds an unfinished run with other settings:\n" + "\n".join(changes) + "\n"
-            "go on with the settings it had, train anew with --overwrite, or name another --output"
-        )
+def check_pickles(checkpoint: Path) -> None:
+    """Raise UserError unless what is pickled in a checkpoint holds tensors and numbers alone; nothing of it is run."""
+    remedy = "is not opened; if the checkpoint is your own, start anew with --overwrite"
+    for name in ("adapter_model.bin", "pytorch_model.bin"):
+        if (checkpoint / name).exists():
+            raise UserError(f"{checkpoint / name}: a pickle, which this program never writes, {remedy}")
+    for path in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth"), *checkpoint.glob("*.bin")]):
+        if path.name == "training_args.bin":  # nothing reads it
+            continue
+        try:
+            with safe_globals():
+                torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path}: holds other things than tensors ({reason}) and {remedy}") from None

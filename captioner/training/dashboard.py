@@ -15,9 +15,8 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from captioner.bdd100k.parsing import read_caption
-from captioner.blip2.captioning import GreedyCaptioner
-from captioner.data.captions import Example
-from captioner.data.examples import list_examples
+from captioner.blip2.generation import GreedyCaptioner
+from captioner.data.examples import Example, list_examples
 from captioner.runtime.errors import escape_controls, go_on_without
 from captioner.runtime.files import atomic_write, explain_writing
 from captioner.scoring.fact_metrics import measure_shares

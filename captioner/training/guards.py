@@ -1,14 +1,16 @@
-"""What is checked before training goes on: equal weights in all processes, no pickles that run code."""
+"""What stops a training: processes with other weights, and a loss or a gradient that is no number."""
 
 import hashlib
-import pickle
-from pathlib import Path
+import itertools
+from typing import NamedTuple
 
 import torch
-from transformers.trainer_pt_utils import safe_globals
+from datasets import Dataset
 
 from captioner.runtime.errors import UserError
 from captioner.runtime.processes import gather
+
+NAMED = 8  # frames of a bad step that are named
 
 
 def check_same_weights(model) -> None:
@@ -23,18 +25,35 @@ def check_same_weights(model) -> None:
         )
 
 
-def check_pickles(checkpoint: Path) -> None:
-    """Raise UserError unless what is pickled in a checkpoint holds tensors and numbers alone; nothing of it is run."""
-    remedy = "is not opened; if the checkpoint is your own, start anew with --overwrite"
-    for name in ("adapter_model.bin", "pytorch_model.bin"):
-        if (checkpoint / name).exists():
-            raise UserError(f"{checkpoint / name}: a pickle, which this program never writes, {remedy}")
-    for path in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth"), *checkpoint.glob("*.bin")]):
-        if path.name == "training_args.bin":  # nothing reads it
-            continue
-        try:
-            with safe_globals():
-                torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{path}: holds other things than tensors ({reason}) and {remedy}") from None
+class Step(NamedTuple):
+    """An optimiser step, before it has changed any weight."""
+
+    number: int
+    is_finite: torch.Tensor  # whether loss and gradient are numbers
+    loss: torch.Tensor  # of all its frames, in all processes
+    norm: torch.Tensor  # of the gradient
+    losses: torch.Tensor  # (P,) of its passes in this process
+    rows: list[torch.Tensor]  # of each pass, the places of its frames in the dataset
+
+
+def check_steps(steps: list[Step], dataset: Dataset, output: str) -> None:
+    """Raise UserError, in all processes, for the first step whose loss or gradient is no number.
+
+    `dataset` names its frames; `output` is the folder of the checkpoints. Waits for the GPU.
+    """
+    finite = torch.stack([step.is_finite for step in steps]).tolist() if steps else []
+    if all(finite):
+        return
+    step = steps[finite.index(False)]
+    passes = list(zip(step.losses.isfinite().tolist(), (rows.tolist() for rows in step.rows), strict=True))
+    passes = list(itertools.chain.from_iterable(gather(lambda: passes)))
+    bad = [row for is_good, rows in passes for row in rows if not is_good]
+    bad = bad or [row for _, rows in passes for row in rows]  # the gradient alone: of any of them
+    names = dataset.with_format(None)[bad]["name"]
+    more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+    raise UserError(
+        f"step {step.number}: the loss is {step.loss:g} and the gradient norm {step.norm:g}, in the batch "
+        f"{', '.join(names[:NAMED])}{more}. Training has stopped; the last checkpoint is "
+        f"kept in {output}. Lower --learning-rate, look at those images, or use a GPU with bf16 (fp16 overflows in the "
+        "Q-Former)"
+    )

@@ -20,7 +20,7 @@ def list_micro_batches(batch_size: int) -> list[int]:
 
 
 def compute_loss(model, batch: dict[str, Tensor]) -> Tensor:
-    """The model's own, in the precision in which the Trainer has it."""
+    """The model's own loss of a batch, in the precision in which the Trainer computes it."""
     with torch.autocast(model.device.type, pick_dtype(model.device)):
         return model(**batch).loss
 

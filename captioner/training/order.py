@@ -11,8 +11,8 @@ T = TypeVar("T")
 class LengthSampler(torch.utils.data.Sampler):
     """Random order for steps of `batch_size` frames whose captions are of about one length, against padding.
 
-    Of `window` steps that follow each other in a random order, frames are sorted by length and dealt out. Then steps
-    are shuffled. The order depends on seed and epoch alone, so that a run can go on within an epoch.
+    All frames are shuffled. The frames of each `window` steps are then sorted by length and cut into steps, and these
+    steps are shuffled. The order depends on seed and epoch alone, so that a run can go on within an epoch.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, window: int, seed: int):

@@ -6,16 +6,21 @@ splits, features = way.encode_images(model, processor, splits)
 parts = way.make_parts(model)                                       # for CaptionTrainer
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from captioner.blip2.batches import CaptionCollator, Features
-from captioner.blip2.captioning import GreedyCaptioner
-from captioner.data import reading
-from captioner.data.captions import Example
-from captioner.data.splits import leave_out_unreadable, list_images
+from captioner.blip2.generation import GreedyCaptioner
+from captioner.data.examples import Example
+from captioner.data.image_decoding import open_image
+from captioner.data.parallel import read_batches
+from captioner.data.splits import leave_out_unreadable, list_split_images
+from captioner.runtime.errors import UserError
 from captioner.runtime.processes import ask_main
 from captioner.training.micro_batch import compute_loss
 from captioner.training.trainer import CaptionTrainer
@@ -44,7 +49,7 @@ class PlainWay:
 
     def check_images(self, splits: Splits, processor) -> Splits:
         """The splits without images that can't be read. Raises UserError when these are too many."""
-        return leave_out_unreadable(splits, ask_main(reading.check_images, list_images(splits, splits)))
+        return leave_out_unreadable(splits, ask_main(find_unreadable, list_split_images(splits)))
 
     def encode_images(self, model, processor, splits: Splits) -> tuple[Splits, Features | None]:
         """The splits, and the ViT's outputs of all images trained on; None: they are not kept."""
@@ -62,3 +67,18 @@ class PlainWay:
 
     def finish(self) -> None:
         """Called when training has come to its end."""
+
+
+def find_unreadable(paths: Sequence[Path]) -> dict[Path, str]:
+    """{path: why} of the images that can't be read. All of each is decoded, on all cores."""
+    reasons = itertools.chain.from_iterable(read_batches(_explain_unreadable, paths, list))
+    checked = tqdm(zip(paths, reasons, strict=True), "checking images", len(paths), unit="image")
+    return {path: reason for path, reason in checked if reason is not None}
+
+
+def _explain_unreadable(path: Path) -> str | None:
+    try:
+        open_image(path, draft=True)
+    except UserError as error:
+        return str(error)
+    return None

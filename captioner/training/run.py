@@ -13,26 +13,20 @@ from safetensors import SafetensorError
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from captioner.data.captions import Example
+from captioner.data.examples import Example
 from captioner.data.run_record import read_run
 from captioner.data.splits import find_images_root, write_splits
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write, is_inside, name_run, read_json
 from captioner.runtime.processes import ask_main, go_on_alone, is_sharded
 from captioner.runtime.settings import flatten
-from captioner.training.arguments import check_sharding, make_arguments, split_batch
-from captioner.training.checkpoints import (
-    checkpoint_folder,
-    find_unfinished,
-    fingerprint_data,
-    list_changes,
-    read_state,
-    refuse_changes,
-)
-from captioner.training.record import describe_run, note_versions
-from captioner.training.sealed_trainer import gather_trainable
+from captioner.training.checkpoints import checkpoint_folder
+from captioner.training.fsdp import check_sharding, gather_trainable
+from captioner.training.provenance import describe_run, note_versions
+from captioner.training.run_state import find_unfinished, fingerprint_data, list_changes, read_state, refuse_changes
 from captioner.training.tracking import choose_wandb_mode
 from captioner.training.trainer import CaptionTrainer
+from captioner.training.training_arguments import make_arguments, split_batch
 from config import TrainConfig
 
 FINISHED = ".checkpoints-of-a-finished-run"
@@ -100,7 +94,7 @@ def open_run(config: TrainConfig, device: torch.device) -> Run | None:
 
 
 def choose_folder(run_name: str | None, before: dict | None) -> Path:
-    """The folder of a run in logs/: a new one, but that of a run that goes on if what its state names lies there."""
+    """The folder of a run in logs/: a new one, or that of the run that goes on, if its state names one in logs/."""
     named = Path(before["run_dir"]) if before and before.get("run_dir") else None
     if named and is_inside(named, Path("logs")) and named.resolve() != Path("logs").resolve():
         return named
@@ -111,9 +105,8 @@ def is_finished(config: TrainConfig) -> bool:
     """Whether a run with these settings has come to its end in the output folder."""
     if read_state(checkpoint_folder(config.run.output)) or not (config.run.output / "run.json").is_file():
         return False
-    return not list_changes(
-        {"config": read_run(config.run.output)["config"]}, describe_state(config, 1) | {"world": {}}
-    )
+    now = describe_state(config, 1)["config"]  # however many processes there were
+    return not list_changes({"config": read_run(config.run.output)["config"]}, {"config": now})
 
 
 def prepare_output(output: Path) -> None:
@@ -131,10 +124,7 @@ def prepare_output(output: Path) -> None:
 def describe_state(config: TrainConfig, world_size: int) -> dict:
     """What an unfinished run must have in common with the one that goes on with it, beside its data."""
     model = str(Path(config.base.model).resolve()) if Path(config.base.model).is_dir() else config.base.model
-    return {
-        "config": {**flatten(config), "model": model},
-        "world": {"processes": world_size},
-    }
+    return {"config": {**flatten(config), "model": model}, "world": {"processes": world_size}}
 
 
 def save_run(run: Run, trainer: CaptionTrainer, processor, generation, splits: dict[str, list[Example]]) -> None:

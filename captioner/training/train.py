@@ -14,18 +14,18 @@ from datasets import Dataset, DatasetDict
 from transformers import TrainerCallback, TrainerState
 
 from captioner.blip2.batches import get_reader
-from captioner.data.reading import LOADER_ERRORS, explain_dead_worker
+from captioner.data.parallel import LOADER_ERRORS, explain_dead_worker
 from captioner.runtime.errors import UserError
 from captioner.runtime.processes import ask_main, gather
-from captioner.training.arguments import set_micro_batch, split_batch
-from captioner.training.checkpoints import checkpoint_folder, find_checkpoint, read_step, write_state
-from captioner.training.guards import check_pickles
+from captioner.training.checkpoints import check_pickles, checkpoint_folder, find_checkpoint, read_step
 from captioner.training.micro_batch import find_micro_batch, list_micro_batches
-from captioner.training.pace import Pace, Stopped
 from captioner.training.plain import Parts
-from captioner.training.record import drop_parts
+from captioner.training.provenance import drop_parts
 from captioner.training.run import Run
+from captioner.training.run_state import write_state
+from captioner.training.stopping import Pace, Stopped
 from captioner.training.trainer import CaptionTrainer, RowCollator
+from captioner.training.training_arguments import set_micro_batch, split_batch
 
 
 def train_lora(
@@ -67,8 +67,8 @@ def choose_micro_batch(run: Run, model, dataset: Dataset, parts: Parts) -> None:
     """The frames of a forward pass: as before, as the user says, or the most that fit in each process."""
     step, share = run.config.training.train_batch_size, split_batch(run.config, run.arguments.world_size)
     if run.state["micro_batch"] is None:
-        search = (find_micro_batch, model, dataset, share, parts.collator, parts.compute_loss)
-        run.state["micro_batch"] = min(gather(*search))
+        fitting = gather(find_micro_batch, model, dataset, share, parts.collator, parts.compute_loss)
+        run.state["micro_batch"] = min(fitting)
     micro = run.state["micro_batch"]
     print(f"{step} frames an optimiser step: {micro} a forward pass, {share // micro} passes")
 

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 
-from captioner.blip2 import batches, captioning
+from captioner.blip2 import batches, generation
 from captioner.blip2 import loading as blip2
 from captioner.blip2.lora import add_lora
-from captioner.data.captions import Example
+from captioner.blip2.pixels import load_pixels
+from captioner.data.examples import Example
 from captioner.fast import packing
 from captioner.runtime.errors import UserError
 
@@ -43,7 +44,7 @@ def dataset(tmp_path, processor, base):
         image = tmp_path / f"{index}.png"
         Image.new("RGB", (64, 36), ["black", "white"][index]).save(image)
         examples.append(Example(image.name, image, caption))
-    return batches.make_dataset(examples, processor, 256, batches.end_token(base.config))
+    return batches.make_dataset(examples, processor, 256, base.config.text_config.eos_token_id)
 
 
 def make_batch(dataset, model, rows=(0, 1)):
@@ -122,18 +123,18 @@ def test_padding_does_not_change_the_loss(dataset, base):
 def test_caption_learnt_by_heart_is_generated_and_stops(dataset, lora, processor):
     batch = make_batch(dataset, lora)
     fit(lora, batch)
-    settings = captioning.make_generation_config(lora.config, max_new_tokens=100)
-    captions = captioning.generate_captions(lora, processor, batch["pixel_values"], settings, do_sample=False)
+    settings = generation.make_generation_config(lora.config, max_new_tokens=100)
+    captions = generation.generate_captions(lora, processor, batch["pixel_values"], settings, do_sample=False)
     assert captions == CAPTIONS  # two images, two captions: the image matters, and both stop long before 100 tokens
 
 
 def test_a_batch_equals_its_rows(dataset, lora, processor):
     batch = make_batch(dataset, lora)
     fit(lora, batch, steps=10)
-    settings = captioning.make_generation_config(lora.config, max_new_tokens=40)
-    together = captioning.generate_captions(lora, processor, batch["pixel_values"], settings, do_sample=False)
+    settings = generation.make_generation_config(lora.config, max_new_tokens=40)
+    together = generation.generate_captions(lora, processor, batch["pixel_values"], settings, do_sample=False)
     alone = [
-        captioning.generate_captions(lora, processor, pixels[None], settings, do_sample=False)[0]
+        generation.generate_captions(lora, processor, pixels[None], settings, do_sample=False)[0]
         for pixels in batch["pixel_values"]
     ]
     assert together == alone
@@ -212,14 +213,14 @@ def test_pixels_are_those_of_the_processor(drawn, processor, blank):
         image = Image.open(path).convert("RGB")
         image = Image.new("RGB", image.size) if blank else image
         expected = processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
-        assert torch.equal(batches.load_pixels(path, processor, blank), expected)
+        assert torch.equal(load_pixels(path, processor, blank), expected)
 
 
 def test_unreadable_image_is_named(tmp_path, processor):
     bad = tmp_path / "bad.jpg"
     bad.write_text("no image")
     with pytest.raises(UserError, match=r"bad\.jpg: not readable as an image"):
-        batches.load_pixels(bad, processor)
+        load_pixels(bad, processor)
 
 
 def test_a_caption_has_no_token_that_its_text_has_not(processor):

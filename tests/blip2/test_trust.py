@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from pickles import Planted
-from training_runs import stop_at, train
+from training_runs import train, train_until
 
-from captioner.blip2 import captioning, lora
+from captioner.blip2 import generation, lora
 from captioner.blip2 import loading as blip2
 from captioner.blip2.trust import check_adapter_folder, check_model_folder
 from captioner.runtime.errors import UserError
@@ -33,7 +33,7 @@ def adapter(tiny_checkpoint, tmp_path) -> Path:
     folder = tmp_path / "adapter"
     lora.add_lora(blip2.load_model(tiny_checkpoint, False, CPU), "lm", 4, 8, 0.0).save_pretrained(folder)
     blip2.load_processor(tiny_checkpoint).save_pretrained(folder)
-    captioning.make_generation_config(blip2.AutoConfig.from_pretrained(tiny_checkpoint), 20).save_pretrained(folder)
+    generation.make_generation_config(blip2.AutoConfig.from_pretrained(tiny_checkpoint), 20).save_pretrained(folder)
     (folder / "run.json").write_text(json.dumps({"config": {"model": str(tiny_checkpoint), "load_in_4bit": False}}))
     return folder
 
@@ -133,10 +133,9 @@ def test_an_adapter_of_another_vocabulary_is_refused(adapter, copy):
 def stopped(tmp_path_factory, settings) -> Path:
     """A folder with a run that was stopped after its second step."""
     folder = tmp_path_factory.mktemp("stopped")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+    with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        stop_at(patch, 2)
-        train(settings)
+        train_until(settings, 2)
     return folder
 
 
@@ -159,7 +158,7 @@ def test_a_pickle_in_a_checkpoint_does_not_run(folder, settings, stopped, tmp_pa
 
 def test_no_link_leads_out_of_a_folder(tmp_path, drawn):
     from captioner.bdd100k.label_files import find_label_files
-    from captioner.data.images import find_images, index_images
+    from captioner.data.image_files import find_images, index_images
 
     (tmp_path / "data").mkdir()
     secret = shutil.copy(next((drawn / "images").iterdir()), tmp_path / "secret.jpg")

@@ -8,16 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captioner.data.captions import Example, write_captions
-from captioner.data.images import (
-    find_images,
-    index_images,
-    locate_images,
-    match_images,
-    name_images,
-    open_image,
-    tell_once,
-)
+from captioner.data.examples import Example
+from captioner.data.image_decoding import open_image
+from captioner.data.image_files import find_images, index_images, locate_images, match_images, name_images, tell_once
+from captioner.data.label_captions import write_captions
 from captioner.data.splits import (
     choose_examples,
     find_images_root,

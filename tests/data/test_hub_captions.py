@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset, Features, List, Value
 from PIL import Image
 
-from captioner.data import images as data_images
+from captioner.data import image_decoding
 from captioner.data.hub_captions import fetch_captions, is_data_set
 from captioner.data.splits import prepare_splits
 from captioner.runtime.errors import UserError
@@ -52,9 +52,9 @@ def test_a_copy_of_a_data_set_is_read(tmp_path, copy, monkeypatch):
     assert (red.name, red.group) == ("train/000000.png", "1")
     assert red.image.read_bytes() == draw("red")["bytes"]
     assert examples["Blue.",].image.name == "000001.jpeg"
-    monkeypatch.setattr(data_images, "MAX_PIXELS", 47)
+    monkeypatch.setattr(image_decoding, "MAX_PIXELS", 47)
     with pytest.raises(UserError, match="8 x 6 pixels, more than 47"):  # our limits hold
-        data_images.open_image(red.image)
+        image_decoding.open_image(red.image)
 
 
 def test_a_data_set_is_read_by_its_name_at_one_commit(tmp_path, copy, monkeypatch):

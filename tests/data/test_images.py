@@ -10,9 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from captioner.data import images
-from captioner.data import reading as data_reading
-from captioner.data.reading import BATCH, one_ahead, read_ahead, read_batches
+from captioner.data import image_decoding, parallel
+from captioner.data.parallel import BATCH, one_ahead, read_ahead, read_batches
 from captioner.runtime.errors import UserError
 
 
@@ -70,11 +69,11 @@ def test_batches_by_processes_are_in_order():
 def test_as_many_answers_wait_as_there_is_room_for(cores, room, processes, workers, answers, monkeypatch):
     loaders, item_bytes = [], 1000
     free = room * BATCH * item_bytes
-    monkeypatch.setattr(data_reading, "count_cores", lambda: cores)
+    monkeypatch.setattr(parallel, "count_cores", lambda: cores)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(free))
     monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *_, **options: loaders.append(options) or [])
-    list(data_reading.read_batches(_tenfold, range(10_000), list, item_bytes))
+    list(parallel.read_batches(_tenfold, range(10_000), list, item_bytes))
     assert (loaders[0]["num_workers"], loaders[0]["prefetch_factor"]) == (workers, answers)
 
 
@@ -124,18 +123,18 @@ def _err(item):
 )
 def test_a_process_that_fails_says_why(read, message):
     with pytest.raises(UserError, match=message):
-        list(data_reading.read_batches(read, range(200), list))
+        list(parallel.read_batches(read, range(200), list))
 
 
 def test_an_image_that_is_not_there_is_not_to_be_removed(tmp_path):
     with pytest.raises(UserError, match=r"a\.jpg: not readable .*; check the path$"):
-        images.open_image(tmp_path / "a.jpg")
+        image_decoding.open_image(tmp_path / "a.jpg")
 
 
 def test_an_image_may_have_as_many_pixels_as_the_limit_says(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "MAX_PIXELS", 64 * 36)
+    monkeypatch.setattr(image_decoding, "MAX_PIXELS", 64 * 36)
     Image.new("RGB", (64, 36)).save(tmp_path / "most.png")
     Image.new("RGB", (64, 37)).save(tmp_path / "more.png")
-    assert images.open_image(tmp_path / "most.png").size == (64, 36)
+    assert image_decoding.open_image(tmp_path / "most.png").size == (64, 36)
     with pytest.raises(UserError, match=r"more\.png: .*64 x 37 pixels, more than 2,304"):
-        images.open_image(tmp_path / "more.png")
+        image_decoding.open_image(tmp_path / "more.png")

@@ -17,7 +17,8 @@ from transformers import AutoConfig
 
 from captioner.blip2 import batches
 from captioner.blip2.loading import load_processor
-from captioner.data.captions import Example
+from captioner.blip2.pixels import load_pixels
+from captioner.data.examples import Example
 from captioner.data.splits import prepare_splits, read_split
 from captioner.runtime.errors import UserError
 from config import TrainConfig, make_config
@@ -185,7 +186,7 @@ def test_two_rows_from_file_to_loss_mask(tmp_path, photos, tiny_checkpoint):
         assert table.with_format(None)[row] == {
             "name": name, "image": str(photos / name), "caption": [text], "group": name, "index": row
         }  # fmt: skip
-        assert torch.equal(batch["pixel_values"][row], batches.load_pixels(photos / name, processor))
+        assert torch.equal(batch["pixel_values"][row], load_pixels(photos / name, processor))
         labels, ids = batch["labels"][row], batch["input_ids"][row]
         carries_loss = labels != batches.IGNORED
         assert processor.tokenizer.decode(labels[carries_loss]) == text + "\n"  # OPT's end token in BLIP-2

@@ -16,9 +16,9 @@ import torch
 from training_runs import hash_adapter, stop_at, train
 
 import eval
-from captioner.blip2.batches import load_pixels
 from captioner.blip2.loading import load_model, load_processor
-from captioner.blip2.vision import run_vision
+from captioner.blip2.pixels import load_pixels
+from captioner.blip2.vit import run_vision
 from captioner.data import splits
 from captioner.fast import features
 from captioner.fast.features import ABOUT, INDEX, RECORD, ROWS, FeatureFile, Place, choose_place, keep_features

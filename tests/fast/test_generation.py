@@ -8,7 +8,8 @@ from conftest import need_triton
 from transformers import Blip2ForConditionalGeneration, TopPLogitsWarper
 
 from benchmarks.full_size import build_full_size_config
-from captioner.blip2 import batches, captioning, lora, sampling
+from captioner.blip2 import batches, lora, sampling
+from captioner.blip2 import generation as plain_generation
 from captioner.blip2 import loading as blip2
 from captioner.blip2.lora import get_blip2
 from captioner.blip2.sampling import DrawTokens, seed_image
@@ -47,7 +48,7 @@ def make_pixels(rows: int):
 def generate_slowly(model, pixels, new_tokens=NEW_TOKENS):
     """What transformers' generate() gives: (B, N) new tokens, greedy."""
     prefix = torch.tensor([batches.prefix_ids(model.config)]).expand(len(pixels), -1)
-    settings = captioning.make_generation_config(model.config, new_tokens)
+    settings = plain_generation.make_generation_config(model.config, new_tokens)
     tokens = model.generate(
         pixel_values=pixels,
         input_ids=prefix,
@@ -178,9 +179,9 @@ def test_what_is_drawn_for_an_image_depends_on_no_other(tiny_checkpoint, load_in
     for rows in ([3], [15, 0, 7], [4, 5, 6, 7, 8]):
         seeds = [SEEDS[row] for row in rows]
         assert torch.equal(small.generate(pixels[rows], NEW_TOKENS, CHOICE, seeds), together[rows])
-    settings = captioning.make_generation_config(model.config, NEW_TOKENS)
+    settings = plain_generation.make_generation_config(model.config, NEW_TOKENS)
     draw = DrawTokens(*CHOICE, SEEDS, CPU)
-    assert torch.equal(captioning.generate_tokens(model, pixels, settings, draw), together)
+    assert torch.equal(plain_generation.generate_tokens(model, pixels, settings, draw), together)
 
 
 def test_more_tokens_than_the_model_has_positions_are_refused(tiny_checkpoint):
@@ -355,9 +356,9 @@ def test_validation_asks_for_memory_once_and_gives_it_back(tiny_checkpoint, monk
     asked = []
     monkeypatch.setattr(fast_captioning, "measure_room", lambda *_: asked.append(True) or room)
     model, pixels = load(tiny_checkpoint), make_pixels(16)
-    settings = captioning.make_generation_config(model.config, 12)
+    settings = plain_generation.make_generation_config(model.config, 12)
     processor = blip2.load_processor(tiny_checkpoint)
-    expected = captioning.GreedyCaptioner(processor, settings)(model, pixels)
+    expected = plain_generation.GreedyCaptioner(processor, settings)(model, pixels)
     caption = FastGreedyCaptioner(processor, settings, 16)
     for _ in range(2):
         caption.prepare(model)

@@ -267,7 +267,7 @@ def test_recorded_passes_are_the_passes(tiny_checkpoint, target, by_kernels, mon
 
     from captioner.blip2.loading import load_config
     from captioner.blip2.lora import add_lora
-    from captioner.blip2.vision import take_vision_out
+    from captioner.blip2.vit import take_vision_out
     from captioner.fast.packing import PackedCollator
     from captioner.fast.speed import FastStep, join_weights
 

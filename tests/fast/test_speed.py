@@ -20,7 +20,7 @@ import main
 from captioner.blip2.batches import CaptionCollator, make_dataset
 from captioner.blip2.loading import load_model, load_processor
 from captioner.blip2.lora import add_lora
-from captioner.data.captions import Example
+from captioner.data.examples import Example
 from captioner.fast.caption_loss import caption_nll, supports
 from captioner.fast.kernels import choice
 from captioner.fast.layers import draws_by_kernels, spare_columns

@@ -16,7 +16,7 @@ from datasets import load_dataset
 from huggingface_hub import ModelCard, close_session, constants
 from loopback_push import Hub
 
-from captioner.data.captions import Example
+from captioner.data.examples import Example
 from captioner.data.splits import write_splits
 from captioner.publishing import merge, model_card
 from captioner.publishing.hub import push_to_hub, stage_files
@@ -227,7 +227,7 @@ def test_labels_of_scores_are_no_paths():
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory, tiny_checkpoint) -> Path:
     """A folder as main.py leaves it, of an adapter that changes what the model says."""
-    from captioner.blip2.captioning import make_generation_config
+    from captioner.blip2.generation import make_generation_config
     from captioner.blip2.loading import load_processor, load_weights
     from captioner.blip2.lora import add_lora
 

@@ -21,8 +21,8 @@ from training_runs import wait_for_lock
 
 from captioner.bdd100k.label_files import read_labels
 from captioner.bdd100k.label_report import LabelReport
-from captioner.data import captions
-from captioner.data.captions import Example
+from captioner.data import label_captions
+from captioner.data.examples import Example
 from captioner.data.splits import leave_out_unreadable
 from captioner.runtime import cli, files, processes
 from captioner.runtime.cli import report_error
@@ -30,7 +30,8 @@ from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write, lock_folder, measure_free, name_run
 from captioner.scoring.console import print_captions, print_left_out
 from captioner.scoring.predictions import Prediction
-from captioner.training.checkpoints import find_damage, hash_file, read_state
+from captioner.training.checkpoints import find_damage, hash_file
+from captioner.training.run_state import read_state
 from config import PipelineConfig
 
 HOLD = """
@@ -289,8 +290,8 @@ def test_scripts_find_their_modules_with_a_safe_path(tmp_path, script):
 def test_the_demo_is_drawn_with_a_safe_path(folder, monkeypatch):
     """By a process that finds the renderer in the folder where it is started."""
     monkeypatch.setenv("PYTHONSAFEPATH", "1")
-    monkeypatch.setattr(captions, "DEMO_SCENES", 2)
-    assert captions.find_labels(PipelineConfig(demo=True))[0].is_file()
+    monkeypatch.setattr(label_captions, "DEMO_SCENES", 2)
+    assert label_captions.find_labels(PipelineConfig(demo=True))[0].is_file()
 
 
 def test_a_user_without_a_home_has_the_folder_where_the_run_is(folder, monkeypatch, capsys):

@@ -1,11 +1,12 @@
-"""Which checkpoints are kept."""
+"""Which checkpoints are kept, and which settings a run may go on with."""
 
 import json
 
 import pytest
 
 from captioner.runtime.settings import flatten
-from captioner.training.checkpoints import list_changes, list_checkpoints, remove_old_checkpoints
+from captioner.training.checkpoints import list_checkpoints, remove_old_checkpoints
+from captioner.training.run_state import list_changes
 from config import TrainConfig
 
 

@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from captioner.blip2.captioning import GreedyCaptioner
-from captioner.data.captions import Example
-from captioner.data.examples import tabulate_examples
+from captioner.blip2.generation import GreedyCaptioner
+from captioner.data.examples import Example, tabulate_examples
 from captioner.scoring import text_metrics
 from captioner.training.dashboard import RunLog, ValidationCaptions, choose_panels, plot_dashboard
 

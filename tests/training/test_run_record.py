@@ -15,15 +15,15 @@ import torch
 
 from captioner.publishing import publish
 from captioner.runtime.errors import UserError
-from captioner.training import checkpoints, dashboard, record, run, tracking, train
-from captioner.training.pace import Pace
+from captioner.training import checkpoints, dashboard, provenance, run, run_state, tracking, train
+from captioner.training.stopping import Pace
 from config import TrainConfig, make_config
 
 
 def describe() -> dict:
     state: dict = {}
-    record.note_versions(state, None)
-    described = record.describe_run(state, "run", torch.device("cpu"), {})
+    provenance.note_versions(state, None)
+    described = provenance.describe_run(state, "run", torch.device("cpu"), {})
     json.dumps(described, allow_nan=False)
     return described
 
@@ -38,7 +38,7 @@ def test_a_record_is_written_without_a_commit(tmp_path, monkeypatch, git):
         (tmp_path / "git").write_text(f"#!/bin/sh\n{git}\n")
         (tmp_path / "git").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if git == "sleep 30" else str(tmp_path))
-    monkeypatch.setattr(record, "GIT_SECONDS", 0.2)
+    monkeypatch.setattr(provenance, "GIT_SECONDS", 0.2)
     if git is None:
         with pytest.raises(FileNotFoundError):
             subprocess.run(["git"], check=False)
@@ -61,7 +61,7 @@ def test_a_record_is_written_without_versions_and_device(monkeypatch):
     monkeypatch.setattr(platform, "python_version", fail)
     monkeypatch.setattr(platform, "processor", fail)
     described = describe()
-    assert described["versions"] == dict.fromkeys(record.PACKAGES)
+    assert described["versions"] == dict.fromkeys(provenance.PACKAGES)
     assert described["python"] is None and described["device"] is None
 
 
@@ -101,7 +101,7 @@ def test_training_goes_on_without_wandb(monkeypatch):
 
 def test_a_checkpoint_is_written_where_free_space_is_not_told(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", fail)
-    checkpoints.check_disk(tmp_path, 10**18, "a checkpoint")
+    checkpoints.check_disk(tmp_path, 10**18)
 
 
 @pytest.mark.parametrize(("url", "logged_in"), [("", False), ("https://wandb.example.org:8080/api", True)])
@@ -122,31 +122,31 @@ def test_versions_that_changed_are_said_in_a_line_and_recorded(monkeypatch, caps
     versions = {"torch": "2.12.0", "peft": "0.21.0"}
     monkeypatch.setattr(importlib.metadata, "version", lambda package: versions.get(package, "1"))
     before = {"model_commit": "59a1ef6"}
-    record.note_versions(before, None)
+    provenance.note_versions(before, None)
     versions["torch"] = "2.13.0"
     state = {"model_commit": "0000000"}
-    record.note_versions(state, json.loads(json.dumps(before)))
+    provenance.note_versions(state, json.loads(json.dumps(before)))
     assert capsys.readouterr().out == (
         "note: the run goes on with other versions, and may end otherwise: model 0000000 (was 59a1ef6), "
         "torch 2.13.0 (was 2.12.0)\n"
     )
     again = {"model_commit": "0000000"}
-    record.note_versions(again, state)
+    provenance.note_versions(again, state)
     assert capsys.readouterr().out == ""
-    described = record.describe_run(again, "run", torch.device("cpu"), {})
+    described = provenance.describe_run(again, "run", torch.device("cpu"), {})
     assert described["changed_versions"] == ["model 0000000 (was 59a1ef6)", "torch 2.13.0 (was 2.12.0)"]
     assert described["versions"]["torch"] == "2.13.0"
 
 
 def test_a_run_of_before_versions_were_noted_goes_on(capsys):
     state = {}
-    record.note_versions(state, {"config": {}})
+    provenance.note_versions(state, {"config": {}})
     assert state["changed_versions"] == [] and capsys.readouterr().out == ""
 
 
 def test_other_versions_are_no_reason_to_refuse_a_run():
     before = {"config": {"seed": 1}, "versions": {"torch": "2.12.0"}}
-    checkpoints.refuse_changes(Path("output"), before, {"config": {"seed": 1}, "versions": {"torch": "2.13.0"}})
+    run_state.refuse_changes(Path("output"), before, {"config": {"seed": 1}, "versions": {"torch": "2.13.0"}})
 
 
 def test_a_run_goes_on_in_its_own_folder(folder):
@@ -167,7 +167,7 @@ def test_a_folder_outside_of_logs_is_not_believed(folder, named):
 def test_a_state_of_another_form_is_named(tmp_path, content):
     (tmp_path / "state.json").write_text(content)
     with pytest.raises(UserError, match=r"state\.json: not readable .*--overwrite"):
-        checkpoints.read_state(tmp_path)
+        run_state.read_state(tmp_path)
 
 
 def test_a_finished_run_that_is_resumed_keeps_its_card_as_it_is(tmp_path):

@@ -2,10 +2,9 @@
 
 import json
 import shutil
-import signal
 
 import pytest
-from training_runs import hash_adapter, stop_at, train
+from training_runs import hash_adapter, train, train_until
 
 from captioner.runtime.errors import UserError
 
@@ -17,10 +16,7 @@ def next_session(tmp_path, settings, scenes, monkeypatch):
     inputs = first / "input"
     shutil.copytree(scenes, inputs)
     monkeypatch.chdir(first)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        stop_at(patch, 4)
-        train(settings, labels=(inputs / "labels.json",), images=inputs / "images")
-    assert stopped.value.code == 128 + signal.SIGTERM
+    train_until(settings, 4, labels=(inputs / "labels.json",), images=inputs / "images")
     moved = second / "kaggle" / "input" / "bdd100k"
     shutil.copytree(inputs, moved)
     shutil.copytree(first / "blip2-finetuned", second / "blip2-finetuned")

@@ -14,16 +14,16 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from training_runs import stop_at, train
+from training_runs import read_log, train, train_until
 
 from captioner.data import splits
 from captioner.fast import speed
 from captioner.fast.trainer import FastTrainer
 from captioner.runtime.errors import UserError
-from captioner.training import sealed_trainer, trainer
+from captioner.training import checkpoints, trainer
 from captioner.training.checkpoints import find_checkpoint
 from captioner.training.order import LengthSampler
-from captioner.training.record import OF_A_PART
+from captioner.training.provenance import OF_A_PART
 
 STEPS_PER_EPOCH = 3
 
@@ -48,11 +48,9 @@ def test_the_same_seed_gives_the_same_adapter(folder, settings, undisturbed):
 )
 def test_a_stopped_run_goes_on_to_the_same_adapter(folder, settings, undisturbed, step, capsys):
     """SIGTERM in the midst and at the end of an epoch; the command that goes on is named."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        stop_at(patch, step)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["main.py", "--images", "my images", "--overwrite"])
-        train(settings)
-    assert stopped.value.code == 128 + signal.SIGTERM
+        train_until(settings, step)
     said = capsys.readouterr().out
     assert f"saved after step {step} of 6; go on with\npython main.py --images 'my images' --resume\n" in said
     assert train(settings, resume=True) == undisturbed[0]
@@ -62,7 +60,7 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(folder, settings, undisturbed
         json.loads((run / "blip2-finetuned/run.json").read_text())["results"] for run in (undisturbed[1], folder)
     )
     assert of_whole.keys() - of_parts.keys() == set(OF_A_PART)  # the Trainer's, which are wrong of a run in two parts
-    records = [json.loads(line) for line in Path("logs/run/metrics.jsonl").read_text().splitlines()]
+    records = read_log()
     assert sorted(record["step"] for record in records if "loss" in record) == list(
         range(1, 7)
     )  # none lost, none twice
@@ -70,9 +68,7 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(folder, settings, undisturbed
 
 def test_a_run_that_was_moved_keeps_its_best_weights(folder, settings, undisturbed):
     """Only the saving is left to do, of weights that a checkpoint names by the folder where it was."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        stop_at(patch, 2 * STEPS_PER_EPOCH)
-        train(settings, output=folder / "blip2-finetuned")
+    train_until(settings, 2 * STEPS_PER_EPOCH, output=folder / "blip2-finetuned")
     Path("elsewhere").mkdir()
     shutil.move("blip2-finetuned", "elsewhere/blip2-finetuned")
     os.chdir("elsewhere")
@@ -94,9 +90,7 @@ def test_a_killed_run_goes_on_by_itself(folder, settings, undisturbed, scenes, t
 
 
 def test_a_damaged_checkpoint_is_passed_over(folder, settings, undisturbed, capsys):
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        stop_at(patch, STEPS_PER_EPOCH + 2)
-        train(settings, save_minutes=0.0)
+    train_until(settings, STEPS_PER_EPOCH + 2, save_minutes=0.0)
     checkpoints = folder / "blip2-finetuned" / "checkpoints"
     with open(checkpoints / "checkpoint-5" / "optimizer.pt", "r+b") as file:
         file.seek(100)
@@ -111,9 +105,7 @@ def test_a_damaged_checkpoint_is_passed_over(folder, settings, undisturbed, caps
 
 @pytest.mark.slow
 def test_other_settings_are_refused_with_what_differs(folder, settings, undisturbed):
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        stop_at(patch, 2)
-        train(settings)
+    train_until(settings, 2)
     with pytest.raises(UserError) as refused:
         train(settings, learning_rate=1e-3, lora_rank=8)
     assert "--learning-rate: was 0.01, is 0.001" in str(refused.value)
@@ -149,19 +141,19 @@ def test_a_batch_has_frames_of_about_one_length():
 # guards
 
 
-@pytest.mark.parametrize("trainer_class", [sealed_trainer.SealedTrainer, trainer.CaptionTrainer, FastTrainer])
+@pytest.mark.parametrize("trainer_class", [checkpoints.SealedTrainer, trainer.CaptionTrainer, FastTrainer])
 def test_each_private_method_that_is_overridden_is_transformers(trainer_class):
     """And is named: a release of transformers that renames one would leave ours out without a word."""
-    for name in sealed_trainer.PRIVATE_HOOKS:
-        assert callable(getattr(sealed_trainer.Trainer, name, None)), name
+    for name in trainer.PRIVATE_HOOKS:
+        assert callable(getattr(checkpoints.Trainer, name, None)), name
     overridden = {name for name in vars(trainer_class) if name.startswith("_") and not name.startswith("__")}
-    assert overridden <= set(sealed_trainer.PRIVATE_HOOKS), overridden
+    assert overridden <= set(trainer.PRIVATE_HOOKS), overridden
 
 
 @pytest.mark.parametrize("fast", ["off", "on"])
 def test_a_loss_that_is_no_number_stops_the_run(folder, settings, fast):
     """The batch is named, no weight has changed, the checkpoint before is kept."""
-    real = sealed_trainer.Trainer.training_step
+    real = checkpoints.Trainer.training_step
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = real(self, model, inputs, num_items_in_batch)
@@ -169,7 +161,7 @@ def test_a_loss_that_is_no_number_stops_the_run(folder, settings, fast):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as stopped:
         if fast == "off":
-            patch.setattr(sealed_trainer.Trainer, "training_step", training_step)
+            patch.setattr(checkpoints.Trainer, "training_step", training_step)
         else:
             step = speed.FastStep.__call__
             calls = iter(range(1000))  # two a step
@@ -191,7 +183,7 @@ def test_out_of_memory_takes_fewer_frames_a_pass(folder, settings, capsys):
     expected = train(settings, per_device_train_batch_size=1, output=Path("blip2-finetuned"))
     shutil.rmtree("blip2-finetuned")
     capsys.readouterr()
-    real = sealed_trainer.Trainer.training_step
+    real = checkpoints.Trainer.training_step
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if len(inputs["labels"]) > 1 and self.state.global_step == 1:
@@ -199,7 +191,7 @@ def test_out_of_memory_takes_fewer_frames_a_pass(folder, settings, capsys):
         return real(self, model, inputs, num_items_in_batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sealed_trainer.Trainer, "training_step", training_step)
+        patch.setattr(checkpoints.Trainer, "training_step", training_step)
         assert train(settings) == expected
     assert "out of GPU memory: from here on 1 frames a forward pass, 4 a step" in capsys.readouterr().out
 
@@ -208,28 +200,28 @@ def test_out_of_memory_with_one_frame_a_pass_is_an_error(folder, settings, monke
     def training_step(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(sealed_trainer.Trainer, "training_step", training_step)
+    monkeypatch.setattr(checkpoints.Trainer, "training_step", training_step)
     with pytest.raises(UserError, match=r"out of GPU memory with 1 frames .*--gradient-checkpointing"):
         train(settings, per_device_train_batch_size=1)
 
 
 @pytest.mark.slow
 def test_a_full_disk_keeps_the_checkpoint_before(folder, settings, undisturbed, monkeypatch):
-    real, calls = sealed_trainer.check_disk, []
+    real, calls = checkpoints.check_disk, []
 
-    def check_disk(where, need, what):
+    def check_disk(where, need):
         calls.append(need)
-        real(where, need if len(calls) < 2 else 10**18, what)
+        real(where, need if len(calls) < 2 else 10**18)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"MB free.*--resume"):
-        patch.setattr(sealed_trainer, "check_disk", check_disk)
+        patch.setattr(checkpoints, "check_disk", check_disk)
         train(settings)
     assert train(settings, resume=True) == undisturbed[0]
 
 
 def test_images_are_mended_or_left_out(folder, settings, scenes, capsys):
     """CMYK, 16 bits and EXIF rotation train; a truncated file is left out, counted and listed; many stop the run."""
-    from captioner.data.images import open_image
+    from captioner.data.image_decoding import open_image
 
     shutil.copytree(scenes / "images", "images")
     paths = sorted(Path("images").iterdir())
@@ -260,7 +252,7 @@ def test_images_are_mended_or_left_out(folder, settings, scenes, capsys):
     "content", [b"", b"GIF89a" + bytes(50), b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS\n"]
 )
 def test_what_is_no_image_is_refused(tmp_path, content):
-    from captioner.data.images import open_image
+    from captioner.data.image_decoding import open_image
 
     (tmp_path / "a.jpg").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.jpg: not readable as an image"):
@@ -268,7 +260,7 @@ def test_what_is_no_image_is_refused(tmp_path, content):
 
 
 def test_a_decompression_bomb_is_not_decoded(tmp_path):
-    from captioner.data.images import open_image
+    from captioner.data.image_decoding import open_image
 
     Image.new("1", (30_000, 30_000)).save(tmp_path / "bomb.png")
     with pytest.raises(UserError, match=r"30000 x 30000 pixels|exceeds limit"):
@@ -288,7 +280,7 @@ def test_micro_batches_give_the_same_gradients(folder, settings):
             train(settings, per_device_train_batch_size=size, lora_dropout=0.0, max_steps=1, learning_rate=1e-3)
     losses = []
     for name in ("one", "four"):
-        records = [json.loads(line) for line in Path(name, "logs/run/metrics.jsonl").read_text().splitlines()]
+        records = read_log(Path(name))
         losses.append(next((record["loss"], record["grad_norm"]) for record in records if "loss" in record))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -296,7 +288,7 @@ def test_micro_batches_give_the_same_gradients(folder, settings):
 def test_training_and_validation_loss_are_on_one_scale(folder, settings, scenes):
     """With the weights held still, the loss over a set is the same number, trained or validated on."""
     train(settings, learning_rate=1e-12, lora_dropout=0.0, num_train_epochs=1, per_device_eval_batch_size=3)
-    records = [json.loads(line) for line in Path("logs/run/metrics.jsonl").read_text().splitlines()]
+    records = read_log()
     losses = [record["loss"] for record in records if "loss" in record]
     [validation] = [record["eval_loss"] for record in records if "eval_loss" in record]
     assert sum(losses) / len(losses) == pytest.approx(validation, rel=0.1)  # other images, the same model
@@ -308,7 +300,7 @@ def test_training_and_validation_loss_are_on_one_scale(folder, settings, scenes)
 
 def test_captions_of_each_epoch_leave_no_trace_in_the_adapter(folder, settings, undisturbed):
     assert train(settings, val_captions=2) == undisturbed[0]
-    records = [json.loads(line) for line in Path("logs/run/metrics.jsonl").read_text().splitlines()]
+    records = read_log()
     assert sum("val_BLEU-4" in record for record in records) == 2
     assert Path("logs/run/captions.md").read_text().count("- reference:") == 4
     assert Path("logs/run/dashboard.png").read_bytes().startswith(b"\x89PNG")
@@ -318,7 +310,7 @@ def test_captions_of_each_epoch_leave_no_trace_in_the_adapter(folder, settings, 
 def test_each_step_is_logged(undisturbed):
     """With its loss, the norm of its gradient, and a learning rate that falls to 0."""
     _, folder = undisturbed
-    records = [json.loads(line) for line in (folder / "logs/run/metrics.jsonl").read_text().splitlines()]
+    records = read_log(folder)
     steps = [record for record in records if "loss" in record]
     assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
     assert all(record["loss"] > 0 and record["grad_norm"] > 0 for record in steps)
@@ -340,7 +332,7 @@ def test_logged_speed_is_that_of_training_alone(folder, settings, monkeypatch):
     for name in ("evaluate", "_save_checkpoint"):
         monkeypatch.setattr(trainer.CaptionTrainer, name, slow(getattr(trainer.CaptionTrainer, name)))
     train(settings, val_captions=0, logging_steps=1)
-    records = [json.loads(line) for line in Path("logs/run/metrics.jsonl").read_text().splitlines()]
+    records = read_log()
     speeds = [record["samples_per_second"] for record in records if "loss" in record]
     assert len(speeds) > 2
     assert min(speeds) > settings["train_batch_size"] / pause
@@ -369,10 +361,7 @@ def test_a_run_that_goes_on_goes_on_in_wandb(folder, settings, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")  # which the run changes, and this puts back
     monkeypatch.setenv("WANDB_PROJECT", "my-project")
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 2)
-        with pytest.raises(SystemExit):
-            train(settings, wandb="online")
+    train_until(settings, 2, wandb="online")
     train(settings, wandb="online")
     first, second = started
     assert first == second and first["id"] and first["resume"] == "allow" and first["project"] == "my-project"

@@ -12,7 +12,7 @@ from accelerate.data_loader import BatchSamplerShard
 from conftest import ROOT
 from ranks import BY_DDP, BY_FSDP, Ended, launch, start_ranks, start_server
 from safetensors.torch import load_file
-from training_runs import hash_adapter, train
+from training_runs import hash_adapter, read_log, train
 
 from captioner.runtime.errors import UserError
 from captioner.training.checkpoints import find_checkpoint
@@ -118,7 +118,7 @@ def train_two(settings, tmp_path):
             path.mkdir(exist_ok=True)
         script = tmp_path / "patched.py"
         script.write_text(
-            "import os, signal, torch, main\nfrom captioner.training import sealed_trainer as training\n"
+            "import os, signal, torch, main\nfrom captioner.training import checkpoints as training\n"
             "from config import TrainConfig, parse_args\nfrom captioner.runtime.cli import run_script\n"
             f"rank = int(os.environ['RANK'])\n{patch}\nrun_script(main.main, parse_args(TrainConfig))\n"
         )
@@ -157,8 +157,7 @@ def list_differences(one: Path, other: Path) -> torch.Tensor:
 
 
 def read_figures(folder: Path, *keys: str) -> list[float]:
-    records = [json.loads(line) for line in (folder / "logs/run/metrics.jsonl").read_text().splitlines()]
-    return [record[key] for record in records for key in keys if key in record]
+    return [record[key] for record in read_log(folder) for key in keys if key in record]
 
 
 def check_same_run(one: Path, two: Path) -> None:

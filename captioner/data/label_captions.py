@@ -3,14 +3,11 @@
 import csv
 import functools
 import itertools
-import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from captioner.bdd100k.frames import LabelOptions
 from captioner.bdd100k.label_files import read_labels
@@ -18,26 +15,10 @@ from captioner.bdd100k.label_report import LabelReport
 from captioner.bdd100k.parsing import read_caption
 from captioner.bdd100k.wording import describe
 from captioner.runtime.errors import UserError
-from captioner.runtime.files import atomic_write
+from captioner.runtime.files import atomic_write, write_json
 from config import DEMO_DATA, DEMO_SCENES, PipelineConfig, SourceSettings, TrainConfig
 
 CSV_HEADER = ["name", "raw_caption"]
-# Names of images that are no path below a folder: absolute ones, addresses, .. and control characters.
-LEADS_OUT = re.compile(r"[/~]|[A-Za-z]:|\w+://|(.*/)?\.\.(/|$)|.*[\0-\x1f\x7f]", re.DOTALL)
-
-
-class Example(NamedTuple):
-    """An image and its captions."""
-
-    name: str  # as captions name it: its file, or its path below the folder of images
-    image: Path
-    caption: str  # the first
-    group: str = ""  # what must not be in two splits: a ride
-    more: tuple[str, ...] = ()  # captions
-
-    @property
-    def captions(self) -> tuple[str, ...]:
-        return (self.caption, *self.more)
 
 
 def write_captions(path: Path, rows: Iterable[tuple[str, str]]) -> int:
@@ -93,8 +74,7 @@ def caption_labels(source: SourceSettings, labels: Sequence[Path], output: Path,
     )
     report = LabelReport()
     write_captions(output, _caption_rows(source, labels, options, report))
-    with atomic_write(run_dir / "census.json") as file:
-        json.dump(report.to_json(), file, indent=1)
+    write_json(run_dir / "census.json", report.to_json())
     print(report)
     print(f"captions written to {output}, what the labels hold to {run_dir / 'census.json'}")
     return report

@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from collections.abc import Callable
 from contextlib import suppress
 
 import torch
@@ -26,7 +25,7 @@ class Pace(TrainerCallback):
         self.seconds, self.steps_per_epoch, self.world_size = 60 * minutes, steps_per_epoch, world_size
         self.signal: int | None = None
         self.saved = time.monotonic()
-        self.asked: Callable | None = None  # on a GPU: what gives the answer to what the processes were asked last
+        self.answer: tuple[torch.Tensor, torch.cuda.Event] | None = None  # of the step before; when it is on the CPU
 
     def __enter__(self):
         self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -54,33 +53,22 @@ class Pace(TrainerCallback):
             control.should_save = True
 
     def _is_any_due(self, due: bool, device: torch.device) -> bool:
-        """Whether a process is due, the same in all of them; on a GPU as of the step before, so that it need not wait.
+        """Whether any process is due, the same in all of them.
 
-        The CPU would else launch nothing until the step is done.
+        On a GPU as of the step before: to wait for this step's answer, the CPU could launch nothing until it is there.
         """
         flag = torch.full((1,), float(due), device=device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         if not flag.is_cuda:
             return bool(flag)
-        before, self.asked = self.asked, send_to_cpu(flag)
-        return before is not None and bool(before())
+        before, self.answer = self.answer, (flag.to("cpu", non_blocking=True), torch.cuda.Event())
+        self.answer[1].record()
+        if before is None:
+            return False
+        before[1].synchronize()
+        return bool(before[0])
 
     def after_save(self) -> None:
-        self.saved, self.asked = time.monotonic(), None
+        self.saved, self.answer = time.monotonic(), None
         if any(gather(lambda: self.signal is not None)):
             raise Stopped
-
-
-def send_to_cpu(values: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Start to copy values to the CPU while the GPU goes on; what is returned gives them, without waiting for more."""
-    copy = values.to("cpu", non_blocking=True)
-    arrived = torch.cuda.Event() if values.is_cuda else None
-    if arrived:
-        arrived.record()
-
-    def get() -> torch.Tensor:
-        if arrived:
-            arrived.synchronize()
-        return copy
-
-    return get

@@ -1,4 +1,4 @@
-"""The Trainer's settings."""
+"""The Trainer's settings: learning-rate schedule, precision, what is saved and when, and frames a forward pass."""
 
 import os
 
@@ -30,7 +30,7 @@ def make_arguments(config: TrainConfig, device: torch.device) -> TrainingArgumen
         use_cpu=device.type == "cpu",
         seed=config.training.seed,
         eval_strategy="epoch",
-        save_strategy="epoch",  # and within epochs, see pace.Pace
+        save_strategy="epoch",  # and within epochs, see stopping.Pace
         save_total_limit=None,  # see checkpoints.remove_old_checkpoints
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
@@ -77,14 +77,3 @@ def split_batch(config: TrainConfig, world_size: int) -> int:
             + (f" times --per-device-train-batch-size {micro}" if micro else "")
         )
     return share
-
-
-def check_sharding(config: TrainConfig) -> None:
-    """Raise UserError for what does not go with weights that are spread over the GPUs."""
-    if config.base.load_in_4bit:
-        raise UserError("--load-in-4bit: FSDP can't spread NF4 weights; give --no-load-in-4bit, or leave FSDP out")
-    if config.run.val_captions:
-        raise UserError(
-            f"--val-captions {config.run.val_captions}: with FSDP no process has the whole model to caption with; give "
-            "--val-captions 0, and caption with eval.py after training"
-        )

@@ -1,10 +1,10 @@
-"""Many images at once: by threads or by processes, in order.
+"""Reading ahead: many items at once, by threads or by processes, in order; and why a process that reads has ended.
 
-unreadable = check_images([Path("a.jpg")])   # {path: why}
 for image in read_ahead(open_image, paths): ...              # by threads
 for images in read_batches(open_image, paths, list): ...     # by processes
 """
 
+import functools
 import itertools
 import re
 import traceback
@@ -14,32 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from tqdm import tqdm
-
-from captioner.data.images import open_image
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import measure_free
 from captioner.runtime.processes import count_cores, count_processes, step_back
 
 T, R, B = TypeVar("T"), TypeVar("R"), TypeVar("B")
-AHEAD = 256  # images that are read before they are asked for
-BATCH = 32  # images that a process reads for one answer
-ANSWERS, MORE_ANSWERS = 2, 8  # of a process that may wait to be asked for: at least, and where there is room
-ALL_ANSWERS = 128  # that may wait on a machine, but for at least ANSWERS of each process: 1.2 GB for BLIP-2
+AHEAD = 256  # items that are read before they are asked for
+BATCH = 32  # items that a process reads for one answer
+ANSWERS, MORE_ANSWERS = 2, 8  # that may wait for each process until they are asked for: the fewest, and the most
+ALL_ANSWERS = 128  # that may wait on a machine (1.2 GB for BLIP-2), unless ANSWERS of each process are more
 SHARED_MEMORY = Path("/dev/shm")  # where answers of processes wait
 LOADER_ERRORS = (UserError, RuntimeError, EOFError, ConnectionError)  # that explain_dead_worker may know
-
-
-def check_images(paths: Sequence[Path]) -> dict[Path, str]:
-    """{path: why} of the images that can't be read. All of each is decoded, on all cores."""
-    unreadable = {}
-    with tqdm(total=len(paths), desc="checking images", unit="image") as bar:
-        reasons = itertools.chain.from_iterable(read_batches(_check, paths, list))
-        for path, reason in zip(paths, reasons, strict=True):
-            if reason is not None:
-                unreadable[path] = reason
-            bar.update()
-    return unreadable
 
 
 def read_ahead(read: Callable[[T], R], items: Iterable[T], ahead: int = AHEAD, at_once: int = 1) -> Iterator[R]:
@@ -72,19 +57,6 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-class _Reading:
-    """read(item) of each item, as a DataLoader wants it."""
-
-    def __init__(self, read: Callable, items: Sequence):
-        self.read, self.items = read, items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int):
-        return self.read(self.items[index])
-
-
 def read_batches(
     read: Callable[[T], R],
     items: Sequence[T],
@@ -104,16 +76,20 @@ def read_batches(
         workers, answers = min(workers, room // ANSWERS - 1), min(answers, room // 2)
     workers = max(workers, 0)
     loader = torch.utils.data.DataLoader(
-        _Reading(read, items),
+        items,
         BATCH,
         num_workers=workers,
         prefetch_factor=min(max(answers // workers, ANSWERS), MORE_ANSWERS) if workers else None,
-        collate_fn=collate,
+        collate_fn=functools.partial(_read_part, read, collate),
         pin_memory=bool(item_bytes) and torch.cuda.is_available(),  # by a thread of its own
         worker_init_fn=step_back,
         generator=torch.Generator(),  # else it would draw from the one that draws LoRA's first weights
     )
     return _explain_deaths(iter(loader))
+
+
+def _read_part(read: Callable[[T], R], collate: Callable[[list[R]], B], items: list[T]) -> B:
+    return collate([read(item) for item in items])
 
 
 def _explain_deaths(batches: Iterator[B]) -> Iterator[B]:
@@ -148,12 +124,4 @@ def _explain_loader(error: Exception) -> UserError | None:
             f"a process that reads images was killed ({reason}): mostly for want of memory or of shared memory "
             f"({SHARED_MEMORY}); free some, or read with fewer (--dataloader-workers)"
         )
-    return None
-
-
-def _check(path: Path) -> str | None:
-    try:
-        open_image(path, draft=True)
-    except UserError as error:
-        return str(error)
     return None

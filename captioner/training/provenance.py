@@ -1,4 +1,4 @@
-"""What is written down of a finished run, in run.json."""
+"""Where an adapter comes from, as run.json tells it: versions, commit, device, results."""
 
 import importlib.metadata
 import platform
@@ -44,9 +44,9 @@ def describe_run(state: dict, run_name: str, device: torch.device, results: dict
 
 
 def drop_parts(metrics: dict, done: int) -> dict:
-    """The Trainer's metrics; of a run that went on after `done` steps without those that are wrong of the whole run.
+    """The Trainer's metrics; for a run that went on after `done` steps, without those that the Trainer gets wrong.
 
-    The Trainer divides the loss and the time of its last part by the steps of all.
+    It divides the loss and the time since the run went on by the steps of the whole run.
     """
     return {name: value for name, value in metrics.items() if not (done and name in OF_A_PART)}
 

@@ -12,16 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from loopback import DATASET, IMAGES, KaggleServer, draw_dataset_files, zip_files
 
 from captioner.bdd100k import download
 from captioner.bdd100k.download import IMAGE_FOLDER, LABEL_FILES, fetch_images, fetch_labels
 from captioner.bdd100k.label_files import read_labels
 from captioner.bdd100k.label_report import LabelReport
-from captioner.data.images import index_images
+from captioner.data.image_files import index_images
 from captioner.runtime.errors import UserError
-
-ROOT = Path(__file__).parent.parent.parent
 
 Usage = namedtuple("Usage", "total used free")
 

@@ -1,0 +1,43 @@
+"""The frozen ViT by itself: pixel values -> its outputs, and its outputs in its place in the model.
+
+Shapes: B images at once, S image side in pixels (224), P positions of the ViT (257), D its width (1408).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from captioner.blip2.lora import get_blip2
+from captioner.data.parallel import BATCH
+
+
+class StoredVision(torch.nn.Module):
+    """Stands in place of the ViT and passes on what the ViT gave before."""
+
+    def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(last_hidden_state=pixel_values)  # (B, P, D)
+
+
+def take_vision_out(model) -> torch.nn.Module:
+    """The model's ViT, in whose place its outputs are taken from here on."""
+    blip2 = get_blip2(model)
+    vision, blip2.vision_model = blip2.vision_model, StoredVision()
+    return vision
+
+
+def run_vision(vision, pixels: Tensor) -> Tensor:
+    """The ViT's outputs (B, P, D) for pixels (B, 3, S, S), BATCH images at a time.
+
+    A GPU may add up in another order for another number of rows: there, always BATCH images are computed, blank ones
+    among them, so that an output does not depend on how many images came with it.
+    """
+    weight, outputs = vision.post_layernorm.weight, []
+    for part in pixels.split(BATCH):
+        count = len(part)
+        if weight.is_cuda:
+            part = part.pin_memory().to(weight.device, non_blocking=True)  # the GPU goes on meanwhile
+            part = F.pad(part, (0, 0, 0, 0, 0, 0, 0, BATCH - count))
+        with torch.inference_mode():
+            outputs.append(vision(part.to(weight.dtype)).last_hidden_state[:count])
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
