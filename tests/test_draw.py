@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, start_script
 from PIL import Image
 
 from captioner.runtime.errors import UserError
@@ -207,6 +207,17 @@ def test_disk_fills_up_while_scenes_are_drawn(tmp_path, mount, workers):
     assert not (folder / "labels.json").exists()
     subprocess.run(["mount", "-o", "remount,size=4m", folder], check=True)
     assert len(json.loads(draw.draw_dataset(folder, range(4), workers).read_text())) == 4
+
+
+def test_disk_fills_up_while_the_demo_is_drawn(folder, mount):
+    """By a process of its own, whose one line is above that of the script."""
+    mount(folder / "demo-data", "64k")
+    done = start_script("bdd100k_data_pipeline.py", "--demo")
+    _, error = done.communicate(timeout=300)
+    assert done.returncode == 2 and "Traceback" not in error
+    assert re.search(r"error: .*No space left[^\n]*\nerror: demo-data: no scenes were drawn \(see above\)", error), (
+        error
+    )
 
 
 def test_a_contact_sheet_shows_every_scene(tmp_path):
