@@ -306,6 +306,11 @@ def test_memory_runs_out_in_training(folder, settings, undisturbed):
     assert train(settings, save_minutes=0.0, resume=True) == undisturbed[0]
 
 
+def test_want_of_memory_is_not_the_disks_fault(folder):
+    with pytest.raises(RuntimeError, match="memory"), sealed_trainer.explain_checkpoint(CHECKPOINTS / "checkpoint-1"):
+        torch.empty(2**50)
+
+
 # --------------------------------------------------------------------------------------------------------------
 # files that vanish, rights that are lost
 

@@ -5,20 +5,16 @@ run_script(main, config)
 
 import logging
 import os
-import re
 import select
 import sys
 
-from captioner.runtime.errors import UserError, escape_controls
+from captioner.runtime.errors import UserError, escape_controls, lacks_memory
 
 # On a CPU bitsandbytes warns at import that an optional kernel, which it would fetch from the hub, is not there.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # Nothing here needs torchvision, but transformers imports one that is there, and fails on one of another torch.
 sys.modules.setdefault("torchvision", None)
 
-NO_MEMORY = re.compile(  # of the system, torch, Python and oneDNN
-    "out of memory|can't allocate memory|Cannot allocate memory|can't start new thread|could not create a primitive$"
-)
 LESS_MEMORY = (
     "end other programs, or take less at once with --per-device-train-batch-size, --per-device-eval-batch-size and "
     "--dataloader-workers 0 of main.py, or --batch-size of eval.py; what was saved is kept"
@@ -59,11 +55,6 @@ def run_script(main, config) -> None:
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         sys.exit(report_error(UserError(f"out of memory ({reason}): {LESS_MEMORY}")))
-
-
-def lacks_memory(error: Exception) -> bool:
-    """Whether memory was refused to Python, to a call of the system, or to torch on the CPU or a GPU."""
-    return isinstance(error, MemoryError) or NO_MEMORY.search(str(error)) is not None
 
 
 def _has_lost_reader() -> bool:

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import Trainer
 
 from captioner.data.reading import explain_dead_worker
-from captioner.runtime.errors import UserError
+from captioner.runtime.errors import UserError, lacks_memory
 from captioner.runtime.files import measure_free
 from captioner.runtime.processes import gather, share_folder
 from captioner.training.checkpoints import check_disk, remove_old_checkpoints, seal_checkpoint, step_of
@@ -102,6 +102,8 @@ def explain_checkpoint(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        if lacks_memory(error):  # it is not the disk's fault
+            raise
         free = measure_free(checkpoint.parent)  # which torch's own message does not tell
         told = "" if free is None else f"; {free / 1e6:,.0f} MB are free"
         raise explain_dead_worker(error) or UserError(
