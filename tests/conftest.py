@@ -16,8 +16,6 @@ from unittest import mock
 
 # before torch is imported; two processes test at once, and with two threads each they would wait for each other
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", OMP_NUM_THREADS="1")
-if "TEST_ON_GPU" not in os.environ:  # set for test_gpu_kernels.py alone
-    os.environ.update(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1")
 
 import pytest
 
@@ -25,6 +23,11 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "bdd100k"  # real samples, which are not ours to ship: tests of them skip without
 
 needs_real_samples = pytest.mark.skipif(not SHARED.is_dir(), reason="the real BDD100K samples are not here")
+
+
+def pytest_configure(config) -> None:
+    if config.option.markexpr != "gpu":  # those run on the CPU too, in Triton's interpreter
+        os.environ.update(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1")
 
 
 def pytest_collection_finish() -> None:

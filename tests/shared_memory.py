@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from captioner.fast.kernels import lora
 
 POINTERS = {"seed": "*i64", "sums": "*fp32"}
-INTEGERS = ("site", "level", "rows", "width", "height", "blocks", "part")
+INTEGERS = ("site", "level", "rows", "width", "height", "blocks")
 RANK = 64  # the largest that LoRA usually has
 STAGES = 2  # that choice.pick_stages gives there
 
@@ -29,7 +29,7 @@ def measure(kernel, constants: dict, **options) -> float:
             signature[name], known[(place,)] = "constexpr", constants[name]
         elif name == "scale":
             signature[name] = "fp32"
-        elif name in INTEGERS or name.endswith(("stride", "_group")):
+        elif name in INTEGERS or name.endswith("stride"):
             signature[name] = "i32"
         else:
             signature[name] = POINTERS.get(name, "*bf16")
@@ -44,17 +44,16 @@ def measure(kernel, constants: dict, **options) -> float:
 def main() -> None:
     taken = {}
     for name, sizes, constants in (
+        ("_project_low", lora.PROJECT | {"num_stages": STAGES}, {"R": RANK, "FULL": RANK}),
         (
-            "_project_low",
-            lora.PROJECT | {"num_stages": STAGES},
-            {"DROPS": True, "PLACES": True, "PLACED": lora.PLACED},
+            "_lora_backward",
+            lora.BACKWARD,
+            {"ADDS": True, "RELU": True, "K": lora.LARGEST_SUM, "ALL": lora.LARGEST_SUM},
         ),
-        ("_add_low_rank", lora.ADD, {"RELU": True}),
-        ("_lora_backward", lora.BACKWARD, {"DROPS": True, "ADDS": True, "RELU": True, "G": 3}),
     ):
         options = {key: value for key, value in sizes.items() if key.startswith("num_")}
         tiles = {key: value for key, value in sizes.items() if key not in options}
-        taken[name] = measure(getattr(lora, name), constants | tiles | {"R": RANK}, **options)
+        taken[name] = measure(getattr(lora, name), constants | tiles | {"DROPS": True}, **options)
     print(json.dumps(taken))
 
 

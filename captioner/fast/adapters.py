@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captioner.blip2.lora import get_blip2
 from captioner.fast.kernels import choice
 from captioner.fast.kernels.dropout import Drop
-from captioner.fast.kernels.lora import round_rank
 from captioner.fast.linears import get_base, has_active_lora, list_groups, pick_compute_dtype
 
 
@@ -94,15 +92,8 @@ def copy_lora(model) -> Adapters:
     sites = {module: site for site, module in enumerate(blip.modules())}
     like = blip.query_tokens
     seed = torch.randint(2**62, (1,), device=like.device) if choice.use_kernels(like) else torch.zeros(1)
-    matrices = {}
-    for group, a, b in zip(groups, copies[: len(groups)], copies[len(groups) :], strict=True):
-        rank = b.shape[1]
-        room = round_rank(b, rank) - rank  # zeros, of which LoRA's product is the same
-        if room:
-            a = F.pad(a.unflatten(0, (len(group), rank)), (0, 0, 0, room)).flatten(0, 1)
-            b = F.pad(b, (0, room))
-        matrices[group[0]] = a, b
-    return Adapters(matrices, sites, seed)
+    pairs = zip(copies[: len(groups)], copies[len(groups) :], strict=True)
+    return Adapters({group[0]: pair for group, pair in zip(groups, pairs, strict=True)}, sites, seed)
 
 
 class ScaledCopies(torch.autograd.Function):

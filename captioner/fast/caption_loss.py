@@ -33,7 +33,7 @@ def caption_nll(model, pixel_values: Tensor, **texts) -> Tensor:
     The sum over rows divided by the tokens is Blip2ForConditionalGeneration's loss.
     """
     lora = copy_lora(model)
-    return text_nll(model, embed_pixels(model, pixel_values, lora), lora, **texts)
+    return text_nll(model, embed_pixels(model, pixel_values, lora), lora, texts)
 
 
 def sum_nll(model, batch: dict[str, Tensor]) -> Tensor:
@@ -51,15 +51,14 @@ def embed_pixels(model, pixel_values: Tensor, lora: Adapters) -> Tensor:
 
 
 @sdpa_kernel(BACKENDS)
-def text_nll(
-    model, image: Tensor, lora: Adapters, input_ids: Tensor, labels: Tensor, starts: Tensor, longest: int, **_
-) -> Tensor:
+def text_nll(model, image: Tensor, lora: Adapters, texts: dict) -> Tensor:
     """caption_nll of a batch whose images' tokens are image (B, Q, H).
 
     What stands behind the last row counts as a row of its own, whose tokens are not predicted.
     """
     blip = get_blip2(model)
     decoder = blip.language_model.model.decoder
+    input_ids, labels, starts, longest = (texts[name] for name in ("input_ids", "labels", "starts", "longest"))
     rows, queries = image.shape[:2]
     places = torch.arange(len(input_ids), device=input_ids.device)  # (N,)
     packed = Rows.of(starts, longest, len(input_ids))

@@ -50,7 +50,7 @@ class FastGenerator:
         self.step_size = -(-batch_size // 8)  # n is a multiple of it, so that there are few graphs
         embedding = self.decoder.embed_tokens.weight
         self.device, self.dtype = embedding.device, embedding.dtype
-        self.use_kernel = kernel_choice.use_kernels(embedding)
+        self.use_kernels = kernel_choice.use_kernels(embedding)
         self.use_graphs = cuda_graphs and self.device.type == "cuda"
         self.weights = DecoderWeights(self.model, copies)
         self.state: DecodingState | None = None
@@ -86,7 +86,7 @@ class FastGenerator:
                     self.state.keep_unfinished(size, smaller, position)
                     size = smaller
             # the kernel reads no more of the cache than is filled, whatever its length
-            length = self.state.positions if self.use_kernel else round_up(position + 1, self.bucket)
+            length = self.state.positions if self.use_kernels else round_up(position + 1, self.bucket)
             self._run_step(size, length, choice)
             position += 1
         return self.state.read(rows, position)
@@ -120,14 +120,14 @@ class FastGenerator:
             image = embed_images(self.model, vision, self.weights.lora)  # (., Q, E)
             prefix = torch.cat([image.to(self.dtype), bos.expand(len(image), -1, -1)], dim=1)  # (., Q+1, E)
             cache = self.state.cache[:, :, start : start + len(image)]
-            last.append(self._run_layers(prefix, positions, cache, None)[:, -1])
+            last.append(self._run_layers(prefix, positions, cache)[:, -1])
             start += len(image)
         self._choose(torch.cat(last), choice)
 
-    def _run_layers(self, x: Tensor, positions: Tensor, cache: Tensor, mask: Tensor | None) -> Tensor:
+    def _run_layers(self, x: Tensor, positions: Tensor, cache: Tensor) -> Tensor:
         """OPT's outputs (n, T, E) for embeddings x (n, T, E) at `positions` (T,), which go into the cache.
 
-        Looks back on the cache (layers, 2, n, H, L, D) through `mask` (L,); without one, on x alone.
+        Several look back on themselves, at the beginning of the row; one on the cache (layers, 2, n, H, L, D).
         """
         (n, length, _), heads = x.shape, self.decoder.config.num_attention_heads
         table = self.decoder.embed_positions
@@ -135,17 +135,12 @@ class FastGenerator:
         layers = zip(self.decoder.layers, self.weights.layers, cache, strict=True)
         for layer, (qkv, out, fc1, fc2), (keys, values) in layers:
             new = qkv(layer.self_attn_layer_norm(x)).view(n, length, 3, heads, -1)
-            if mask is not None and self.use_kernel:
+            if length == 1:
                 seen = attend_one(new[:, 0], keys, values, positions)  # (n, H, D)
             else:
-                q, k, v = new.permute(2, 0, 3, 1, 4)  # (n, H, T, D)
-                keys.index_copy_(2, positions, k)
-                values.index_copy_(2, positions, v)
-                if mask is None:
-                    seen = attend_rows(*new.unbind(2), is_causal=True)
-                else:
-                    mask_of_all = mask.expand(n, heads, 1, -1)
-                    seen = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask_of_all).transpose(1, 2)
+                keys.index_copy_(2, positions, new[:, :, 1].transpose(1, 2))
+                values.index_copy_(2, positions, new[:, :, 2].transpose(1, 2))
+                seen = attend_rows(*new.unbind(2), is_causal=True)
             x = x + out(seen.reshape(n, length, -1))
             x = x + fc2(layer.activation_fn(fc1(layer.final_layer_norm(x))))
         return self.decoder.final_layer_norm(x)
@@ -163,10 +158,8 @@ class FastGenerator:
     def _step(self, size: int, length: int, choice: Choice | None) -> None:
         """Feed the first `size` rows their current token, and choose the next; `length` is L."""
         state = self.state
-        seen = torch.arange(length, device=self.device) <= state.position
-        mask = torch.zeros(length, dtype=self.dtype, device=self.device).masked_fill(~seen, -torch.inf)
         x = self.decoder.embed_tokens(state.current[:size, None])  # (n, 1, E)
-        self._choose(self._run_layers(x, state.position, state.cache[:, :, :size, :, :length], mask)[:, 0], choice)
+        self._choose(self._run_layers(x, state.position, state.cache[:, :, :size, :, :length])[:, 0], choice)
 
     def _run_step(self, size: int, length: int, choice: Choice | None) -> None:
         """_step, by a graph if there is one. The first step of its kind runs without, which warms it up, and is then

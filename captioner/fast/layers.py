@@ -8,6 +8,7 @@ batch together, L queries and S keys of a row, G linear layers that read the sam
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from captioner.blip2.lora import get_blip2
 from captioner.fast.adapters import Adapters
 from captioner.fast.kernels import choice, norm
 from captioner.fast.kernels.attention import BACKENDS, Rows, attend
-from captioner.fast.kernels.lora import add_low_rank, lora_backward, project_low
+from captioner.fast.kernels.lora import lora_backward, project_low
 from captioner.fast.linears import group_linears, has_joined, join_linears
 
 
@@ -56,12 +57,11 @@ def run_decoder(decoder, x: Tensor, rows: Rows, lora: Adapters, wanted: Tensor) 
 
     Elsewhere the last layer ends with its attention: what it would give there is read by none.
     """
-    ends = [(layer.self_attn_layer_norm, group_linears(layer)[0]) for layer in decoder.layers]
-    ends.append((decoder.final_layer_norm, []))
+    ends = [End(layer.self_attn_layer_norm, group_linears(layer)[0]) for layer in decoder.layers[1:]]
+    ends.append(End(decoder.final_layer_norm, [], wanted))
     normed = decoder.layers[0].self_attn_layer_norm(x)
-    for layer, (layer_norm, readers) in zip(decoder.layers, ends[1:], strict=True):
-        places = wanted if layer_norm is decoder.final_layer_norm else None
-        x, normed = run_opt_layer(layer, x, normed, layer_norm, readers, rows, places, lora=lora)
+    for layer, end in zip(decoder.layers, ends, strict=True):
+        x, normed = run_opt_layer(layer, x, normed, end, rows, lora=lora)
     return normed
 
 
@@ -92,32 +92,30 @@ def _attention_contexts() -> tuple:
     return sdpa_kernel(BACKENDS), sdpa_kernel(BACKENDS)
 
 
-def opt_layer(
-    layer,
-    x: Tensor,
-    normed: Tensor,
-    next_norm: nn.LayerNorm,
-    next_readers: Sequence[nn.Module],
-    rows: Rows,
-    wanted: Tensor | None,
-    lora: Adapters,
-) -> tuple[Tensor, Tensor]:
-    """An OPTDecoderLayer on x (N, H), each position seeing itself and its row's before: the new x, and next_norm(x).
+class End(NamedTuple):
+    """What follows an OPT layer."""
 
-    `normed` is x as the layer's first norm makes it; what next_norm makes is for `next_readers` to read. Both are of
-    the places `wanted` (C,) alone, unless it is None.
+    norm: nn.LayerNorm
+    readers: Sequence[nn.Module]  # linear layers that read what the norm gives
+    wanted: Tensor | None = None  # (C,) the places whose result is read; None: all
+
+
+def opt_layer(layer, x: Tensor, normed: Tensor, end: End, rows: Rows, lora: Adapters) -> tuple[Tensor, Tensor]:
+    """An OPTDecoderLayer on x (N, H), each position seeing itself and its row's before: the new x, and end.norm of it.
+
+    `normed` is x as the layer's first norm makes it. Both results are of the places end.wanted.
     """
     attention, (qkv, out, fc1, fc2) = layer.self_attn, group_linears(layer)
     joined = [apply_linears(qkv, normed, lora)]
     h = attend(joined, attention.num_heads, attention.dropout * attention.training, rows)
-    if wanted is not None:
-        x, h = x.index_select(0, wanted), h.index_select(0, wanted)
+    if end.wanted is not None:
+        x, h = x.index_select(0, end.wanted), h.index_select(0, end.wanted)
     h = apply_linears(out, h, lora)
     x, normed = add_and_norm(x, h, layer.dropout * layer.training, layer.final_layer_norm, lora, fc1)
     relu = isinstance(layer.activation_fn, nn.ReLU)
     h = apply_linears(fc1, normed, lora, relu=relu)
     h = apply_linears(fc2, h if relu else layer.activation_fn(h), lora, after_relu=relu)
-    return add_and_norm(x, h, layer.dropout * layer.training, next_norm, lora, next_readers)
+    return add_and_norm(x, h, layer.dropout * layer.training, end.norm, lora, end.readers)
 
 
 def qformer_layer(layer, x: Tensor, vision: Tensor, lora: Adapters) -> Tensor:
@@ -176,7 +174,7 @@ def apply_linears(
 class LoraLinears(torch.autograd.Function):
     """Frozen linear layers side by side, with or without LoRA: x (N, in), A, B -> (N, sum of out).
 
-    The matrices are those of `copy_lora`. Each layer's LoRA has a dropout mask of its own, as in peft.
+    The matrices are those of `copy_lora`. The layers' LoRA share a dropout mask, where peft draws one for each.
     """
 
     @staticmethod
@@ -186,46 +184,40 @@ class LoraLinears(torch.autograd.Function):
         if a is None:
             ctx.save_for_backward(x if after_relu else None)
             return run_linear(x, weight, bias, relu)
-        groups, rank, width = len(layers), b.shape[1], weight.shape[1]
-        ctx.has_room = choice.use_kernels(x) and spare_columns(weight) >= len(a)
-        room = widen(weight, len(a))[:, width:] if ctx.has_room else None  # that B takes
-        is_one_product = ctx.has_room and spare_columns(x) >= len(a)
-        if is_one_product:  # [x, low] times the transposed of [weight, B]
-            low = widen(x, len(a))[:, width:].unflatten(1, (groups, rank)).transpose(0, 1)  # (G, N, R)
-        else:
-            low = x.new_empty(groups, len(x), rank)
-        drop = project_low(x, a, low, drop, b, room)
-        if is_one_product:
+        ctx.has_room = spare_columns(weight) >= len(a)
+        fits = ctx.has_room and spare_columns(x) >= len(a)
+        low = take_spare(x, len(a)) if fits else x.new_empty(len(x), len(a))  # (N, G x R)
+        beside = take_spare(weight, len(a)) if ctx.has_room else b.new_zeros(len(b), len(a))
+        drop = project_low(x, a, low, drop, b, beside)
+        if fits:  # one product: [x, low] times the transposed of [weight, B]
             y = run_linear(widen(x, len(a)), widen(weight, len(a)), bias, relu)
         else:
-            y = F.linear(x, weight, bias)
-            add_low_rank(y, low, b, relu)
-        ctx.drop = drop._replace(masks=None)
-        ctx.save_for_backward(x, a, b, low, drop.masks)
+            y = torch.addmm(bias, low, beside.T).addmm_(x, weight.T)
+            y = y.relu_() if relu else y
+        ctx.drop = drop._replace(mask=None)
+        ctx.save_for_backward(x, a, low, drop.mask, None if ctx.has_room else beside)
         return y
 
     @staticmethod
     def backward(ctx, grad_y):
         x, *saved = ctx.saved_tensors
-        weight = join_linears(ctx.layers)[0]
+        weight, grad_x = join_linears(ctx.layers)[0], None
         if not saved:
-            grad_x = grad_y @ weight if ctx.needs_input_grad[0] else None
-            if ctx.after_relu and grad_x is not None:
-                grad_x.masked_fill_(x <= 0, 0)
+            if ctx.needs_input_grad[0]:
+                grad_x = grad_y @ weight
+                if ctx.after_relu:
+                    grad_x.masked_fill_(x <= 0, 0)
             return grad_x, None, None, None, None, None, None
-        a, b, low, masks = saved
-        groups, rank = len(ctx.layers), b.shape[1]
-        parts = grad_y.unflatten(1, (groups, -1)).transpose(0, 1)  # (G, N, out)
-        if ctx.has_room and ctx.needs_input_grad[0]:
-            # one product: [gradients of x without LoRA, of low]
-            both = grad_y @ widen(weight, len(a))  # (N, in + G x R)
-            grad_x, grad_low = both.split([x.shape[1], len(a)], 1)
-            grad_low = grad_low.unflatten(1, (groups, rank)).transpose(0, 1)  # (G, N, R)
+        a, low, mask, beside = saved
+        groups, width = len(ctx.layers), x.shape[1]
+        if ctx.has_room and ctx.needs_input_grad[0]:  # one product: gradients of [x without LoRA, low]
+            grad_x, grad_low = (grad_y @ widen(weight, len(a))).split([width, len(a)], 1)
         else:
             grad_x = grad_y @ weight if ctx.needs_input_grad[0] else None
-            grad_low = torch.bmm(parts, b.view(groups, -1, rank))
-        grad_b = torch.bmm(parts.mT, low).view(b.shape)
-        grad_a = lora_backward(grad_x, x, grad_low, a, ctx.drop._replace(masks=masks), ctx.after_relu)
+            grad_low = grad_y @ (take_spare(weight, len(a)) if ctx.has_room else beside)
+        parts, lows = (matrix.unflatten(1, (groups, -1)).transpose(0, 1) for matrix in (grad_y, low))  # (G, N, .)
+        grad_b = torch.bmm(parts.mT, lows).flatten(0, 1)  # (sum of out, R)
+        grad_a = lora_backward(grad_x, x, grad_low, a, ctx.drop._replace(mask=mask), ctx.after_relu)
         return grad_x, None, None, None, None, grad_a, grad_b
 
 
@@ -241,3 +233,8 @@ def spare_columns(matrix: Tensor) -> int:
 def widen(matrix: Tensor, columns: int) -> Tensor:
     """The matrix with so many of its spare columns."""
     return matrix.as_strided((len(matrix), matrix.shape[1] + columns), matrix.stride())
+
+
+def take_spare(matrix: Tensor, columns: int) -> Tensor:
+    """Its spare columns (rows, columns) themselves."""
+    return widen(matrix, columns)[:, matrix.shape[1] :]

@@ -18,8 +18,7 @@ from torch import Tensor
 from captioner.fast import caption_loss
 from captioner.fast.adapters import bind_parts, join_lora
 from captioner.fast.caption_loss import caption_nll
-from captioner.fast.kernels import choice
-from captioner.fast.kernels.lora import round_rank
+from captioner.fast.kernels import lora
 from captioner.fast.linears import get_base, has_active_lora, join_linears, list_groups, read_weight
 from captioner.runtime.errors import UserError
 from captioner.runtime.processes import is_sharded
@@ -61,7 +60,7 @@ def join_weights(model) -> None:
     """
     for group in list_groups(model):
         bases = [get_base(layer) for layer in group]
-        room = sum(count_rank(layer) for layer in group)
+        room = count_ranks(group)
         if (len(bases) == 1 and not room) or any(isinstance(base, bnb.nn.Linear4bit) for base in bases):
             continue
         weight, bias = (part.detach() for part in join_linears(group))
@@ -73,10 +72,10 @@ def join_weights(model) -> None:
             base.weight.data, base.bias.data = weight_part, bias_part
 
 
-def count_rank(layer) -> int:
-    """The rank of the layer's LoRA as Triton kernels take it; 0 without these."""
-    ranks = layer.r.values() if has_active_lora(layer) and choice.use_kernels(layer.weight) else ()
-    return sum(round_rank(layer.weight, rank) for rank in ranks)
+def count_ranks(group) -> int:
+    """The sum of the ranks of layers' LoRA; 0 where there is no room for them, or it would misalign rows in memory."""
+    ranks = sum(sum(layer.r.values()) for layer in group if has_active_lora(layer))
+    return ranks if lora.use_kernels(get_base(group[0]).weight, ranks) and ranks % 8 == 0 else 0
 
 
 def has_room_to_unpack(model, device: torch.device) -> bool:

@@ -73,98 +73,47 @@ def attend_one(qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> T
         q, new_key, new_value = qkv.unsqueeze(3).unbind(1)  # (n, H, 1, D)
         keys.index_copy_(2, position, new_key)
         values.index_copy_(2, position, new_value)
-        is_seen = torch.arange(keys.shape[2], device=keys.device) <= position
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=is_seen.expand(n, heads, 1, -1))[:, :, 0]
+        is_behind = torch.arange(keys.shape[2], device=keys.device) > position
+        scores = (q @ keys.mT * width**-0.5).masked_fill(is_behind, -torch.inf)  # (n, H, 1, L)
+        return (scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ values)[:, :, 0]
     assert qkv.is_contiguous() and keys.stride() == values.stride() and keys.stride()[2:] == (width, 1)
     out = torch.empty(n, heads, width, dtype=qkv.dtype, device=qkv.device)
-    _attend_one[n, heads](
-        *(qkv, keys, values, position, out, *keys.stride()[:2], width**-0.5),
-        HEADS=heads,
-        WIDTH=width,
-        **_size_head(width),
-        **ATTEND_ONE,
-    )
+    options = {"HEADS": heads, "WIDTH": width, "D": triton.next_power_of_2(width)}
+    strides = keys.stride()[:2]
+    _attend_one[n, heads](qkv, keys, values, position, out, *strides, width**-0.5, **options, **ATTEND_ONE)
     return out
-
-
-def _size_head(width: int) -> dict[str, int]:
-    """The powers of 2 that a head's width is made up of.
-
-    Those are one, or two where that leaves less to fill up: 64 and 16 for the 80 of OPT-2.7B.
-    """
-    whole = max(16, triton.next_power_of_2(width))
-    rest = max(16, triton.next_power_of_2(width - whole // 2))
-    return {"D": whole, "E": 0} if whole == 16 or rest == whole // 2 else {"D": whole // 2, "E": rest}
-
-
-@triton.jit
-def _load_head(start, row, is_row, stride, width, D: tl.constexpr, E: tl.constexpr):
-    """Rows (rows, width) of a head as blocks (rows, D) and (rows, E); where E is 0, the first stands for the second."""
-    d = tl.arange(0, D)
-    place = start + row[:, None] * stride
-    block = tl.load(place + d[None, :], is_row[:, None] & (d < width)[None, :], 0.0)
-    rest = block
-    if E > 0:
-        e = D + tl.arange(0, E)
-        rest = tl.load(place + e[None, :], is_row[:, None] & (e < width)[None, :], 0.0)
-    return block, rest
-
-
-@triton.jit
-def _load_vector(start, WIDTH: tl.constexpr, D: tl.constexpr, E: tl.constexpr):
-    """A vector (WIDTH,) as (D,) and (E,)."""
-    d = tl.arange(0, D)
-    part = tl.load(start + d, d < WIDTH, 0.0)
-    rest = part
-    if E > 0:
-        e = D + tl.arange(0, E)
-        rest = tl.load(start + e, e < WIDTH, 0.0)
-    return part, rest
-
-
-@triton.jit
-def _store_vector(start, part, rest, WIDTH: tl.constexpr, D: tl.constexpr, E: tl.constexpr):
-    d = tl.arange(0, D)
-    tl.store(start + d, part.to(start.dtype.element_ty), d < WIDTH)
-    if E > 0:
-        e = D + tl.arange(0, E)
-        tl.store(start + e, rest.to(start.dtype.element_ty), e < WIDTH)
 
 
 @triton.jit
 def _attend_one(
     qkv, keys, values, position, out, row_stride, head_stride, scale,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, E: tl.constexpr, POSITIONS: tl.constexpr,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     end = tl.load(position)  # positions 0 to end - 1 are in the cache
-    new = qkv + row * 3 * HEADS * WIDTH + head * WIDTH
-    q, q_rest = _load_vector(new, WIDTH, D, E)
-    k, k_rest = _load_vector(new + HEADS * WIDTH, WIDTH, D, E)
-    v, v_rest = _load_vector(new + 2 * HEADS * WIDTH, WIDTH, D, E)
-    cache = row * row_stride + head * head_stride
-    _store_vector(keys + cache + end * WIDTH, k, k_rest, WIDTH, D, E)
-    _store_vector(values + cache + end * WIDTH, v, v_rest, WIDTH, D, E)
+    d = tl.arange(0, D)
+    is_there = d < WIDTH
+    new = qkv + (row * 3 * HEADS + head) * WIDTH + d
+    q = tl.load(new, is_there, 0.0).to(tl.float32) * scale
+    k = tl.load(new + HEADS * WIDTH, is_there, 0.0)
+    v = tl.load(new + 2 * HEADS * WIDTH, is_there, 0.0)
+    cache = row * row_stride + head * head_stride + d
+    keys, values = keys + cache, values + cache
+    tl.store(keys + end * WIDTH, k, is_there)
+    tl.store(values + end * WIDTH, v, is_there)
 
-    q, q_rest = q.to(tl.float32) * scale, q_rest.to(tl.float32) * scale
     top = tl.sum(q * k.to(tl.float32), 0)  # largest score so far
-    if E > 0:
-        top += tl.sum(q_rest * k_rest.to(tl.float32), 0)
     total = top * 0 + 1.0  # sum of exp(score - top)
-    mean, mean_rest = v.to(tl.float32), v_rest.to(tl.float32)  # sum of exp(score - top) times value
+    mean = v.to(tl.float32)  # sum of exp(score - top) times value
     for start in range(0, end, POSITIONS):
         at = start + tl.arange(0, POSITIONS)
-        old_k, old_k_rest = _load_head(keys + cache, at, at < end, WIDTH, WIDTH, D, E)
-        old_v, old_v_rest = _load_head(values + cache, at, at < end, WIDTH, WIDTH, D, E)
-        score = tl.sum(q[None, :] * old_k.to(tl.float32), 1)
-        if E > 0:
-            score += tl.sum(q_rest[None, :] * old_k_rest.to(tl.float32), 1)
-        score = tl.where(at < end, score, float("-inf"))
+        is_old = (at < end)[:, None] & is_there[None, :]
+        old_k = tl.load(keys[None, :] + at[:, None] * WIDTH, is_old, 0.0).to(tl.float32)
+        old_v = tl.load(values[None, :] + at[:, None] * WIDTH, is_old, 0.0).to(tl.float32)
+        score = tl.where(at < end, tl.sum(q[None, :] * old_k, 1), float("-inf"))
         higher = tl.maximum(top, tl.max(score, 0))
         shrink, p = tl.exp(top - higher), tl.exp(score - higher)
         total = total * shrink + tl.sum(p, 0)
-        mean = mean * shrink + tl.sum(p[:, None] * old_v.to(tl.float32), 0)
-        if E > 0:
-            mean_rest = mean_rest * shrink + tl.sum(p[:, None] * old_v_rest.to(tl.float32), 0)
+        mean = mean * shrink + tl.sum(p[:, None] * old_v, 0)
         top = higher
-    _store_vector(out + (row * HEADS + head) * WIDTH, mean / total, mean_rest / total, WIDTH, D, E)
+    tl.store(out + (row * HEADS + head) * WIDTH + d, (mean / total).to(out.dtype.element_ty), is_there)

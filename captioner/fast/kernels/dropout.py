@@ -1,7 +1,7 @@
 """Dropout masks that are never in memory.
 
 Whether a value is kept is drawn from a seed (1,) int64, the number of the `site` where it is dropped, and its place,
-and drawn again in the backward pass. torch's twin draws from torch's generator, and keeps its masks.
+and drawn again in the backward pass. torch's twin draws from torch's generator, and keeps its mask.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class Drop(NamedTuple):
     share: float
     seed: Tensor  # (1,) int64, of the pass
     site: int  # number of the place
-    masks: Tensor | None = None  # that torch has drawn there
+    mask: Tensor | None = None  # that torch has drawn there
 
     @property
     def level(self) -> int:
