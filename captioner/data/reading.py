@@ -19,6 +19,7 @@ from tqdm import tqdm
 from captioner.data.images import open_image
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import measure_free
+from captioner.runtime.machine import SHARED_MEMORY
 from captioner.runtime.processes import count_cores, count_processes, step_back
 
 T, R, B = TypeVar("T"), TypeVar("R"), TypeVar("B")
@@ -26,7 +27,6 @@ AHEAD = 256  # images that are read before they are asked for
 BATCH = 32  # images that a process reads for one answer
 ANSWERS, MORE_ANSWERS = 2, 8  # of a process that may wait to be asked for: at least, and where there is room
 ALL_ANSWERS = 128  # that may wait on a machine, but for at least ANSWERS of each process: 1.2 GB for BLIP-2
-SHARED_MEMORY = Path("/dev/shm")  # where answers of processes wait
 LOADER_ERRORS = (UserError, RuntimeError, EOFError, ConnectionError)  # that explain_dead_worker may know
 
 

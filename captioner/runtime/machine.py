@@ -9,7 +9,10 @@ import psutil
 
 from captioner.runtime.containers import measure_room
 from captioner.runtime.files import find_existing, measure_free
-from captioner.runtime.processes import count_cores
+from captioner.runtime.processes import count_cores, count_processes
+
+SHARED_MEMORY = Path("/dev/shm")  # where decoded images wait to be asked for
+WORKER_BYTES = 2**26  # of it for a process: two batches of 16 images, 364 pixels a side, in fp32, and some room
 
 
 def measure_memory() -> int:
@@ -18,8 +21,13 @@ def measure_memory() -> int:
 
 
 def pick_workers(wanted: int) -> int:
-    """Processes that decode images: as wanted, but no more than cores."""
-    return min(wanted, count_cores())
+    """Processes that decode images: as wanted, but no more than cores, or than shared memory has room for.
+
+    Where it has none, torch would wait for ever for what a process could not hand over.
+    """
+    free = measure_free(SHARED_MEMORY)
+    room = wanted if free is None else free // count_processes() // WORKER_BYTES
+    return min(wanted, count_cores(), room)
 
 
 def describe_machine(output: Path, workers: int) -> str:

@@ -18,6 +18,7 @@ def small(monkeypatch):
     """A machine like Colab's: two cores, 12.7 GiB."""
     monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(12.7 * GIB)))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2), raising=False)
+    monkeypatch.setattr(machine, "measure_free", lambda folder: None)
 
 
 @pytest.fixture
@@ -93,6 +94,12 @@ def test_this_machine_has_memory():
 
 def test_no_more_workers_than_cores(small):
     assert [pick_workers(wanted) for wanted in (0, 1, 4)] == [0, 1, 2]
+
+
+def test_no_more_workers_than_shared_memory_has_room_for(small, monkeypatch):
+    for free, workers in ((2**16, 0), (2**26, 1), (2**27, 2), (2**30, 2)):
+        monkeypatch.setattr(machine, "measure_free", lambda folder, free=free: free)
+        assert pick_workers(4) == workers
 
 
 def test_one_line_says_what_follows(small, tmp_path, monkeypatch):
