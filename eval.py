@@ -129,10 +129,11 @@ def caption_own_images(config: EvalConfig, run_dir: Path) -> None:
     images, captions, unreadable = caption_folder(config, run_dir, make_captioner)
     go_on_alone()
     write_captions(run_dir / "captions.csv", captions)
-    write_report(run_dir / "report.html", f"{len(captions):,} captions", make_gallery(captions), images, None)
+    told = f"{len(captions):,} caption{'s' * (len(captions) != 1)}"
+    write_report(run_dir / "report.html", told, make_gallery(captions), images, None)
     print_left_out(unreadable)
     print_captions([Prediction(name, text, []) for name, text in captions.items()], config.show)
-    print(f"\n{len(captions):,} captions in {run_dir}: captions.csv, captions.jsonl, report.html")
+    print(f"\n{told} in {run_dir}: captions.csv, captions.jsonl, report.html")
     if not captions:
         raise UserError(f"none of the {len(images)} images can be read")
 

@@ -11,7 +11,8 @@ Parts: `floor` times the matrix products that training can't do without; `step` 
 trains on 6,000 frames for 5 epochs with validation on 2,800 after each, and captions and scores the 1,200 of the test
 split; `reference` trains and captions as the reference does; `small` trains and captions with all but 4 GiB of the GPU
 taken; `batch` trains at a larger batch. If they are asked for, `t4` trains as a T4 would (benchmarks.t4), in the plain
-and in the fast way, and `sizes` times passes of other numbers of positions.
+and in the fast way, `t4-job` does what the notebook does there, with few frames, and `sizes` times passes of other
+numbers of positions.
 """
 
 import argparse
@@ -33,6 +34,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from benchmarks.notebook import read_flags
+from benchmarks.peaks import Peak, measure_folder, measure_processes
 from benchmarks.results import record
 from captioner.bdd100k.frames import read_frame
 from captioner.bdd100k.label_report import LabelReport
@@ -54,6 +57,7 @@ TRAINING, REFERENCE_TRAINING = "training, 16 a step", "reference: training, 4 x 
 CAPTIONING, REFERENCE_CAPTIONING = "captioning, sampled", "reference: captioning one by one, sampled"
 LARGE_BATCH = 128
 T4_STEPS = 40
+T4_JOB_FRAMES, T4_CORES = 1200, 2  # of the part `t4-job`; cores as Colab has them
 STEP_POSITIONS = 128  # of a row in the part `step`
 LARGE_TRAINING = f"training, {LARGE_BATCH} a step"
 FLOOR = "floor of training, {} a step"
@@ -254,6 +258,33 @@ def measure_t4(args) -> Iterator[tuple]:
     yield f"as a T4: farthest of {len(fast.losses)} losses from the plain way's", 100 * far, "%", math.nan
     fast = train(args, "t4", *flags, **options)
     yield "as a T4: training", fast.samples_per_second, "samples/s", fast.peak_gib
+
+
+def measure_t4_job(args) -> Iterator[tuple]:
+    """The notebook's main.py and eval.py, with few frames and cores, from empty folders."""
+    from benchmarks import t4
+
+    output, kept = args.folder / "t4-job", args.folder / "t4-job-features"
+    shutil.rmtree(kept, ignore_errors=True)
+    options, features = {"free_gib": t4.FREE_GIB, "as_t4": True}, ("--features", kept)
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(cores)[:T4_CORES])  # the scripts inherit it
+    with Peak(measure_processes) as memory, Peak(lambda: measure_folder(output)) as disk:
+        limit = ("--limit", T4_JOB_FRAMES)
+        trained = train(args, output.name, *limit, *features, *read_flags("main.py"), **options)
+    with Peak(measure_processes) as later_memory:
+        captioned = caption(args, output.name, *features, *read_flags("eval.py"), **options)
+    os.sched_setaffinity(0, cores)
+    what = f"as a T4 with {T4_CORES} cores, {T4_JOB_FRAMES:,} frames: "
+    yield f"{what}main.py", trained.seconds, "s", math.nan
+    yield f"{what}training", trained.samples_per_second, "samples/s", trained.peak_gib
+    yield f"{what}eval.py", captioned.seconds, "s", math.nan
+    yield from list_paces(f"{what}captioning", captioned)
+    yield f"{what}memory of main.py", memory.most / 2**30, "GiB", math.nan
+    yield f"{what}memory of eval.py", later_memory.most / 2**30, "GiB", math.nan
+    yield f"{what}disk of the output folder, at the most", disk.most / 1e9, "GB", math.nan
+    yield f"{what}disk of the output folder, in the end", measure_folder(output) / 1e9, "GB", math.nan
+    yield f"{what}disk of the ViT's kept outputs", measure_folder(kept) / 1e9, "GB", math.nan
 
 
 def leave(free_gib: float, script: list[str], as_t4: bool) -> None:
@@ -535,7 +566,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=10_000)
     parser.add_argument("--epochs", type=float, default=5.0)
     parser.add_argument("--small-gib", type=float, default=4.0, help="GPU memory left in the small setting")
-    parser.add_argument("--parts", nargs="+", choices=(*PARTS, "t4", "sizes"), default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=(*PARTS, "t4", "t4-job", "sizes"), default=PARTS)
     parser.add_argument("--record", action="store_true", help="put the table into benchmarks/RESULTS.md")
     parser.add_argument("--as-reference", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -548,7 +579,7 @@ def main() -> None:
 
     rows = []
     for part in args.parts:
-        for row in globals()[f"measure_{part}"](args):
+        for row in globals()[f"measure_{part.replace('-', '_')}"](args):
             rows.append(row)
             print("{}: {:.2f} {}, peak {:.2f} GiB".format(*row), flush=True)
         if args.record:  # after each part: a later one may fail

@@ -18,13 +18,20 @@ import math
 import multiprocessing
 import os
 import random
+import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageColor, ImageDraw
 from tqdm import tqdm
+
+from captioner.runtime.errors import UserError
+from captioner.runtime.files import explain_writing
+from captioner.runtime.processes import count_all_cores
 
 Colour = tuple[int, int, int]
 Pair = tuple[float, float]
@@ -865,7 +872,7 @@ def draw_dataset(folder: Path, seeds: Sequence[int], workers: int | None = None)
     """Draw folder/images/*.jpg and folder/labels.json, frames in the order of `seeds`; returns the labels' path.
 
     Nothing is drawn if the folder already holds these frames of this VERSION. `workers` is a number of processes,
-    all cores if None.
+    all cores if None. Raises UserError where the disk is full, or one of them was killed.
     """
     labels, images, stamp = folder / "labels.json", folder / "images", folder / "labels.stamp"
     names = [name_image(seed) for seed in seeds]
@@ -873,29 +880,36 @@ def draw_dataset(folder: Path, seeds: Sequence[int], workers: int | None = None)
     made = json.dumps({"version": VERSION, "frames": hashlib.sha256("\n".join(names).encode()).hexdigest()})
     if labels.exists() and stamp.exists() and stamp.read_text() == made and set(names) <= set(os.listdir(images)):
         return labels
-    images.mkdir(parents=True, exist_ok=True)
-    stamp.unlink(missing_ok=True)  # written last, so that what was broken off is drawn again
     part = labels.with_suffix(".part")
-    with part.open("w") as file:
-        frames = tqdm(draw_frames(images, seeds, workers), "drawing scenes", len(seeds), unit="scene")
+    with explain_writing(folder, "free some space, or start from another folder"):
+        images.mkdir(parents=True, exist_ok=True)
+        stamp.unlink(missing_ok=True)  # written last, so that what was broken off is drawn again
+        write_frames(part, draw_frames(images, seeds, workers), len(seeds))
+        part.replace(labels)
+        stamp.write_text(made)
+    return labels
+
+
+def write_frames(path: Path, frames: Iterator[str], count: int) -> None:
+    with path.open("w") as file:
         file.write("[\n")
-        for i, frame in enumerate(frames):
+        for i, frame in enumerate(tqdm(frames, "drawing scenes", count, unit="scene")):
             file.write(("," if i else "") + frame + "\n")
         file.write("]\n")
-    part.replace(labels)
-    stamp.write_text(made)
-    return labels
 
 
 def draw_frames(images: Path, seeds: Sequence[int], workers: int | None) -> Iterator[str]:
     """The JSON of each seed's frame, once its image is on disk."""
     write = functools.partial(write_scene, images)
-    workers = min(workers or os.cpu_count() or 1, len(seeds))
+    workers = min(workers or count_all_cores(), len(seeds))
     if workers <= 1:
         yield from map(write, seeds)
         return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield from pool.imap(write, seeds, chunksize=max(1, min(64, len(seeds) // workers)))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield from pool.map(write, seeds, chunksize=max(1, min(64, len(seeds) // workers)))
+        except BrokenProcessPool:
+            raise UserError("a process that draws scenes was killed: mostly for want of memory; start again") from None
 
 
 def write_scene(images: Path, seed: int) -> str:
@@ -931,4 +945,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,15 +1,19 @@
 """The demo's scenes: repeatable, in BDD100K's layout, and with labels that the geometry of the boxes bears out."""
 
 import json
+import os
 import re
+import signal
+import subprocess
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, start_script
 from PIL import Image
 
+from captioner.runtime.errors import UserError
 from demo import draw
 
 ON_GROUND = {"car", "truck", "bus", "person", "bike"}
@@ -181,6 +185,39 @@ def test_a_dataset_is_the_same_from_one_process_as_from_two_and_drawn_once(tmp_p
     draw.draw_dataset(tmp_path / "one", seeds[:2], workers=1)
     assert len(drawn) == 3 + 2 + 2
     assert not list(tmp_path.rglob("*.part"))
+
+
+def kill_yourself(images: Path, seed: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_that_draws_is_noticed(tmp_path, monkeypatch):
+    """As by a system that is short of memory; a multiprocessing.Pool would wait for its answer for ever."""
+    monkeypatch.setattr(draw, "write_scene", kill_yourself)
+    with pytest.raises(UserError, match="a process that draws scenes was killed"):
+        draw.draw_dataset(tmp_path, range(4), workers=2)
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_disk_fills_up_while_scenes_are_drawn(tmp_path, mount, workers):
+    """What is there by then is not taken for the whole."""
+    folder = mount(tmp_path / "disk", "64k")
+    with pytest.raises(UserError, match=r"disk: can't be written \(No space left .*free some space"):
+        draw.draw_dataset(folder, range(4), workers)
+    assert not (folder / "labels.json").exists()
+    subprocess.run(["mount", "-o", "remount,size=4m", folder], check=True)
+    assert len(json.loads(draw.draw_dataset(folder, range(4), workers).read_text())) == 4
+
+
+def test_disk_fills_up_while_the_demo_is_drawn(folder, mount):
+    """By a process of its own, whose one line is above that of the script."""
+    mount(folder / "demo-data", "64k")
+    done = start_script("bdd100k_data_pipeline.py", "--demo")
+    _, error = done.communicate(timeout=300)
+    assert done.returncode == 2 and "Traceback" not in error
+    assert re.search(r"error: .*No space left[^\n]*\nerror: demo-data: no scenes were drawn \(see above\)", error), (
+        error
+    )
 
 
 def test_a_contact_sheet_shows_every_scene(tmp_path):

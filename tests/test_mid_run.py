@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, call_script
 from ranks import LAUNCH
 from training_runs import hash_adapter, stop_at, train, wait_for_lock
 
@@ -64,13 +66,14 @@ def start(settings: dict, script: str = "main.py", *before: str, **changes) -> s
 
 
 @pytest.mark.slow
-def test_disk_of_the_checkpoints_has_too_little_room(folder, settings, undisturbed, mount):
-    """Seen before anything is written. Room is made by growing the disk, and the run goes on."""
+def test_disk_of_the_checkpoints_has_too_little_room(folder, settings, undisturbed, mount, capsys):
+    """Seen before the first step, and the run goes on once there is room."""
     mount(OUTPUT, "8m")
     filler = OUTPUT / "filler"
     filler.write_bytes(bytes(6 << 20))
     with pytest.raises(UserError, match=r"MB free, a checkpoint needs .*--resume"):
         train(settings)
+    assert "loss" not in capsys.readouterr().out
     filler.unlink()
     assert train(settings, resume=True) == undisturbed[0]
 
@@ -274,6 +277,39 @@ def test_disk_fills_up_while_eval_writes(folder, undisturbed, mount, file):
     order = ["predictions.jsonl", "scores.json", "report.html"]
     assert {path.name for path in Path("logs/run").iterdir()} == {"filler", *order[: order.index(file)]}
     assert {path.name: path.read_bytes() for path in (undisturbed[1] / OUTPUT).iterdir()} == before
+
+
+# --------------------------------------------------------------------------------------------------------------
+# memory
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux, where the limit holds")
+def test_memory_runs_out_in_training(folder, settings, undisturbed):
+    """As under `ulimit -d`: one message, and the run goes on where there is more."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    real = stopping.Pace.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            memory = re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())
+            resource.setrlimit(resource.RLIMIT_DATA, (int(memory[1]) * 1024 + 2**26, before[1]))
+            torch.ones(2**27)
+        real(self, args, state, control, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stopping.Pace, "on_step_end", on_step_end)
+        try:
+            done = call_script("main.py", *call_flags(settings | {"save_minutes": 0.0}))
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, before)
+    assert done.returncode == 2 and "error: out of memory (" in done.stderr, done.stderr
+    assert find_checkpoint(CHECKPOINTS).name == "checkpoint-1"
+    assert train(settings, save_minutes=0.0, resume=True) == undisturbed[0]
+
+
+def test_want_of_memory_is_not_the_disks_fault(folder):
+    with pytest.raises(RuntimeError, match="memory"), checkpoints.explain_checkpoint(CHECKPOINTS / "checkpoint-1"):
+        torch.empty(2**50)
 
 
 # --------------------------------------------------------------------------------------------------------------

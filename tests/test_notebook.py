@@ -2,10 +2,12 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 from conftest import ROOT
+from IPython.utils.process import system
 from nbclient import NotebookClient
 
 from captioner.bdd100k.download import IMAGE_FOLDER, LABEL_FILES
@@ -63,6 +65,19 @@ def test_the_notebook_is_kept_without_outputs():
     assert not any(cell.outputs or cell.execution_count for cell in code)
     for cell in code:
         compile(cell.source, cell.id, "exec")
+
+
+@pytest.mark.parametrize(("command", "why"), [("kill -9 $$", "want of memory"), ("exit 2", "message above")])
+def test_a_command_that_fails_stops_the_notebook(command, why):
+    """A process that the system kills says nothing itself."""
+    source = next(cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if "def run(" in cell.source)
+    shell = SimpleNamespace(user_ns={})
+    shell.system = lambda command: shell.user_ns.update(_exit_code=system(command))  # as a kernel's
+    cell = {"get_ipython": lambda: shell}
+    exec(source[source.index("def run(") : source.index("\n\n\nrun(")], cell)
+    cell["run"]("true")
+    with pytest.raises(AssertionError, match=why):
+        cell["run"](command)
 
 
 @pytest.mark.slow

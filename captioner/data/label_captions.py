@@ -56,8 +56,9 @@ def find_labels(config: PipelineConfig | TrainConfig) -> Sequence[Path]:
         # a process of its own: those that it starts in turn then import the renderer alone
         draw = [sys.executable, "-m", "demo.draw", "--count", str(DEMO_SCENES), "--out", DEMO_DATA.resolve()]
         how = {"cwd": Path(__file__).parents[2], "env": os.environ | {"PYTHONSAFEPATH": ""}}  # where demo/ is found
-        if subprocess.run(draw, **how, check=False, stdout=subprocess.DEVNULL).returncode:
-            raise UserError(f"{DEMO_DATA}: the scenes can't be drawn there, see above; start from a folder of your own")
+        if code := subprocess.run(draw, **how, check=False, stdout=subprocess.DEVNULL).returncode:
+            why = "see above" if code > 0 else "killed, mostly for want of memory"
+            raise UserError(f"{DEMO_DATA}: no scenes were drawn ({why}); start again, or from a folder of your own")
         return [DEMO_DATA / "labels.json"]
     from captioner.bdd100k.download import fetch_labels  # here: kagglehub takes a while to import
 

@@ -11,11 +11,11 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TypeVar
 
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import measure_free
+from captioner.runtime.machine import SHARED_MEMORY
 from captioner.runtime.processes import count_cores, count_processes, step_back
 
 T, R, B = TypeVar("T"), TypeVar("R"), TypeVar("B")
@@ -23,7 +23,6 @@ AHEAD = 256  # items that are read before they are asked for
 BATCH = 32  # items that a process reads for one answer
 ANSWERS, MORE_ANSWERS = 2, 8  # that may wait for each process until they are asked for: the fewest, and the most
 ALL_ANSWERS = 128  # that may wait on a machine (1.2 GB for BLIP-2), unless ANSWERS of each process are more
-SHARED_MEMORY = Path("/dev/shm")  # where answers of processes wait
 LOADER_ERRORS = (UserError, RuntimeError, EOFError, ConnectionError)  # that explain_dead_worker may know
 
 

@@ -8,12 +8,17 @@ import os
 import select
 import sys
 
-from captioner.runtime.errors import UserError, escape_controls
+from captioner.runtime.errors import UserError, escape_controls, lacks_memory
 
 # On a CPU bitsandbytes warns at import that an optional kernel, which it would fetch from the hub, is not there.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # Nothing here needs torchvision, but transformers imports one that is there, and fails on one of another torch.
 sys.modules.setdefault("torchvision", None)
+
+LESS_MEMORY = (
+    "end other programs, or take less at once with --per-device-train-batch-size, --per-device-eval-batch-size and "
+    "--dataloader-workers 0 of main.py, or --batch-size of eval.py; what was saved is kept"
+)
 
 
 def find_home() -> None:
@@ -45,6 +50,11 @@ def run_script(main, config) -> None:
             raise
         print("nobody reads what is printed any more: ended", file=sys.stderr)
         sys.exit(141)  # as a shell tells of SIGPIPE
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        sys.exit(report_error(UserError(f"out of memory ({reason}): {LESS_MEMORY}")))
 
 
 def _has_lost_reader() -> bool:

@@ -3,6 +3,7 @@
 raise UserError("--limit 1: must be 3 or more")
 commit = get_or_none(read_commit)                  # None where it fails
 with go_on_without("model card"): ...              # a note where it fails
+lacks_memory(error)                                # whether memory was refused
 """
 
 import re
@@ -11,11 +12,19 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 CONTROLS = re.compile("[\\0-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069]")
+NO_MEMORY = re.compile(  # of the system, torch, Python and oneDNN
+    "out of memory|can't allocate memory|Cannot allocate memory|can't start new thread|could not create a primitive$"
+)
 T = TypeVar("T")
 
 
 class UserError(Exception):
     """Something that the user can mend. The message names the thing, its value and the remedy."""
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether memory was refused to Python, to a call of the system, or to torch on the CPU or a GPU."""
+    return isinstance(error, MemoryError) or NO_MEMORY.search(str(error)) is not None
 
 
 def get_or_none(read: Callable[..., T], *args) -> T | None:

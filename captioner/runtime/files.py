@@ -32,7 +32,9 @@ def atomic_write(path: Path) -> Iterator:
             yield file
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: can't be written ({error.strerror})") from None
+        raise UserError(
+            f"{path}: can't be written ({error.strerror}); see to the folder and its disk, then start again"
+        ) from None
     finally:
         if temporary.exists():
             temporary.unlink()

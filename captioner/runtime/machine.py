@@ -3,30 +3,31 @@
 print(describe_machine(Path("blip2-finetuned"), workers=4))
 """
 
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
+from captioner.runtime.containers import measure_room
 from captioner.runtime.files import find_existing, measure_free
-from captioner.runtime.processes import count_cores
+from captioner.runtime.processes import count_cores, count_processes
 
-CONTAINER = Path("/sys/fs/cgroup")  # limits of this container, where there are any (Linux, cgroup v2)
+SHARED_MEMORY = Path("/dev/shm")  # where decoded images wait to be asked for
+WORKER_BYTES = 2**26  # of it for a process: two batches of 16 images, 364 pixels a side, in fp32, and some room
 
 
 def measure_memory() -> int:
     """Bytes of memory that are free to this process: on the machine, and within its container's limit."""
-    free = psutil.virtual_memory().available
-    with suppress(OSError, ValueError):  # no such file, or "max"
-        limit, used = (int((CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
-        counts = dict(line.split() for line in (CONTAINER / "memory.stat").read_text().splitlines())
-        free = min(free, limit - used + int(counts.get("inactive_file", 0)))  # the kernel gives those pages back
-    return max(0, free)
+    return int(min(psutil.virtual_memory().available, measure_room()))
 
 
 def pick_workers(wanted: int) -> int:
-    """Processes that decode images: as wanted, but no more than cores."""
-    return min(wanted, count_cores())
+    """Processes that decode images: as wanted, but no more than cores, or than shared memory has room for.
+
+    Where it has none, torch would wait for ever for what a process could not hand over.
+    """
+    free = measure_free(SHARED_MEMORY)
+    room = wanted if free is None else free // count_processes() // WORKER_BYTES
+    return min(wanted, count_cores(), room)
 
 
 def describe_machine(output: Path, workers: int) -> str:
@@ -34,7 +35,8 @@ def describe_machine(output: Path, workers: int) -> str:
     folder = find_existing(output.absolute())
     disk = measure_free(folder)
     told = "unknown disk" if disk is None else f"{disk / 2**30:.1f} GiB of disk free in {folder}"
+    cores, processes = count_cores(), pick_workers(workers)
+    decode = {0: "the main process decodes", 1: "1 process decodes"}.get(processes, f"{processes} processes decode")
     return (
-        f"{count_cores()} cores, {measure_memory() / 2**30:.1f} GiB of memory free, {told}: "
-        f"{pick_workers(workers)} processes decode images"
+        f"{cores} core{'s' * (cores > 1)}, {measure_memory() / 2**30:.1f} GiB of memory free, {told}: {decode} images"
     )

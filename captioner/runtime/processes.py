@@ -7,6 +7,7 @@ with share_folder(folder) as here: ...   # the main process's folder, wherever t
 """
 
 import hashlib
+import math
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,7 @@ from operator import methodcaller
 from pathlib import Path
 from typing import TypeVar
 
+from captioner.runtime.containers import limit_cores
 from captioner.runtime.errors import UserError
 
 NICE = 10  # of processes that read
@@ -82,9 +84,10 @@ def count_processes() -> int:
 def count_all_cores() -> int:
     """Cores for a process that works while the others of its run wait or have ended."""
     try:
-        return len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0))
     except (AttributeError, OSError):  # not on Windows and macOS
-        return os.cpu_count() or 1
+        cores = os.cpu_count() or 1
+    return math.ceil(min(cores, limit_cores()))
 
 
 def is_sharded() -> bool:

@@ -115,7 +115,12 @@ def check_run(config: TrainConfig, train: Callable, choose_way: Callable[..., Pl
             return watches[0]
 
         print(f"check: a trial of {STEPS} steps with {FRAMES} frames, in a temporary folder")
-        train(trial, choose)
+        try:
+            train(trial, choose)
+        except UserError as error:
+            if name not in str(error):
+                raise
+            raise UserError(f"{error} (of the trial alone: TMPDIR=FOLDER lets it write on another disk)") from None
         estimate = estimate_run(config, trial, watches[0])
     report_estimate(config, estimate)
 

@@ -26,7 +26,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import safe_globals
 
 from captioner.data.parallel import explain_dead_worker
-from captioner.runtime.errors import UserError
+from captioner.runtime.errors import UserError, lacks_memory
 from captioner.runtime.files import atomic_write, measure_free
 from captioner.runtime.processes import gather, share_folder
 from captioner.training.fsdp import fit_fsdp, gather_trainable
@@ -56,6 +56,7 @@ class SealedTrainer(Trainer):
         self.results: dict = {}  # what train() measured, once it has come to its end
 
     def train(self, resume_from_checkpoint: str | None = None):
+        self.check_disk()  # an epoch before the first checkpoint is due
         folder = resume_from_checkpoint and Path(resume_from_checkpoint)
         with share_folder(folder) if folder else nullcontext() as here:
             return super().train(resume_from_checkpoint=here and str(here))
@@ -63,9 +64,7 @@ class SealedTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir)
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
-        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        copies = 4 if self.is_fsdp_enabled else 3  # weights and two moments in fp32; FSDP writes weights twice
-        check_disk(folder, 4 * copies * trainable + 2**22)
+        self.check_disk()
         with explain_checkpoint(checkpoint):
             super()._save_checkpoint(model, trial)
             if self.state.best_global_step:  # in all processes: Trainer asks the disk, which may be another machine's
@@ -76,6 +75,12 @@ class SealedTrainer(Trainer):
                 remove_old_checkpoints(folder)
         if self.pace is not None:
             self.pace.after_save()
+
+    def check_disk(self) -> None:
+        """Raise UserError where there is no room for a checkpoint."""
+        trainable = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        copies = 4 if self.is_fsdp_enabled else 3  # weights and two moments in fp32; FSDP writes weights twice
+        check_disk(Path(self.args.output_dir), 4 * copies * trainable + 2**22)
 
     def save_model(self, output_dir=None, _internal_call=False):
         """With FSDP, Trainer would gather the frozen weights too."""
@@ -109,6 +114,8 @@ def explain_checkpoint(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        if lacks_memory(error):  # it is not the disk's fault
+            raise
         free = measure_free(checkpoint.parent)  # which torch's own message does not tell
         told = "" if free is None else f"; {free / 1e6:,.0f} MB are free"
         raise explain_dead_worker(error) or UserError(

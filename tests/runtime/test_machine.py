@@ -4,9 +4,11 @@ import errno
 import fcntl
 import io
 import json
+import mmap
 import multiprocessing
 import os
 import pwd
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +17,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, call_script, start_script
+import torch
+from conftest import ROOT, call_script, capture, start_script
 from filelock import FileLock, SoftFileLock
 from training_runs import wait_for_lock
 
@@ -91,7 +94,10 @@ def small_disk(tmp_path, mount):
 def test_full_disk_keeps_the_file_before(small_disk):
     path = small_disk / "captions.csv"
     path.write_text("before")
-    with pytest.raises(UserError, match=r"captions.csv: can't be written .No space left"), atomic_write(path) as file:
+    with (
+        pytest.raises(UserError, match=r"captions.csv: can't be written .No space left.*see to the folder"),
+        atomic_write(path) as file,
+    ):
         file.write("x" * 2**20)
     assert [file.name for file in small_disk.iterdir()] == ["captions.csv"] and path.read_text() == "before"
 
@@ -373,6 +379,29 @@ def test_no_control_character_of_the_labels_or_images_reaches_the_terminal(capsy
     )
     out = capsys.readouterr().out
     assert not set("\x1b\x07") & set(out) and out.count("a\\x1b]0;title\\x07.jpg") == 2
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda config: bytearray(2**50),
+        lambda config: mmap.mmap(-1, 2**50),
+        lambda config: torch.empty(2**50, dtype=torch.uint8),
+    ],
+    ids=["Python", "system", "torch"],
+)
+def test_want_of_memory_is_named(take):
+    done = capture(lambda: cli.run_script(take, None))
+    assert done.returncode == 2 and re.match(r"error: out of memory \(.+\): .*--batch-size", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("error", [RuntimeError("could not create a primitive descriptor"), OSError("no such thing")])
+def test_other_errors_keep_their_traceback(error):
+    def fail(config):
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        cli.run_script(fail, None)
 
 
 def test_processes_of_a_run_share_the_cores(monkeypatch):

@@ -42,6 +42,14 @@ def test_what_the_run_would_refuse_is_refused(folder, settings):
         main.main(make_config(TrainConfig, **settings | {"images": Path("nothing")}, check=True))
 
 
+def test_a_temporary_folder_without_room_is_told_from_the_output_folder():
+    def train(trial, choose) -> None:
+        raise UserError(f"{trial.run.output}: 0 MB free")
+
+    with pytest.raises(UserError, match=r"adapter: 0 MB free .*TMPDIR"):
+        check.check_run(TrainConfig(), train, None)
+
+
 def test_a_launcher_is_refused(folder, settings, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="without a launcher"):
