@@ -41,7 +41,7 @@ from captioner.bdd100k.frames import DEFAULT_OPTIONS, BadFile, BadFrame, LabelOp
 from captioner.bdd100k.label_report import LabelReport
 from captioner.runtime.errors import UserError, get_or_none
 from captioner.runtime.files import is_inside
-from captioner.runtime.processes import count_all_cores, pick_start
+from captioner.runtime.processes import count_all_cores, leave_out_script, pick_start
 
 LABEL_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".zip")
 
@@ -250,7 +250,8 @@ def _run_jobs(run: Callable[[_Job], _Result], jobs: Sequence[_Job]) -> Iterator[
             answer, send = context.Pipe(duplex=False)
             inherited = [*processes, answer] if context.get_start_method() == "fork" else []
             process = context.Process(target=_work, args=(run, jobs, step, taken, send, inherited), daemon=True)
-            process.start()
+            with leave_out_script():
+                process.start()
             send.close()
             processes[answer] = process
         yield from _gather(dict(processes), jobs)

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import tempfile
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -69,6 +70,16 @@ def pick_start() -> str:
     torch = sys.modules.get("torch")
     uses_gpu = torch is not None and torch.cuda.is_initialized()
     return "fork" if "fork" in multiprocessing.get_all_start_methods() and not uses_gpu else "spawn"
+
+
+@contextmanager
+def leave_out_script() -> Iterator[None]:
+    """Processes that are spawned meanwhile don't import the script first, and with it torch, which takes seconds."""
+    script, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def count_cores() -> int:

@@ -6,9 +6,11 @@ import itertools
 import json
 import lzma
 import pickle
+import sys
 import tarfile
 import time
 import zipfile
+from types import ModuleType
 
 import pytest
 
@@ -307,10 +309,16 @@ def test_what_went_wrong_in_a_process_is_said():
 
 
 def test_labels_are_read_by_processes_that_were_not_forked(tmp_path, monkeypatch):
+    """And that don't import the script, as spawned processes do by themselves: it has torch to import."""
     monkeypatch.setattr(label_files, "pick_start", lambda: "spawn")
     monkeypatch.setattr(label_files, "PIECE", 2**11)
+    script = ModuleType("__main__")
+    script.__file__ = str(tmp_path / "script.py")
+    (tmp_path / "script.py").write_text("raise SystemExit('imported')")
+    monkeypatch.setitem(sys.modules, "__main__", script)
     (tmp_path / "a.json").write_text(TEXT)
     assert len(read(tmp_path / "a.json")[0]) == 40
+    assert sys.modules["__main__"] is script
 
 
 def test_a_folder_that_cannot_be_looked_into_is_named(tmp_path, monkeypatch):
