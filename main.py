@@ -82,7 +82,7 @@ def train(config: TrainConfig, choose_way: Callable[..., PlainWay]) -> None:
             print(f"adapter saved to {config.run.output} after {time.perf_counter() - start:.0f} s")
             publish(config)
             if not config.check:
-                print("next: python eval.py" + (" --demo" if config.demo else f" --adapter {config.run.output}"))
+                print(f"next: python eval.py{' --demo' * config.demo} --adapter {config.run.output}")
 
 
 def choose_way(config: TrainConfig, model_config, device: torch.device) -> PlainWay:

@@ -197,6 +197,7 @@ def load_pretrained(auto_class, source: str | Path, **options):
     """auto_class.from_pretrained, its failures as one UserError."""
     local = Path(source)
     is_local = local.is_absolute() or str(source).startswith((".", "~")) or local.exists()
+    is_local |= str(source).endswith("/")
     if is_local and not any((local / name).is_file() for name in ("config.json", "processor_config.json")):
         raise UserError(f"{source}: no model folder (no config.json in it); --model takes a folder or a hub name")
     if is_local:

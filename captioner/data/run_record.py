@@ -27,8 +27,14 @@ def explain_adapter(folder: Path) -> UserError:
             "FOLDER first, and give that folder with --adapter"
         )
     if not (folder / "adapter_config.json").is_file():
-        there = "no fine-tuned model in it" if folder.exists() else "no such folder"
-        return UserError(f"{folder}: {there}; train one with python main.py --output {folder}")
+        if not folder.exists():
+            return UserError(
+                f"{folder}: no such folder; train one with python main.py --output {folder} "
+                "(the demo's: python main.py --demo)"
+            )
+        if (folder / "checkpoints").exists():
+            return UserError(f"{folder}: its run is unfinished; go on with it by the command that began it")
+        return UserError(f"{folder}: no fine-tuned model in it; name the folder that main.py wrote, or train one")
     if not (folder / "run.json").is_file():
         return UserError(
             f"{folder}: an adapter that main.py did not write: run.json, which names its base model and settings, is "

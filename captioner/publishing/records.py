@@ -19,8 +19,8 @@ def check_adapter(folder: Path) -> None:
     missing = [name for name in (*ADAPTER, "run.json") if not (folder / name).is_file()]
     if missing:
         raise UserError(
-            f"{folder}: no fine-tuned model in it ({missing[0]} is missing); train one with python main.py --output "
-            f"{folder}"
+            f"{folder}: no fine-tuned model in it ({missing[0]} is missing); name the folder that main.py wrote, or "
+            "train one"
         )
 
 

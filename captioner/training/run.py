@@ -110,8 +110,15 @@ def is_finished(config: TrainConfig) -> bool:
 
 
 def prepare_output(output: Path) -> None:
-    """Raise UserError unless the output folder can be written, before hours of training."""
+    """Raise UserError unless the output folder can be written, before hours of training, and is nobody else's."""
+    own = (output / "run.json").exists() or checkpoint_folder(output).exists()
     try:
+        foreign = [] if own else [path.name for path in output.glob("[!.]*") if path.is_file()]
+        if foreign:
+            raise UserError(
+                f"--output {output}: holds files that no run has written, {min(foreign)} for one, and a run's would be "
+                "put among them, or over them; name a new folder"
+            )
         output.mkdir(parents=True, exist_ok=True)
         (output / ".writable").touch()
         (output / ".writable").unlink()

@@ -196,7 +196,7 @@ def test_full_size_model_is_refused_on_a_cpu(tmp_path):
         blip2.load_model(tmp_path, True, CPU)
 
 
-@pytest.mark.parametrize("name", ["./no-such-folder", "/no/such/folder"])
+@pytest.mark.parametrize("name", ["./no-such-folder", "/no/such/folder", "no-such-folder/"])
 def test_a_missing_model_folder_is_named(name):
     with pytest.raises(UserError, match="no model folder"):
         blip2.load_processor(name)

@@ -1,4 +1,4 @@
-"""What a folder is that eval.py is to read an adapter from: four messages for what it may be instead."""
+"""What a folder is that eval.py is to read an adapter from: a message for each thing for what it may be instead."""
 
 import json
 
@@ -15,8 +15,13 @@ RUN = CONFIG | {"run.json": json.dumps({"config": {}})}
     [
         ("adapter", CONFIG, "an adapter that main.py did not write: run.json"),
         ("someone/blip2-bdd100k", None, "fetch it with hf download someone/blip2-bdd100k --local-dir FOLDER first"),
-        ("adapter", None, "no such folder; train one with python main.py --output adapter"),
-        ("adapter", {}, "no fine-tuned model in it; train one with python main.py --output adapter"),
+        (
+            "adapter",
+            None,
+            "no such folder; train one with python main.py --output adapter (the demo's: python main.py --demo)",
+        ),
+        ("adapter", {"checkpoints": ""}, "its run is unfinished; go on with it by the command that began it"),
+        ("adapter", {}, "no fine-tuned model in it; name the folder that main.py wrote, or train one"),
         ("adapter", RUN, "has no split.csv, which --push-to-hub does not upload: caption images with --images FOLDER"),
     ],
 )

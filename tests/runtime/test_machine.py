@@ -34,6 +34,7 @@ from captioner.runtime.files import atomic_write, lock_folder, measure_free, nam
 from captioner.scoring.console import print_captions, print_left_out
 from captioner.scoring.predictions import Prediction
 from captioner.training.checkpoints import find_damage, hash_file
+from captioner.training.run import prepare_output
 from captioner.training.run_state import read_state
 from config import PipelineConfig
 
@@ -408,3 +409,16 @@ def test_processes_of_a_run_share_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert (processes.count_cores(), processes.count_all_cores()) == (2, 8)
+
+
+def test_no_run_is_put_among_files_of_somebody_else(folder):
+    """As the project's own README.md, which a model card would replace."""
+    output = folder / "docs"
+    (output / "pages").mkdir(parents=True)
+    (output / ".hidden").touch()
+    prepare_output(output)  # nothing there that a run would replace
+    (output / "README.md").write_text("mine")
+    with pytest.raises(UserError, match=r"docs: holds files that no run has written, README\.md for one"):
+        prepare_output(output)
+    (output / "run.json").touch()
+    prepare_output(output)
