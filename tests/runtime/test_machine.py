@@ -69,6 +69,21 @@ def test_second_run_is_refused_until_the_first_is_killed(tmp_path):
             os.kill(worker, signal.SIGKILL)
 
 
+def test_a_folder_of_a_run_that_is_just_ending_is_not_refused(tmp_path, monkeypatch):
+    """That run removes the file between our opening and our locking it."""
+    flock = fcntl.flock
+
+    def flock_once_removed(number, operation):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        (tmp_path / ".lock").unlink()
+        flock(number, operation)
+
+    (tmp_path / ".lock").touch()
+    monkeypatch.setattr(fcntl, "flock", flock_once_removed)
+    with lock_folder(tmp_path, "--output"):
+        assert fcntl.flock is flock and (tmp_path / ".lock").exists()
+
+
 @pytest.mark.parametrize(("script", "flag"), [("main.py", "--output"), ("bdd100k_data_pipeline.py", "--run-name")])
 def test_scripts_lock_their_folder(tmp_path, drawn, script, flag):
     held = tmp_path / "logs" / "run"
