@@ -1,6 +1,7 @@
 """What the benchmarks measure with, where no GPU is needed."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -46,6 +47,20 @@ def test_disk_of_a_folder_is_seen_though_it_is_freed(tmp_path, monkeypatch):
         (folder / "checkpoints" / "a").unlink()
     assert disk.most >= 4 << 20 and 1 << 20 <= measure_folder(folder) < 2 << 20
     assert measure_folder(tmp_path / "nowhere") == 0
+
+
+def test_a_folder_that_vanishes_while_it_is_measured_does_not_end_that(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "file").write_bytes(bytes(1 << 20))
+    scandir = os.scandir
+
+    def remove_and_scan(path):
+        if str(path).endswith("checkpoint-1"):
+            os.rmdir(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", remove_and_scan)
+    assert measure_folder(tmp_path) >= 1 << 20 and not (tmp_path / "checkpoint-1").exists()
 
 
 def test_flags_of_the_notebook_are_read_from_it(tmp_path):
