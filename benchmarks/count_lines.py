@@ -1,14 +1,18 @@
 """Lines of code by room, without comments, docstrings and blank lines; the longest functions and classes; imports
 between rooms.
 
-    python -m benchmarks.count_lines [FOLDER]      # another tree, as `git archive` gives it
+    python -m benchmarks.count_lines                                            # this tree
+    python -m benchmarks.count_lines FOLDER                                     # another, as `git archive` gives it
+    python -m benchmarks.count_lines FOLDER speed.py captioner/fast main.py:train    # of these alone
 """
 
 import ast
 import collections
 import io
 import sys
+import textwrap
 import tokenize
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,7 +72,26 @@ def list_imports(source: str) -> set[Path]:
     return modules
 
 
-def main(root: Path) -> None:
+def count_part(root: Path, part: str) -> int:
+    """Lines of code of a file, of all files of a folder, or of a function or class (path:name)."""
+    path, _, name = part.partition(":")
+    if (root / path).is_dir():
+        return sum(count_part(root, str(file.relative_to(root))) for file in (root / path).rglob("*.py"))
+    source = (root / path).read_text(encoding="utf-8")
+    if not name:
+        return count_code(source)
+    [node] = [node for node in ast.walk(ast.parse(source)) if getattr(node, "name", None) == name]
+    return count_code(textwrap.dedent("\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno])))
+
+
+def print_parts(root: Path, parts: Sequence[str]) -> None:
+    counts = {part: count_part(root, part) for part in parts}
+    for part, count in counts.items():
+        print(f"{count:6} {part}")
+    print(f"{sum(counts.values()):6} together")
+
+
+def print_rooms(root: Path) -> None:
     files = sorted(path.relative_to(root) for path in root.rglob("*.py") if not is_hidden(path.relative_to(root)))
     sources = {path: (root / path).read_text(encoding="utf-8") for path in files}
     rooms: dict[str, list[int]] = collections.defaultdict(list)
@@ -98,4 +121,8 @@ def is_hidden(path: Path) -> bool:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent.parent)
+    tree = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent.parent
+    if len(sys.argv) > 2:
+        print_parts(tree, sys.argv[2:])
+    else:
+        print_rooms(tree)

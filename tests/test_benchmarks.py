@@ -11,7 +11,7 @@ import psutil
 import pytest
 from conftest import ROOT
 
-from benchmarks import gpu, peaks
+from benchmarks import count_lines, gpu, peaks
 from benchmarks.notebook import NOTEBOOK, read_flags
 from benchmarks.peaks import Peak, measure_folder, measure_processes
 from config import EvalConfig, TrainConfig, parse_args
@@ -94,3 +94,14 @@ def test_the_job_of_the_notebook_is_measured(tmp_path, monkeypatch):
     assert all(value > 0 for value in rows.values()) and len(rows) == 9, rows
     assert rows["disk of the ViT's kept outputs"] == pytest.approx(24 * 197 * 192 * 4 / 1e9, rel=0.01)
     assert rows["disk of the output folder, at the most"] > rows["disk of the output folder, in the end"]
+
+
+def test_code_is_counted_without_comments_and_docstrings(tmp_path):
+    (tmp_path / "folder").mkdir()
+    text = (
+        '"""Doc."""\n\n# comment\nx = 1\n\n\nclass Thing:\n    def act(self):\n        """Doc."""\n        return 1\n'
+    )
+    for name in ("a.py", "folder/b.py"):
+        (tmp_path / name).write_text(text)
+    parts = ("a.py", "folder", ".", "a.py:Thing", "a.py:act")
+    assert [count_lines.count_part(tmp_path, part) for part in parts] == [4, 4, 8, 3, 2]
