@@ -29,7 +29,8 @@ def test_memory_of_processes_is_seen_while_they_run(monkeypatch, sources):
     measure = peaks.measure_process
     monkeypatch.setattr(peaks, "measure_process", lambda pid: 0 if pid in others else measure(pid))
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with Peak(measure_processes) as memory, subprocess.Popen([sys.executable, "-c", NEST], **pipes) as process:
+    # a process that is being started has the memory of this one for a moment: Peak comes later
+    with subprocess.Popen([sys.executable, "-c", NEST], **pipes) as process, Peak(measure_processes) as memory:
         assert process.stdout.readline() == "taken\n"
         time.sleep(0.1)
         process.communicate("\n")
