@@ -59,7 +59,7 @@ def train(config: TrainConfig, choose_way: Callable[..., PlainWay]) -> None:
         run = open_run(config, device)
         if run is None:  # it has come to its end before
             return publish(config)
-        print(describe_machine(config.run.output, config.training.dataloader_workers))
+        print(describe_machine(config.run.output, run.arguments.dataloader_num_workers))
         set_seed(config.training.seed)  # before LoRA draws its first weights
         model_config = check_model(config.base.model, config.base.load_in_4bit, device, config.base.image_size)
         splits = ask_main(prepare_splits, config, run.folder)

@@ -17,7 +17,6 @@ from captioner.fast.kernels import lora
 
 POINTERS = {"seed": "*i64", "sums": "*fp32"}
 INTEGERS = ("site", "level", "rows", "width", "height", "blocks")
-RANK = 64  # the largest that LoRA usually has
 STAGES = 2  # that choice.pick_stages gives there
 
 
@@ -44,7 +43,7 @@ def measure(kernel, constants: dict, **options) -> float:
 def main() -> None:
     taken = {}
     for name, sizes, constants in (
-        ("_project_low", lora.PROJECT | {"num_stages": STAGES}, {"R": RANK, "FULL": RANK}),
+        ("_project_low", lora.PROJECT | {"num_stages": STAGES}, {"R": lora.LARGEST_SUM, "FULL": lora.LARGEST_SUM}),
         (
             "_lora_backward",
             lora.BACKWARD,

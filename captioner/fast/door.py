@@ -20,9 +20,8 @@ from captioner.fast.speed import find_obstacle, has_room_to_unpack, join_weights
 from captioner.fast.trainer import speed_up
 from captioner.runtime.processes import ask_main, find_place
 from captioner.training.plain import Parts, PlainWay, Splits
+from captioner.training.training_arguments import EVAL_BATCH
 from config import TrainConfig
-
-EVAL_BATCH = 64  # frames a validation pass with all of a GPU's memory
 
 
 class FastWay(PlainWay):

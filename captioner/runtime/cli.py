@@ -50,7 +50,7 @@ def run_script(main, config) -> None:
             raise
         print("nobody reads what is printed any more: ended", file=sys.stderr)
         sys.exit(141)  # as a shell tells of SIGPIPE
-    except (MemoryError, OSError, RuntimeError) as error:
+    except Exception as error:  # safetensors has a type of its own
         if not lacks_memory(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from captioner.runtime.errors import UserError, get_or_none
 
+LOCK_SECONDS = 0.2  # in which a lock is tried, every 0.05 s
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # of Lustre, NFS and FUSE without locks
 
 
@@ -75,8 +76,9 @@ def lock_folder(folder: Path, flag: str) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    # not the soft lock, a file that would outlive a run that is killed
-    lock = FileLock(folder / ".lock", blocking=False, fallback_to_soft=False)
+    # tried for a moment, as a run that is just ending takes its file away from under a new one; and not as a soft lock,
+    # a file that would outlive a run that is killed
+    lock = FileLock(folder / ".lock", timeout=LOCK_SECONDS, fallback_to_soft=False)
     try:
         made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,23 +12,29 @@ from captioner.runtime.processes import WAITING
 from captioner.training.checkpoints import checkpoint_folder
 from config import TrainConfig
 
+EVAL_BATCH = 64  # frames a validation pass at most, unless the user says how many
+
 
 def make_arguments(config: TrainConfig, device: torch.device) -> TrainingArguments:
     """The Trainer's settings, but for the frames a pass (see set_micro_batch and train_lora)."""
-    dtype = pick_dtype(device)
+    dtype, training = pick_dtype(device), config.training
+    batch = max(
+        training.per_device_train_batch_size or training.train_batch_size,
+        training.per_device_eval_batch_size or EVAL_BATCH,
+    )
     arguments = TrainingArguments(
         output_dir=str(checkpoint_folder(config.run.output)),
-        num_train_epochs=config.training.num_train_epochs,
-        max_steps=config.training.max_steps,
-        **(checkpoint_activations() if config.training.gradient_checkpointing else {}),
-        learning_rate=config.training.learning_rate,
-        weight_decay=config.training.weight_decay,
-        warmup_steps=config.training.warmup_ratio,  # below 1 it is a share of all steps
+        num_train_epochs=training.num_train_epochs,
+        max_steps=training.max_steps,
+        **(checkpoint_activations() if training.gradient_checkpointing else {}),
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        warmup_steps=training.warmup_ratio,  # below 1 it is a share of all steps
         lr_scheduler_type="linear",
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=device.type == "cpu",
-        seed=config.training.seed,
+        seed=training.seed,
         eval_strategy="epoch",
         save_strategy="epoch",  # and within epochs, see stopping.Pace
         save_total_limit=None,  # see checkpoints.remove_old_checkpoints
@@ -40,7 +46,7 @@ def make_arguments(config: TrainConfig, device: torch.device) -> TrainingArgumen
         prediction_loss_only=True,
         remove_unused_columns=False,  # the dataset's columns become model inputs in the collator
         label_names=["labels"],
-        dataloader_num_workers=pick_workers(config.training.dataloader_workers),
+        dataloader_num_workers=pick_workers(training.dataloader_workers, batch),
         dataloader_persistent_workers=False,  # they would take their seed once, and a run that goes on again
         dataloader_pin_memory=device.type == "cuda",
         accelerator_config={"non_blocking": device.type == "cuda"},

@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import ROOT, call_script, capture, start_script
 from filelock import FileLock, SoftFileLock
+from safetensors import SafetensorError
 from training_runs import wait_for_lock
 
 from captioner.bdd100k.label_files import read_labels
@@ -68,6 +69,21 @@ def test_second_run_is_refused_until_the_first_is_killed(tmp_path):
         finally:
             first.kill()
             os.kill(worker, signal.SIGKILL)
+
+
+def test_a_folder_of_a_run_that_is_just_ending_is_not_refused(tmp_path, monkeypatch):
+    """That run removes the file between our opening and our locking it."""
+    flock = fcntl.flock
+
+    def flock_once_removed(number, operation):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        (tmp_path / ".lock").unlink()
+        flock(number, operation)
+
+    (tmp_path / ".lock").touch()
+    monkeypatch.setattr(fcntl, "flock", flock_once_removed)
+    with lock_folder(tmp_path, "--output"):
+        assert fcntl.flock is flock and (tmp_path / ".lock").exists()
 
 
 @pytest.mark.parametrize(("script", "flag"), [("main.py", "--output"), ("bdd100k_data_pipeline.py", "--run-name")])
@@ -382,14 +398,19 @@ def test_no_control_character_of_the_labels_or_images_reaches_the_terminal(capsy
     assert not set("\x1b\x07") & set(out) and out.count("a\\x1b]0;title\\x07.jpg") == 2
 
 
+def serialize(config) -> None:
+    raise SafetensorError("Error while serializing: I/O error: Cannot allocate memory (os error 12)")
+
+
 @pytest.mark.parametrize(
     "take",
     [
         lambda config: bytearray(2**50),
         lambda config: mmap.mmap(-1, 2**50),
         lambda config: torch.empty(2**50, dtype=torch.uint8),
+        serialize,
     ],
-    ids=["Python", "system", "torch"],
+    ids=["Python", "system", "torch", "safetensors"],
 )
 def test_want_of_memory_is_named(take):
     done = capture(lambda: cli.run_script(take, None))

@@ -85,7 +85,7 @@ def test_the_lowest_limit_holds_of_groups_within_groups(small, group):
 )
 def test_cores_are_those_of_the_machine_or_its_container(small, group, line, files, cores):
     group(line, files)
-    assert count_cores() == cores and pick_workers(4) == cores
+    assert count_cores() == cores and pick_workers(4, 16) == cores
 
 
 def test_this_machine_has_memory():
@@ -93,21 +93,24 @@ def test_this_machine_has_memory():
 
 
 def test_no_more_workers_than_cores(small):
-    assert [pick_workers(wanted) for wanted in (0, 1, 4)] == [0, 1, 2]
+    assert [pick_workers(wanted, 16) for wanted in (0, 1, 4)] == [0, 1, 2]
 
 
-def test_no_more_workers_than_shared_memory_has_room_for(small, monkeypatch):
-    for free, workers in ((2**16, 0), (2**26, 1), (2**27, 2), (2**30, 2)):
-        monkeypatch.setattr(machine, "measure_free", lambda folder, free=free: free)
-        assert pick_workers(4) == workers
+@pytest.mark.parametrize(
+    ("free", "batch", "workers"),
+    [(2**16, 16, 0), (2**26, 16, 1), (2**26, 17, 0), (2**27, 16, 2), (2**28, 64, 1), (2**30, 64, 2)],
+)
+def test_no_more_workers_than_shared_memory_has_room_for(small, monkeypatch, free, batch, workers):
+    monkeypatch.setattr(machine, "measure_free", lambda folder: free)
+    assert pick_workers(4, batch) == workers
 
 
 def test_one_line_says_what_follows(small, tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "measure_free", lambda folder: 20 * 2**30)
-    said = describe_machine(tmp_path / "not" / "yet", workers=4)
+    said = describe_machine(tmp_path / "not" / "yet", workers=2)
     assert said == (f"2 cores, 12.7 GiB of memory free, 20.0 GiB of disk free in {tmp_path}: 2 processes decode images")
     monkeypatch.setattr(machine, "count_cores", lambda: 1)
     monkeypatch.setattr(machine, "measure_free", lambda folder: None)
-    said = describe_machine(Path("x"), workers=4)
+    said = describe_machine(Path("x"), workers=1)
     assert said == "1 core, 12.7 GiB of memory free, unknown disk: 1 process decodes images"
     assert describe_machine(Path("x"), workers=0).endswith("the main process decodes images")

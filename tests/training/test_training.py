@@ -20,10 +20,11 @@ from captioner.data import splits
 from captioner.fast import speed
 from captioner.fast.trainer import FastTrainer
 from captioner.runtime.errors import UserError
-from captioner.training import checkpoints, trainer
+from captioner.training import checkpoints, trainer, training_arguments
 from captioner.training.checkpoints import find_checkpoint
 from captioner.training.order import LengthSampler
 from captioner.training.provenance import OF_A_PART
+from config import TrainConfig, make_config
 
 STEPS_PER_EPOCH = 3
 
@@ -113,6 +114,22 @@ def test_other_settings_are_refused_with_what_differs(folder, settings, undistur
     assert "--overwrite" in str(refused.value)
     assert find_checkpoint(folder / "blip2-finetuned" / "checkpoints") is not None  # nothing is lost by asking
     assert train(settings, overwrite=True) == undisturbed[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "batch"),
+    [
+        ({}, 64),  # of validation, in the fast way
+        ({"train_batch_size": 128}, 128),
+        ({"train_batch_size": 128, "per_device_train_batch_size": 32, "per_device_eval_batch_size": 8}, 32),
+        ({"per_device_eval_batch_size": 100}, 100),
+    ],
+)
+def test_shared_memory_is_to_hold_the_largest_batch(monkeypatch, flags, batch):
+    asked = []
+    monkeypatch.setattr(training_arguments, "pick_workers", lambda wanted, batch: asked.append(batch) or 0)
+    training_arguments.make_arguments(make_config(TrainConfig, **flags), torch.device("cpu"))
+    assert asked == [batch]
 
 
 def test_resume_without_an_unfinished_run_is_refused(folder, settings):
