@@ -10,7 +10,7 @@ from captioner.fast.kernels import choice
 from captioner.fast.kernels.choice import VARYING, pick_stages, tl, triton
 from captioner.fast.kernels.dropout import Drop, draw_keys, is_kept, number_columns, number_rows
 
-LARGEST_SUM = 128  # of ranks: more of them take more memory than a processor of a GPU has
+LARGEST_SUM = 128  # of ranks: beyond it the products are torch's
 # of what a program works on, and by how many warps; measured on an H100
 PROJECT = {"ROWS": 16, "COLUMNS": 256, "PLACED": 256, "num_warps": 4}
 BACKWARD = {"ROWS": 32, "COLUMNS": 64, "num_warps": 4, "num_stages": 1}
