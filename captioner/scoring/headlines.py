@@ -37,7 +37,7 @@ MORE = {
     "boxed_f1": Headline("facts", "boxed", "boxed objects F1", "objects, lanes and drivable areas left out"),
     "ROUGE-L": Headline("rouge_l", "ROUGE-L", "ROUGE-L", "longest common subsequence", "rouge"),
     "METEOR": Headline("meteor", "METEOR", "METEOR (nltk)", "words and their order", "meteor"),
-    "CHAIRs": Headline("hallucination", "CHAIRs", "CHAIRs", "captions inventing objects; less is better"),
+    "CHAIRs": Headline("hallucination", "CHAIRs", "CHAIRs", "captions with a class that is not there; less is better"),
     "CHAIRi_boxed": Headline(
         "hallucination", "CHAIRi", "CHAIRi", "objects invented, lanes and drivable areas left out; less is better"
     ),
