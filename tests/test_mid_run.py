@@ -69,7 +69,7 @@ def start(settings: dict, script: str = "main.py", *before: str, **changes) -> s
 def test_disk_of_the_checkpoints_has_too_little_room(folder, settings, undisturbed, mount, capsys):
     """Seen before the first step, and the run goes on once there is room."""
     mount(OUTPUT, "8m")
-    filler = OUTPUT / "filler"
+    filler = OUTPUT / ".filler"
     filler.write_bytes(bytes(6 << 20))
     with pytest.raises(UserError, match=r"MB free, a checkpoint needs .*--resume"):
         train(settings)
