@@ -195,15 +195,14 @@ def find_broken_connection(error: BaseException | None) -> BaseException | None:
 
 def load_pretrained(auto_class, source: str | Path, **options):
     """auto_class.from_pretrained, its failures as one UserError."""
-    local = Path(source)
-    is_local = local.is_absolute() or str(source).startswith((".", "~")) or local.exists()
-    is_local |= str(source).endswith("/")
+    local, text = Path(source), str(source)
+    is_local = local.is_absolute() or text.startswith((".", "~")) or text.endswith("/") or local.exists()
     if is_local and not any((local / name).is_file() for name in ("config.json", "processor_config.json")):
         raise UserError(f"{source}: no model folder (no config.json in it); --model takes a folder or a hub name")
     if is_local:
         check_model_folder(local)
     else:
-        source, options["revision"] = split_revision(str(source))
+        source, options["revision"] = split_revision(text)
     if issubclass(auto_class, PreTrainedModel):
         options["use_safetensors"] = True  # a pickle may run code
         os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # nor are weights taken from a pull request that has some
