@@ -10,9 +10,8 @@ import pytest
 
 import main
 from captioner.runtime.errors import UserError
-from captioner.runtime.files import lock_folder
+from captioner.runtime.files import hash_file, lock_folder
 from captioner.training import stopping
-from captioner.training.checkpoints import hash_file
 from config import TrainConfig, make_config
 
 

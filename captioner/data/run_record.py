@@ -7,6 +7,11 @@ from captioner.runtime.errors import UserError
 from captioner.runtime.files import read_json
 
 
+def checkpoint_folder(output: Path) -> Path:
+    """Where the checkpoints of an unfinished run are."""
+    return output / "checkpoints"
+
+
 def read_run(folder: Path) -> dict:
     """What main.py wrote about its run: settings, data, versions. Its settings name the base model at least."""
     path, remedy = folder / "run.json", "train again with python main.py"
@@ -32,7 +37,7 @@ def explain_adapter(folder: Path) -> UserError:
                 f"{folder}: no such folder; train one with python main.py --output {folder} "
                 "(the demo's: python main.py --demo)"
             )
-        if (folder / "checkpoints").exists():
+        if checkpoint_folder(folder).exists():
             return UserError(f"{folder}: its run is unfinished; go on with it by the command that began it")
         return UserError(f"{folder}: no fine-tuned model in it; name the folder that main.py wrote, or train one")
     if not (folder / "run.json").is_file():

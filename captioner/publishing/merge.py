@@ -3,7 +3,6 @@
 merge_adapter(Path("blip2-finetuned"), Path("blip2-finetuned-merged"))   # needs no peft to load
 """
 
-import hashlib
 import shutil
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from captioner.blip2.trust import check_adapter_folder
 from captioner.data.run_record import read_run
 from captioner.publishing.records import check_adapter, take_names
 from captioner.runtime.errors import UserError
-from captioner.runtime.files import find_existing, measure_free, read_json, split_revision, write_json
+from captioner.runtime.files import find_existing, hash_file, measure_free, read_json, split_revision, write_json
 from captioner.runtime.machine import measure_memory
 
 MERGED = "merged.json"  # what tells a folder that merge_adapter wrote from any other
@@ -77,12 +76,10 @@ def check_replaceable(output: Path) -> None:
 
 def write_merged(merged: Path, folder: Path, run: dict) -> None:
     """Say in a merged folder what it is made of, and list its files."""
-    with open(folder / "adapter_model.safetensors", "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     record = {
         "base": take_names(run["config"]["model"], only_absolute=True),
         "run_name": run.get("run_name"),
-        "adapter_sha256": digest,
+        "adapter_sha256": hash_file(folder / "adapter_model.safetensors"),
         "files": sorted(path.name for path in merged.iterdir()),
     }
     write_json(merged / MERGED, record)

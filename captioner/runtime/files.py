@@ -5,6 +5,7 @@ with lock_folder(output, "--output"), atomic_write(output / "a.json") as file: .
 
 import errno
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -121,6 +122,12 @@ def is_inside(path: Path, folder: Path) -> bool:
         return True
     snapshots = (parent for parent in (root, *root.parents) if parent.name == "snapshots")
     return any(real.is_relative_to(folder.parent / "blobs") for folder in snapshots)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_existing(folder: Path) -> Path:

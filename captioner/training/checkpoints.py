@@ -9,7 +9,6 @@ While a run is unfinished, `<output>/checkpoints/` holds state.json (see run_sta
     manifest.json                                     # SHA-256 sums of all these, written last: without it none counts
 """
 
-import hashlib
 import json
 import os
 import pickle
@@ -27,18 +26,13 @@ from transformers.trainer_pt_utils import safe_globals
 
 from captioner.data.parallel import explain_dead_worker
 from captioner.runtime.errors import UserError, lacks_memory
-from captioner.runtime.files import atomic_write, measure_free
+from captioner.runtime.files import atomic_write, hash_file, measure_free
 from captioner.runtime.processes import gather, share_folder
 from captioner.training.fsdp import fit_fsdp, gather_trainable
 from captioner.training.stopping import Pace
 
 MANIFEST = "manifest.json"
 UNREADABLE = (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError)  # what damaged files lead to
-
-
-def checkpoint_folder(output: Path) -> Path:
-    """Where the checkpoints of an unfinished run are."""
-    return output / "checkpoints"
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -141,12 +135,6 @@ def seal_checkpoint(checkpoint: Path) -> None:
         json.dump(sums, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove_old_checkpoints(folder: Path) -> None:

@@ -14,13 +14,12 @@ from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from captioner.data.examples import Example
-from captioner.data.run_record import read_run
+from captioner.data.run_record import checkpoint_folder, read_run
 from captioner.data.splits import find_images_root, write_splits
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write, is_inside, name_run, read_json
 from captioner.runtime.processes import ask_main, go_on_alone, is_sharded
 from captioner.runtime.settings import flatten
-from captioner.training.checkpoints import checkpoint_folder
 from captioner.training.fsdp import check_sharding, gather_trainable
 from captioner.training.provenance import describe_run, note_versions
 from captioner.training.run_state import find_unfinished, fingerprint_data, list_changes, read_state, refuse_changes

@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 
 from captioner.data.examples import Example
+from captioner.data.run_record import checkpoint_folder
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import write_json
 from captioner.runtime.settings import flatten, name_fields
-from captioner.training.checkpoints import checkpoint_folder
 from config import TrainConfig
 
 SAID = {"fingerprint": "captions, images or their split"}  # what stands in a message for a name of state.json

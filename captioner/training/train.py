@@ -15,9 +15,10 @@ from transformers import TrainerCallback, TrainerState
 
 from captioner.blip2.batches import get_reader
 from captioner.data.parallel import LOADER_ERRORS, explain_dead_worker
+from captioner.data.run_record import checkpoint_folder
 from captioner.runtime.errors import UserError
 from captioner.runtime.processes import ask_main, gather
-from captioner.training.checkpoints import check_pickles, checkpoint_folder, find_checkpoint, read_step
+from captioner.training.checkpoints import check_pickles, find_checkpoint, read_step
 from captioner.training.micro_batch import find_micro_batch, list_micro_batches
 from captioner.training.plain import Parts
 from captioner.training.provenance import drop_parts

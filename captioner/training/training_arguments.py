@@ -6,10 +6,10 @@ import torch
 from transformers import TrainingArguments
 
 from captioner.blip2.loading import pick_dtype
+from captioner.data.run_record import checkpoint_folder
 from captioner.runtime.errors import UserError
 from captioner.runtime.machine import pick_workers
 from captioner.runtime.processes import WAITING
-from captioner.training.checkpoints import checkpoint_folder
 from config import TrainConfig
 
 EVAL_BATCH = 64  # frames a validation pass at most, unless the user says how many

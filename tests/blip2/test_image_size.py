@@ -14,7 +14,7 @@ from transformers import Blip2ForConditionalGeneration
 from captioner.blip2.loading import load_model, load_processor
 from captioner.publishing.merge import merge_adapter
 from captioner.runtime.errors import UserError
-from captioner.training.checkpoints import hash_file
+from captioner.runtime.files import hash_file
 
 CPU = torch.device("cpu")
 

@@ -28,8 +28,8 @@ from captioner.fast.linears import list_groups
 from captioner.fast.packing import PackedCollator, PackedSampler
 from captioner.fast.speed import FastStep, join_weights, unpack_nf4
 from captioner.runtime.errors import UserError
+from captioner.runtime.files import hash_file
 from captioner.training import trainer
-from captioner.training.checkpoints import hash_file
 from config import TrainConfig, make_config
 
 CPU = torch.device("cpu")

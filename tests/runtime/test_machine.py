@@ -31,10 +31,10 @@ from captioner.data.splits import leave_out_unreadable
 from captioner.runtime import cli, files, processes
 from captioner.runtime.cli import report_error
 from captioner.runtime.errors import UserError
-from captioner.runtime.files import atomic_write, lock_folder, measure_free, name_run
+from captioner.runtime.files import atomic_write, hash_file, lock_folder, measure_free, name_run
 from captioner.scoring.console import print_captions, print_left_out
 from captioner.scoring.predictions import Prediction
-from captioner.training.checkpoints import find_damage, hash_file
+from captioner.training.checkpoints import find_damage
 from captioner.training.run import prepare_output
 from captioner.training.run_state import read_state
 from config import PipelineConfig
