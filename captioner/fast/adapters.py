@@ -3,6 +3,7 @@
 Shapes: N values of all weights, G linear layers that read the same input, R LoRA rank.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -75,7 +76,7 @@ def copy_lora(model) -> Adapters:
     That precision differs between layers: the Q-Former of a model in fp16 stays in fp32. The scale is one for all
     layers. The seed is drawn anew.
     """
-    blip, copies = get_blip2(model), ()
+    blip, matrices = get_blip2(model), {}
     groups, weights = list_lora(model)
     if groups:
         [name] = groups[0][0].active_adapters
@@ -85,37 +86,20 @@ def copy_lora(model) -> Adapters:
             bind_parts(whole, weights)
         else:  # not joined, or another adapter was
             whole = torch.cat([weight.flatten() for weight in weights])
-        shapes = [(sum(layer.r[name] for layer in group), group[0].in_features) for group in groups]
-        shapes += [(sum(layer.out_features for layer in group), group[0].r[name]) for group in groups]
-        dtypes = 2 * [pick_compute_dtype(get_base(group[0])) for group in groups]
-        copies = ScaledCopies.apply(shapes, dtypes, scale, whole)
+        a_shapes = [(sum(layer.r[name] for layer in group), group[0].in_features) for group in groups]
+        b_shapes = [(sum(layer.out_features for layer in group), group[0].r[name]) for group in groups]
+        all_a, all_b = whole.split([sum(map(math.prod, shapes)) for shapes in (a_shapes, b_shapes)])
+        dtypes = [pick_compute_dtype(get_base(group[0])) for group in groups]
+        pairs = zip(copy_parts(all_a, a_shapes, dtypes), copy_parts(all_b * scale, b_shapes, dtypes), strict=True)
+        matrices = {group[0]: pair for group, pair in zip(groups, pairs, strict=True)}
     sites = {module: site for site, module in enumerate(blip.modules())}
     like = blip.query_tokens
     seed = torch.randint(2**62, (1,), device=like.device) if choice.use_kernels(like) else torch.zeros(1)
-    pairs = zip(copies[: len(groups)], copies[len(groups) :], strict=True)
-    return Adapters({group[0]: pair for group, pair in zip(groups, pairs, strict=True)}, sites, seed)
+    return Adapters(matrices, sites, seed)
 
 
-class ScaledCopies(torch.autograd.Function):
-    """Hundreds of small matrices in another precision, B's times a factor, by a few kernels.
-
-    `whole` (N,) are the weights of list_lora. Those of the layers of a group become one matrix, of `shapes` and
-    `dtypes`: first the A's of each group, then the B's.
-    """
-
-    @staticmethod
-    def forward(ctx, shapes, dtypes, scale, whole):
-        sizes = [rows * columns for rows, columns in shapes]
-        ctx.first_b, ctx.scale, ctx.dtype = sum(sizes[: len(sizes) // 2]), scale, whole.dtype
-        copies = {}
-        for dtype in set(dtypes):
-            copy = whole.to(dtype, copy=True)
-            copy[ctx.first_b :] *= scale
-            copies[dtype] = copy.split(sizes)
-        return tuple(copies[dtypes[i]][i].view(shape) for i, shape in enumerate(shapes))
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        whole = torch.cat([gradient.flatten() for gradient in gradients]).to(ctx.dtype)
-        whole[ctx.first_b :] *= ctx.scale
-        return None, None, None, whole
+def copy_parts(whole: Tensor, shapes: Sequence[tuple[int, int]], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Matrices that lie behind each other in `whole` (N,), each in its precision: by few kernels, however many."""
+    sizes = list(map(math.prod, shapes))
+    copies = {dtype: whole.to(dtype, copy=True).split(sizes) for dtype in set(dtypes)}
+    return [copies[dtype][place].view(shape) for place, (dtype, shape) in enumerate(zip(dtypes, shapes, strict=True))]
