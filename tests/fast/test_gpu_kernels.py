@@ -16,7 +16,7 @@ from captioner.fast.kernels.attention import Rows, attend, attend_one
 from captioner.fast.kernels.dropout import Drop
 from captioner.fast.kernels.head import softmax_nll
 from captioner.fast.kernels.lora import add_parts, lora_backward, project_low
-from captioner.fast.kernels.norm import add_and_norm, residual_norm, residual_norm_backward
+from captioner.fast.kernels.norm import add_and_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32]
@@ -156,28 +156,23 @@ def test_residual_norm_is_torchs(dropout, with_sum, dtype):
     norm = torch.nn.LayerNorm(width, device=DEVICE, dtype=dtype).requires_grad_(False)
     norm.weight.copy_(make(width)), norm.bias.copy_(make(width))
     zeros, ones = torch.zeros(rows, width, device=DEVICE), torch.ones(rows, width, device=DEVICE)
-    mask = residual_norm(zeros, ones, drop, norm)[0].double()
+    mask = add_and_norm(zeros, ones, drop, norm)[0].double()
     assert (mask == 0).any() == (dropout > 0)
     x, h = (make(rows, width, dtype=dtype).requires_grad_() for _ in range(2))
-    total, normed, moments = residual_norm(x.detach(), h.detach(), drop, norm, room=3)
     expected_sum = x.double() + h.double() * mask
     expected = F.layer_norm(expected_sum, (width,), norm.weight.double(), norm.bias.double(), norm.eps)
-    check(total, expected_sum, dtype)
-    check(normed, expected, dtype)
     grad_sum, grad = make(rows, width, dtype=dtype), make(rows, width + 3, dtype=dtype)[:, :width]
     loss = (expected * grad.double()).sum() + (expected_sum * grad_sum.double()).sum() * with_sum
     gradients = torch.autograd.grad(loss, (x, h), retain_graph=True)
-    results = residual_norm_backward(grad_sum if with_sum else None, grad, total, moments, drop, norm.weight)
-    for result, gradient in zip(results, gradients, strict=True):
-        check(result, gradient, dtype)
-    if not dropout:
-        for function in (add_and_norm, lambda *args: by_torch(add_and_norm, *args)):
-            total, normed = function(x, h, drop, norm)
-            check(total, expected_sum, dtype)
-            check(normed, expected, dtype)
-            results = torch.autograd.grad([normed, total], (x, h), [grad, grad_sum * with_sum])
-            for result, gradient in zip(results, gradients, strict=True):
-                check(result, gradient, dtype)
+    twin = [] if dropout else [lambda *args: by_torch(add_and_norm, *args)]  # which draws another mask
+    for function in (add_and_norm, *twin):
+        total, normed = function(x, h, drop, norm, 3)
+        check(total, expected_sum, dtype)
+        check(normed, expected, dtype)
+        grads = {normed: grad} | ({total: grad_sum} if with_sum else {})
+        results = torch.autograd.grad(list(grads), (x, h), list(grads.values()))
+        for result, gradient in zip(results, gradients, strict=True):
+            check(result, gradient, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
