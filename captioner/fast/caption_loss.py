@@ -14,7 +14,7 @@ from torch.nn.attention import sdpa_kernel
 from captioner.blip2.batches import IGNORED
 from captioner.blip2.lora import get_blip2
 from captioner.fast.adapters import Adapters, copy_lora
-from captioner.fast.kernels.attention import BACKENDS, Rows
+from captioner.fast.kernels.attention import BACKENDS, Rows, attend
 from captioner.fast.kernels.head import softmax_nll
 from captioner.fast.layers import embed_images, is_written_out, run_decoder
 
@@ -71,7 +71,12 @@ def text_nll(model, image: Tensor, lora: Adapters, texts: dict) -> Tensor:
     # all places with a label, filled up with the first, which is an image token's
     size = len(labels) - rows * queries
     predicting = torch.nonzero_static(labels != IGNORED, size=size, fill_value=0)[:, 0]  # (C,)
-    hidden = run_decoder(decoder, x, packed, lora, predicting)  # (C, H)
+
+    def look(qkv: Tensor) -> Tensor:
+        attention = decoder.layers[0].self_attn  # all layers have its settings
+        return attend([qkv], attention.num_heads, attention.dropout * attention.training, packed)
+
+    hidden = run_decoder(decoder, x, [look] * len(decoder.layers), lora, predicting)  # (C, H)
     nll = FrozenHeadNLL.apply(hidden, blip.language_model.lm_head.weight, labels[predicting])  # (C,)
     return torch.where(row[predicting] == places[:rows, None], nll, 0).sum(1)
 

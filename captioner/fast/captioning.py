@@ -6,16 +6,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from captioner.blip2.captioner import Captioner
+from captioner.blip2.captioner import SLOW_BATCH, Captioner
 from captioner.blip2.generation import GreedyCaptioner, decode_captions
-from captioner.fast.decoder_weights import supports
 from captioner.fast.features import FeatureFile, find_folder
-from captioner.fast.generation import FastGenerator
-from captioner.fast.generation_plan import Room, measure_room, plan_generation
+from captioner.fast.generation import FastGenerator, supports
+from captioner.fast.room import FAST_BATCH, measure_room, pick_batch_size
+from captioner.fast.speed import has_room_to_unpack, join_weights, merge_lora, unpack_nf4
 from captioner.runtime.errors import UserError
 from captioner.runtime.processes import gather
 
 ROOM = 256  # images that there must be memory for, so that training beside them keeps some
+UNPACKING_ROOM = 2  # the GPU must have so many times the memory free that unpacked weights take
 
 
 class FastGreedyCaptioner(GreedyCaptioner):
@@ -34,9 +35,9 @@ class FastGreedyCaptioner(GreedyCaptioner):
     def prepare(self, model) -> None:
         if self.generator is None:
             room = measure_room(model, self.generation.max_new_tokens)
-            self.lean = room.copied < ROOM
-            plan = plan_generation(room, self.count, lean=self.lean)
-            self.generator = plan and plan.make(model)
+            self.lean = room < ROOM
+            size = pick_batch_size(room, self.count, SLOW_BATCH if self.lean else FAST_BATCH)
+            self.generator = FastGenerator(model, size) if size else None
 
     def __call__(self, model, pixel_values: Tensor) -> list[str]:
         if self.generator is None:
@@ -63,25 +64,31 @@ class FastCaptioner(Captioner):
         self.features = folder and FeatureFile(folder, self.vision, self.model.config.vision_config, self.processor)
 
     def _prepare(self, images: int) -> None:
-        longest = self.generation.max_new_tokens
-        rooms = gather(measure_room, self.model, longest)  # batches are of one size in all processes
-        gather(self._make_generator, Room(*map(min, zip(*rooms, strict=True))), images)
-
-    def _make_generator(self, room: Room, images: int) -> None:
         """Choose the batch size, and the fast way to generate where that is wanted and possible."""
-        wanted, size = self.config.fast.fast, self.config.generation.batch_size
-        self.generator, plan = None, None
-        if wanted == "on" or (wanted == "auto" and self.model.device.type == "cuda"):
-            plan = plan_generation(room, images, size)
-        if plan is not None:
-            self.batch_size, self.generator = plan.batch_size, plan.make(self.model)
-        elif wanted == "on" and not supports(self.model):
-            raise UserError("--fast on: not made for this language model; use --fast auto")
-        elif wanted == "on":
-            raise UserError(
-                f"--fast on: the GPU has room for {max(room)} images at once in this way; take a --batch-size of no "
-                "more, or --fast auto"
-            )
+        self.generator, self.is_merged = None, False
+        if self.config.fast.fast == "on" or self.model.device.type == "cuda":
+            room = min(gather(self._make_room))  # batches are of one size in all processes
+            gather(self._make_generator, room, images)
+
+    def _make_room(self) -> int:
+        """For how many images there is room, with the weights as the generator reads them."""
+        if supports(self.model):
+            if has_room_to_unpack(self.model, self.model.device, UNPACKING_ROOM):
+                unpack_nf4(self.model)
+            self.is_merged = not self.config.model_floors and merge_lora(self.model)
+            join_weights(self.model)
+        return measure_room(self.model, self.generation.max_new_tokens)
+
+    def _make_generator(self, room: int, images: int) -> None:
+        size = self.config.generation.batch_size or pick_batch_size(room, images, FAST_BATCH)
+        if 0 < size <= room:
+            self.batch_size, self.generator = size, FastGenerator(self.model, size)
+            return
+        reason = f"the GPU has room for {room} images at once in the fast way"
+        reason = reason if supports(self.model) else "the fast way is not made for this language model"
+        if self.config.fast.fast == "on":
+            raise UserError(f"--fast on: {reason}; take a --batch-size of no more, or --fast auto")
+        print(f"captions come from transformers' generate(): {reason}")
 
     def _read_all(self, images: Sequence[Path]) -> Iterator[Tensor | str]:
         """The ViT's output (P, D) of an image where main.py has kept it, else what is read of the image."""
@@ -109,4 +116,4 @@ class FastCaptioner(Captioner):
     def way(self) -> str:
         if self.generator is None:
             return super().way
-        return "FastGenerator" if self.generator.weights.copied else "FastGenerator-packed"
+        return "FastGenerator-merged" if self.is_merged else "FastGenerator"

@@ -8,6 +8,7 @@ tokens, L positions of the cache that are read, H heads of width D, E = H x D, V
 A row is [Q image embeddings][bos][new tokens]; all rows have the same length, so one position counter does for all.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -16,11 +17,12 @@ from torch.nn import functional as F
 
 from captioner.blip2.lora import get_blip2
 from captioner.blip2.sampling import pick_tokens
-from captioner.fast.decoder_weights import DecoderWeights
+from captioner.fast.adapters import Adapters, copy_lora
 from captioner.fast.decoding_state import DecodingState
 from captioner.fast.kernels import choice as kernel_choice
 from captioner.fast.kernels.attention import attend_one, attend_rows
-from captioner.fast.layers import embed_images
+from captioner.fast.layers import embed_images, is_written_out, run_decoder
+from captioner.fast.linears import is_plain, list_groups
 from captioner.fast.speed import record_graph
 
 BUCKET = 32  # positions by which the part of the cache that is read grows
@@ -34,14 +36,33 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+def supports(model) -> bool:
+    """Whether FastGenerator can caption with this model; where not, transformers' generate() can."""
+    return is_written_out(model) and all(is_plain(linear) for group in list_groups(model) for linear in group)
+
+
+def look_back(keys: Tensor, values: Tensor, positions: Tensor, qkv: Tensor) -> Tensor:
+    """A layer's attention of the tokens at `positions` (T,) of each row: qkv (n x T, 3E) -> (n x T, E).
+
+    Several look back on themselves, at the beginning of the row; one on the cache, keys and values (n, H, L, D), into
+    which all go.
+    """
+    new = qkv.view(len(keys), len(positions), 3, keys.shape[1], -1)  # (n, T, 3, H, D)
+    if len(positions) == 1:
+        return attend_one(new[:, 0], keys, values, positions).flatten(1)
+    keys.index_copy_(2, positions, new[:, :, 1].transpose(1, 2))
+    values.index_copy_(2, positions, new[:, :, 2].transpose(1, 2))
+    return attend_rows(*new.unbind(2), is_causal=True).flatten(0, 1)
+
+
 class FastGenerator:
     """Captions batches of up to `batch_size` images with a model that `supports` accepts, in eval mode.
 
-    Keeps OPT's weights as DecoderWeights has them, copied or not, a cache of batch_size rows, and the graphs, all of
-    which later calls use again.
+    Reads the model's weights where they are. Keeps a copy of LoRA's, a cache of batch_size rows, and the graphs, all
+    of which later calls use again.
     """
 
-    def __init__(self, model, batch_size: int, bucket: int = BUCKET, cuda_graphs: bool = True, copies: bool = True):
+    def __init__(self, model, batch_size: int, bucket: int = BUCKET, cuda_graphs: bool = True):
         """Decode in CUDA graphs, on a GPU, unless `cuda_graphs` is False; `bucket` positions of the cache at a time."""
         self.model = get_blip2(model)
         self.decoder = self.model.language_model.model.decoder
@@ -52,7 +73,7 @@ class FastGenerator:
         self.device, self.dtype = embedding.device, embedding.dtype
         self.use_kernels = kernel_choice.use_kernels(embedding)
         self.use_graphs = cuda_graphs and self.device.type == "cuda"
-        self.weights = DecoderWeights(self.model, copies)
+        self.lora: Adapters | None = None
         self.state: DecodingState | None = None
 
     @torch.inference_mode()
@@ -67,8 +88,7 @@ class FastGenerator:
         rows = len(pixel_values)
         assert 0 < rows <= self.batch_size, f"{rows} images in a batch of {self.batch_size}"
         self._make_room(max_new_tokens)
-        if self.weights.update():
-            self._forget_graphs()
+        self._copy_lora()
         self.state.start(rows, seeds)
         self._read_prefix(pixel_values, choice)
 
@@ -90,6 +110,20 @@ class FastGenerator:
             self._run_step(size, length, choice)
             position += 1
         return self.state.read(rows, position)
+
+    def _copy_lora(self) -> None:
+        """Take LoRA's weights as they are now, to where recorded steps read them."""
+
+        def list_shapes(lora: Adapters) -> list:
+            return [(layer, a.shape) for layer, (a, _) in lora.matrices.items()]
+
+        now = copy_lora(self.model)
+        if self.lora is None or list_shapes(self.lora) != list_shapes(now):  # on or off, or another adapter
+            self.lora = now
+            self._forget_graphs()
+        for layer, matrices in now.matrices.items():
+            for kept, matrix in zip(self.lora.matrices[layer], matrices, strict=True):
+                kept.copy_(matrix)
 
     def _make_room(self, max_new_tokens: int) -> None:
         """Allocate the state, unless what an earlier call allocated is long enough."""
@@ -117,33 +151,23 @@ class FastGenerator:
         last, start = [], 0
         for pixels in pixel_values.split(CHUNK):
             vision = self.model.vision_model(pixel_values=pixels.to(self.device)).last_hidden_state  # (., P, D)
-            image = embed_images(self.model, vision, self.weights.lora)  # (., Q, E)
+            image = embed_images(self.model, vision, self.lora)  # (., Q, E)
             prefix = torch.cat([image.to(self.dtype), bos.expand(len(image), -1, -1)], dim=1)  # (., Q+1, E)
             cache = self.state.cache[:, :, start : start + len(image)]
-            last.append(self._run_layers(prefix, positions, cache)[:, -1])
+            last.append(self._run_layers(prefix, positions, cache))
             start += len(image)
         self._choose(torch.cat(last), choice)
 
     def _run_layers(self, x: Tensor, positions: Tensor, cache: Tensor) -> Tensor:
-        """OPT's outputs (n, T, E) for embeddings x (n, T, E) at `positions` (T,), which go into the cache.
+        """OPT's outputs (n, E) at the last of `positions` (T,), for embeddings x (n, T, E).
 
-        Several look back on themselves, at the beginning of the row; one on the cache (layers, 2, n, H, L, D).
+        Their keys and values go into the cache (layers, 2, n, H, L, D).
         """
-        (n, length, _), heads = x.shape, self.decoder.config.num_attention_heads
-        table = self.decoder.embed_positions
+        (n, length, _), table = x.shape, self.decoder.embed_positions
         x = x + F.embedding(positions + table.offset, table.weight)
-        layers = zip(self.decoder.layers, self.weights.layers, cache, strict=True)
-        for layer, (qkv, out, fc1, fc2), (keys, values) in layers:
-            new = qkv(layer.self_attn_layer_norm(x)).view(n, length, 3, heads, -1)
-            if length == 1:
-                seen = attend_one(new[:, 0], keys, values, positions)  # (n, H, D)
-            else:
-                keys.index_copy_(2, positions, new[:, :, 1].transpose(1, 2))
-                values.index_copy_(2, positions, new[:, :, 2].transpose(1, 2))
-                seen = attend_rows(*new.unbind(2), is_causal=True)
-            x = x + out(seen.reshape(n, length, -1))
-            x = x + fc2(layer.activation_fn(fc1(layer.final_layer_norm(x))))
-        return self.decoder.final_layer_norm(x)
+        looks = [functools.partial(look_back, *layer, positions) for layer in cache]
+        last = torch.arange(length - 1, n * length, length, device=x.device)
+        return run_decoder(self.decoder, x.flatten(0, 1), looks, self.lora, last if length > 1 else None)
 
     def _choose(self, last: Tensor, choice: Choice | None) -> None:
         """Choose the next token of each row from OPT's last output (n, E), and write it down. Nothing waits here."""
@@ -159,7 +183,7 @@ class FastGenerator:
         """Feed the first `size` rows their current token, and choose the next; `length` is L."""
         state = self.state
         x = self.decoder.embed_tokens(state.current[:size, None])  # (n, 1, E)
-        self._choose(self._run_layers(x, state.position, state.cache[:, :, :size, :, :length])[:, 0], choice)
+        self._choose(self._run_layers(x, state.position, state.cache[:, :, :size, :, :length]), choice)
 
     def _run_step(self, size: int, length: int, choice: Choice | None) -> None:
         """_step, by a graph if there is one. The first step of its kind runs without, which warms it up, and is then

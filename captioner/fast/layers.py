@@ -7,7 +7,7 @@ batch together, L queries and S keys of a row, G linear layers that read the sam
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,9 +20,20 @@ from transformers import Blip2ForConditionalGeneration, OPTForCausalLM
 from captioner.blip2.lora import get_blip2
 from captioner.fast.adapters import Adapters
 from captioner.fast.kernels import choice, norm
-from captioner.fast.kernels.attention import BACKENDS, Rows, attend
+from captioner.fast.kernels.attention import BACKENDS, attend
 from captioner.fast.kernels.lora import lora_backward, project_low
 from captioner.fast.linears import group_linears, has_joined, join_linears
+
+# attention of one layer: queries, keys and values of N positions, side by side (N, 3H) -> (N, H)
+Look = Callable[[Tensor], Tensor]
+
+
+class End(NamedTuple):
+    """What follows an OPT layer."""
+
+    norm: nn.LayerNorm
+    readers: Sequence[nn.Module]  # linear layers that read what the norm gives
+    wanted: Tensor | None = None  # (C,) the places whose result is read; None: all
 
 
 def is_written_out(model) -> bool:
@@ -52,31 +63,32 @@ def embed_images(blip: Blip2ForConditionalGeneration, vision: Tensor, lora: Adap
     return blip.language_projection(x.to(blip.language_model.lm_head.weight.dtype))
 
 
-def run_decoder(decoder, x: Tensor, rows: Rows, lora: Adapters, wanted: Tensor) -> Tensor:
-    """OPT's last hidden states, normed, at the places `wanted` (C,), for embeddings x (N, H) with positions.
+def run_decoder(decoder, x: Tensor, looks: Sequence[Look], lora: Adapters, wanted: Tensor | None = None) -> Tensor:
+    """OPT's last hidden states, normed, at the places `wanted` (C,), or all, for embeddings x (N, H) with positions.
 
-    Elsewhere the last layer ends with its attention: what it would give there is read by none.
+    `looks` is the attention of each layer. Where nothing is wanted the last layer ends with it: what it would give
+    there is read by none.
     """
     ends = [End(layer.self_attn_layer_norm, group_linears(layer)[0]) for layer in decoder.layers[1:]]
     ends.append(End(decoder.final_layer_norm, [], wanted))
     normed = decoder.layers[0].self_attn_layer_norm(x)
-    for layer, end in zip(decoder.layers, ends, strict=True):
-        x, normed = run_opt_layer(layer, x, normed, end, rows, lora=lora)
+    for layer, look, end in zip(decoder.layers, looks, ends, strict=True):
+        x, normed = run_opt_layer(layer, look, end, lora, x, normed)
     return normed
 
 
-def run_opt_layer(layer, *args, lora: Adapters):
-    """opt_layer(layer, *args, lora), its activations computed again in the backward pass if the layer is set to that.
+def run_opt_layer(layer, look: Look, end: End, lora: Adapters, *hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """opt_layer, its activations computed again in the backward pass if the layer is set to that.
 
     torch looks for tensors in all arguments of what it will compute again: of thousands of modules in `lora`, for each
     layer, that took longer than the layer.
     """
-    run = functools.partial(opt_layer, layer, lora=lora)
+    run = functools.partial(opt_layer, layer, look, end, lora)
     if getattr(layer, "gradient_checkpointing", False) and layer.training:
         options = {"use_reentrant": False, "context_fn": _attention_contexts}
-        draws = draws_by_kernels(args[0], layer.self_attn.dropout)
-        return checkpoint(run, *args, **options, preserve_rng_state=not draws)
-    return run(*args)
+        draws = draws_by_kernels(hidden[0], layer.self_attn.dropout)
+        return checkpoint(run, *hidden, **options, preserve_rng_state=not draws)
+    return run(*hidden)
 
 
 def draws_by_kernels(x: Tensor, attention_dropout: float) -> bool:
@@ -92,22 +104,13 @@ def _attention_contexts() -> tuple:
     return sdpa_kernel(BACKENDS), sdpa_kernel(BACKENDS)
 
 
-class End(NamedTuple):
-    """What follows an OPT layer."""
-
-    norm: nn.LayerNorm
-    readers: Sequence[nn.Module]  # linear layers that read what the norm gives
-    wanted: Tensor | None = None  # (C,) the places whose result is read; None: all
-
-
-def opt_layer(layer, x: Tensor, normed: Tensor, end: End, rows: Rows, lora: Adapters) -> tuple[Tensor, Tensor]:
-    """An OPTDecoderLayer on x (N, H), each position seeing itself and its row's before: the new x, and end.norm of it.
+def opt_layer(layer, look: Look, end: End, lora: Adapters, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+    """An OPTDecoderLayer on x (N, H) whose attention is `look`: the new x, and end.norm of it.
 
     `normed` is x as the layer's first norm makes it. Both results are of the places end.wanted.
     """
-    attention, (qkv, out, fc1, fc2) = layer.self_attn, group_linears(layer)
-    joined = [apply_linears(qkv, normed, lora)]
-    h = attend(joined, attention.num_heads, attention.dropout * attention.training, rows)
+    qkv, out, fc1, fc2 = group_linears(layer)
+    h = look(apply_linears(qkv, normed, lora))
     if end.wanted is not None:
         x, h = x.index_select(0, end.wanted), h.index_select(0, end.wanted)
     h = apply_linears(out, h, lora)

@@ -37,6 +37,13 @@ def list_groups(model) -> list[list[nn.Module]]:
     return groups + [group for layer in blip.qformer.encoder.layer for group in group_qformer_linears(layer)]
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether the layer is an nn.Linear or Linear4bit, bare or with LoRA that is no variant like DoRA."""
+    if isinstance(layer, LoraLayer) and (layer.lora_variant or any(b.bias is not None for b in layer.lora_B.values())):
+        return False
+    return type(get_base(layer)) in (nn.Linear, bnb.nn.Linear4bit)
+
+
 def get_base(layer: nn.Module) -> nn.Module:
     return layer.base_layer if isinstance(layer, LoraLayer) else layer
 

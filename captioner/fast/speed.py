@@ -7,10 +7,12 @@ about one size (packing.PackedSampler). trainer.py trains with them.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import TypeVar
 
 import bitsandbytes as bnb
+import peft
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,7 +28,6 @@ from config import TrainConfig
 
 T = TypeVar("T")
 INPUTS = ("pixel_values", "input_ids", "labels", "starts", "longest")  # of a pass
-UNPACKING_ROOM = 3  # the GPU must have so many times the memory free that unpacked weights take
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -50,6 +51,16 @@ def unpack_nf4(model) -> int:
         plain.bias = layer.bias
         setattr(parent, name, plain)
     return len(packed)
+
+
+def merge_lora(model) -> bool:
+    """Add LoRA to the weights that it adapts, unless some of them are NF4. Returns whether it was done."""
+    layers = list(itertools.chain.from_iterable(list_groups(model)))
+    if any(isinstance(get_base(layer), bnb.nn.Linear4bit) for layer in layers):
+        return False
+    for layer in filter(has_active_lora, layers):
+        peft.tuners.lora.Linear.merge(layer)  # that of a layer that was NF4 would quantise the sum
+    return True
 
 
 def join_weights(model) -> None:
@@ -78,13 +89,13 @@ def count_ranks(group) -> int:
     return ranks if lora.use_kernels(get_base(group[0]).weight, ranks) and ranks % 8 == 0 else 0
 
 
-def has_room_to_unpack(model, device: torch.device) -> bool:
-    """Whether a GPU has memory to spare for the weights of NF4 layers in 16 bits."""
+def has_room_to_unpack(model, device: torch.device, times: float = 3) -> bool:
+    """Whether a GPU has so many times the memory free that the weights of NF4 layers take in 16 bits."""
     if device.type != "cuda":
         return False
     layers = [layer for layer in model.modules() if isinstance(layer, bnb.nn.Linear4bit)]
     need = 2 * sum(layer.in_features * layer.out_features for layer in layers)  # bytes
-    return torch.cuda.mem_get_info(device)[0] > UNPACKING_ROOM * need
+    return torch.cuda.mem_get_info(device)[0] > times * need
 
 
 # --------------------------------------------------------------------------------------------------------------

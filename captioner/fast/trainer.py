@@ -73,9 +73,6 @@ class FastTrainer(CaptionTrainer):
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
         groups = [{"params": [self.fast_step.whole], "weight_decay": self.args.weight_decay}]
         self.optimizer = optimizer_class(groups, **options)
-        self.optimizer.register_step_post_hook(
-            lambda *_: torch.autograd.graph.increment_version(self.fast_step.weights)
-        )
         return self.optimizer
 
     def _get_eval_sampler(self, eval_dataset):

@@ -130,11 +130,6 @@ class CaptionTrainer(SealedTrainer):
             check_same_weights(self.model)
         return super()._prepare_for_training(*args)
 
-    def create_optimizer(self, *args):
-        optimizer = super().create_optimizer(*args)
-        optimizer.register_step_post_hook(raise_versions)
-        return optimizer
-
     def _run_epoch(self, model, epoch, train_dataloader, *args, **kwargs):
         """Tells the sampler its epoch, which accelerate fails to when several processes go on within one."""
         batches = train_dataloader.batch_sampler
@@ -190,12 +185,3 @@ class CaptionTrainer(SealedTrainer):
             for row, label in zip(logits, inputs["labels"], strict=True)
         ]
         return torch.stack(losses), (inputs["labels"] != IGNORED).sum(1)
-
-
-def raise_versions(optimizer: torch.optim.Optimizer, *_) -> None:
-    """Raise the versions of the weights that an optimiser has written, which torch's fused ones don't.
-
-    By its version, what keeps a copy of a weight knows that it is out of date.
-    """
-    for group in optimizer.param_groups:
-        torch.autograd.graph.increment_version(group["params"])
