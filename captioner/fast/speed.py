@@ -58,9 +58,10 @@ def merge_lora(model) -> bool:
     layers = list(itertools.chain.from_iterable(list_groups(model)))
     if any(isinstance(get_base(layer), bnb.nn.Linear4bit) for layer in layers):
         return False
-    for layer in filter(has_active_lora, layers):
+    adapted = list(filter(has_active_lora, layers))
+    for layer in adapted:
         peft.tuners.lora.Linear.merge(layer)  # that of a layer that was NF4 would quantise the sum
-    return True
+    return bool(adapted)
 
 
 def join_weights(model) -> None:

@@ -47,7 +47,6 @@ def project_low(x: Tensor, a: Tensor, low: Tensor, drop: Drop, b: Tensor, beside
     _project_low[groups, blocks + triton.cdiv(height, PROJECT["PLACED"])](
         *(x, a, low, b, beside, drop.seed, drop.site, rows, width, height, blocks),
         *(x.stride(0), low.stride(0), beside.stride(0), drop.level, drop.scale),
-        DROPS=drop.share > 0,
         R=rank,
         FULL=fill_up(rank),
         **PROJECT,
@@ -59,8 +58,7 @@ def project_low(x: Tensor, a: Tensor, low: Tensor, drop: Drop, b: Tensor, beside
 @triton.jit(do_not_specialize=VARYING)
 def _project_low(
     x, a, low, b, beside, seed, site, rows, width, height, blocks, x_stride, low_stride, beside_stride, level, scale,
-    DROPS: tl.constexpr, R: tl.constexpr, FULL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    PLACED: tl.constexpr,
+    R: tl.constexpr, FULL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0)
     r = tl.arange(0, FULL)
@@ -75,10 +73,9 @@ def _project_low(
             is_column = (column < width)[None, :]
             place = x + row.to(tl.int64)[:, None] * x_stride + column[None, :]
             values = tl.load(place, (row < rows)[:, None] & is_column, 0.0)
-            if DROPS:
-                same = block * COLUMNS | tl.arange(0, COLUMNS)  # computed anew, so that the compiler sees what is even
-                kept = is_kept(row_number, number_columns(keys, same)[None, :], same[None, :], level)
-                values = tl.where(kept, values, 0.0)
+            same = block * COLUMNS | tl.arange(0, COLUMNS)  # computed anew, so that the compiler sees what is even
+            kept = is_kept(row_number, number_columns(keys, same)[None, :], same[None, :], level)
+            values = tl.where(kept, values, 0.0)
             weight = tl.load(a + (group * R + r)[:, None] * width + column[None, :], is_rank[:, None] & is_column, 0.0)
             total += tl.dot(values, tl.trans(weight), input_precision="ieee")
         place = low + row.to(tl.int64)[:, None] * low_stride + (group * R + r)[None, :]
@@ -120,7 +117,6 @@ def lora_backward(
     _lora_backward[blocks, len(sums)](
         *(target, x, grad_low, a, sums, drop.seed, drop.site, rows, width, height),
         *(target.stride(0), x.stride(0), grad_low.stride(0), drop.level, drop.scale),
-        DROPS=drop.share > 0,
         ADDS=grad_x is not None,
         RELU=relu,
         K=ranks,
@@ -133,8 +129,8 @@ def lora_backward(
 @triton.jit(do_not_specialize=VARYING)
 def _lora_backward(
     grad_x, x, grad_low, a, sums, seed, site, rows, width, height, grad_stride, x_stride, low_stride, level, scale,
-    DROPS: tl.constexpr, ADDS: tl.constexpr, RELU: tl.constexpr, K: tl.constexpr, ALL: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ADDS: tl.constexpr, RELU: tl.constexpr, K: tl.constexpr, ALL: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = (column < width)[None, :]
@@ -152,16 +148,11 @@ def _lora_backward(
         long = row.to(tl.int64)[:, None]
         values = tl.load(x + long * x_stride + column[None, :], is_there, 0.0)
         low = tl.load(grad_low + long * low_stride + k[None, :], (row < last)[:, None] & is_rank[None, :], 0.0)
-        used = values
-        if DROPS:
-            kept = is_kept(number_rows(keys, row)[:, None], column_number, column[None, :], level)
-            used = tl.where(kept, values, 0.0)
-        total += tl.dot(tl.trans(low), used, input_precision="ieee")
+        kept = is_kept(number_rows(keys, row)[:, None], column_number, column[None, :], level)
+        total += tl.dot(tl.trans(low), tl.where(kept, values, 0.0), input_precision="ieee")
         if ADDS:
             place = grad_x + long * grad_stride + column[None, :]
-            back = tl.dot(low, weight, input_precision="ieee") * scale
-            if DROPS:
-                back = tl.where(kept, back, 0.0)
+            back = tl.where(kept, tl.dot(low, weight, input_precision="ieee") * scale, 0.0)
             back += tl.load(place, is_there, 0.0).to(tl.float32)
             if RELU:
                 back = tl.where(values > 0, back, 0.0)

@@ -32,28 +32,21 @@ class AddAndNorm(torch.autograd.Function):
         _add_and_norm[(rows,)](
             *(x, h, total, normed, norm.weight, norm.bias, drop.seed, drop.site),
             *(width, normed.stride(0), norm.eps, drop.level, drop.scale),
-            DROPS=drop.share > 0,
             W=triton.next_power_of_2(width),
             num_warps=8,
         )
         ctx.save_for_backward(total, drop.seed)
         ctx.drop, ctx.norm = drop._replace(seed=None), norm
-        ctx.set_materialize_grads(False)
         return total, normed
 
     @staticmethod
     def backward(ctx, grad_total, grad_normed):
         (total, seed), drop = ctx.saved_tensors, ctx.drop
-        adds = grad_total is not None  # else nothing but the norm has used the sum
-        grad_total = grad_total.contiguous() if adds else grad_normed
         assert grad_normed.stride(1) == 1
-        grad_x = torch.empty_like(total)
-        grad_h = torch.empty_like(total) if drop.share else grad_x
+        grad_x, grad_h = torch.empty_like(total), torch.empty_like(total)
         _add_and_norm_backward[(len(total),)](
-            *(grad_total, grad_normed, total, ctx.norm.weight, grad_x, grad_h, seed, drop.site),
+            *(grad_total.contiguous(), grad_normed, total, ctx.norm.weight, grad_x, grad_h, seed, drop.site),
             *(total.shape[1], grad_normed.stride(0), ctx.norm.eps, drop.level, drop.scale),
-            ADDS=adds,
-            DROPS=drop.share > 0,
             W=triton.next_power_of_2(total.shape[1]),
             num_warps=8,
         )
@@ -63,14 +56,12 @@ class AddAndNorm(torch.autograd.Function):
 @triton.jit(do_not_specialize=VARYING)
 def _add_and_norm(
     x, h, total, normed, weight, bias, seed, site, width, normed_stride, epsilon, level, scale,
-    DROPS: tl.constexpr, W: tl.constexpr,
+    W: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0), tl.arange(0, W)
     is_there = column < width
     place = row.to(tl.int64) * width + column
-    added = tl.load(h + place, is_there, 0.0).to(tl.float32)
-    if DROPS:
-        added = _drop(added, seed, site, row, column, level, scale)
+    added = _drop(tl.load(h + place, is_there, 0.0).to(tl.float32), seed, site, row, column, level, scale)
     s = (tl.load(x + place, is_there, 0.0).to(tl.float32) + added).to(total.dtype.element_ty)
     tl.store(total + place, s, is_there)
     normal, _ = _normalise(s.to(tl.float32), is_there, width, epsilon)
@@ -83,7 +74,7 @@ def _add_and_norm(
 @triton.jit(do_not_specialize=VARYING)
 def _add_and_norm_backward(
     grad_total, grad_normed, total, weight, grad_x, grad_h, seed, site, width, normed_stride, epsilon, level, scale,
-    ADDS: tl.constexpr, DROPS: tl.constexpr, W: tl.constexpr,
+    W: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0), tl.arange(0, W)
     is_there = column < width
@@ -93,12 +84,10 @@ def _add_and_norm_backward(
     grad = tl.load(grad_normed + row.to(tl.int64) * normed_stride + column, is_there, 0.0).to(tl.float32) * gain
     along, mean = tl.sum(grad * normal, 0) / width, tl.sum(grad, 0) / width
     grad = (grad - normal * along - mean) * factor
-    if ADDS:
-        grad += tl.load(grad_total + place, is_there, 0.0).to(tl.float32)
+    grad += tl.load(grad_total + place, is_there, 0.0).to(tl.float32)
     tl.store(grad_x + place, grad.to(grad_x.dtype.element_ty), is_there)
-    if DROPS:
-        dropped = _drop(grad, seed, site, row, column, level, scale)
-        tl.store(grad_h + place, dropped.to(grad_h.dtype.element_ty), is_there)
+    dropped = _drop(grad, seed, site, row, column, level, scale)
+    tl.store(grad_h + place, dropped.to(grad_h.dtype.element_ty), is_there)
 
 
 @triton.jit
