@@ -131,8 +131,7 @@ class FastStep:
     def __init__(self, model, cuda_graphs: bool):
         self.model, self.cuda_graphs = model, cuda_graphs
         self.whole, self.weights = join_lora(model)
-        self.sums = self.whole.new_zeros(len(self.whole) + 1)  # gradients, and a place for the loss; see add_up
-        self.whole.grad = self.sums[:-1]
+        self.whole.grad = torch.zeros_like(self.whole)
         self.recordings: dict[tuple, tuple] = {}
         self.pool = torch.cuda.graph_pool_handle() if cuda_graphs else None
 
@@ -149,24 +148,6 @@ class FastStep:
     def zero_grad(self) -> None:
         """Begin an optimiser step anew."""
         self.whole.grad.zero_()
-
-    def add_up(self, loss: Tensor) -> Tensor:
-        """Make the gradients, and the loss that is returned, the sums over all processes.
-
-        Called in each, after the last pass of an optimiser step. As each loss is divided by the tokens of the whole
-        step, these are the gradients of the step's mean.
-        """
-        if not torch.distributed.is_initialized():
-            return loss
-        self.sums[-1] = loss
-        torch.distributed.all_reduce(self.sums)
-        return self.sums[-1].clone()
-
-    def clip(self, max_norm: float) -> Tensor:
-        """The norm of all gradients, which are scaled down to it if it is larger: clip_grad_norm_."""
-        norm = torch.linalg.vector_norm(self.whole.grad)
-        self.whole.grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1))
-        return norm
 
     @torch.no_grad()
     def evaluate(self, batch: dict[str, Tensor]) -> Tensor:
@@ -199,10 +180,10 @@ class FastStep:
     def _record(self, work: Callable, batch: dict[str, Tensor]) -> tuple[dict, torch.cuda.CUDAGraph, Tensor]:
         """Where a batch is to be put, the recording, and its result."""
         inputs = {name: value.clone() if torch.is_tensor(value) else value for name, value in batch.items()}
-        random, gradients = torch.cuda.get_rng_state(), self.sums.clone()
+        random, gradients = torch.cuda.get_rng_state(), self.whole.grad.clone()
         is_first = not any(name == work.__name__ for name, *_ in self.recordings)
         graph, result = record_graph(functools.partial(work, inputs), self.pool, warm_up=is_first)
-        self.sums.copy_(gradients)
+        self.whole.grad.copy_(gradients)
         torch.cuda.set_rng_state(random)
         return inputs, graph, result
 
