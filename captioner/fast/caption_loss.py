@@ -16,15 +16,10 @@ from captioner.blip2.lora import get_blip2
 from captioner.fast.adapters import copy_lora
 from captioner.fast.kernels.attention import BACKENDS, Rows, attend
 from captioner.fast.kernels.head import softmax_nll
-from captioner.fast.layers import embed_images, is_written_out, run_decoder
+from captioner.fast.layers import embed_images, run_decoder
 
 CHUNK = 512  # text positions whose logits are in memory at once
 FP16_SCALE = 256.0  # of the head's gradients in fp16, in which the small ones of most tokens would be 0
-
-
-def supports(model) -> bool:
-    """Whether caption_nll is the loss of this model: that of layers.py, with no layers left out at random."""
-    return is_written_out(model) and not model.config.text_config.layerdrop
 
 
 @sdpa_kernel(BACKENDS)

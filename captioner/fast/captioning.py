@@ -9,7 +9,8 @@ from torch import Tensor
 from captioner.blip2.captioner import SLOW_BATCH, Captioner
 from captioner.blip2.generation import GreedyCaptioner, decode_captions
 from captioner.fast.features import FeatureFile, find_folder
-from captioner.fast.generation import FastGenerator, supports
+from captioner.fast.generation import FastGenerator
+from captioner.fast.layers import supports
 from captioner.fast.room import FAST_BATCH, measure_room, pick_batch_size
 from captioner.fast.speed import has_room_to_unpack, join_weights, merge_lora, unpack_nf4
 from captioner.runtime.errors import UserError

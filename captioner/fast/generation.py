@@ -21,8 +21,7 @@ from captioner.fast.adapters import Adapters, copy_lora
 from captioner.fast.decoding_state import DecodingState
 from captioner.fast.kernels import choice as kernel_choice
 from captioner.fast.kernels.attention import attend_one, attend_rows
-from captioner.fast.layers import embed_images, is_written_out, run_decoder
-from captioner.fast.linears import is_plain, list_groups
+from captioner.fast.layers import embed_images, run_decoder
 from captioner.fast.speed import record_graph
 
 BUCKET = 32  # positions by which the part of the cache that is read grows
@@ -34,11 +33,6 @@ Choice = tuple[float, float]  # temperature and top_p
 
 def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
-
-
-def supports(model) -> bool:
-    """Whether FastGenerator can caption with this model; where not, transformers' generate() can."""
-    return is_written_out(model) and all(is_plain(linear) for group in list_groups(model) for linear in group)
 
 
 def look_back(keys: Tensor, values: Tensor, positions: Tensor, qkv: Tensor) -> Tensor:
@@ -175,4 +169,4 @@ class FastGenerator:
             return
         self._step(size, length, choice)
         if self.use_graphs:
-            self.graphs[key], _ = record_graph(lambda: self._step(size, length, choice), self.pool, warm_up=False)
+            self.graphs[key], _ = record_graph(lambda: self._step(size, length, choice), self.pool)

@@ -17,17 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captioner.fast import caption_loss
 from captioner.fast.adapters import join_lora
 from captioner.fast.caption_loss import caption_nll
 from captioner.fast.kernels import lora
+from captioner.fast.layers import supports
 from captioner.fast.linears import get_base, has_active_lora, join_linears, list_groups, read_weight
 from captioner.runtime.errors import UserError
 from captioner.runtime.processes import is_sharded
 from config import TrainConfig
 
 T = TypeVar("T")
-INPUTS = ("pixel_values", "input_ids", "labels", "starts", "longest")  # of a pass
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -103,17 +102,11 @@ def has_room_to_unpack(model, device: torch.device, times: float = 3) -> bool:
 # one pass
 
 
-def record_graph(work: Callable[[], T], pool=None, warm_up: bool = True) -> tuple[torch.cuda.CUDAGraph, T]:
+def record_graph(work: Callable[[], T], pool=None) -> tuple[torch.cuda.CUDAGraph, T]:
     """A CUDA graph that does what work() launches, and the tensors that each replay writes anew.
 
-    `warm_up` does the work once before: libraries set themselves up then, which must not be recorded.
+    Such work must have been done before: libraries set themselves up then, which can't be recorded.
     """
-    if warm_up:  # on another stream, as what comes before a recording must be
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            work()
-        torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may pin memory
         result = work()
@@ -140,10 +133,9 @@ class FastStep:
 
         `scale`: what gradients, but not the loss, are multiplied by.
         """
-        factors = {"tokens": tokens, "scale": scale}
-        device = batch["labels"].device
+        device, factors = batch["labels"].device, {"tokens": tokens, "scale": scale}
         factors = {name: torch.as_tensor(x, dtype=torch.float32, device=device) for name, x in factors.items()}
-        return self._run(self._learn, {name: batch[name] for name in INPUTS} | factors)
+        return self._run(self._learn, batch | factors)
 
     def zero_grad(self) -> None:
         """Begin an optimiser step anew."""
@@ -152,21 +144,21 @@ class FastStep:
     @torch.no_grad()
     def evaluate(self, batch: dict[str, Tensor]) -> Tensor:
         """(B,) sums of each row's losses, without gradients; the model is in eval mode."""
-        return self._run(self._sum, {name: batch[name] for name in INPUTS})
+        return self._run(self._sum, batch)
 
-    def _sum(self, batch: dict[str, Tensor]) -> Tensor:
+    def _sum(self, **batch) -> Tensor:
         return caption_nll(self.model, **batch)
 
-    def _learn(self, batch: dict[str, Tensor]) -> Tensor:
-        loss = caption_nll(self.model, **{name: batch[name] for name in INPUTS}).sum() / batch["tokens"]
-        self.whole.grad += torch.autograd.grad(loss * batch["scale"], self.whole)[0]
+    def _learn(self, tokens: Tensor, scale: Tensor, **batch) -> Tensor:
+        loss = caption_nll(self.model, **batch).sum() / tokens
+        self.whole.grad += torch.autograd.grad(loss * scale, self.whole)[0]
         return loss.detach()
 
     def _run(self, work: Callable, batch: dict[str, Tensor]) -> Tensor:
-        """work(batch), from a recording where passes are recorded."""
+        """work(**batch), from a recording where passes are recorded."""
         assert self.weights[0].data_ptr() == self.whole.data_ptr(), "LoRA's weights were moved out of the whole"
         if not self.cuda_graphs:
-            return work(batch)
+            return work(**batch)
         key = (work.__name__, len(batch["labels"]), len(batch["starts"]), batch["longest"])
         if key not in self.recordings:
             self.recordings[key] = self._record(work, batch)
@@ -181,8 +173,9 @@ class FastStep:
         """Where a batch is to be put, the recording, and its result."""
         inputs = {name: value.clone() if torch.is_tensor(value) else value for name, value in batch.items()}
         random, gradients = torch.cuda.get_rng_state(), self.whole.grad.clone()
-        is_first = not any(name == work.__name__ for name, *_ in self.recordings)
-        graph, result = record_graph(functools.partial(work, inputs), self.pool, warm_up=is_first)
+        if not any(name == work.__name__ for name, *_ in self.recordings):
+            work(**inputs)
+        graph, result = record_graph(functools.partial(work, **inputs), self.pool)
         self.whole.grad.copy_(gradients)
         torch.cuda.set_rng_state(random)
         return inputs, graph, result
@@ -192,7 +185,7 @@ def find_obstacle(model) -> str | None:
     """What FastStep is not made for, None if it can train this model here."""
     if is_sharded():
         return "weights that FSDP spreads over the GPUs"
-    return None if caption_loss.supports(model) else "a language model of another form than OPT-2.7B's"
+    return None if supports(model) else "a language model of another form than OPT-2.7B's"
 
 
 def use_fast_step(config: TrainConfig, model, device: torch.device) -> bool:

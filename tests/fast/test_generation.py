@@ -17,9 +17,9 @@ from captioner.fast import captioning as fast_captioning
 from captioner.fast import generation, room
 from captioner.fast.adapters import copy_lora, join_lora
 from captioner.fast.captioning import FastCaptioner, FastGreedyCaptioner
-from captioner.fast.generation import FastGenerator, supports
+from captioner.fast.generation import FastGenerator
 from captioner.fast.kernels import choice
-from captioner.fast.layers import embed_images
+from captioner.fast.layers import embed_images, supports
 from captioner.fast.room import max_batch, pick_batch_size
 from captioner.fast.speed import join_weights, merge_lora, unpack_nf4
 from captioner.runtime.errors import UserError

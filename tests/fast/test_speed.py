@@ -20,9 +20,9 @@ from captioner.blip2.batches import CaptionCollator, make_dataset
 from captioner.blip2.loading import load_model, load_processor
 from captioner.blip2.lora import add_lora
 from captioner.data.examples import Example
-from captioner.fast.caption_loss import caption_nll, supports
+from captioner.fast.caption_loss import caption_nll
 from captioner.fast.kernels import choice
-from captioner.fast.layers import draws_by_kernels, spare_columns
+from captioner.fast.layers import draws_by_kernels, spare_columns, supports
 from captioner.fast.linears import list_groups
 from captioner.fast.packing import PackedCollator, PackedSampler
 from captioner.fast.speed import FastStep, join_weights, unpack_nf4
