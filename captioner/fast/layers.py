@@ -22,7 +22,7 @@ from captioner.fast.adapters import Adapters
 from captioner.fast.kernels import choice, norm
 from captioner.fast.kernels.attention import BACKENDS, attend
 from captioner.fast.kernels.lora import lora_backward, project_low
-from captioner.fast.linears import group_linears, has_joined, is_plain, join_linears, list_groups
+from captioner.fast.linears import group_linears, is_plain, join_linears, list_groups
 
 # attention of one layer: queries, keys and values of N positions, side by side (N, 3H) -> (N, H)
 Look = Callable[[Tensor], Tensor]
@@ -32,7 +32,6 @@ class End(NamedTuple):
     """What follows an OPT layer."""
 
     norm: nn.LayerNorm
-    readers: Sequence[nn.Module]  # linear layers that read what the norm gives
     wanted: Tensor | None = None  # (C,) the places whose result is read; None: all
 
 
@@ -74,8 +73,7 @@ def run_decoder(decoder, x: Tensor, looks: Sequence[Look], lora: Adapters, wante
     `looks` is the attention of each layer. Where nothing is wanted the last layer ends with it: what it would give
     there is read by none.
     """
-    ends = [End(layer.self_attn_layer_norm, group_linears(layer)[0]) for layer in decoder.layers[1:]]
-    ends.append(End(decoder.final_layer_norm, [], wanted))
+    ends = [End(layer.self_attn_layer_norm) for layer in decoder.layers[1:]] + [End(decoder.final_layer_norm, wanted)]
     normed = decoder.layers[0].self_attn_layer_norm(x)
     for layer, look, end in zip(decoder.layers, looks, ends, strict=True):
         x, normed = run_opt_layer(layer, look, end, lora, x, normed)
@@ -119,11 +117,11 @@ def opt_layer(layer, look: Look, end: End, lora: Adapters, x: Tensor, normed: Te
     if end.wanted is not None:
         x, h = x.index_select(0, end.wanted), h.index_select(0, end.wanted)
     h = apply_linears(out, h, lora)
-    x, normed = add_and_norm(x, h, layer.dropout * layer.training, layer.final_layer_norm, lora, fc1)
+    x, normed = add_and_norm(x, h, layer.dropout * layer.training, layer.final_layer_norm, lora)
     relu = isinstance(layer.activation_fn, nn.ReLU)
     h = apply_linears(fc1, normed, lora, relu=relu)
     h = apply_linears(fc2, h if relu else layer.activation_fn(h), lora, after_relu=relu)
-    return add_and_norm(x, h, layer.dropout * layer.training, end.norm, lora, end.readers)
+    return add_and_norm(x, h, layer.dropout * layer.training, end.norm, lora)
 
 
 def qformer_layer(layer, x: Tensor, vision: Tensor, lora: Adapters) -> Tensor:
@@ -151,12 +149,9 @@ def qformer_add_and_norm(block, x: Tensor, h: Tensor, lora: Adapters) -> Tensor:
     return add_and_norm(x, h, block.dropout.p * block.dropout.training, block.LayerNorm, lora)[1]
 
 
-def add_and_norm(
-    x: Tensor, h: Tensor, dropout: float, layer_norm: nn.LayerNorm, lora: Adapters, readers: Sequence[nn.Module] = ()
-) -> tuple[Tensor, Tensor]:
-    """x + dropout(h), and layer_norm of it, whose rows leave the room that `readers` need."""
-    room = spare_columns(join_linears(readers)[0]) if has_joined(readers) else 0
-    return norm.add_and_norm(x, h, lora.drop(layer_norm, dropout), layer_norm, room)
+def add_and_norm(x: Tensor, h: Tensor, dropout: float, layer_norm: nn.LayerNorm, lora: Adapters):
+    """x + dropout(h), and layer_norm of it."""
+    return norm.add_and_norm(x, h, lora.drop(layer_norm, dropout), layer_norm)
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -55,15 +55,10 @@ def read_weight(base: nn.Linear) -> Tensor:
     return bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state).to(pick_compute_dtype(base))
 
 
-def has_joined(layers: Sequence[nn.Module]) -> bool:
-    """Whether speed.join_weights has put the layers' weights side by side."""
-    return bool(layers) and hasattr(get_base(layers[0]), "joined")
-
-
 def join_linears(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
     """Weight (sum of out, in) and bias (sum of out,) of layers as one; NF4 is unpacked."""
     bases = [get_base(layer) for layer in layers]
-    if has_joined(layers):
+    if hasattr(bases[0], "joined"):  # by speed.join_weights
         return bases[0].joined
     if len(bases) == 1:
         return read_weight(bases[0]), bases[0].bias

@@ -166,7 +166,7 @@ def test_residual_norm_is_torchs(dropout, with_sum, dtype):
     gradients = torch.autograd.grad(loss, (x, h), retain_graph=True)
     twin = [] if dropout else [lambda *args: by_torch(add_and_norm, *args)]  # which draws another mask
     for function in (add_and_norm, *twin):
-        total, normed = function(x, h, drop, norm, 3)
+        total, normed = function(x, h, drop, norm)
         check(total, expected_sum, dtype)
         check(normed, expected, dtype)
         grads = {normed: grad} | ({total: grad_sum} if with_sum else {})

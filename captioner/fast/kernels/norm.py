@@ -7,15 +7,16 @@ from torch import Tensor, nn
 from captioner.fast.kernels import choice
 from captioner.fast.kernels.choice import VARYING, tl, triton
 from captioner.fast.kernels.dropout import Drop, draw_keys, is_kept, number_columns, number_rows
+from captioner.fast.kernels.lora import LARGEST_SUM
 
 
-def add_and_norm(x: Tensor, h: Tensor, drop: Drop, norm: nn.LayerNorm, room: int = 0) -> tuple[Tensor, Tensor]:
+def add_and_norm(x: Tensor, h: Tensor, drop: Drop, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """s = x + dropout(h) and norm(s), of x and h (..., W); norm is frozen.
 
-    By Triton's kernels rows of norm(s) lie `room` values apart.
+    By Triton's kernels rows of norm(s) lie apart in memory: for LoRA's projections, beside what they are of.
     """
     if choice.use_kernels(x):
-        sums = AddAndNorm.apply(x.flatten(0, -2), h.flatten(0, -2), drop, norm, room)
+        sums = AddAndNorm.apply(x.flatten(0, -2), h.flatten(0, -2), drop, norm)
         return sums[0].view(x.shape), sums[1].unflatten(0, x.shape[:-1])
     total = x + F.dropout(h, drop.share)
     return total, norm(total)
@@ -25,13 +26,13 @@ class AddAndNorm(torch.autograd.Function):
     """add_and_norm of x and h (N, W) by Triton's kernels."""
 
     @staticmethod
-    def forward(ctx, x, h, drop, norm, room):
+    def forward(ctx, x, h, drop, norm):
         rows, width = x.shape
-        assert x.is_contiguous() and h.is_contiguous()
-        total, normed = torch.empty_like(x), x.new_empty(rows, width + room)[:, :width]
+        assert x.stride(1) == 1 and h.is_contiguous()
+        total, normed = torch.empty_like(h), x.new_empty(rows, width + LARGEST_SUM)[:, :width]
         _add_and_norm[(rows,)](
             *(x, h, total, normed, norm.weight, norm.bias, drop.seed, drop.site),
-            *(width, normed.stride(0), norm.eps, drop.level, drop.scale),
+            *(width, x.stride(0), normed.stride(0), norm.eps, drop.level, drop.scale),
             W=triton.next_power_of_2(width),
             num_warps=8,
         )
@@ -50,24 +51,25 @@ class AddAndNorm(torch.autograd.Function):
             W=triton.next_power_of_2(total.shape[1]),
             num_warps=8,
         )
-        return grad_x, grad_h, None, None, None
+        return grad_x, grad_h, None, None
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _add_and_norm(
-    x, h, total, normed, weight, bias, seed, site, width, normed_stride, epsilon, level, scale,
+    x, h, total, normed, weight, bias, seed, site, width, x_stride, normed_stride, epsilon, level, scale,
     W: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0), tl.arange(0, W)
     is_there = column < width
-    place = row.to(tl.int64) * width + column
+    row = row.to(tl.int64)
+    place = row * width + column
     added = _drop(tl.load(h + place, is_there, 0.0).to(tl.float32), seed, site, row, column, level, scale)
-    s = (tl.load(x + place, is_there, 0.0).to(tl.float32) + added).to(total.dtype.element_ty)
+    s = (tl.load(x + row * x_stride + column, is_there, 0.0).to(tl.float32) + added).to(total.dtype.element_ty)
     tl.store(total + place, s, is_there)
     normal, _ = _normalise(s.to(tl.float32), is_there, width, epsilon)
     gain = tl.load(weight + column, is_there, 0.0).to(tl.float32)
     shift = tl.load(bias + column, is_there, 0.0).to(tl.float32)
-    place = row.to(tl.int64) * normed_stride + column
+    place = row * normed_stride + column
     tl.store(normed + place, (normal * gain + shift).to(normed.dtype.element_ty), is_there)
 
 
