@@ -531,6 +531,7 @@ def measure_floor(args) -> Iterator[tuple]:
                 if backward:
                     gradient @ weight
 
+        work()
         graph, _ = record_graph(work)  # else small ones would wait for their launch
         return time_on_gpu(graph.replay, repeats=20) / len(weights)
 

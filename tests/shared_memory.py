@@ -52,7 +52,7 @@ def main() -> None:
     ):
         options = {key: value for key, value in sizes.items() if key.startswith("num_")}
         tiles = {key: value for key, value in sizes.items() if key not in options}
-        taken[name] = measure(getattr(lora, name), constants | tiles | {"DROPS": True}, **options)
+        taken[name] = measure(getattr(lora, name), constants | tiles, **options)
     print(json.dumps(taken))
 
 

@@ -50,24 +50,10 @@ def join_lora(model) -> tuple[Tensor, list[nn.Parameter]]:
     """
     weights = list_lora(model)[1]
     whole = torch.cat([weight.detach().flatten() for weight in weights])
-    bind_parts(whole, weights)
+    for weight, part in zip(weights, whole.split([weight.numel() for weight in weights]), strict=True):
+        weight.data = part.view_as(weight)
     get_blip2(model).joined_lora = whole.requires_grad_(), weights
     return whole, weights
-
-
-def bind_parts(whole: Tensor, weights: Sequence[nn.Parameter]) -> None:
-    """Make the weights parts of the whole, where they are not; their values go into it.
-
-    What loads weights or moves a model to a device may put other memory in the place of theirs.
-    """
-    place = whole.data_ptr()
-    for weight in weights:
-        if weight.data_ptr() != place:
-            start = (place - whole.data_ptr()) // whole.element_size()
-            with torch.inference_mode(False), torch.no_grad():
-                part = whole[start : start + weight.numel()].view_as(weight).copy_(weight)
-            weight.data = part
-        place += weight.nbytes
 
 
 def copy_lora(model) -> Adapters:
@@ -82,9 +68,7 @@ def copy_lora(model) -> Adapters:
         [name] = groups[0][0].active_adapters
         [scale] = {layer.scaling[name] for group in groups for layer in group}
         whole, parts = getattr(blip, "joined_lora", (None, []))
-        if [*map(id, parts)] == [*map(id, weights)]:
-            bind_parts(whole, weights)
-        else:  # not joined, or another adapter was
+        if [*map(id, parts)] != [*map(id, weights)]:  # not joined, or another adapter was
             whole = torch.cat([weight.flatten() for weight in weights])
         a_shapes = [(sum(layer.r[name] for layer in group), group[0].in_features) for group in groups]
         b_shapes = [(sum(layer.out_features for layer in group), group[0].r[name]) for group in groups]

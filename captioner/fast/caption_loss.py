@@ -13,60 +13,35 @@ from torch.nn.attention import sdpa_kernel
 
 from captioner.blip2.batches import IGNORED
 from captioner.blip2.lora import get_blip2
-from captioner.fast.adapters import Adapters, copy_lora
+from captioner.fast.adapters import copy_lora
 from captioner.fast.kernels.attention import BACKENDS, Rows, attend
 from captioner.fast.kernels.head import softmax_nll
-from captioner.fast.layers import embed_images, is_written_out, run_decoder
+from captioner.fast.layers import embed_images, run_decoder
 
 CHUNK = 512  # text positions whose logits are in memory at once
 FP16_SCALE = 256.0  # of the head's gradients in fp16, in which the small ones of most tokens would be 0
 
 
-def supports(model) -> bool:
-    """Whether caption_nll is the loss of this model: that of layers.py, with no layers left out at random."""
-    return is_written_out(model) and not model.config.text_config.layerdrop
-
-
-def caption_nll(model, pixel_values: Tensor, **texts) -> Tensor:
+@sdpa_kernel(BACKENDS)
+def caption_nll(model, pixel_values: Tensor, input_ids: Tensor, labels: Tensor, starts: Tensor, longest: int) -> Tensor:
     """(B,) sums of -log p over each row's caption tokens, of a batch as PackedCollator makes it.
 
-    The sum over rows divided by the tokens is Blip2ForConditionalGeneration's loss.
+    The sum over rows divided by the tokens is Blip2ForConditionalGeneration's loss. What stands behind the last row
+    counts as a row of its own, whose tokens are not predicted.
     """
-    lora = copy_lora(model)
-    return text_nll(model, embed_pixels(model, pixel_values, lora), lora, texts)
-
-
-def sum_nll(model, batch: dict[str, Tensor]) -> Tensor:
-    """The sum of caption_nll over the rows of a batch."""
-    return caption_nll(model, **batch).sum()
-
-
-@sdpa_kernel(BACKENDS)
-def embed_pixels(model, pixel_values: Tensor, lora: Adapters) -> Tensor:
-    """The image tokens (B, Q, H) of images; the frozen ViT runs without gradients."""
-    blip = get_blip2(model)
-    with torch.no_grad():
+    blip, lora = get_blip2(model), copy_lora(model)
+    with torch.no_grad():  # the ViT is frozen
         vision = blip.vision_model(pixel_values=pixel_values).last_hidden_state  # (B, P, D)
-    return embed_images(blip, vision, lora)
-
-
-@sdpa_kernel(BACKENDS)
-def text_nll(model, image: Tensor, lora: Adapters, texts: dict) -> Tensor:
-    """caption_nll of a batch whose images' tokens are image (B, Q, H).
-
-    What stands behind the last row counts as a row of its own, whose tokens are not predicted.
-    """
-    blip = get_blip2(model)
+    image = embed_images(blip, vision, lora)  # (B, Q, H)
     decoder = blip.language_model.model.decoder
-    input_ids, labels, starts, longest = (texts[name] for name in ("input_ids", "labels", "starts", "longest"))
     rows, queries = image.shape[:2]
     places = torch.arange(len(input_ids), device=input_ids.device)  # (N,)
-    packed = Rows.of(starts, longest, len(input_ids))
-    row = packed.places // longest  # (N,) that a place is in
+    row = torch.bucketize(places, starts[1:-1], right=True)  # (N,) that a place is in
+    packed = Rows(starts.int(), longest, row, places - starts[row])
     image_places = starts[:rows, None] + places[:queries]  # (B, Q)
     x = decoder.embed_tokens(input_ids)  # (N, H)
     x = x.index_copy(0, image_places.flatten(), image.flatten(0, 1).to(x.dtype))
-    x = x + F.embedding(places - starts[row] + decoder.embed_positions.offset, decoder.embed_positions.weight)
+    x = x + F.embedding(packed.positions + decoder.embed_positions.offset, decoder.embed_positions.weight)
 
     # all places with a label, filled up with the first, which is an image token's
     size = len(labels) - rows * queries

@@ -9,7 +9,8 @@ from torch import Tensor
 from captioner.blip2.captioner import SLOW_BATCH, Captioner
 from captioner.blip2.generation import GreedyCaptioner, decode_captions
 from captioner.fast.features import FeatureFile, find_folder
-from captioner.fast.generation import FastGenerator, supports
+from captioner.fast.generation import FastGenerator
+from captioner.fast.layers import supports
 from captioner.fast.room import FAST_BATCH, measure_room, pick_batch_size
 from captioner.fast.speed import has_room_to_unpack, join_weights, merge_lora, unpack_nf4
 from captioner.runtime.errors import UserError
@@ -37,15 +38,14 @@ class FastGreedyCaptioner(GreedyCaptioner):
             room = measure_room(model, self.generation.max_new_tokens)
             self.lean = room < ROOM
             size = pick_batch_size(room, self.count, SLOW_BATCH if self.lean else FAST_BATCH)
-            self.generator = FastGenerator(model, size) if size else None
+            self.generator = FastGenerator(model, size, self.generation.max_new_tokens) if size else None
 
     def __call__(self, model, pixel_values: Tensor) -> list[str]:
         if self.generator is None:
             return super().__call__(model, pixel_values)
         captions = []
         for part in pixel_values.to(self.generator.dtype).split(self.generator.batch_size):
-            tokens = self.generator.generate(part, self.generation.max_new_tokens)
-            captions += decode_captions(self.processor, tokens)
+            captions += decode_captions(self.processor, self.generator.generate(part))
         return captions
 
     def finish(self) -> None:
@@ -82,7 +82,8 @@ class FastCaptioner(Captioner):
     def _make_generator(self, room: int, images: int) -> None:
         size = self.config.generation.batch_size or pick_batch_size(room, images, FAST_BATCH)
         if 0 < size <= room:
-            self.batch_size, self.generator = size, FastGenerator(self.model, size)
+            self.batch_size = size
+            self.generator = FastGenerator(self.model, size, self.generation.max_new_tokens)
             return
         reason = f"the GPU has room for {room} images at once in the fast way"
         reason = reason if supports(self.model) else "the fast way is not made for this language model"
@@ -109,8 +110,7 @@ class FastCaptioner(Captioner):
             return super()._generate(outputs, seeds)
         how = self.config.generation
         choice = None if how.greedy else (how.temperature, how.top_p)
-        tokens = self.generator.generate(outputs, self.generation.max_new_tokens, choice, seeds)
-        return decode_captions(self.processor, tokens)
+        return decode_captions(self.processor, self.generator.generate(outputs, choice, seeds))
 
     @property
     def way(self) -> str:

@@ -21,8 +21,7 @@ from captioner.fast.adapters import Adapters, copy_lora
 from captioner.fast.decoding_state import DecodingState
 from captioner.fast.kernels import choice as kernel_choice
 from captioner.fast.kernels.attention import attend_one, attend_rows
-from captioner.fast.layers import embed_images, is_written_out, run_decoder
-from captioner.fast.linears import is_plain, list_groups
+from captioner.fast.layers import embed_images, run_decoder
 from captioner.fast.speed import record_graph
 
 BUCKET = 32  # positions by which the part of the cache that is read grows
@@ -34,11 +33,6 @@ Choice = tuple[float, float]  # temperature and top_p
 
 def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
-
-
-def supports(model) -> bool:
-    """Whether FastGenerator can caption with this model; where not, transformers' generate() can."""
-    return is_written_out(model) and all(is_plain(linear) for group in list_groups(model) for linear in group)
 
 
 def look_back(keys: Tensor, values: Tensor, positions: Tensor, qkv: Tensor) -> Tensor:
@@ -56,53 +50,52 @@ def look_back(keys: Tensor, values: Tensor, positions: Tensor, qkv: Tensor) -> T
 
 
 class FastGenerator:
-    """Captions batches of up to `batch_size` images with a model that `supports` accepts, in eval mode.
+    """Captions of up to `max_new_tokens` for batches of up to `batch_size` images; the model is in eval mode.
 
     Reads the model's weights where they are. Keeps a copy of LoRA's, a cache of batch_size rows, and the graphs, all
     of which later calls use again.
     """
 
-    def __init__(self, model, batch_size: int, bucket: int = BUCKET, cuda_graphs: bool = True):
-        """Decode in CUDA graphs, on a GPU, unless `cuda_graphs` is False; `bucket` positions of the cache at a time."""
+    def __init__(self, model, batch_size: int, max_new_tokens: int, bucket: int = BUCKET):
+        """For a model that `supports` accepts; the part of the cache that is read grows by `bucket` positions."""
         self.model = get_blip2(model)
         self.decoder = self.model.language_model.model.decoder
         self.prefix = self.model.config.num_query_tokens + 1  # Q + 1
+        self.end = self.prefix + max_new_tokens  # where the longest caption ends
+        limit = self.decoder.max_target_positions
+        assert self.end <= limit, f"{max_new_tokens} new tokens, but OPT has {limit} positions"
         self.batch_size, self.bucket = batch_size, bucket
         self.step_size = -(-batch_size // 8)  # n is a multiple of it, so that there are few graphs
         embedding = self.decoder.embed_tokens.weight
         self.device, self.dtype = embedding.device, embedding.dtype
         self.use_kernels = kernel_choice.use_kernels(embedding)
-        self.use_graphs = cuda_graphs and self.device.type == "cuda"
+        self.use_graphs = self.device.type == "cuda"
         self.lora: Adapters | None = None
-        self.state: DecodingState | None = None
+        with torch.inference_mode():
+            self.state = DecodingState(self.model, batch_size, round_up(self.end, bucket))
 
     @torch.inference_mode()
-    def generate(
-        self, pixel_values: Tensor, max_new_tokens: int, choice: Choice | None = None, seeds: Sequence[int] = ()
-    ) -> Tensor:
-        """(B, N) new tokens for pixel_values (B, 3, S, S), N as the longest caption and at most max_new_tokens.
+    def generate(self, pixel_values: Tensor, choice: Choice | None = None, seeds: Sequence[int] = ()) -> Tensor:
+        """(B, N) new tokens for pixel_values (B, 3, S, S), N as the longest caption.
 
         A row ends with eos and is filled up with pad. Greedy, or drawn as pick_tokens says with `choice` and the
         rows' `seeds`.
         """
         rows = len(pixel_values)
         assert 0 < rows <= self.batch_size, f"{rows} images in a batch of {self.batch_size}"
-        self._make_room(max_new_tokens)
         self._copy_lora()
         self.state.start(rows, seeds)
         self._read_prefix(pixel_values, choice)
 
         size = self._round_rows(rows)  # n
-        end = self.prefix + max_new_tokens  # where the longest caption ends
         position = self.prefix  # of the token that is fed next; state.position is the same on the GPU
-        while position < end - 1:
-            at_border = position % self.bucket == 0
-            if at_border or (position - self.prefix) % CHECK_EVERY == 0:
+        while position < self.end - 1:
+            if (position - self.prefix) % CHECK_EVERY == 0:
                 unfinished = size - int(self.state.finished[:size].sum())
                 if unfinished == 0:
                     break
                 # a few finished rows may stay, to fill up to a size that has few graphs
-                if at_border and (smaller := self._round_rows(unfinished)) <= 0.75 * size:
+                if (smaller := self._round_rows(unfinished)) <= 0.75 * size:
                     self.state.keep_unfinished(size, smaller, position)
                     size = smaller
             # the kernel reads no more of the cache than is filled, whatever its length
@@ -113,32 +106,14 @@ class FastGenerator:
 
     def _copy_lora(self) -> None:
         """Take LoRA's weights as they are now, to where recorded steps read them."""
-
-        def list_shapes(lora: Adapters) -> list:
-            return [(layer, a.shape) for layer, (a, _) in lora.matrices.items()]
-
         now = copy_lora(self.model)
-        if self.lora is None or list_shapes(self.lora) != list_shapes(now):  # on or off, or another adapter
+        if self.lora is None or self.lora.matrices.keys() != now.matrices.keys():  # it was switched on or off
             self.lora = now
-            self._forget_graphs()
+            # torch takes no more graphs into a pool that had some and has none
+            self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if self.use_graphs else None
         for layer, matrices in now.matrices.items():
             for kept, matrix in zip(self.lora.matrices[layer], matrices, strict=True):
                 kept.copy_(matrix)
-
-    def _make_room(self, max_new_tokens: int) -> None:
-        """Allocate the state, unless what an earlier call allocated is long enough."""
-        positions = round_up(self.prefix + max_new_tokens, self.bucket)
-        limit = self.decoder.max_target_positions
-        assert self.prefix + max_new_tokens <= limit, f"{max_new_tokens} new tokens, but OPT has {limit} positions"
-        if self.state is None or positions > self.state.positions:
-            self.state = None  # frees the old one first
-            self._forget_graphs()
-            self.state = DecodingState(self.model, self.batch_size, positions)
-
-    def _forget_graphs(self) -> None:
-        """And their memory: torch takes no more graphs into a pool that had some and has none."""
-        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        self.pool = torch.cuda.graph_pool_handle() if self.use_graphs else None
 
     def _round_rows(self, rows: int) -> int:
         return min(round_up(rows, self.step_size), self.batch_size)
@@ -194,4 +169,4 @@ class FastGenerator:
             return
         self._step(size, length, choice)
         if self.use_graphs:
-            self.graphs[key], _ = record_graph(lambda: self._step(size, length, choice), self.pool, warm_up=False)
+            self.graphs[key], _ = record_graph(lambda: self._step(size, length, choice), self.pool)

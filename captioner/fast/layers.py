@@ -22,7 +22,7 @@ from captioner.fast.adapters import Adapters
 from captioner.fast.kernels import choice, norm
 from captioner.fast.kernels.attention import BACKENDS, attend
 from captioner.fast.kernels.lora import lora_backward, project_low
-from captioner.fast.linears import group_linears, has_joined, join_linears
+from captioner.fast.linears import group_linears, has_joined, is_plain, join_linears, list_groups
 
 # attention of one layer: queries, keys and values of N positions, side by side (N, 3H) -> (N, H)
 Look = Callable[[Tensor], Tensor]
@@ -36,8 +36,11 @@ class End(NamedTuple):
     wanted: Tensor | None = None  # (C,) the places whose result is read; None: all
 
 
-def is_written_out(model) -> bool:
-    """Whether a model is a BLIP-2 of the form that the functions here compute, as the one with OPT-2.7B is."""
+def supports(model) -> bool:
+    """Whether a model is a BLIP-2 of the form that the functions here compute, as the one with OPT-2.7B is.
+
+    With layers of it left out at random it is not, nor with a variant of LoRA.
+    """
     blip = get_blip2(model)
     if not isinstance(blip, Blip2ForConditionalGeneration) or not isinstance(blip.language_model, OPTForCausalLM):
         return False
@@ -48,7 +51,9 @@ def is_written_out(model) -> bool:
         and decoder.final_layer_norm is not None
         and decoder.project_in is None
         and decoder.project_out is None
+        and not config.layerdrop
         and not blip.config.qformer_config.use_qformer_text_input
+        and all(is_plain(layer) for group in list_groups(model) for layer in group)
     )
 
 

@@ -60,15 +60,14 @@ def has_joined(layers: Sequence[nn.Module]) -> bool:
     return bool(layers) and hasattr(get_base(layers[0]), "joined")
 
 
-def join_linears(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor | None]:
+def join_linears(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
     """Weight (sum of out, in) and bias (sum of out,) of layers as one; NF4 is unpacked."""
     bases = [get_base(layer) for layer in layers]
     if has_joined(layers):
         return bases[0].joined
     if len(bases) == 1:
         return read_weight(bases[0]), bases[0].bias
-    bias = None if bases[0].bias is None else torch.cat([base.bias for base in bases])
-    return torch.cat([read_weight(base) for base in bases]), bias
+    return torch.cat([read_weight(base) for base in bases]), torch.cat([base.bias for base in bases])
 
 
 def has_active_lora(layer: nn.Module) -> bool:

@@ -55,11 +55,11 @@ class PackedSampler(LengthSampler):
 def spread(items: Sequence[T]) -> list[T]:
     """Sorted items in an order in which each half, quarter and so on has about the same sum.
 
-    They are dealt out by the Thue-Morse sequence, in which neither half is always served first.
+    They are dealt out to the halves by the Thue-Morse sequence, in which neither is always served first, and so to the
+    halves of each.
     """
-    if len(items) < 2:
-        return list(items)
-    halves: tuple[list, list] = ([], [])
-    for place, item in enumerate(items):
-        halves[place.bit_count() % 2].append(item)
-    return spread(halves[0]) + spread(halves[1])
+
+    def list_sides(place: int) -> list[int]:
+        return [(place >> depth).bit_count() % 2 for depth in range(len(items).bit_length())]
+
+    return [items[place] for place in sorted(range(len(items)), key=list_sides)]

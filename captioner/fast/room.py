@@ -9,7 +9,8 @@ import bitsandbytes as bnb
 import torch
 
 from captioner.blip2.lora import get_blip2
-from captioner.fast.generation import BUCKET, CHUNK, round_up, supports
+from captioner.fast.generation import BUCKET, CHUNK, round_up
+from captioner.fast.layers import supports
 
 FAST_BATCH = 512  # images captioned at once, where there is room and nothing else is asked for
 WORKSPACE = 3 * 2**30  # bytes that passes of CHUNK images through a full-size model, and the graphs, take

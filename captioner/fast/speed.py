@@ -17,17 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captioner.fast import caption_loss
-from captioner.fast.adapters import bind_parts, join_lora
+from captioner.fast.adapters import join_lora
 from captioner.fast.caption_loss import caption_nll
 from captioner.fast.kernels import lora
+from captioner.fast.layers import supports
 from captioner.fast.linears import get_base, has_active_lora, join_linears, list_groups, read_weight
 from captioner.runtime.errors import UserError
 from captioner.runtime.processes import is_sharded
 from config import TrainConfig
 
 T = TypeVar("T")
-INPUTS = ("pixel_values", "input_ids", "labels", "starts", "longest")  # of a pass
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -103,17 +102,11 @@ def has_room_to_unpack(model, device: torch.device, times: float = 3) -> bool:
 # one pass
 
 
-def record_graph(work: Callable[[], T], pool=None, warm_up: bool = True) -> tuple[torch.cuda.CUDAGraph, T]:
+def record_graph(work: Callable[[], T], pool=None) -> tuple[torch.cuda.CUDAGraph, T]:
     """A CUDA graph that does what work() launches, and the tensors that each replay writes anew.
 
-    `warm_up` does the work once before: libraries set themselves up then, which must not be recorded.
+    Such work must have been done before: libraries set themselves up then, which can't be recorded.
     """
-    if warm_up:  # on another stream, as what comes before a recording must be
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            work()
-        torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may pin memory
         result = work()
@@ -131,8 +124,7 @@ class FastStep:
     def __init__(self, model, cuda_graphs: bool):
         self.model, self.cuda_graphs = model, cuda_graphs
         self.whole, self.weights = join_lora(model)
-        self.sums = self.whole.new_zeros(len(self.whole) + 1)  # gradients, and a place for the loss; see add_up
-        self.whole.grad = self.sums[:-1]
+        self.whole.grad = torch.zeros_like(self.whole)
         self.recordings: dict[tuple, tuple] = {}
         self.pool = torch.cuda.graph_pool_handle() if cuda_graphs else None
 
@@ -141,51 +133,32 @@ class FastStep:
 
         `scale`: what gradients, but not the loss, are multiplied by.
         """
-        factors = {"tokens": tokens, "scale": scale}
-        device = batch["labels"].device
+        device, factors = batch["labels"].device, {"tokens": tokens, "scale": scale}
         factors = {name: torch.as_tensor(x, dtype=torch.float32, device=device) for name, x in factors.items()}
-        return self._run(self._learn, {name: batch[name] for name in INPUTS} | factors)
+        return self._run(self._learn, batch | factors)
 
     def zero_grad(self) -> None:
         """Begin an optimiser step anew."""
         self.whole.grad.zero_()
 
-    def add_up(self, loss: Tensor) -> Tensor:
-        """Make the gradients, and the loss that is returned, the sums over all processes.
-
-        Called in each, after the last pass of an optimiser step. As each loss is divided by the tokens of the whole
-        step, these are the gradients of the step's mean.
-        """
-        if not torch.distributed.is_initialized():
-            return loss
-        self.sums[-1] = loss
-        torch.distributed.all_reduce(self.sums)
-        return self.sums[-1].clone()
-
-    def clip(self, max_norm: float) -> Tensor:
-        """The norm of all gradients, which are scaled down to it if it is larger: clip_grad_norm_."""
-        norm = torch.linalg.vector_norm(self.whole.grad)
-        self.whole.grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1))
-        return norm
-
     @torch.no_grad()
     def evaluate(self, batch: dict[str, Tensor]) -> Tensor:
         """(B,) sums of each row's losses, without gradients; the model is in eval mode."""
-        return self._run(self._sum, {name: batch[name] for name in INPUTS})
+        return self._run(self._sum, batch)
 
-    def _sum(self, batch: dict[str, Tensor]) -> Tensor:
+    def _sum(self, **batch) -> Tensor:
         return caption_nll(self.model, **batch)
 
-    def _learn(self, batch: dict[str, Tensor]) -> Tensor:
-        loss = caption_nll(self.model, **{name: batch[name] for name in INPUTS}).sum() / batch["tokens"]
-        self.whole.grad += torch.autograd.grad(loss * batch["scale"], self.whole)[0]
+    def _learn(self, tokens: Tensor, scale: Tensor, **batch) -> Tensor:
+        loss = caption_nll(self.model, **batch).sum() / tokens
+        self.whole.grad += torch.autograd.grad(loss * scale, self.whole)[0]
         return loss.detach()
 
     def _run(self, work: Callable, batch: dict[str, Tensor]) -> Tensor:
-        """work(batch), from a recording where passes are recorded."""
+        """work(**batch), from a recording where passes are recorded."""
+        assert self.weights[0].data_ptr() == self.whole.data_ptr(), "LoRA's weights were moved out of the whole"
         if not self.cuda_graphs:
-            return work(batch)
-        bind_parts(self.whole, self.weights)  # a recording reads the whole
+            return work(**batch)
         key = (work.__name__, len(batch["labels"]), len(batch["starts"]), batch["longest"])
         if key not in self.recordings:
             self.recordings[key] = self._record(work, batch)
@@ -199,10 +172,11 @@ class FastStep:
     def _record(self, work: Callable, batch: dict[str, Tensor]) -> tuple[dict, torch.cuda.CUDAGraph, Tensor]:
         """Where a batch is to be put, the recording, and its result."""
         inputs = {name: value.clone() if torch.is_tensor(value) else value for name, value in batch.items()}
-        random, gradients = torch.cuda.get_rng_state(), self.sums.clone()
-        is_first = not any(name == work.__name__ for name, *_ in self.recordings)
-        graph, result = record_graph(functools.partial(work, inputs), self.pool, warm_up=is_first)
-        self.sums.copy_(gradients)
+        random, gradients = torch.cuda.get_rng_state(), self.whole.grad.clone()
+        if not any(name == work.__name__ for name, *_ in self.recordings):
+            work(**inputs)
+        graph, result = record_graph(functools.partial(work, **inputs), self.pool)
+        self.whole.grad.copy_(gradients)
         torch.cuda.set_rng_state(random)
         return inputs, graph, result
 
@@ -211,7 +185,7 @@ def find_obstacle(model) -> str | None:
     """What FastStep is not made for, None if it can train this model here."""
     if is_sharded():
         return "weights that FSDP spreads over the GPUs"
-    return None if caption_loss.supports(model) else "a language model of another form than OPT-2.7B's"
+    return None if supports(model) else "a language model of another form than OPT-2.7B's"
 
 
 def use_fast_step(config: TrainConfig, model, device: torch.device) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from captioner.blip2.batches import CaptionCollator, list_lengths
-from captioner.fast.caption_loss import sum_nll
+from captioner.fast.caption_loss import caption_nll
 from captioner.fast.layers import draws_by_kernels
 from captioner.fast.packing import PackedCollator, PackedSampler
 from captioner.fast.speed import FastStep
@@ -20,7 +20,11 @@ def speed_up(config: TrainConfig, model) -> tuple[Callable[..., CaptionTrainer],
     if config.training.gradient_checkpointing:  # which asks torch for its generator's state if that draws dropouts
         weight = model.get_input_embeddings().weight
         graphs = graphs and draws_by_kernels(weight, model.config.text_config.attention_dropout)
-    return functools.partial(FastTrainer, cuda_graphs=graphs), PackedCollator(model.config), sum_nll
+
+    def compute_loss(model, batch: dict) -> torch.Tensor:
+        return caption_nll(model, **batch).sum()
+
+    return functools.partial(FastTrainer, cuda_graphs=graphs), PackedCollator(model.config), compute_loss
 
 
 class FastTrainer(CaptionTrainer):
@@ -42,19 +46,18 @@ class FastTrainer(CaptionTrainer):
     def run_pass(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         if not model.training:  # after validation: to tell thousands of modules at each step would take long
             model.train()
-        scale = self.scale_gradients(torch.ones((), device=model.device))
+        scale, scaler = torch.ones((), device=model.device), self.accelerator.scaler
+        if scaler is not None:  # of fp16, in which small gradients would be lost; the optimiser's step divides
+            scale = scaler.scale(scale)
         loss = self.fast_step(self._prepare_inputs(inputs), num_items_in_batch, scale)
         return loss * self.args.world_size  # as Trainer's own, which it averages over the processes
 
-    def scale_gradients(self, ones: torch.Tensor) -> torch.Tensor:
-        """What gradients are multiplied by in fp16, in which small ones would be lost; the optimiser's step divides."""
-        scaler = self.accelerator.scaler
-        return ones if scaler is None else scaler.scale(ones)
-
-    def clip_gradients(self, model, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        loss = self.fast_step.add_up(loss)
+    def clip_gradients(self, model) -> torch.Tensor:
+        whole = self.fast_step.whole
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(whole.grad)
         self.accelerator.unscale_gradients()
-        return loss, self.fast_step.clip(self.args.max_grad_norm)
+        return torch.nn.utils.clip_grad_norm_(whole, self.args.max_grad_norm)
 
     def sum_losses(self, model, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = inputs["starts"].diff()[:-1] - model.config.num_query_tokens  # at each place but the image's

@@ -87,8 +87,10 @@ class CaptionTrainer(SealedTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _clip_grad_norm(self, model):
-        losses = torch.stack(self._losses)
-        total, norm = self.clip_gradients(model, losses.sum() / self.args.world_size)
+        losses, norm = torch.stack(self._losses), self.clip_gradients(model)
+        total = losses.sum() / self.args.world_size
+        if self.args.world_size > 1:  # all processes get the same: they all stop at a bad one, or none
+            torch.distributed.all_reduce(total)
         finite = total.isfinite()
         if not self.args.fp16:  # with fp16 an infinite gradient is no accident: the scaler skips that step
             finite = finite & torch.as_tensor(norm).isfinite()
@@ -102,16 +104,10 @@ class CaptionTrainer(SealedTrainer):
             self.check_steps()
         return norm
 
-    def clip_gradients(self, model, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clip the step's gradients. Returns the sum of the losses of all processes, and the norm before.
-
-        All processes get the same: they all stop, or none.
-        """
+    def clip_gradients(self, model) -> torch.Tensor:
+        """Clip the step's gradients. Returns their norm before, the same in all processes."""
         norm = super()._clip_grad_norm(model)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP's, of parts
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(loss)
-        return loss, norm
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP's, of parts
 
     def check_steps(self) -> None:
         steps, self._steps = self._steps, []

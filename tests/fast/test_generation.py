@@ -17,9 +17,9 @@ from captioner.fast import captioning as fast_captioning
 from captioner.fast import generation, room
 from captioner.fast.adapters import copy_lora, join_lora
 from captioner.fast.captioning import FastCaptioner, FastGreedyCaptioner
-from captioner.fast.generation import FastGenerator, supports
+from captioner.fast.generation import FastGenerator
 from captioner.fast.kernels import choice
-from captioner.fast.layers import embed_images
+from captioner.fast.layers import embed_images, supports
 from captioner.fast.room import max_batch, pick_batch_size
 from captioner.fast.speed import join_weights, merge_lora, unpack_nf4
 from captioner.runtime.errors import UserError
@@ -77,18 +77,17 @@ def test_greedy_equals_transformers(tiny_checkpoint, load_in_4bit, with_lora):
     assert supports(model)
     ends = end_early(model, generate_slowly(model, pixels))
     assert len(set(ends)) > 4, ends
-    generator = FastGenerator(model, batch_size=16, bucket=16)
-    assert torch.equal(generator.generate(pixels, NEW_TOKENS), generate_slowly(model, pixels))
-    fewer = generator.generate(pixels[:3], 20)  # in the same cache
-    assert torch.equal(fewer, generate_slowly(model, pixels[:3], 20))
-    longer = generator.generate(pixels[:1], 100)  # in a new cache
+    generator = FastGenerator(model, 16, NEW_TOKENS, bucket=16)
+    assert torch.equal(generator.generate(pixels), generate_slowly(model, pixels))
+    assert torch.equal(generator.generate(pixels[:3]), generate_slowly(model, pixels[:3]))
+    longer = FastGenerator(model, 16, 100, bucket=16).generate(pixels[:1])
     assert torch.equal(longer, generate_slowly(model, pixels[:1], 100))
     expected = generate_slowly(model, pixels)
     assert merge_lora(model) == (with_lora and not load_in_4bit)
     assert (unpack_nf4(model) > 0) == load_in_4bit
     join_weights(model)  # as where there is room
-    joined = FastGenerator(model, batch_size=16, bucket=16)
-    assert torch.equal(joined.generate(pixels, NEW_TOKENS), expected)
+    joined = FastGenerator(model, 16, NEW_TOKENS, bucket=16)
+    assert torch.equal(joined.generate(pixels), expected)
 
 
 def test_merged_weights_give_the_same_captions(tiny_checkpoint):
@@ -98,8 +97,8 @@ def test_merged_weights_give_the_same_captions(tiny_checkpoint):
     assert not merge_lora(model)
     unpack_nf4(model)
     assert merge_lora(model)
-    generator = FastGenerator(model, 16)
-    assert torch.equal(generator.generate(pixels, NEW_TOKENS), expected)
+    generator = FastGenerator(model, 16, NEW_TOKENS)
+    assert torch.equal(generator.generate(pixels), expected)
     assert not generator.lora.matrices
 
 
@@ -119,7 +118,7 @@ def test_finished_rows_leave_the_batch(tiny_checkpoint, monkeypatch):
     model, pixels = load(tiny_checkpoint), make_pixels(16)
     end_early(model, generate_slowly(model, pixels))
     steps = note_steps(monkeypatch)
-    tokens = FastGenerator(model, batch_size=16, bucket=16).generate(pixels, NEW_TOKENS)
+    tokens = FastGenerator(model, 16, NEW_TOKENS, bucket=16).generate(pixels)
     assert torch.equal(tokens, generate_slowly(model, pixels))
     assert steps[0] == (16, 16)
     assert len({length for _, length in steps}) > 2
@@ -129,19 +128,19 @@ def test_finished_rows_leave_the_batch(tiny_checkpoint, monkeypatch):
 
 def test_nothing_is_read_that_an_earlier_call_left(tiny_checkpoint):
     model, pixels = load(tiny_checkpoint), make_pixels(3)
-    generator = FastGenerator(model, batch_size=8)
-    tokens = generator.generate(pixels, 20)
+    generator = FastGenerator(model, 8, 20)
+    tokens = generator.generate(pixels)
     with torch.inference_mode():
         generator.state.cache.fill_(torch.nan)
-    assert torch.equal(generator.generate(pixels, 20), tokens)
+    assert torch.equal(generator.generate(pixels), tokens)
 
 
 def test_steps_end_soon_after_the_last_caption(tiny_checkpoint):
     model, pixels = load(tiny_checkpoint), make_pixels(1)
     row = generate_slowly(model, pixels)[0].tolist()
     model.config.text_config.eos_token_id = row[4]
-    generator = FastGenerator(model, batch_size=4)
-    assert generator.generate(pixels, NEW_TOKENS).tolist() == [row[: row.index(row[4]) + 1]]
+    generator = FastGenerator(model, 4, NEW_TOKENS)
+    assert generator.generate(pixels).tolist() == [row[: row.index(row[4]) + 1]]
     assert generator.state.position.item() - generator.prefix <= generation.CHECK_EVERY
 
 
@@ -150,18 +149,18 @@ def test_adapter_switched_off_and_trained_between_calls(tiny_checkpoint, joined)
     model, pixels = load(tiny_checkpoint, True, True), make_pixels(4)
     if joined:  # as FastStep trains
         join_lora(model)
-    generator = FastGenerator(model, batch_size=4)
-    with_adapter = generator.generate(pixels, 20)
+    generator = FastGenerator(model, 4, 20)
+    with_adapter = generator.generate(pixels)
     with model.disable_adapter():
-        without = generator.generate(pixels, 20)
+        without = generator.generate(pixels)
         assert torch.equal(without, generate_slowly(model, pixels, 20))
     assert not torch.equal(with_adapter, without)
-    assert torch.equal(generator.generate(pixels, 20), with_adapter)
+    assert torch.equal(generator.generate(pixels), with_adapter)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.mul_(-1)
-    trained = generator.generate(pixels, 20)
+    trained = generator.generate(pixels)
     assert torch.equal(trained, generate_slowly(model, pixels, 20))
     assert not torch.equal(trained, with_adapter)
 
@@ -173,45 +172,44 @@ SEEDS = list(range(100, 116))
 def test_seed_alone_decides_what_is_drawn(tiny_checkpoint, monkeypatch):
     """Not the calls before, nor which rows left the batch."""
     model, pixels = load(tiny_checkpoint, with_lora=True), make_pixels(16)
-    end_early(model, FastGenerator(model, batch_size=16).generate(pixels, NEW_TOKENS, CHOICE, SEEDS))
-    generator, steps = FastGenerator(model, batch_size=16, bucket=16), note_steps(monkeypatch)
-    first = generator.generate(pixels, NEW_TOKENS, CHOICE, SEEDS)
+    end_early(model, FastGenerator(model, 16, NEW_TOKENS).generate(pixels, CHOICE, SEEDS))
+    generator, steps = FastGenerator(model, 16, NEW_TOKENS, bucket=16), note_steps(monkeypatch)
+    first = generator.generate(pixels, CHOICE, SEEDS)
     assert steps[-1][0] < 16, steps
-    assert not torch.equal(generator.generate(pixels, NEW_TOKENS, CHOICE, SEEDS[::-1]), first)
-    generator.generate(pixels[:3], 10)
-    assert torch.equal(generator.generate(pixels, NEW_TOKENS, CHOICE, SEEDS), first)
-    other = FastGenerator(model, batch_size=16, bucket=128)
-    assert torch.equal(other.generate(pixels, NEW_TOKENS, CHOICE, SEEDS), first)
+    assert not torch.equal(generator.generate(pixels, CHOICE, SEEDS[::-1]), first)
+    generator.generate(pixels[:3])
+    assert torch.equal(generator.generate(pixels, CHOICE, SEEDS), first)
+    other = FastGenerator(model, 16, NEW_TOKENS, bucket=128)
+    assert torch.equal(other.generate(pixels, CHOICE, SEEDS), first)
 
 
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 def test_what_is_drawn_for_an_image_depends_on_no_other(tiny_checkpoint, load_in_4bit):
     """On neither the batch that it is in nor its place there; and transformers' generate() draws the same."""
     model, pixels = load(tiny_checkpoint, load_in_4bit, with_lora=True), make_pixels(16)
-    together = FastGenerator(model, batch_size=16).generate(pixels, NEW_TOKENS, CHOICE, SEEDS)
+    together = FastGenerator(model, 16, NEW_TOKENS).generate(pixels, CHOICE, SEEDS)
     assert len(together.unique(dim=0)) == 16
-    small = FastGenerator(model, batch_size=5)
+    small = FastGenerator(model, 5, NEW_TOKENS)
     for rows in ([3], [15, 0, 7], [4, 5, 6, 7, 8]):
         seeds = [SEEDS[row] for row in rows]
-        assert torch.equal(small.generate(pixels[rows], NEW_TOKENS, CHOICE, seeds), together[rows])
+        assert torch.equal(small.generate(pixels[rows], CHOICE, seeds), together[rows])
     settings = plain_generation.make_generation_config(model.config, NEW_TOKENS)
     draw = DrawTokens(*CHOICE, SEEDS, CPU)
     assert torch.equal(plain_generation.generate_tokens(model, pixels, settings, draw), together)
 
 
 def test_more_tokens_than_the_model_has_positions_are_refused(tiny_checkpoint):
-    generator = FastGenerator(load(tiny_checkpoint), batch_size=3)
     with pytest.raises(AssertionError, match=r"100000 new tokens, but OPT has \d+ positions"):
-        generator.generate(make_pixels(3), 100_000)
+        FastGenerator(load(tiny_checkpoint), 3, 100_000)
 
 
 def test_the_whole_vocabulary_is_drawn_from_without_a_nucleus(tiny_checkpoint, monkeypatch):
     """With top-p 1, however few tokens a nucleus may have: these two are the likeliest, and others are drawn too."""
     monkeypatch.setattr(sampling, "NUCLEUS", 2)
-    generator, pixels = FastGenerator(load(tiny_checkpoint), batch_size=3), make_pixels(3)
+    generator, pixels = FastGenerator(load(tiny_checkpoint), 3, 1), make_pixels(3)
 
     def draw(top_p: float) -> set[int]:
-        drawn = [generator.generate(pixels, 1, (1.0, top_p), range(seed, seed + 3)) for seed in range(8)]
+        drawn = [generator.generate(pixels, (1.0, top_p), range(seed, seed + 3)) for seed in range(8)]
         return set(torch.cat(drawn).flatten().tolist())
 
     assert len(draw(0.999)) <= 2 * 3 < len(draw(1.0))  # of three images
@@ -219,9 +217,9 @@ def test_the_whole_vocabulary_is_drawn_from_without_a_nucleus(tiny_checkpoint, m
 
 def test_tiny_nucleus_is_greedy(tiny_checkpoint):
     model, pixels = load(tiny_checkpoint), make_pixels(3)
-    generator = FastGenerator(model, batch_size=3)
-    drawn = generator.generate(pixels, 30, (1.0, 1e-6), SEEDS[:3])
-    assert torch.equal(drawn, generator.generate(pixels, 30))
+    generator = FastGenerator(model, 3, 30)
+    drawn = generator.generate(pixels, (1.0, 1e-6), SEEDS[:3])
+    assert torch.equal(drawn, generator.generate(pixels))
 
 
 @pytest.mark.parametrize("top_p", [0.6, 1.0])
@@ -232,9 +230,9 @@ def test_first_token_has_the_distribution_of_transformers(tiny_checkpoint, top_p
     with torch.no_grad():
         logits = model(pixel_values=pixels, input_ids=prefix).logits[:, -1] / temperature
     expected = (TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits).softmax(-1)[0]  # (V,)
-    generator = FastGenerator(model, batch_size=rows)
+    generator = FastGenerator(model, rows, 1)
     seeds = [seed_image(0, f"{row}.jpg") for row in range(rows)]
-    drawn = generator.generate(pixels.expand(rows, -1, -1, -1), 1, (temperature, top_p), seeds)
+    drawn = generator.generate(pixels.expand(rows, -1, -1, -1), (temperature, top_p), seeds)
     counts = torch.bincount(drawn[:, 0], minlength=len(expected))
     assert expected.count_nonzero() > 5
     assert (counts[expected == 0] == 0).all()
@@ -246,11 +244,11 @@ def test_kernels_give_the_same_captions(tiny_checkpoint, monkeypatch):
     """In Triton's interpreter: attention of one token is taken."""
     need_triton()
     model, pixels = load(tiny_checkpoint), make_pixels(3)
-    expected = FastGenerator(model, 3).generate(pixels, 12)
+    expected = FastGenerator(model, 3, 12).generate(pixels)
     calls, attend_one = [], generation.attend_one
     monkeypatch.setattr(choice, "use_kernels", lambda x: True)
     monkeypatch.setattr(generation, "attend_one", lambda *args: calls.append(args) or attend_one(*args))
-    assert torch.equal(FastGenerator(model, 3).generate(pixels, 12), expected)
+    assert torch.equal(FastGenerator(model, 3, 12).generate(pixels), expected)
     assert calls and len(expected.unique(dim=0)) > 1
 
 
@@ -278,13 +276,13 @@ def test_graphs_are_captured_once_and_replayed(tiny_checkpoint, monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    generator = FastGenerator(model, batch_size=8, bucket=16)
+    generator = FastGenerator(model, 8, 30, bucket=16)
     generator.use_graphs = True
     expected = generate_slowly(model, pixels, 30)  # 29 steps, over three lengths of the cache
-    assert torch.equal(generator.generate(pixels, 30), expected)
+    assert torch.equal(generator.generate(pixels), expected)
     assert captured == [(8, 16, None), (8, 32, None), (8, 48, None)]
     assert len(replayed) == 29 - 3
-    assert torch.equal(generator.generate(pixels, 30), expected)
+    assert torch.equal(generator.generate(pixels), expected)
     assert len(captured) == 3
     assert len(replayed) == 29 - 3 + 29
 
@@ -339,6 +337,7 @@ def test_image_tokens_in_half_precision(tiny_checkpoint, monkeypatch, load_in_4b
 def test_way_to_generate_is_chosen_by_room(tiny_checkpoint, room, batch_size, chosen, capsys):
     captioner, model = FastCaptioner.__new__(FastCaptioner), load(tiny_checkpoint)  # without loading
     captioner.model, captioner.generator = model, None
+    captioner.generation = plain_generation.make_generation_config(model.config, 8)
     for fast in ("on", "auto"):
         captioner.config = make_config(EvalConfig, fast=fast, batch_size=batch_size)
         if chosen is not None:
