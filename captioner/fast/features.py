@@ -52,10 +52,8 @@ REMEDY = "free some space, name another folder with --features, or do without: -
 
 def list_folders(setting: Literal["auto", "off"] | Path, output: Path, device: torch.device) -> list[Path]:
     """Where the features of a run into the folder `output` may be; with `auto` on a GPU alone, in one of two places."""
-    if setting == "off" or (setting == "auto" and device.type != "cuda"):
-        return []
-    if setting != "auto":
-        return [Path(setting)]
+    if setting != "auto" or device.type != "cuda":
+        return [] if setting in ("auto", "off") else [Path(setting)]
     output = output.resolve()
     mark = hashlib.sha256(os.fsencode(output)).hexdigest()[:8]
     return [Path(f"{output}-features"), Path(tempfile.gettempdir(), f"{output.name}-{mark}-features")]
@@ -95,7 +93,7 @@ def measure_limit(folder: Path, limit_gib: float | None) -> float:
 
 
 def measure_row(vision_config, dtype: torch.dtype) -> int:
-    """Bytes of an image's output."""
+    """Bytes of an image's output (P, D)."""
     positions = (vision_config.image_size // vision_config.patch_size) ** 2 + 1
     return positions * vision_config.hidden_size * dtype.itemsize
 
@@ -195,8 +193,8 @@ class FeatureFile:
                 readable = [place for reason, place in batch if reason is None]
                 outputs, wait = copy_to_cpu(run_vision(self.vision, pixels)) if readable else ((), lambda: None)
                 list(written)  # the batch before, while a GPU computes this one
-                parts = ((readable[first::WRITERS], outputs[first::WRITERS], wait) for first in range(WRITERS))
-                written = pool.map(lambda part: self.write_rows(*part), parts)
+                parts = [(readable[first::WRITERS], outputs[first::WRITERS], wait) for first in range(WRITERS)]
+                written = pool.map(self.write_rows, *zip(*parts, strict=True))
                 progress.update(len(reasons))
             list(written)
         return unreadable
@@ -210,7 +208,7 @@ class FeatureFile:
                 file.seek(number * self.record.itemsize + 2 * SUM)
                 file.write(row)
                 image_sum = hash_image(image)
-                file.seek(number * self.record.itemsize)  # and the row is out of this process
+                file.seek(number * self.record.itemsize)  # after all of the row has left the buffer
                 file.write(image_sum + self.sum_row(image_sum, row))
 
 

@@ -306,6 +306,16 @@ def test_rows_of_another_model_are_not_read(folder, tiny_checkpoint, model, proc
     assert open_file(model, processor).read(images) == {}
 
 
+def test_what_is_no_file_of_features_stays(folder, model, processor, images):
+    names = ["features.bin", "index.bin", "about.json", "vit.features", "vit-1.txt"]
+    STORE.mkdir()
+    for name in [*names, "vit-0123456789abcdef.features"]:
+        (STORE / name).write_text(name)
+    keep(model, processor, images[:2])
+    assert {path.name for path in STORE.iterdir()} == {*names, open_file(model, processor).path.name}
+    assert all((STORE / name).read_text() == name for name in names)
+
+
 def test_weights_precision_and_preparation_have_a_key_each(folder, tiny_checkpoint, model, processor):
     def key(model, processor=processor):
         return open_file(model, processor).key
