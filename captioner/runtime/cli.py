@@ -14,8 +14,10 @@ from captioner.runtime.errors import UserError, escape_controls, lacks_memory
 
 # On a CPU bitsandbytes warns at import that an optional kernel, which it would fetch from the hub, is not there.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-# Nothing here needs torchvision, but transformers imports one that is there, and fails on one of another torch.
-sys.modules.setdefault("torchvision", None)
+# Nothing here needs these two, but transformers imports them where they are: scikit-learn takes it more than a second,
+# and it fails on a torchvision of another torch.
+for name in ("torchvision", "sklearn"):
+    sys.modules.setdefault(name, None)
 
 LESS_MEMORY = (
     "end other programs, or take less at once with --per-device-train-batch-size, --per-device-eval-batch-size and "
