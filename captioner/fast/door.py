@@ -5,6 +5,7 @@ Each method falls back on the plain way's where the fast one is not wanted or no
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -15,7 +16,7 @@ from captioner.blip2.pixels import start_reading
 from captioner.blip2.vit import take_vision_out
 from captioner.data.splits import leave_out_unreadable, list_split_images
 from captioner.fast.captioning import FastGreedyCaptioner
-from captioner.fast.features import FeatureFile, Place, choose_place, has_rows, keep_features, measure_row
+from captioner.fast.features import FeatureFile, choose_place, has_rows, keep_features, measure_row
 from captioner.fast.speed import find_obstacle, has_room_to_unpack, join_weights, unpack_nf4, use_fast_step
 from captioner.fast.trainer import speed_up
 from captioner.runtime.processes import ask_main, find_place
@@ -30,7 +31,7 @@ class FastWay(PlainWay):
     def __init__(self, config: TrainConfig, model_config, device: torch.device):
         super().__init__(config)
         self.model_config, self.device = model_config, device
-        self.place: Place | None = None  # where the ViT's outputs are kept
+        self.place: Path | None = None  # where the ViT's outputs are kept
         self.reading: Iterator | None = None  # the images that they are made of, decoded while the model is loaded
 
     def check_images(self, splits: Splits, processor) -> Splits:
@@ -38,7 +39,7 @@ class FastWay(PlainWay):
         self.place = ask_main(choose_place, self.config, len(images) * measure_row(vision, dtype), self.device)
         if self.place is None:
             return super().check_images(splits, processor)
-        if not has_rows(self.place.folder):
+        if not has_rows(self.place):
             index, processes = find_place()
             self.reading = start_reading(images[index::processes], processor, dtype, vision.image_size)
         return splits
@@ -47,11 +48,11 @@ class FastWay(PlainWay):
         if self.place is None:
             return super().encode_images(model, processor, splits)
         vision = take_vision_out(model)
-        file = FeatureFile(self.place.folder, vision, model.config.vision_config, processor)
+        file = FeatureFile(self.place, vision, model.config.vision_config, processor)
         if has_room_to_unpack(vision, self.device):
             unpack_nf4(vision)  # which the file is not known by, and which changes no digit
         images = list_split_images(splits)  # eval.py finds those of the test split
-        features, unreadable = keep_features(file, self.place.limit, images, self.reading)
+        features, unreadable = keep_features(file, self.config.fast.features_disk_gib, images, self.reading)
         self.reading = None
         del vision, file
         gc.collect()  # the ViT: now, not when memory is short

@@ -74,4 +74,4 @@ def test_a_model_of_another_size_captions_in_every_way(folder, settings, size, t
     assert processor.decode(tokens[0], skip_special_tokens=True).strip() == said
     assert merged.config.vision_config.image_size == size
     train(settings, image_size=size, features=Path("features"), output=Path("again"), run_name="again")
-    assert hash_file(Path("again") / "adapter_model.safetensors") == kept and list(Path("features").rglob("*.bin"))
+    assert hash_file(Path("again") / "adapter_model.safetensors") == kept and list(Path("features").rglob("*.features"))

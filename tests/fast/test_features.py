@@ -21,7 +21,7 @@ from captioner.blip2.pixels import load_pixels
 from captioner.blip2.vit import run_vision
 from captioner.data import splits
 from captioner.fast import features
-from captioner.fast.features import ABOUT, INDEX, RECORD, ROWS, FeatureFile, Place, choose_place, keep_features
+from captioner.fast.features import SUM, FeatureFile, choose_place, keep_features, measure_limit
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import lock_folder
 from config import EvalConfig, TrainConfig, make_config
@@ -58,11 +58,27 @@ def open_file(model, processor) -> FeatureFile:
     return FeatureFile(STORE, model.vision_model, model.config.vision_config, processor)
 
 
-def keep(model, processor, images, limit=1e9) -> torch.Tensor:
+def keep(model, processor, images, limit_gib=1.0) -> torch.Tensor:
     """The kept outputs (N, P, D) of images that can all be read."""
-    kept, unreadable = keep_features(open_file(model, processor), limit, images)
+    kept, unreadable = keep_features(open_file(model, processor), limit_gib, images)
     assert not unreadable
     return torch.stack([kept[image] for image in images])
+
+
+def open_rows(model, processor) -> torch.Tensor:
+    """The rows (N, P, D) of the file, as a run reads them."""
+    file = open_file(model, processor)
+    return file.view_rows(file.map_records())
+
+
+def find_file() -> Path:
+    """The one file that is kept."""
+    [path] = STORE.iterdir()
+    return path
+
+
+def count_records(file: FeatureFile) -> float:
+    return os.path.getsize(find_file()) / file.record.itemsize
 
 
 @pytest.fixture
@@ -90,8 +106,8 @@ def test_kept_outputs_are_those_of_the_vit(folder, model, processor, images, exp
     said = capsys.readouterr().out.splitlines()
     assert [line.split(" had ")[1] for line in said] == ["0 of 7", "7 of 20", "20 of 20"]
     file = open_file(model, processor)
-    assert os.path.getsize(STORE / ROWS) == 20 * file.row_bytes and os.path.getsize(STORE / INDEX) == 20 * RECORD
-    assert torch.equal(file.map_rows(), expected)
+    assert find_file() == file.path and count_records(file) == 20
+    assert torch.equal(open_rows(model, processor), expected)
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +176,7 @@ def test_a_run_goes_on_with_damaged_outputs_to_the_same_adapter(folder, settings
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         stop_at(patch, 2)
         train(settings, **STORED)
-    damage("flipped", 3)
+    damage("flipped", 3, 20)
     assert train(settings, **STORED, resume=True) == hash_adapter(trained)
     assert "store had 19 of 20, and 1 damaged ones computed anew" in capsys.readouterr().out
 
@@ -216,30 +232,33 @@ def test_captioning_finds_what_training_kept(folder, settings, capsys, monkeypat
 # what is not trusted
 
 
-def damage(how: str, row: int) -> None:
-    """Of the first four rows and their records."""
-    rows, index = bytearray((STORE / ROWS).read_bytes()), bytearray((STORE / INDEX).read_bytes())
-    size, place = len(rows) * RECORD // len(index), row * RECORD
+def damage(how: str, number: int, count: int) -> None:
+    """Of the file, which has `count` records, mostly the record of that number."""
+    content = bytearray(find_file().read_bytes())
+    size, head = len(content) // count, 2 * SUM
+    place = number * size
     if how == "flipped":
-        rows[row * size + size // 2] ^= 1
+        content[place + size // 2] ^= 1
     elif how == "flipped image sum":
-        index[place] ^= 1
+        content[place] ^= 1
     elif how == "flipped sum":
-        index[place + RECORD - 1] ^= 1
+        content[place + head - 1] ^= 1
     elif how == "cut":
-        rows = rows[: row * size + size // 2]
-    elif how == "cut index":
-        index = index[: place + 40]
-    elif how == "no index":
-        index = b""
+        del content[place + size // 2 :]
+    elif how == "cut sums":  # as if the disk had not got what follows, nor the next record's
+        for start, end in ((place + SUM + 8, place + head), (place + size, place + size + head)):
+            content[start:end] = bytes(end - start)
+    elif how == "no sums":
+        for start in range(0, len(content), size):
+            content[start : start + head] = bytes(head)
     elif how == "empty":
-        rows = b""
+        content.clear()
     elif how == "rows exchanged":
-        rows[row * size : (row + 1) * size], rows[:size] = rows[:size], rows[row * size : (row + 1) * size]
+        one, other = slice(head, size), slice(place + head, place + size)
+        content[one], content[other] = content[other], content[one]
     elif how == "another image's":
-        index[place : place + 32] = index[:32]
-    (STORE / ROWS).write_bytes(rows)
-    (STORE / INDEX).write_bytes(index)
+        content[place : place + SUM] = content[:SUM]
+    find_file().write_bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -248,10 +267,10 @@ def damage(how: str, row: int) -> None:
         ("flipped", 1, 1),
         ("flipped image sum", 1, 0),  # as if there were no row
         ("flipped sum", 1, 1),
-        ("cut", 2, 2),
-        ("cut index", 2, 1),
-        ("no index", 4, 0),
-        ("empty", 4, 4),
+        ("cut", 2, 0),  # what the file has lost it never had
+        ("cut sums", 2, 1),
+        ("no sums", 4, 0),
+        ("empty", 4, 0),
         ("rows exchanged", 2, 2),
         ("another image's", 2, 1),
     ],
@@ -260,7 +279,7 @@ def test_damaged_rows_are_computed_anew(
     folder, model, processor, images, expected, counts, capsys, how, computed, told
 ):
     keep(model, processor, images[:4])
-    damage(how, 2)
+    damage(how, 2, 4)
     counts.clear()
     capsys.readouterr()
     assert torch.equal(keep(model, processor, images[:4]), expected[:4]) and counts == [computed]
@@ -274,14 +293,27 @@ def test_damaged_rows_are_computed_anew(
 
 def test_rows_of_another_model_are_not_read(folder, tiny_checkpoint, model, processor, images, expected, counts):
     keep(model, processor, images[:4])
-    reader = open_file(model, processor).map_rows()
+    reader, path = open_rows(model, processor), find_file()
+    content = path.read_bytes()
     other = load_model(tiny_checkpoint, False, CPU)
     assert open_file(other, processor).read(images) == {}
     assert not torch.equal(keep(other, processor, images[:2]), expected[:2])
-    assert counts == [4, 2] and os.path.getsize(STORE / INDEX) == 2 * RECORD
+    assert counts == [4, 2] and find_file() != path and count_records(open_file(other, processor)) == 2
     assert torch.equal(reader, expected[:4])  # a run that reads them goes on with them
-    (STORE / ABOUT).write_text(open_file(model, processor).about)  # as if they were this model's
+    path.write_bytes(content)
+    assert len(open_file(model, processor).read(images)) == 4
+    open_file(other, processor).path.replace(path)  # as if they were this model's
     assert open_file(model, processor).read(images) == {}
+
+
+def test_what_is_no_file_of_features_stays(folder, model, processor, images):
+    names = ["features.bin", "index.bin", "about.json", "vit.features", "vit-1.txt"]
+    STORE.mkdir()
+    for name in [*names, "vit-0123456789abcdef.features"]:
+        (STORE / name).write_text(name)
+    keep(model, processor, images[:2])
+    assert {path.name for path in STORE.iterdir()} == {*names, open_file(model, processor).path.name}
+    assert all((STORE / name).read_text() == name for name in names)
 
 
 def test_weights_precision_and_preparation_have_a_key_each(folder, tiny_checkpoint, model, processor):
@@ -319,13 +351,13 @@ def test_unreadable_images_get_no_row(folder, model, processor, images, expected
     paths[2].write_bytes(b"no image")
     paths[4].unlink()
     for _ in range(2):
-        kept, unreadable = keep_features(open_file(model, processor), 1e9, paths)
+        kept, unreadable = keep_features(open_file(model, processor), 1.0, paths)
         assert list(unreadable) == [paths[2], paths[4]]
         assert all(f"{path}: not readable as an image" in reason for path, reason in unreadable.items())
         assert torch.equal(torch.stack(list(kept.values())), expected[[0, 1, 3, 5]])
     shutil.copy(images[4], paths[4])
-    assert keep_features(open_file(model, processor), 1e9, paths)[0].keys() == {*paths} - {paths[2]}
-    assert os.path.getsize(STORE / INDEX) == 6 * RECORD
+    assert keep_features(open_file(model, processor), 1.0, paths)[0].keys() == {*paths} - {paths[2]}
+    assert count_records(open_file(model, processor)) == 6
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -341,7 +373,7 @@ def fork(work, *args) -> int:
 
 
 def test_a_killed_run_keeps_what_it_has_written(folder, model, processor, images, expected, counts, monkeypatch):
-    """The kill comes between a row and its record."""
+    """The kill comes between a row and its sums."""
     monkeypatch.setattr(features, "WRITERS", 1)
     real, sums = FeatureFile.sum_row, []
 
@@ -358,18 +390,19 @@ def test_a_killed_run_keeps_what_it_has_written(folder, model, processor, images
     assert fork(keep_and_die) == -signal.SIGKILL
     assert len(open_file(model, processor).read(images)) == 5
     assert torch.equal(keep(model, processor, images), expected) and counts == [15]
-    assert os.path.getsize(STORE / INDEX) == 20 * RECORD
+    assert count_records(open_file(model, processor)) == 20
 
 
 def test_two_processes_write_a_share_each(folder, model, processor, images, expected):
     file = open_file(model, processor)
     STORE.mkdir()
-    rows, _ = file.prepare(images, 1e9)
-    shares = [(images[place::2], [row.number for row in rows[place::2]]) for place in range(2)]
-    pixels = [torch.stack([load_pixels(image, processor) for image in share]) for share, _ in shares]
+    numbers, missing, _ = file.prepare(images, 1.0)
+    assert missing == images
+    shares = [{image: numbers[image] for image in images[place::2]} for place in range(2)]
+    pixels = [torch.stack([load_pixels(image, processor) for image in share]) for share in shares]
 
     def write(place):
-        file.write(*shares[place], [(pixels[place], [None] * len(pixels[place]))])
+        file.write(shares[place], [(pixels[place], [None] * len(pixels[place]))])
 
     writers = [multiprocessing.get_context("fork").Process(target=write, args=(place,)) for place in range(2)]
     for writer in writers:
@@ -408,39 +441,49 @@ def disks(folder, monkeypatch):
     return disks
 
 
-def choose(need=100, device=GPU, **settings) -> Place | None:
+def choose(need=100, device=GPU, **settings) -> Path | None:
     return choose_place(make_config(TrainConfig, output=Path("out"), **settings), need, device)
 
 
 def test_the_roomiest_disk_is_taken_and_half_of_it(disks, capsys):
     near, far = list(disks)
     disks[near] = 1002
-    assert choose(501) == Place(Path.cwd() / "out-features", 501)
+    assert choose(501) == Path.cwd() / "out-features"
+    assert measure_limit(Path.cwd() / "out-features", None) == 501
     disks[far] = 1004
     place = choose(502)
-    assert place.folder.parent == far and place.limit == 502
+    assert place.parent == far and measure_limit(place, None) == 502
     assert capsys.readouterr().out == ""
     assert choose(503) is None
-    told = f"the frozen ViT's outputs are not kept, but computed in each pass ({place.folder} may take "
+    told = f"the frozen ViT's outputs are not kept, but computed in each pass ({place} may take "
     assert capsys.readouterr().out.startswith(told)
     disks[near] = 2000
-    place.folder.mkdir()
-    (place.folder / INDEX).touch()
-    assert choose().folder == place.folder  # which holds some already
-    assert features.find_folder("auto", Path("out"), GPU) == place.folder
+    place.mkdir()
+    assert choose() != place
+    (place / "vit-0123456789abcdef.features").touch()
+    assert choose() == place  # which holds some already
+    assert features.find_folder("auto", Path("out"), GPU) == place
     assert features.find_folder("auto", Path("other"), GPU) is None
 
 
 def test_the_user_says_where_and_how_much(disks, capsys):
+    def find_most(limit, **settings):
+        """So many bytes may be kept, and no more."""
+        assert choose(int(limit), **settings) == STORE and capsys.readouterr().out == ""
+        assert choose(int(limit) + 1, **settings) is None
+        assert f"(store may take {limit / 1e9:.1f} GB" in capsys.readouterr().out
+
     gib = 2**30
     disks[Path.cwd()] = 3 * gib
-    assert choose(features=STORE) == choose(features=STORE, device=CPU) == Place(STORE, 1.5 * gib)
-    assert choose(features=STORE, features_disk_gib=2.5).limit == 2.5 * gib
-    assert choose(features=STORE, features_disk_gib=5).limit == 3 * gib
+    for device in (GPU, CPU):
+        find_most(1.5 * gib, features=STORE, device=device)
+        find_most(2.5 * gib, features=STORE, device=device, features_disk_gib=2.5)
+        find_most(3 * gib, features=STORE, device=device, features_disk_gib=5)
     STORE.mkdir()
-    with open(STORE / ROWS, "wb") as file:
+    with open(STORE / "vit-0123456789abcdef.features", "wb") as file:
         file.truncate(gib)
-    assert choose(features=STORE).limit == 2 * gib  # what they take is theirs
+    (STORE / "features.bin").write_bytes(bytes(1000))  # no file of features
+    find_most(2 * gib, features=STORE)  # what they take is theirs
     assert capsys.readouterr().out == ""
     for settings, reason in (({"features": "off"}, "off"), ({"device": CPU}, "auto keeps them where there is a GPU")):
         assert choose(**settings) is None
@@ -450,13 +493,14 @@ def test_the_user_says_where_and_how_much(disks, capsys):
 
 
 def test_rows_of_other_images_go_where_there_is_no_room_for_both(folder, model, processor, images, expected, counts):
-    size = open_file(model, processor).row_bytes
+    file = open_file(model, processor)
+    size_gib = file.record.itemsize / 2**30
     keep(model, processor, images[:6])
-    assert torch.equal(keep(model, processor, images[4:12], 12 * size), expected[4:12])
-    assert os.path.getsize(STORE / ROWS) == 12 * size and counts == [6, 6]
-    reader = open_file(model, processor).map_rows()
-    assert torch.equal(keep(model, processor, images[12:], 8 * size), expected[12:])
-    assert os.path.getsize(STORE / ROWS) == 8 * size and counts == [6, 6, 8]
+    assert torch.equal(keep(model, processor, images[4:12], 12 * size_gib), expected[4:12])
+    assert count_records(file) == 12 and counts == [6, 6]
+    reader = open_rows(model, processor)
+    assert torch.equal(keep(model, processor, images[12:], 8 * size_gib), expected[12:])
+    assert count_records(file) == 8 and counts == [6, 6, 8]
     assert len(reader) == 12 and torch.equal(reader[:6], expected[:6])
 
 
@@ -473,16 +517,26 @@ def test_a_folder_that_cant_be_written_is_named(folder, model, processor, images
         keep(model, processor, images[:2])
     STORE.unlink()
     STORE.mkdir()
-    (STORE / ROWS).mkdir()
+    open_file(model, processor).path.mkdir()
     with pytest.raises(UserError, match=r"store: can't be written .*--features off"):
         keep(model, processor, images[:2])
 
 
 def test_the_disk_space_is_taken_before_images_are_encoded(folder, model, processor, images, counts, mount):
-    mount(STORE, "64k")  # of 87,040 bytes
+    mount(STORE, "64k")  # of 89,600 bytes
     with pytest.raises(UserError, match=r"store: can't be written \(No space left on device\); free some space"):
         keep(model, processor, images)
     assert counts == []
+
+
+def test_a_row_that_the_disk_takes_in_part_is_named(folder, model, processor, images, mount, monkeypatch):
+    """Where space can't be taken beforehand."""
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    monkeypatch.setattr(features, "WRITERS", 1)
+    mount(STORE, "64k")  # the last of 15 rows, of 4,480 bytes with their sums, finds room for half of it
+    with pytest.raises(UserError, match=r"store: can't be written \(No space left on device\); free some space"):
+        keep(model, processor, images[:15])
+    assert len(open_file(model, processor).read(images)) == 14
 
 
 class LargeVision(torch.nn.Module):
@@ -518,11 +572,11 @@ def test_neither_writing_nor_reading_holds_all_rows_in_memory(folder, processor)
     before, watcher = measure(), threading.Thread(target=watch)
     watcher.start()
     reading = ((part, [None] * len(part)) for part in pixels.split(32))
-    kept, _ = keep_features(file, 1e9, images, reading)
+    kept, _ = keep_features(file, 1.0, images, reading)
     assert kept[images[7]].mean() == 8
     assert torch.equal(torch.stack([kept[image][3, 5] for image in images]), torch.arange(count) + 1.0)
     assert sum(output.sum(dtype=torch.float64).item() for output in kept.values()) > 0  # all is read
     done.set()
     watcher.join()
-    assert os.path.getsize(STORE / ROWS) == count * size
+    assert os.path.getsize(find_file()) == count * (2 * SUM + size)
     assert peak[0] - before < count * size / 2
