@@ -136,12 +136,13 @@ class FeatureFile:
 
         All images are read, and the records that they have.
         """
-        numbers = {image_sum: number for number, image_sum in enumerate(self.read_sums(len(records))) if any(image_sum)}
-        sums = dict(zip(images, read_ahead(hash_image, images, at_once=8), strict=True)) if numbers else {}
+        used = {number: each for number, each in enumerate(self.read_sums(len(records))) if any(each)}
+        numbers = {image_sum: number for number, image_sum in used.items()}
+        sums = dict(zip(images, read_ahead(hash_image, images, at_once=8), strict=True)) if used else {}
         wanted = sorted({numbers[image_sum] for image_sum in sums.values() if image_sum in numbers})
-        found = read_ahead(lambda n: self.sum_row(records["image"][n], records["row"][n]), wanted, at_once=8)
+        found = read_ahead(lambda number: self.sum_row(used[number], records["row"][number]), wanted, at_once=8)
         damaged = {number for number, row_sum in zip(wanted, found, strict=True) if row_sum != records["sum"][number]}
-        kept = {*numbers.values()} - damaged
+        kept = used.keys() - damaged
         return {image: numbers[each] for image, each in sums.items() if numbers.get(each) in kept}, damaged, kept
 
     def read_sums(self, count: int) -> Iterator[bytes]:
@@ -224,6 +225,7 @@ def keep_features(
     with ExitStack() as lock:
         gather(lock.enter_context, lock_folder(file.folder, "--features"))
         numbers, missing, damaged = ask_main(file.prepare, images, limit_gib)
+        outputs = file.view_rows(file.map_records())  # now: without the lock, another run may replace the file
         share = missing[place::processes]
         if reading is None or len(missing) < len(images):
             reading = start_reading(share, file.processor, file.dtype, file.side)
@@ -231,7 +233,6 @@ def keep_features(
     unreadable = {image: reason for part in parts for image, reason in part.items()}
     had, note = len(images) - len(missing), f", and {damaged:,} damaged ones computed anew" if damaged else ""
     print(f"the frozen ViT's outputs are kept: {file.folder} had {had:,} of {len(images):,}{note}")
-    outputs = file.view_rows(file.map_records())
     return {image: outputs[numbers[image]] for image in images if image not in unreadable}, unreadable
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import tempfile
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -304,6 +305,51 @@ def test_rows_of_another_model_are_not_read(folder, tiny_checkpoint, model, proc
     assert len(open_file(model, processor).read(images)) == 4
     open_file(other, processor).path.replace(path)  # as if they were this model's
     assert open_file(model, processor).read(images) == {}
+
+
+def replace_file(model, processor, images) -> None:
+    """What another run does that has room for the rows of these images alone."""
+    keep(model, processor, images, len(images) * open_file(model, processor).record.itemsize / 2**30)
+
+
+def test_a_run_has_its_rows_whatever_comes_when_they_are_written(
+    folder, model, processor, images, expected, monkeypatch
+):
+    """Another run puts its own file in the place as soon as the lock is free."""
+
+    @contextmanager
+    def lock(*args):
+        with lock_folder(*args):
+            yield
+        monkeypatch.setattr(features, "lock_folder", lock_folder)
+        replace_file(model, processor, images[10:])
+
+    monkeypatch.setattr(features, "lock_folder", lock)
+    assert torch.equal(keep(model, processor, images[:10]), expected[:10])
+
+
+def test_no_row_is_read_by_the_sums_of_another_file(folder, model, processor, images, expected, monkeypatch):
+    """A run that has room for no more puts another file in the place while one reads."""
+    keep(model, processor, images)
+    real = FeatureFile.map_records
+
+    def map_records(self):
+        records = real(self)
+        monkeypatch.setattr(FeatureFile, "map_records", real)
+        replace_file(model, processor, images[::-2])
+        return records
+
+    monkeypatch.setattr(FeatureFile, "map_records", map_records)
+    kept = open_file(model, processor).read(images)
+    assert all(torch.equal(kept[image], expected[images.index(image)]) for image in kept)
+
+
+def test_rows_of_an_image_that_is_there_twice_stay(folder, model, processor, images, expected):
+    """Another run adds rows while one has both in use."""
+    shutil.copy(images[0], "copy.jpg")
+    rows, _ = keep_features(open_file(model, processor), 1.0, [images[0], Path("copy.jpg"), images[1]])
+    assert torch.equal(keep(model, processor, images[2:6]), expected[2:6])
+    assert torch.equal(torch.stack([*rows.values()]), expected[[0, 0, 1]])
 
 
 def test_what_is_no_file_of_features_stays(folder, model, processor, images):
