@@ -67,13 +67,15 @@ class FastCaptioner(Captioner):
         """Choose the batch size, and the fast way to generate where that is wanted and possible."""
         self.generator, self.is_merged = None, False
         if self.config.fast.fast == "on" or self.model.device.type == "cuda":
-            room = min(gather(self._make_room))  # batches are of one size in all processes
+            # weights are the same, and batches of one size, in all processes
+            unpacks = all(gather(has_room_to_unpack, self.model, self.model.device, UNPACKING_ROOM))
+            room = min(gather(self._make_room, unpacks))
             gather(self._make_generator, room, images)
 
-    def _make_room(self) -> int:
+    def _make_room(self, unpacks: bool) -> int:
         """For how many images there is room, with the weights as the generator reads them."""
         if supports(self.model):
-            if has_room_to_unpack(self.model, self.model.device, UNPACKING_ROOM):
+            if unpacks:
                 unpack_nf4(self.model)
             self.is_merged = not self.config.model_floors and merge_lora(self.model)
             join_weights(self.model)
@@ -114,6 +116,5 @@ class FastCaptioner(Captioner):
 
     @property
     def way(self) -> str:
-        if self.generator is None:
-            return super().way
-        return "FastGenerator-merged" if self.is_merged else "FastGenerator"
+        way = super().way if self.generator is None else "FastGenerator"
+        return f"{way}-merged" if self.is_merged else way

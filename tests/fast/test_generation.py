@@ -352,6 +352,19 @@ def test_way_to_generate_is_chosen_by_room(tiny_checkpoint, room, batch_size, ch
             assert f"from transformers' generate(): the GPU has room for {room} images" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("room", "way"), [(8, "FastGenerator"), (0, "generate")])
+@pytest.mark.parametrize("model_floors", [False, True])
+def test_scores_say_whether_weights_were_merged(tiny_checkpoint, monkeypatch, room, way, model_floors):
+    """Also where there is room for no batch, and transformers' generate() captions with them."""
+    monkeypatch.setattr(fast_captioning, "measure_room", lambda *args: room)
+    captioner, model = FastCaptioner.__new__(FastCaptioner), load(tiny_checkpoint, with_lora=True)  # without loading
+    captioner.config, captioner.model = make_config(EvalConfig, model_floors=model_floors), model
+    captioner.generator = None
+    captioner.generation = plain_generation.make_generation_config(model.config, 8)
+    captioner._make_generator(captioner._make_room(False), 8)
+    assert captioner.way == way + "-merged" * (not model_floors)
+
+
 @pytest.mark.parametrize(
     ("room", "images", "most", "size"),
     [
