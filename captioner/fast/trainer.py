@@ -67,7 +67,8 @@ class FastTrainer(CaptionTrainer):
         """The fast step adds up gradients itself, so nothing is wrapped in DDP."""
         self.model.zero_grad = self.fast_step.zero_grad  # Trainer's walks over thousands of modules
         prepare = self.accelerator.prepare_model
-        self.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)  # what else it does stays
+        how = {"device_placement": False, "evaluation_mode": True}  # the model is where it is to be; all else stays
+        self.accelerator.prepare_model = lambda model, **options: prepare(model, **options | how)
         return super()._prepare_for_training(*args)
 
     def create_optimizer(self, *args):
