@@ -30,7 +30,7 @@ from captioner.runtime.errors import UserError, lacks_memory
 from captioner.runtime.files import atomic_write, hash_file, measure_free
 from captioner.runtime.processes import gather, share_folder
 from captioner.training.fsdp import fit_fsdp, gather_trainable
-from captioner.training.stopping import Pace
+from captioner.training.stopping import Pace, Stopped
 
 MANIFEST = "manifest.json"
 UNREADABLE = (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError)  # what damaged files lead to
@@ -57,6 +57,9 @@ class SealedTrainer(Trainer):
         with share_folder(folder) if folder else nullcontext() as here:
             try:
                 return super().train(resume_from_checkpoint=here and str(here))
+            except Stopped:  # in all processes: at the end of one, the launcher would end those that are not done
+                gather(self.finish_sealing)
+                raise
             finally:
                 self.finish_sealing()
 
