@@ -174,9 +174,14 @@ class FeatureFile:
                 self.path.unlink()
                 return self.prepare(images, limit_gib)
             with open(self.path, "ab") as file:
-                if hasattr(os, "posix_fallocate"):  # else the disk may turn out to be full later
-                    os.posix_fallocate(file.fileno(), 0, count * self.record.itemsize)
-                file.truncate(count * self.record.itemsize)
+                before = file.tell()
+                try:
+                    if hasattr(os, "posix_fallocate"):  # else the disk may turn out to be full later
+                        os.posix_fallocate(file.fileno(), 0, count * self.record.itemsize)
+                    file.truncate(count * self.record.itemsize)
+                except OSError:
+                    file.truncate(before)  # ext4, for one, has given all that it had
+                    raise
         free = (number for number in range(count) if number not in kept)
         return found | dict(zip(missing, free, strict=False)), missing, len(damaged)
 

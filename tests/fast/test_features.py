@@ -1,5 +1,6 @@
 """Kept outputs of the ViT: the same captions, loss and adapter with them as without; nothing damaged is trusted."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -573,6 +574,22 @@ def test_the_disk_space_is_taken_before_images_are_encoded(folder, model, proces
     with pytest.raises(UserError, match=r"store: can't be written \(No space left on device\); free some space"):
         keep(model, processor, images)
     assert counts == []
+
+
+def test_a_disk_that_is_too_small_is_given_back(folder, model, processor, images, expected, monkeypatch):
+    """ext4 gives a file all that it has before it says that this is not enough."""
+    keep(model, processor, images[:4])
+    size = find_file().stat().st_size
+
+    def take_all(file, start, length):
+        os.ftruncate(file, length - 1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", take_all, raising=False)
+    with pytest.raises(UserError, match=r"store: can't be written \(No space left on device\)"):
+        keep(model, processor, images)
+    assert find_file().stat().st_size == size
+    assert torch.equal(torch.stack([*open_file(model, processor).read(images).values()]), expected[:4])
 
 
 def test_a_row_that_the_disk_takes_in_part_is_named(folder, model, processor, images, mount, monkeypatch):
