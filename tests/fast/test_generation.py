@@ -29,12 +29,12 @@ CPU = torch.device("cpu")
 NEW_TOKENS = 60  # positions 9 to 68: five buckets of 16
 
 
-def load(checkpoint, load_in_4bit=False, with_lora=False):
+def load(checkpoint, load_in_4bit=False, with_lora=False, rank=4):
     """A model whose captions differ by image; `with_lora` adds matrices that change them."""
     torch.manual_seed(0)
     model = blip2.load_model(checkpoint, load_in_4bit, CPU)
     if with_lora:
-        model = lora.add_lora(model, "both", rank=4, alpha=8, dropout=0.0)
+        model = lora.add_lora(model, "both", rank=rank, alpha=8, dropout=0.0)
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.05)
@@ -241,13 +241,14 @@ def test_first_token_has_the_distribution_of_transformers(tiny_checkpoint, top_p
 
 
 def test_kernels_give_the_same_captions(tiny_checkpoint, monkeypatch):
-    """In Triton's interpreter: attention of one token is taken."""
+    """In Triton's interpreter: attention of one token is taken, and LoRA's products lie beside the weights'."""
     need_triton()
-    model, pixels = load(tiny_checkpoint), make_pixels(3)
+    model, pixels = load(tiny_checkpoint, with_lora=True, rank=8), make_pixels(3)
     expected = FastGenerator(model, 3, 12).generate(pixels)
     calls, attend_one = [], generation.attend_one
     monkeypatch.setattr(choice, "use_kernels", lambda x: True)
     monkeypatch.setattr(generation, "attend_one", lambda *args: calls.append(args) or attend_one(*args))
+    join_weights(model)
     assert torch.equal(FastGenerator(model, 3, 12).generate(pixels), expected)
     assert calls and len(expected.unique(dim=0)) > 1
 
