@@ -207,6 +207,15 @@ def test_all_that_is_due_at_exit_is_done(what, code, told):
     assert done.stdout.startswith("written a thread\nregistered later")
 
 
+def test_what_runs_a_script_ends_as_it_says(tmp_path):
+    """And not with the script's exit code."""
+    script = "from captioner.runtime.cli import run_script\ndef main(config): print('ran')\nrun_script(main, None)"
+    (tmp_path / "script.py").write_text(script)
+    caller = f"import runpy, sys; runpy.run_path({str(tmp_path / 'script.py')!r}, run_name='__main__'); sys.exit(3)"
+    done = subprocess.run([sys.executable, "-c", caller], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (3, "ran\n")
+
+
 @pytest.mark.parametrize("lines", [1, 20_000])
 def test_output_that_nobody_reads_ends_a_script_quietly(lines):
     """As after `| head`, be it found out while it runs or at its end."""

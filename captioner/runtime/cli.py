@@ -45,8 +45,8 @@ def run_script(main, config) -> None:
         main(config)
         if sys.stdout is not None:  # as without a console on Windows
             sys.stdout.flush()
-        if main.__module__ == "__main__" and not hasattr(sys, "ps1"):  # not within a notebook or a test
-            _DONE.append(True)
+        if main.__module__ == "__main__":  # not called by a test
+            _DONE.append(sys.modules["__main__"])
     except UserError as error:
         sys.exit(report_error(error))
     except KeyboardInterrupt:
@@ -64,13 +64,16 @@ def run_script(main, config) -> None:
         sys.exit(report_error(UserError(f"out of memory ({reason}): {LESS_MEMORY}")))
 
 
-_DONE: list[bool] = []  # by run_script
+_DONE: list = []  # scripts, by run_script
 
 
-@atexit.register  # before all others, so that it comes after them
+@atexit.register  # before what the heavy imports register, so that it comes after that
 def _leave() -> None:
-    """End a script that is done: Python would take all apart that was imported, which takes it seconds."""
-    if _DONE:
+    """End a script that is done: Python would take all apart that was imported, which takes it seconds.
+
+    Not what has run it as a part, as a notebook or runpy: how that ends is not known here.
+    """
+    if sys.modules["__main__"] in _DONE and not hasattr(sys, "ps1"):
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.flush()
         os._exit(0)
