@@ -17,7 +17,6 @@ from captioner.fast.kernels import lora
 
 POINTERS = {"seed": "*i64", "sums": "*fp32"}
 INTEGERS = ("site", "level", "rows", "width", "height", "blocks")
-STAGES = 2  # that choice.pick_stages gives there
 
 
 def measure(kernel, constants: dict, **options) -> float:
@@ -42,8 +41,12 @@ def measure(kernel, constants: dict, **options) -> float:
 
 def main() -> None:
     taken = {}
+    projections = [
+        ("_project_low", lora.PROJECT | {"num_stages": lora.pick_stages(rank)}, {"R": rank, "FULL": rank})
+        for rank in (64, lora.LARGEST_SUM)
+    ]
     for name, sizes, constants in (
-        ("_project_low", lora.PROJECT | {"num_stages": STAGES}, {"R": lora.LARGEST_SUM, "FULL": lora.LARGEST_SUM}),
+        *projections,
         (
             "_lora_backward",
             lora.BACKWARD,
@@ -52,7 +55,7 @@ def main() -> None:
     ):
         options = {key: value for key, value in sizes.items() if key.startswith("num_")}
         tiles = {key: value for key, value in sizes.items() if key not in options}
-        taken[name] = measure(getattr(lora, name), constants | tiles, **options)
+        taken[f"{name} {constants}"] = measure(getattr(lora, name), constants | tiles, **options)
     print(json.dumps(taken))
 
 

@@ -88,7 +88,8 @@ def run_opt_layer(layer, look: Look, end: End, lora: Adapters, *hidden: Tensor) 
     """
     run = functools.partial(opt_layer, layer, look, end, lora)
     if getattr(layer, "gradient_checkpointing", False) and layer.training:
-        options = {"use_reentrant": False, "context_fn": _attention_contexts}
+        # the repetition happens when the caller's choice of attention is gone
+        options = {"use_reentrant": False, "context_fn": lambda: (sdpa_kernel(BACKENDS), sdpa_kernel(BACKENDS))}
         draws = draws_by_kernels(hidden[0], layer.self_attn.dropout)
         return checkpoint(run, *hidden, **options, preserve_rng_state=not draws)
     return run(*hidden)
@@ -100,11 +101,6 @@ def draws_by_kernels(x: Tensor, attention_dropout: float) -> bool:
     torch's generator is not used then, and a pass that computes activations again can be recorded.
     """
     return choice.use_kernels(x) and not attention_dropout
-
-
-def _attention_contexts() -> tuple:
-    """Of the forward pass and of its repetition, which happens when the caller's choice of attention is gone."""
-    return sdpa_kernel(BACKENDS), sdpa_kernel(BACKENDS)
 
 
 def opt_layer(layer, look: Look, end: End, lora: Adapters, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:

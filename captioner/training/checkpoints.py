@@ -16,7 +16,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from captioner.runtime.errors import UserError, lacks_memory
 from captioner.runtime.files import atomic_write, hash_file, measure_free
 from captioner.runtime.processes import gather, share_folder
 from captioner.training.fsdp import fit_fsdp, gather_trainable
-from captioner.training.stopping import Pace, Stopped
+from captioner.training.stopping import Pace
 
 MANIFEST = "manifest.json"
 UNREADABLE = (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError)  # what damaged files lead to
@@ -49,40 +48,27 @@ class SealedTrainer(Trainer):
             fit_fsdp(self.accelerator.state.fsdp_plugin, self.model)
         self.pace: Pace | None = None
         self.results: dict = {}  # what train() measured, once it has come to its end
-        self.sealer, self.sealing = ThreadPoolExecutor(1), None  # of the newest checkpoint
 
     def train(self, resume_from_checkpoint: str | None = None):
         self.check_disk()  # an epoch before the first checkpoint is due
         folder = resume_from_checkpoint and Path(resume_from_checkpoint)
         with share_folder(folder) if folder else nullcontext() as here:
-            try:
-                return super().train(resume_from_checkpoint=here and str(here))
-            except Stopped:  # in all processes: at the end of one, the launcher would end those that are not done
-                gather(self.finish_sealing)
-                raise
-            finally:
-                self.finish_sealing()
+            return super().train(resume_from_checkpoint=here and str(here))
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir)
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
-        self.finish_sealing()
         self.check_disk()
         with explain_checkpoint(checkpoint):
             super()._save_checkpoint(model, trial)
             if self.state.best_global_step:  # in all processes: Trainer asks the disk, which may be another machine's
                 self.state.best_model_checkpoint = str(folder / f"checkpoint-{self.state.best_global_step}")
             self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self.sealing = self.sealer.submit(replace_checkpoints, checkpoint)
+            if self.args.should_save:
+                seal_checkpoint(checkpoint)
+                remove_old_checkpoints(folder)
         if self.pace is not None:
             self.pace.after_save()
-
-    def finish_sealing(self) -> None:
-        """Wait until the newest checkpoint is on the disk and counts, which takes a second, while training goes on."""
-        sealing, self.sealing = self.sealing, None
-        if sealing is not None:
-            sealing.result()
 
     def check_disk(self) -> None:
         """Raise UserError where there is no room for a checkpoint."""
@@ -108,7 +94,6 @@ class SealedTrainer(Trainer):
                 (Path(output_dir) / name).write_bytes(content)
 
     def _load_best_model(self):
-        self.finish_sealing()
         self.accelerator.wait_for_everyone()
         best = Path(self.args.output_dir, Path(self.state.best_model_checkpoint).name)  # the run may have been moved
         with share_folder(best) as here:
@@ -141,13 +126,6 @@ def check_disk(folder: Path, need: int) -> None:
             f"{folder}: {free / 1e6:,.0f} MB free, a checkpoint needs {need / 1e6:,.0f} MB; the checkpoints before are "
             "kept: free some space, then go on with --resume"
         )
-
-
-def replace_checkpoints(checkpoint: Path) -> None:
-    """Have a new checkpoint count, and remove older ones that are not needed any more."""
-    with explain_checkpoint(checkpoint):
-        seal_checkpoint(checkpoint)
-        remove_old_checkpoints(checkpoint.parent)
 
 
 def seal_checkpoint(checkpoint: Path) -> None:

@@ -251,7 +251,7 @@ def test_kernels_fit_into_a_small_gpu():
     )
     assert run.returncode == 0, run.stderr
     taken = json.loads(run.stdout.splitlines()[-1])
-    assert len(taken) == 2 and all(0 < kib <= 99 for kib in taken.values()), taken
+    assert len(taken) == 3 and all(0 < kib <= 99 for kib in taken.values()), taken
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

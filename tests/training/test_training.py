@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -354,37 +353,6 @@ def test_logged_speed_is_that_of_training_alone(folder, settings, monkeypatch):
     speeds = [record["samples_per_second"] for record in records if "loss" in record]
     assert len(speeds) > 2
     assert min(speeds) > settings["train_batch_size"] / pause
-
-
-def test_training_goes_on_while_a_checkpoint_is_sealed(folder, settings, undisturbed, monkeypatch):
-    """Sealing, of the first epoch's checkpoint here, waits for the next step; and a failure of it ends the run."""
-    stepped, waits, step, seal = (
-        threading.Event(),
-        [],
-        trainer.CaptionTrainer.training_step,
-        checkpoints.seal_checkpoint,
-    )
-
-    def note_step(self, *args):
-        if self.state.global_step >= STEPS_PER_EPOCH:
-            stepped.set()
-        return step(self, *args)
-
-    def wait(checkpoint):
-        waits.append(stepped.wait(60))
-        seal(checkpoint)
-
-    monkeypatch.setattr(trainer.CaptionTrainer, "training_step", note_step)
-    monkeypatch.setattr(checkpoints, "seal_checkpoint", wait)
-    assert train(settings) == undisturbed[0]
-    assert waits == [True, True]
-
-    def fail(checkpoint):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(checkpoints, "seal_checkpoint", fail)
-    with pytest.raises(UserError, match=r"the checkpoint of step 3 can't be written .*Input/output error"):
-        train(settings, output=Path("failing"))
 
 
 def test_training_goes_on_when_wandb_fails(folder, settings, undisturbed, monkeypatch, capsys):

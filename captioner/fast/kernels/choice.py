@@ -13,7 +13,6 @@ except ImportError:  # torch for CPUs comes without: the kernels' definitions ar
     tl = SimpleNamespace(constexpr=None)
     triton = SimpleNamespace(jit=lambda kernel=None, **_: kernel or (lambda kernel: kernel), runtime=None)
 
-LARGE_SHARED_MEMORY = 160 * 2**10  # bytes of a program; A100 and H100 have more, other GPUs 99 KiB
 # arguments that no kernel is compiled anew for
 VARYING = ("site", "level", "rows", "height", "blocks")
 
@@ -49,14 +48,3 @@ def can_flash(x: Tensor) -> bool:
     if not x.is_cuda or x.dtype == torch.float32 or not torch.backends.cuda.is_flash_attention_available():
         return False
     return torch.cuda.get_device_capability(x.device) >= (8, 0) and x.shape[-1] % 8 == 0 and x.shape[-1] <= 256
-
-
-def pick_stages(device: torch.device) -> int:
-    """How many blocks a loop has on their way at once: fewer on GPUs with little shared memory (RTX 30 and 40, L4)."""
-    return _pick_stages(device.index) if device.type == "cuda" else 1
-
-
-@functools.cache
-def _pick_stages(index: int) -> int:
-    properties = triton.runtime.driver.active.utils.get_device_properties(index)
-    return 3 if properties["max_shared_mem"] >= LARGE_SHARED_MEMORY else 2

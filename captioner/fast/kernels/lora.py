@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from captioner.fast.kernels import choice
-from captioner.fast.kernels.choice import VARYING, pick_stages, tl, triton
+from captioner.fast.kernels.choice import VARYING, tl, triton
 from captioner.fast.kernels.dropout import Drop, draw_keys, is_kept, number_columns, number_rows
 
 LARGEST_SUM = 128  # of ranks: beyond it the products are torch's
@@ -26,6 +26,11 @@ def use_kernels(x: Tensor, ranks: int) -> bool:
 def fill_up(ranks: int) -> int:
     """What the kernels' products take: a power of 2, from 16 on."""
     return max(16, triton.next_power_of_2(ranks))
+
+
+def pick_stages(rank: int) -> int:
+    """How many blocks the projection has on their way at once: 99 KiB are all that most GPUs have for a program."""
+    return 3 if rank <= 64 else 2
 
 
 def project_low(x: Tensor, a: Tensor, low: Tensor, drop: Drop, b: Tensor, beside: Tensor) -> Drop:
@@ -50,7 +55,7 @@ def project_low(x: Tensor, a: Tensor, low: Tensor, drop: Drop, b: Tensor, beside
         R=rank,
         FULL=fill_up(rank),
         **PROJECT,
-        num_stages=pick_stages(x.device),
+        num_stages=pick_stages(rank),
     )
     return drop
 
