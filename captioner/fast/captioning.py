@@ -87,7 +87,7 @@ class FastCaptioner(Captioner):
             self.batch_size = size
             self.generator = FastGenerator(self.model, size, self.generation.max_new_tokens)
             return
-        reason = f"the GPU has room for {room} images at once in the fast way"
+        reason = f"there is room for {room} images at once in the fast way"
         reason = reason if supports(self.model) else "the fast way is not made for this language model"
         if self.config.fast.fast == "on":
             raise UserError(f"--fast on: {reason}; take a --batch-size of no more, or --fast auto")

@@ -70,7 +70,7 @@ class FastGenerator:
         self.device, self.dtype = embedding.device, embedding.dtype
         self.use_kernels = kernel_choice.use_kernels(embedding)
         self.use_graphs = self.device.type == "cuda"
-        self.lora: Adapters | None = None
+        self.recorded: dict[tuple, tuple[Adapters, dict, object]] = {}  # by adapted layers: LoRA, graphs, their pool
         with torch.inference_mode():
             self.state = DecodingState(self.model, batch_size, round_up(self.end, bucket))
 
@@ -107,10 +107,10 @@ class FastGenerator:
     def _copy_lora(self) -> None:
         """Take LoRA's weights as they are now, to where recorded steps read them."""
         now = copy_lora(self.model)
-        if self.lora is None or self.lora.matrices.keys() != now.matrices.keys():  # it was switched on or off
-            self.lora = now
-            # torch takes no more graphs into a pool that had some and has none
-            self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if self.use_graphs else None
+        adapted = tuple(now.matrices)  # others, and other graphs, where it was switched on or off
+        if adapted not in self.recorded:
+            self.recorded[adapted] = now, {}, torch.cuda.graph_pool_handle() if self.use_graphs else None
+        self.lora, self.graphs, self.pool = self.recorded[adapted]
         for layer, matrices in now.matrices.items():
             for kept, matrix in zip(self.lora.matrices[layer], matrices, strict=True):
                 kept.copy_(matrix)
