@@ -17,11 +17,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # where the package is, which PYTHONSAFEPATH leaves out
 
-from captioner.runtime.cli import run_script
+from captioner.runtime.cli import run_script, start_imports
 from config import EvalConfig, parse_args
 
 if __name__ == "__main__":
     config = parse_args(EvalConfig)  # before the heavy imports, so that --help answers at once
+    start_imports()
 
 from collections import Counter
 from dataclasses import asdict

@@ -10,18 +10,17 @@ LoRA is trained on the NF4 model with the Hugging Face Trainer; the adapter with
 with its processor, generation settings, configuration and split, for eval.py or plain peft.
 """
 
-import gc
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # where the package is, which PYTHONSAFEPATH leaves out
 
-from captioner.runtime.cli import run_script
+from captioner.runtime.cli import run_script, start_imports
 from config import TrainConfig, parse_args
 
 if __name__ == "__main__":
     config = parse_args(TrainConfig)  # before the heavy imports, so that --help answers at once
-    gc.disable()  # until run_script: imports leave no garbage, and to look for it takes a sixth of their time
+    start_imports()
 
 import dataclasses
 import importlib.util

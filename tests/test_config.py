@@ -6,6 +6,7 @@ import inspect
 import itertools
 import re
 import resource
+import signal
 import subprocess
 import sys
 import textwrap
@@ -214,6 +215,34 @@ def test_what_runs_a_script_ends_as_it_says(tmp_path):
     caller = f"import runpy, sys; runpy.run_path({str(tmp_path / 'script.py')!r}, run_name='__main__'); sys.exit(3)"
     done = subprocess.run([sys.executable, "-c", caller], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (3, "ran\n")
+
+
+IMPORTING = """
+import gc, signal, sys, time
+from captioner.runtime.cli import run_script, start_imports
+
+if sys.argv[1] == "nohup":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+start_imports()
+if sys.argv[1] == "late":
+    run_script(lambda _: [print(gc.isenabled(), flush=True), time.sleep(60)], None)
+print(gc.isenabled(), flush=True)
+time.sleep(60 if sys.argv[1] == "early" else 1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "code", "told"),
+    [("early", -signal.SIGINT, ""), ("late", 130, "\nstopped by Ctrl-C\n"), ("nohup", 0, "")],
+)
+def test_ctrl_c_ends_a_script_without_a_traceback(when, code, told):
+    """While it imports, and later; and not at all where it is ignored, as by nohup."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", IMPORTING, when], cwd=ROOT, text=True, **pipes) as process:
+        assert process.stdout.readline() == f"{when == 'late'}\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == told
+    assert process.returncode == code
 
 
 @pytest.mark.parametrize("lines", [1, 20_000])
