@@ -65,8 +65,8 @@ class FastWay(PlainWay):
             print(f"training goes the plain way: the fast one is not made for {reason}")
             return plain
         lean = self.config.training.gradient_checkpointing
-        if not lean and has_room_to_unpack(model, self.device):
-            print(f"NF4 values of {unpack_nf4(model)} layers are unpacked: more memory, fewer computations")
+        if not lean and has_room_to_unpack(model, self.device) and (count := unpack_nf4(model)):
+            print(f"NF4 values of {count} layers are unpacked: more memory, fewer computations")
         join_weights(model)
         return Parts(*speed_up(self.config, model), plain.eval_batch if lean else EVAL_BATCH, "fast")
 

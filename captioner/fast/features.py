@@ -65,8 +65,8 @@ def find_folder(setting: Literal["auto", "off"] | Path, output: Path, device: to
 
 
 def has_rows(folder: Path) -> bool:
-    """Whether an earlier run has kept features there."""
-    return any(folder.glob(FILES))
+    """Whether an earlier run has kept features there: an empty file is of one that had no room."""
+    return any(file.stat().st_size for file in folder.glob(FILES))
 
 
 def choose_place(config, need: int, device: torch.device) -> Path | None:

@@ -508,6 +508,8 @@ def test_the_roomiest_disk_is_taken_and_half_of_it(disks, capsys):
     place.mkdir()
     assert choose() != place
     (place / "vit-0123456789abcdef.features").touch()
+    assert choose() != place  # an earlier run had no room there
+    (place / "vit-0123456789abcdef.features").write_bytes(b"rows")
     assert choose() == place  # which holds some already
     assert features.find_folder("auto", Path("out"), GPU) == place
     assert features.find_folder("auto", Path("other"), GPU) is None
