@@ -36,12 +36,12 @@ def caption_nll(model, pixel_values: Tensor, input_ids: Tensor, labels: Tensor, 
     decoder = blip.language_model.model.decoder
     rows, queries = image.shape[:2]
     places = torch.arange(len(input_ids), device=input_ids.device)  # (N,)
-    row = torch.bucketize(places, starts[1:-1], right=True)  # (N,) that a place is in
-    packed = Rows(starts.int(), longest, row, places - starts[row])
+    packed = Rows.of(starts, longest, len(input_ids))
+    row = packed.places // longest  # (N,) that a place is in
     image_places = starts[:rows, None] + places[:queries]  # (B, Q)
     x = decoder.embed_tokens(input_ids)  # (N, H)
     x = x.index_copy(0, image_places.flatten(), image.flatten(0, 1).to(x.dtype))
-    x = x + F.embedding(packed.positions + decoder.embed_positions.offset, decoder.embed_positions.weight)
+    x = x + F.embedding(places - starts[row] + decoder.embed_positions.offset, decoder.embed_positions.weight)
 
     # all places with a label, filled up with the first, which is an image token's
     size = len(labels) - rows * queries

@@ -187,9 +187,7 @@ def test_attention_of_packed_rows_is_that_of_each(width, flashes, dtype, monkeyp
     starts = torch.tensor([0, 70, 75, 75, 108], device=DEVICE)
     joined = make(108, 3 * heads * width, dtype=dtype).requires_grad_()
     grad = make(108, heads * width, dtype=dtype)
-    places = torch.arange(108, device=DEVICE)
-    row = torch.bucketize(places, starts[1:-1], right=True)
-    out = attend([joined], heads, 0.0, Rows(starts.int(), longest, row, places - starts[row]))
+    out = attend([joined], heads, 0.0, Rows.of(starts, longest, 108))
     (gradient,) = torch.autograd.grad(out, joined, grad)
 
     reference, expected = joined.detach().double().requires_grad_(), []

@@ -22,8 +22,16 @@ class Rows(NamedTuple):
 
     starts: Tensor  # (rows + 1,) int32, the end of the last one too
     longest: int  # a length that none exceeds
-    row: Tensor  # (N,) that each position is in
-    positions: Tensor  # (N,) from the beginning of its row
+    padded: Tensor  # (rows x longest,) the position at each place of padded rows, any position behind a row's end
+    places: Tensor  # (N,) the place among these of each position
+
+    @classmethod
+    def of(cls, starts: Tensor, longest: int, positions: int) -> "Rows":
+        """Of rows that begin at `starts` (rows + 1,) int64 among so many positions."""
+        position = torch.arange(positions, device=starts.device)
+        row = torch.bucketize(position, starts[1:-1], right=True)
+        padded = (starts[:-1, None] + torch.arange(longest, device=starts.device)).clamp(max=positions - 1)
+        return cls(starts.int(), longest, padded.flatten(), row * longest + position - starts[row])
 
 
 def attend(joined: Sequence[Tensor], heads: int, dropout: float, rows: Rows | None = None) -> Tensor:
@@ -40,10 +48,8 @@ def attend(joined: Sequence[Tensor], heads: int, dropout: float, rows: Rows | No
         bounds = rows.starts, rows.starts, rows.longest, rows.longest
         return torch.ops.aten._flash_attention_forward(q, k, v, *bounds, dropout, True, False)[0].flatten(1)
     # behind a row's end others' positions stand, which none of its own sees
-    padded = (rows.starts[:-1, None] + torch.arange(rows.longest, device=q.device)).clamp(max=len(q) - 1)
-    q, k, v = (x.index_select(0, padded.flatten()).unflatten(0, padded.shape) for x in (q, k, v))
-    places = rows.row * rows.longest + rows.positions
-    return attend_rows(q, k, v, dropout, is_causal=True).flatten(0, 1).index_select(0, places)
+    q, k, v = (x.index_select(0, rows.padded).unflatten(0, (-1, rows.longest)) for x in (q, k, v))
+    return attend_rows(q, k, v, dropout, is_causal=True).flatten(0, 1).index_select(0, rows.places)
 
 
 def attend_rows(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, is_causal: bool = False) -> Tensor:
