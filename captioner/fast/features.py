@@ -164,9 +164,10 @@ class FeatureFile:
         The disk space is taken, of which there must be enough. Rows of other images stay unless the file takes more
         than it may with them.
         """
-        found, damaged, kept = self.look_up(images, self.map_records())
+        records = self.map_records()
+        found, damaged, kept = self.look_up(images, records)
         missing = [image for image in dict.fromkeys(images) if image not in found]
-        count = max(len(self.map_records()), len(kept) + len(missing))
+        count = max(len(records), len(kept) + len(missing))
         with explain_writing(self.folder, REMEDY):
             for other in {*self.folder.glob(FILES)} - {self.path}:
                 other.unlink()
