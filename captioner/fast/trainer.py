@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from captioner.blip2.batches import CaptionCollator, list_lengths
+from captioner.data.parallel import one_ahead
 from captioner.fast.caption_loss import caption_nll
 from captioner.fast.layers import draws_by_kernels
 from captioner.fast.packing import PackedCollator, PackedSampler
@@ -35,6 +36,7 @@ class FastTrainer(CaptionTrainer):
     def __init__(self, *args, cuda_graphs: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         self.fast_step = FastStep(self.model, cuda_graphs)
+        self.source = self.batches = None  # an epoch's batches, as Trainer has them and as they are taken
 
     def train(self, *args, **kwargs):
         try:
@@ -42,6 +44,13 @@ class FastTrainer(CaptionTrainer):
         finally:  # the model lives on, and must not hold recorded passes, whose memory others need
             vars(self.model).pop("zero_grad", None)
             self.fast_step.recordings.clear()
+
+    def get_batch_samples(self, epoch_iterator, *args):
+        """Batches are put together by a thread: a GPU whose loss has just been read would wait for the next one."""
+        if self.source is not epoch_iterator:  # workers make more than one ahead as it is
+            self.source = epoch_iterator
+            self.batches = epoch_iterator if self.args.dataloader_num_workers else one_ahead(epoch_iterator)
+        return super().get_batch_samples(self.batches, *args)
 
     def run_pass(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         if not model.training:  # after validation: to tell thousands of modules at each step would take long
