@@ -5,6 +5,7 @@ Each method falls back on the plain way's where the fast one is not wanted or no
 
 import gc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from captioner.blip2.loading import pick_dtype
 from captioner.blip2.pixels import start_reading
 from captioner.blip2.vit import take_vision_out
 from captioner.data.splits import leave_out_unreadable, list_split_images
+from captioner.fast.building import build_kernels
 from captioner.fast.captioning import FastGreedyCaptioner
 from captioner.fast.features import FeatureFile, choose_place, has_rows, keep_features, measure_row
 from captioner.fast.speed import find_obstacle, has_room_to_unpack, join_weights, unpack_nf4, use_fast_step
@@ -52,7 +54,10 @@ class FastWay(PlainWay):
         if has_room_to_unpack(vision, self.device):
             unpack_nf4(vision)  # which the file is not known by, and which changes no digit
         images = list_split_images(splits)  # eval.py finds those of the test split
-        features, unreadable = keep_features(file, self.config.fast.features_disk_gib, images, self.reading)
+        with ThreadPoolExecutor(1) as pool:
+            building = pool.submit(build_kernels, model, self.config.lora.lora_rank)
+            features, unreadable = keep_features(file, self.config.fast.features_disk_gib, images, self.reading)
+            building.result()  # raises what went wrong there
         self.reading = None
         del vision, file
         gc.collect()  # the ViT: now, not when memory is short

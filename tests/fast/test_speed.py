@@ -20,8 +20,9 @@ from captioner.blip2.batches import CaptionCollator, make_dataset
 from captioner.blip2.loading import load_model, load_processor
 from captioner.blip2.lora import add_lora
 from captioner.data.examples import Example
+from captioner.fast.building import build_kernels
 from captioner.fast.caption_loss import caption_nll
-from captioner.fast.kernels import choice
+from captioner.fast.kernels import choice, head, lora, norm
 from captioner.fast.layers import draws_by_kernels, spare_columns, supports
 from captioner.fast.linears import list_groups
 from captioner.fast.packing import PackedCollator, PackedSampler
@@ -32,6 +33,11 @@ from captioner.training import trainer
 from config import TrainConfig, make_config
 
 CPU = torch.device("cpu")
+TRAINING_KERNELS = {
+    lora: ("_project_low", "_lora_backward", "_add_parts"),
+    norm: ("_add_and_norm", "_add_and_norm_backward"),
+    head: ("_softmax_nll",),
+}
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +167,37 @@ def test_kernels_give_the_models_loss(tiny_checkpoint, batch, packed, kernels, r
         assert spare_columns(layer.fc1.base_layer.weight) == rank
         assert spare_columns(layer.self_attn.v_proj.base_layer.weight) == 3 * rank
     check_agreement(plain, loss_and_gradients(model, lambda: caption_nll(model, **packed).sum() / tokens))
+
+
+class Watched:
+    """A kernel whose launches are noted: its name and the arguments that a kernel is built anew for."""
+
+    def __init__(self, kernel, forms: set):
+        self.kernel, self.forms = kernel, forms
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            dtypes = tuple(arg.dtype for arg in args if torch.is_tensor(arg))
+            self.forms.add((self.kernel.__name__, dtypes, *sorted(options.items())))
+            self.kernel[grid](*args, **options)
+
+        return launch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [16, 8])
+def test_kernels_built_ahead_are_those_of_training(tiny_checkpoint, packed, kernels, monkeypatch, rank):
+    model, forms = load(tiny_checkpoint, dropout=0.1, rank=rank).train(), set()
+    for module, names in TRAINING_KERNELS.items():
+        for name in names:
+            monkeypatch.setattr(module, name, Watched(getattr(module, name), forms))
+    join_weights(model)
+    caption_nll(model, **packed).sum().backward()
+    needed, state = set(forms), torch.get_rng_state()
+    forms.clear()
+    build_kernels(model, rank)
+    assert forms == needed and {name for name, *_ in needed} == {*itertools.chain(*TRAINING_KERNELS.values())}
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.slow
