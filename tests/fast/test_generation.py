@@ -14,13 +14,12 @@ from captioner.blip2 import loading as blip2
 from captioner.blip2.lora import get_blip2
 from captioner.blip2.sampling import DrawTokens, seed_image
 from captioner.fast import captioning as fast_captioning
-from captioner.fast import generation, room
+from captioner.fast import generation
 from captioner.fast.adapters import copy_lora, join_lora
-from captioner.fast.captioning import FastCaptioner, FastGreedyCaptioner
+from captioner.fast.captioning import FastCaptioner, FastGreedyCaptioner, max_batch, pick_batch_size
 from captioner.fast.generation import FastGenerator
 from captioner.fast.kernels import choice
 from captioner.fast.layers import embed_images, supports
-from captioner.fast.room import max_batch, pick_batch_size
 from captioner.fast.speed import join_weights, merge_lora, unpack_nf4
 from captioner.runtime.errors import UserError
 from config import EvalConfig, make_config
@@ -406,7 +405,7 @@ def test_max_batch_fills_the_memory(tiny_checkpoint):
         model = Blip2ForConditionalGeneration(build_full_size_config()).to(torch.bfloat16)
     assert supports(model)
     free, cache = 40 * 2**30, 32 * 2 * 2560 * 160 * 2
-    taken = max_batch(model, 120, free) * cache + room.WORKSPACE
+    taken = max_batch(model, 120, free) * cache + fast_captioning.WORKSPACE
     assert 0.95 * free < taken <= free
     sizes = [max_batch(model, 120, gib * 2**30) for gib in range(16)]
     assert sizes[0] == 0 and sizes == sorted(sizes)
