@@ -267,12 +267,15 @@ def describe_outputs(vision, vision_config, image_processor) -> dict:
 
 
 def hash_weights(module: torch.nn.Module) -> str:
-    """SHA-256 over all weights as they compute: of NF4 layers the packed values with their scales."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+    """SHA-256 over those of all weights as they compute: of NF4 layers the packed values with their scales."""
+
+    def hash_weight(item: tuple[str, Tensor]) -> bytes:
+        name, tensor = item
+        digest = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(view_bytes(tensor.cpu()))
-    return digest.hexdigest()
+        return digest.digest()
+
+    return hashlib.sha256(b"".join(read_ahead(hash_weight, sorted(module.state_dict().items())))).hexdigest()
 
 
 def view_bytes(tensor: Tensor) -> np.ndarray:
