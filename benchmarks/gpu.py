@@ -11,8 +11,8 @@ Parts: `floor` times the matrix products that training can't do without; `step` 
 trains on 6,000 frames for 5 epochs with validation on 2,800 after each, and captions and scores the 1,200 of the test
 split; `reference` trains and captions as the reference does; `small` trains and captions with all but 4 GiB of the GPU
 taken; `batch` trains at a larger batch. If they are asked for, `t4` trains as a T4 would (benchmarks.t4), in the plain
-and in the fast way, `t4-job` does what the notebook does there, with few frames, and `sizes` times passes of other
-numbers of positions.
+and in the fast way, and captions what it trained on, `t4-job` does what the notebook does there, with few frames, and
+`sizes` times passes of other numbers of positions.
 """
 
 import argparse
@@ -246,7 +246,7 @@ def measure_small(args) -> Iterator[tuple]:
 
 
 def measure_t4(args) -> Iterator[tuple]:
-    """The losses of the same frames in the same order, and the pace with frames dealt out by length."""
+    """Losses of the same frames in the same order, the pace with frames dealt out by length, and captions of these."""
     flags = ("--max-steps", T4_STEPS, "--logging-steps", 1, "--limit", 1200, "--val-captions", 0)
     from benchmarks import t4
 
@@ -258,6 +258,8 @@ def measure_t4(args) -> Iterator[tuple]:
     yield f"as a T4: farthest of {len(fast.losses)} losses from the plain way's", 100 * far, "%", math.nan
     fast = train(args, "t4", *flags, **options)
     yield "as a T4: training", fast.samples_per_second, "samples/s", fast.peak_gib
+    captioned = caption(args, "t4", "--split", "train", "--num-samples", "all", "--greedy", **options)
+    yield from list_paces("as a T4: captioning, greedy", captioned)
 
 
 def measure_t4_job(args) -> Iterator[tuple]:
