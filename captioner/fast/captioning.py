@@ -156,8 +156,9 @@ def max_batch(model, max_new_tokens: int, free_bytes: int) -> int:
 
 
 def pick_batch_size(room: int, images: int, most: int) -> int:
-    """A power of 2 that there is room for, or less, so that the last batch is as large as the others; 0: no room."""
+    """2, 3, 4, 6, 8, 12, 16 and so on that there is room for, or less, to make batches of one size; 0: no room."""
     if not room:
         return 0
-    size = min(most, 1 << room.bit_length() - 1)
-    return min(size, round_up(math.ceil(images / math.ceil(images / size)), 8))
+    size = 1 << room.bit_length() - 1
+    size = min(most, size + size // 2 if room >= 1.5 * size else size)  # the same where a little more memory is free
+    return math.ceil(images / math.ceil(images / size))

@@ -326,8 +326,8 @@ def test_image_tokens_in_half_precision(tiny_checkpoint, monkeypatch, load_in_4b
     [
         (600, None, 512),
         (600, 8, 8),
-        (100, None, 64),
-        (6, None, 4),
+        (100, None, 94),
+        (6, None, 6),
         (6, 6, 6),
         (4, 8, None),
         (0, None, None),
@@ -373,6 +373,9 @@ def test_scores_say_whether_weights_were_merged(tiny_checkpoint, monkeypatch, ro
         (100, 16, 16, 16),
         (100, 1200, 16, 16),
         (8, 16, 512, 8),
+        (95, 720, 512, 60),
+        (127, 720, 512, 90),
+        (1, 16, 512, 1),
         (0, 16, 512, 0),
     ],
 )
