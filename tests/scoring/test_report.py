@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import sys
 import time
 from collections.abc import Callable
 
@@ -148,16 +147,6 @@ def test_thumbnails_are_upright_and_bare(tmp_path):
         assert image.size == (180, 320) and not image.getexif() and b"secret" not in turned
     with Image.open(io.BytesIO(base64.b64decode(make_thumbnail(tmp_path / "small.png", 320, 80)))) as image:
         assert image.size == (90, 40), "never enlarged"
-
-
-def test_thumbnails_by_processes_are_those_by_threads(drawn, monkeypatch):
-    import torch  # which starts the processes
-
-    paths = [*sorted((drawn / "images").iterdir())[:3], None] * 20
-    by_processes = make_thumbnails(paths, 10**9)
-    monkeypatch.delitem(sys.modules, torch.__name__)
-    assert make_thumbnails(paths, 10**9) == by_processes
-    assert [image is None for image in by_processes.images] == [False, False, False, True] * 20
 
 
 def test_thumbnails_shrink_until_they_fit(drawn):
