@@ -23,7 +23,7 @@ from config import EvalConfig, parse_args
 if __name__ == "__main__":
     config = parse_args(EvalConfig)  # before the heavy imports, so that --help answers at once
     start_imports()
-    if not (config.predictions or config.compare):  # who only scores captions does without torch
+    if not (config.predictions or config.compare):  # what captions; who only scores captions does without torch
         import captioner.blip2.caption_split  # noqa: F401
 
 from collections import Counter

@@ -18,15 +18,15 @@ FORMS = ((3, True, False), (1, True, True), (1, True, False), (2, False, False),
 def build_kernels(model, rank: int) -> None:
     """Build what training a model with LoRA of that rank takes, on the model's GPU. Draws no random numbers.
 
-    A kernel of another form is built where it is first needed, as all would be.
+    These are all of them for ranks that are multiples of 16. What else a pass needs is built when it comes to it.
     """
     blip = get_blip2(model)
     like = blip.get_input_embeddings().weight.detach()
     if not choice.use_kernels(like):
         return
-    with torch.cuda.device_of(like):  # a new thread has the first one
+    with torch.cuda.device_of(like):  # a new thread's current GPU is the first
         places = torch.zeros(SIZE, dtype=torch.int64, device=like.device)
-        x, drop = like.new_zeros(SIZE, SIZE), Drop(0.5, places[:1], site=0)
+        x, drop = like.new_zeros(SIZE, SIZE), Drop(0.0, places[:1], site=0)
         for layers, has_gradient, after_relu in FORMS:
             a, b = x.new_zeros(layers * rank, SIZE), x.new_zeros(layers * SIZE, rank)
             low = x.new_zeros(SIZE, len(a))

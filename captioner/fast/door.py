@@ -55,9 +55,9 @@ class FastWay(PlainWay):
             unpack_nf4(vision)  # which the file is not known by, and which changes no digit
         images = list_split_images(splits)  # eval.py finds those of the test split
         with ThreadPoolExecutor(1) as pool:
-            building = pool.submit(build_kernels, model, self.config.lora.lora_rank)
+            if use_fast_step(self.config, model, self.device):  # what fails there fails again where it is needed
+                pool.submit(build_kernels, model, self.config.lora.lora_rank)
             features, unreadable = keep_features(file, self.config.fast.features_disk_gib, images, self.reading)
-            building.result()  # raises what went wrong there
         self.reading = None
         del vision, file
         gc.collect()  # the ViT: now, not when memory is short

@@ -267,7 +267,7 @@ def describe_outputs(vision, vision_config, image_processor) -> dict:
 
 
 def hash_weights(module: torch.nn.Module) -> str:
-    """SHA-256 over those of all weights as they compute: of NF4 layers the packed values with their scales."""
+    """SHA-256 over the sums of all weights as they compute: of NF4 layers the packed values with their scales."""
 
     def hash_weight(item: tuple[str, Tensor]) -> bytes:
         name, tensor = item

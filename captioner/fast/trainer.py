@@ -36,7 +36,7 @@ class FastTrainer(CaptionTrainer):
     def __init__(self, *args, cuda_graphs: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
         self.fast_step = FastStep(self.model, cuda_graphs)
-        self.source = self.batches = None  # an epoch's batches, as Trainer has them and as they are taken
+        self.source = self.batches = None  # of an epoch: the iterator over batches that Trainer has, and ours over it
 
     def train(self, *args, **kwargs):
         try:
@@ -44,10 +44,11 @@ class FastTrainer(CaptionTrainer):
         finally:  # the model lives on, and must not hold recorded passes, whose memory others need
             vars(self.model).pop("zero_grad", None)
             self.fast_step.recordings.clear()
+            self.source = self.batches = None
 
     def get_batch_samples(self, epoch_iterator, *args):
-        """Batches are put together by a thread: a GPU whose loss has just been read would wait for the next one."""
-        if self.source is not epoch_iterator:  # workers make more than one ahead as it is
+        """Batches are put together by a thread: where a loss has just been read, a GPU has nothing to do meanwhile."""
+        if self.source is not epoch_iterator:  # worker processes make batches ahead anyway
             self.source = epoch_iterator
             self.batches = epoch_iterator if self.args.dataloader_num_workers else one_ahead(epoch_iterator)
         return super().get_batch_samples(self.batches, *args)

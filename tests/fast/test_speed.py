@@ -1,5 +1,6 @@
 """Each lever of speed.py: with it and without it loss, gradients and adapter agree."""
 
+import inspect
 import itertools
 import json
 import statistics
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import need_triton
 from torch.utils.checkpoint import checkpoint
-from training_runs import stop_at, train
+from training_runs import stop_at, train, train_until
 from transformers.trainer_callback import CallbackHandler
 
 import main
@@ -20,6 +21,7 @@ from captioner.blip2.batches import CaptionCollator, make_dataset
 from captioner.blip2.loading import load_model, load_processor
 from captioner.blip2.lora import add_lora
 from captioner.data.examples import Example
+from captioner.data.parallel import one_ahead
 from captioner.fast.building import build_kernels
 from captioner.fast.caption_loss import caption_nll
 from captioner.fast.kernels import choice, head, lora, norm
@@ -170,22 +172,25 @@ def test_kernels_give_the_models_loss(tiny_checkpoint, batch, packed, kernels, r
 
 
 class Watched:
-    """A kernel whose launches are noted: its name and the arguments that a kernel is built anew for."""
+    """A kernel whose launches are noted: its name, and what of the arguments a kernel is built anew for."""
 
     def __init__(self, kernel, forms: set):
         self.kernel, self.forms = kernel, forms
 
     def __getitem__(self, grid):
         def launch(*args, **options):
-            dtypes = tuple(arg.dtype for arg in args if torch.is_tensor(arg))
-            self.forms.add((self.kernel.__name__, dtypes, *sorted(options.items())))
+            values = dict(zip(inspect.signature(self.kernel.fn).parameters, args, strict=False))
+            whole = {name: value % 16 == 0 for name, value in values.items() if isinstance(value, int)}
+            kinds = {name: value.dtype for name, value in values.items() if torch.is_tensor(value)} | whole
+            kinds = {name: kind for name, kind in kinds.items() if name not in choice.VARYING}
+            self.forms.add((self.kernel.__name__, *sorted(kinds.items()), *sorted(options.items())))
             self.kernel[grid](*args, **options)
 
         return launch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [16, 8])
+@pytest.mark.parametrize("rank", [16, 48])
 def test_kernels_built_ahead_are_those_of_training(tiny_checkpoint, packed, kernels, monkeypatch, rank):
     model, forms = load(tiny_checkpoint, dropout=0.1, rank=rank).train(), set()
     for module, names in TRAINING_KERNELS.items():
@@ -492,6 +497,29 @@ def test_a_stopped_fast_run_goes_on_to_the_same_adapter(folder, settings):
             main.main(halves)
     main.main(halves)
     assert hash_file(Path("halves/adapter_model.safetensors")) == expected
+
+
+def test_batches_and_kernels_are_made_ahead(folder, settings, monkeypatch):
+    """By threads, also where a run goes on in the midst of an epoch; no batch stays when training has ended."""
+    built, epochs, save, features = [], [], main.save_run, {"fast": "on", "features": Path("features")}
+
+    def note_epoch(batches):
+        ahead = one_ahead(batches)
+        epochs.append(weakref.ref(ahead))
+        return ahead
+
+    def save_run(*args):
+        assert all(epoch() is None for epoch in epochs)
+        save(*args)
+
+    monkeypatch.setattr("captioner.fast.door.build_kernels", lambda model, rank: built.append(rank))
+    monkeypatch.setattr("captioner.fast.trainer.one_ahead", note_epoch)
+    monkeypatch.setattr(main, "save_run", save_run)
+    expected = train(settings, **features)
+    assert built == [16] and len(epochs) == 2
+    train_until(settings, 2, **features, output=Path("halves"))
+    main.main(make_config(TrainConfig, **settings | features | {"output": Path("halves")}))
+    assert hash_file(Path("halves/adapter_model.safetensors")) == expected and len(epochs) == 5
 
 
 def test_a_run_does_not_go_on_in_another_way(folder, settings):
