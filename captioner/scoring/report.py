@@ -174,11 +174,12 @@ def make_thumbnail(path: Path, side: int, quality: int) -> str | None:
                 return None
             scale = min(1, side / max(image.size))
             image.draft("RGB", [math.ceil(scale * length) for length in image.size])  # decoded at 1/8 to 1/2, if enough
-            small = image.convert("RGB")
+            image.load()
+        small = image if image.mode == "RGB" else image.convert("RGB")  # which copies: memory, too, takes time
         small.thumbnail((side, side))
-        upright = ImageOps.exif_transpose(small)
-        upright.info = {}  # a comment would be copied
-        upright.save(buffer, "JPEG", quality=quality, optimize=True)
+        ImageOps.exif_transpose(small, in_place=True)
+        small.info = {}  # a comment would be copied
+        small.save(buffer, "JPEG", quality=quality, optimize=True)
     except Exception:  # Pillow raises all sorts for broken files, and no image is worth the report
         return None
     return base64.b64encode(buffer.getvalue()).decode()
