@@ -13,7 +13,7 @@ from captioner.blip2.loading import load_finetuned, pick_device
 from captioner.blip2.pixels import read_each
 from captioner.blip2.sampling import DrawTokens, seed_image
 from captioner.blip2.vit import run_vision, take_vision_out
-from captioner.data.parallel import one_ahead
+from captioner.data.parallel import BATCH, one_ahead
 from captioner.runtime.errors import UserError
 from captioner.runtime.processes import find_place, gather
 from config import EvalConfig
@@ -107,9 +107,10 @@ class Captioner:
             size = self.batch_size
             raise UserError(f"--batch-size {size}: too large for the GPU ({reason}); take a smaller one") from None
 
-    def _run_vision(self, inputs) -> torch.Tensor:
-        """The ViT's outputs (B, P, D)."""
-        return run_vision(self.vision, torch.stack(inputs))
+    def _run_vision(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The ViT's outputs (B, P, D) for B images (3, S, S)."""
+        starts = range(0, len(inputs), BATCH)
+        return torch.cat([run_vision(self.vision, torch.stack(inputs[start : start + BATCH])) for start in starts])
 
     def describe_way(self) -> dict[str, str]:
         """How captions come about, for the signature of their scores."""

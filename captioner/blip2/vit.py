@@ -27,17 +27,14 @@ def take_vision_out(model) -> torch.nn.Module:
 
 
 def run_vision(vision, pixels: Tensor) -> Tensor:
-    """The ViT's outputs (B, P, D) for pixels (B, 3, S, S), BATCH images at a time.
+    """The ViT's outputs (B, P, D) for pixels (B, 3, S, S), of BATCH images at most.
 
     A GPU may add up in another order for another number of rows: there, always BATCH images are computed, blank ones
     among them, so that an output does not depend on how many images came with it.
     """
-    weight, outputs = vision.post_layernorm.weight, []
-    for part in pixels.split(BATCH):
-        count = len(part)
-        if weight.is_cuda:
-            part = part.pin_memory().to(weight.device, non_blocking=True)  # the GPU goes on meanwhile
-            part = F.pad(part, (0, 0, 0, 0, 0, 0, 0, BATCH - count))
-        with torch.inference_mode():
-            outputs.append(vision(part.to(weight.dtype)).last_hidden_state[:count])
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    weight, count = vision.post_layernorm.weight, len(pixels)
+    if weight.is_cuda:
+        pixels = pixels.pin_memory().to(weight.device, non_blocking=True)  # the GPU goes on meanwhile
+        pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, BATCH - count))
+    with torch.inference_mode():
+        return vision(pixels.to(weight.dtype)).last_hidden_state[:count]
