@@ -38,9 +38,10 @@ def find_home() -> None:
 
 
 def start_imports() -> None:
-    """Have imports take a sixth less time, without a look for garbage, which they don't leave; and Ctrl-C end them
-    without a traceback. Until run_script()."""
+    """Have imports take a sixth less time, without a look for garbage, which they don't leave; and Ctrl-C, or want of
+    memory, end them without a traceback. Until run_script()."""
     gc.disable()
+    sys.excepthook = _end_imports
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where nohup has it ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -48,6 +49,7 @@ def start_imports() -> None:
 def run_script(main, config) -> None:
     """Call main(config); an error that the user can mend is one message and exit code 2, no traceback."""
     gc.enable()
+    sys.excepthook = _SHOW_ERROR
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
@@ -72,8 +74,22 @@ def run_script(main, config) -> None:
     except Exception as error:  # safetensors has a type of its own
         if not lacks_memory(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        sys.exit(report_error(UserError(f"out of memory ({reason}): {LESS_MEMORY}")))
+        sys.exit(report_error(explain_memory(error)))
+
+
+def explain_memory(error: Exception) -> UserError:
+    """What to do about an error by which memory was refused."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return UserError(f"out of memory ({reason}): {LESS_MEMORY}")
+
+
+_SHOW_ERROR = sys.excepthook
+
+
+def _end_imports(kind, error, trace) -> None:
+    if lacks_memory(error):
+        os._exit(report_error(explain_memory(error)))
+    _SHOW_ERROR(kind, error, trace)
 
 
 _DONE: list = []  # scripts, by run_script

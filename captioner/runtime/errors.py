@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 CONTROLS = re.compile("[\\0-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069]")
-NO_MEMORY = re.compile(  # of the system, torch, Python and oneDNN
+NO_MEMORY = re.compile(  # of the system, torch, Python, oneDNN and the loader of libraries
     "out of memory|can't allocate memory|Cannot allocate memory|can't start new thread|could not create a primitive$"
+    "|failed to map segment from shared object$"
 )
 T = TypeVar("T")
 

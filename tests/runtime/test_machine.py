@@ -417,6 +417,24 @@ def test_want_of_memory_is_named(take):
     assert done.returncode == 2 and re.match(r"error: out of memory \(.+\): .*--batch-size", done.stderr), done.stderr
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (
+            "ImportError('libtorch_cpu.so: failed to map segment from shared object')",
+            2,
+            "^error: out of memory .*segment",
+        ),
+        ("MemoryError", 2, r"^error: out of memory \(MemoryError\)"),
+        ("ImportError('no such module')", 1, "Traceback(?s:.*)no such module"),
+    ],
+)
+def test_want_of_memory_is_named_while_libraries_are_imported(error, code, said):
+    script = f"from captioner.runtime.cli import start_imports; start_imports(); raise {error}"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == code and re.search(said, done.stderr), done.stderr
+
+
 @pytest.mark.parametrize("error", [RuntimeError("could not create a primitive descriptor"), OSError("no such thing")])
 def test_other_errors_keep_their_traceback(error):
     def fail(config):
