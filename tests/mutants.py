@@ -31,6 +31,7 @@ import ast
 import contextlib
 import fnmatch
 import functools
+import gc
 import hashlib
 import importlib
 import itertools
@@ -217,6 +218,7 @@ def run_pytest(tree: Path, arguments: list[str], make_plugin: Callable[[], objec
     if pid := os.fork():
         return pid
     code = 3
+    gc.freeze()  # a finaliser of what this process has left may wait for a thread or a process that is not the child's
     try:
         os.setsid()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,6 +1,9 @@
 """The mutation check: its mutants are what they should be, and it tells what the tests notice from what they don't."""
 
 import argparse
+import gc
+import os
+import time
 
 import mutants
 import pytest
@@ -210,6 +213,28 @@ def test_survivors_are_told_from_what_the_tests_notice(tree, args, capsys):
     (tree / "tiny.py").write_text(TINY + "\n")
     with pytest.raises(SystemExit, match=r"out\.jsonl: of another program"):
         mutants.run(quick, [tree], args)
+
+
+class Leftover:
+    """Garbage that waits for ever when another process collects it."""
+
+    def __init__(self):
+        self.me, self.pid = self, os.getpid()
+
+    def __del__(self):
+        while os.getpid() != self.pid:
+            time.sleep(1)
+
+
+def test_no_process_collects_what_another_left(tree, args):
+    gc.collect()
+    gc.disable()
+    try:
+        Leftover()
+        assert mutants.measure_once(tree, args)["failed"]
+    finally:
+        gc.enable()
+        gc.collect()
 
 
 def test_control_changes_nothing(tree, args):
