@@ -38,16 +38,18 @@ def unpack_nf4(model) -> int:
 
     The product of an NF4 layer is computed from unpacked weights at each use: doing it once changes no digit.
     """
-    count = 0
-    for parent in model.modules():
-        for name, layer in parent.named_children():
-            if isinstance(layer, bnb.nn.Linear4bit):
-                plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-                plain.weight = torch.nn.Parameter(read_weight(layer), requires_grad=False)
-                plain.bias = layer.bias
-                setattr(parent, name, plain)
-                count += 1
-    return count
+    packed = [
+        (parent, name, layer)
+        for parent in model.modules()
+        for name, layer in parent.named_children()
+        if isinstance(layer, bnb.nn.Linear4bit)
+    ]
+    for parent, name, layer in packed:
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain.weight = torch.nn.Parameter(read_weight(layer), requires_grad=False)
+        plain.bias = layer.bias
+        setattr(parent, name, plain)
+    return len(packed)
 
 
 def merge_lora(model) -> bool:
