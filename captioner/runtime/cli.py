@@ -49,7 +49,8 @@ def start_imports() -> None:
 def run_script(main, config) -> None:
     """Call main(config); an error that the user can mend is one message and exit code 2, no traceback."""
     gc.enable()
-    sys.excepthook = _SHOW_ERROR
+    if sys.excepthook is _end_imports:  # no library has put its own there
+        sys.excepthook = _SHOW_ERROR
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):

@@ -435,6 +435,13 @@ def test_want_of_memory_is_named_while_libraries_are_imported(error, code, said)
     assert done.returncode == code and re.search(said, done.stderr), done.stderr
 
 
+def test_how_a_library_shows_errors_stays(monkeypatch):
+    hook = lambda *_: None  # noqa: E731
+    monkeypatch.setattr(sys, "excepthook", hook)
+    cli.run_script(lambda config: None, None)
+    assert sys.excepthook is hook
+
+
 @pytest.mark.parametrize("error", [RuntimeError("could not create a primitive descriptor"), OSError("no such thing")])
 def test_other_errors_keep_their_traceback(error):
     def fail(config):
