@@ -175,7 +175,7 @@ def make_thumbnail(path: Path, side: int, quality: int) -> str | None:
             scale = min(1, side / max(image.size))
             image.draft("RGB", [math.ceil(scale * length) for length in image.size])  # decoded at 1/8 to 1/2, if enough
             image.load()
-        small = image if image.mode == "RGB" else image.convert("RGB")  # which copies: memory, too, takes time
+        small = image if image.mode == "RGB" else image.convert("RGB")  # convert() copies in any case
         small.thumbnail((side, side))
         ImageOps.exif_transpose(small, in_place=True)
         small.info = {}  # a comment would be copied
