@@ -110,11 +110,14 @@ def measure_fsdp(args) -> Iterator[Row]:
 
 
 def measure_captions(args) -> Iterator[Row]:
-    """The pace of all, and of those after each process's first batch, in which the GPU's launches are recorded."""
+    """The pace of all, and of those after each process's first batch, in which the GPU's launches are recorded.
+
+    Of one process before and after the others: what comes first on a machine is slower.
+    """
     if not (args.folder / ADAPTER / "run.json").is_file():
         train(args, ADAPTER, *list_flags(args, "--max-steps", 1), launcher=launch(1))
     write_test_split(args)
-    for processes in (1, *args.processes):
+    for processes in (1, *args.processes, 1):
         flags = ("--num-samples", "all", "--features", "off")  # all processes have all of it to do
         done = caption(args, ADAPTER, *flags, launcher=launch(processes))
         yield Row(CAPTIONING, processes, done.captions_per_second, "captions/s", done.peak_gib, CAPTIONING)

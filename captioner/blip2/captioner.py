@@ -108,9 +108,12 @@ class Captioner:
             raise UserError(f"--batch-size {size}: too large for the GPU ({reason}); take a smaller one") from None
 
     def _run_vision(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The ViT's outputs (B, P, D) for B images (3, S, S)."""
-        starts = range(0, len(inputs), BATCH)
-        return torch.cat([run_vision(self.vision, torch.stack(inputs[start : start + BATCH])) for start in starts])
+        """The ViT's outputs (B, P, D) for B images (3, S, S).
+
+        They come out of memory that is pinned, and go to a GPU one by one: to put them together first takes new memory.
+        """
+        parts = torch.stack([image.to(self.model.device, non_blocking=True) for image in inputs]).split(BATCH)
+        return torch.cat([run_vision(self.vision, part) for part in parts])
 
     def describe_way(self) -> dict[str, str]:
         """How captions come about, for the signature of their scores."""

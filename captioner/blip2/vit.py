@@ -34,7 +34,7 @@ def run_vision(vision, pixels: Tensor) -> Tensor:
     """
     weight, count = vision.post_layernorm.weight, len(pixels)
     if weight.is_cuda:
-        pixels = pixels.pin_memory().to(weight.device, non_blocking=True)  # the GPU goes on meanwhile
+        pixels = pixels.to(weight.device, non_blocking=True)  # if they are pinned, the CPU goes on meanwhile
         pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, BATCH - count))
     with torch.inference_mode():
         return vision(pixels.to(weight.dtype)).last_hidden_state[:count]
