@@ -22,6 +22,7 @@ FAST_BATCH = 512  # images captioned at once, where there is room and nothing el
 WORKSPACE = 3 * 2**30  # bytes that passes of CHUNK images through a full-size model, and the graphs, take
 ROOM = 256  # images that there must be memory for, so that training beside them keeps some
 UNPACKING_ROOM = 2  # the GPU must have so many times the memory free that unpacked weights take
+AMPLE_ROOM = 12  # the same for those of the ViT, which is needed where its outputs are not kept, and for less long
 
 
 class FastGreedyCaptioner(GreedyCaptioner):
@@ -71,6 +72,8 @@ class FastCaptioner(Captioner):
         """Choose the batch size, and the fast way to generate where that is wanted and possible."""
         self.generator, self.is_merged = None, False
         if self.config.fast.fast == "on" or self.model.device.type == "cuda":
+            if has_room_to_unpack(self.vision, self.model.device, AMPLE_ROOM):
+                unpack_nf4(self.vision)
             # weights are the same, and batches of one size, in all processes
             unpacks = all(gather(has_room_to_unpack, self.model, self.model.device, UNPACKING_ROOM))
             room = min(gather(self._make_room, unpacks))

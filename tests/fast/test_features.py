@@ -22,8 +22,9 @@ from captioner.blip2.loading import load_model, load_processor
 from captioner.blip2.pixels import load_pixels
 from captioner.blip2.vit import run_vision
 from captioner.data import splits
-from captioner.fast import features
+from captioner.fast import captioning, features
 from captioner.fast.features import SUM, FeatureFile, choose_place, keep_features, measure_limit
+from captioner.fast.speed import unpack_nf4
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import lock_folder
 from config import EvalConfig, TrainConfig, make_config
@@ -185,7 +186,7 @@ def test_a_run_goes_on_with_damaged_outputs_to_the_same_adapter(folder, settings
 
 @pytest.mark.parametrize("fast", ["on", pytest.param("auto", marks=pytest.mark.slow)])
 def test_captions_are_the_same(folder, trained, model, processor, images, monkeypatch, capsys, fast):
-    """With some of the images' outputs kept, with all, and with none."""
+    """With some of the images' outputs kept, with all, and with none; with the ViT's NF4 values unpacked too."""
     monkeypatch.chdir(trained)
     shutil.rmtree(STORE, ignore_errors=True)
 
@@ -210,6 +211,12 @@ def test_captions_are_the_same(folder, trained, model, processor, images, monkey
     assert caption("blank-off", blank=True)[0] == blank
     said = caption("off", features=STORE, fast="off")[1]
     assert "outputs of" not in said
+
+    unpacked = []
+    monkeypatch.setattr(captioning, "has_room_to_unpack", lambda model, device, times: times == captioning.AMPLE_ROOM)
+    monkeypatch.setattr(captioning, "unpack_nf4", lambda model: unpacked.append(unpack_nf4(model)))
+    assert caption("unpacked", fast="on")[0] == live
+    assert len(unpacked) == 1 and unpacked[0] > 5  # layers of the ViT
 
 
 def test_more_tokens_than_the_model_has_positions_are_refused(trained, monkeypatch):
