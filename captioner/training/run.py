@@ -169,7 +169,8 @@ def save_run(run: Run, trainer: CaptionTrainer, processor, generation, splits: d
     with atomic_write(output / "run.json") as file:  # last: what it stands beside is whole
         json.dump(describe_run(run.state, run.folder.name, run.device, results), file, indent=2)
     remove_checkpoints(output)
-    print(f"best validation loss {trainer.state.best_metric:.4f}; curves in {run.folder / 'dashboard.png'}")
+    if not run.config.check:
+        print(f"best validation loss {trainer.state.best_metric:.4f}; curves in {run.folder / 'dashboard.png'}")
 
 
 def fill_folder(output: Path, write: Callable[[Path], None]) -> None:
