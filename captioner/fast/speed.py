@@ -38,17 +38,12 @@ def unpack_nf4(model) -> int:
 
     The product of an NF4 layer is computed from unpacked weights at each use: doing it once changes no digit.
     """
-    packed = [
-        (parent, name, layer)
-        for parent in model.modules()
-        for name, layer in parent.named_children()
-        if isinstance(layer, bnb.nn.Linear4bit)
-    ]
-    for parent, name, layer in packed:
+    packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, bnb.nn.Linear4bit)}
+    for name, layer in packed.items():
         plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         plain.weight = torch.nn.Parameter(read_weight(layer), requires_grad=False)
         plain.bias = layer.bias
-        setattr(parent, name, plain)
+        model.set_submodule(name, plain)
     return len(packed)
 
 
