@@ -7,7 +7,6 @@ about one size (packing.PackedSampler). trainer.py trains with them.
 """
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -49,10 +48,9 @@ def unpack_nf4(model) -> int:
 
 def merge_lora(model) -> bool:
     """Add LoRA to the weights that it adapts, unless some of them are NF4. Returns whether it was done."""
-    layers = list(itertools.chain.from_iterable(list_groups(model)))
-    if any(isinstance(get_base(layer), bnb.nn.Linear4bit) for layer in layers):
+    adapted = list(filter(has_active_lora, model.modules()))
+    if any(isinstance(layer.base_layer, bnb.nn.Linear4bit) for layer in adapted):
         return False
-    adapted = list(filter(has_active_lora, layers))
     for layer in adapted:
         peft.tuners.lora.Linear.merge(layer)  # that of a layer that was NF4 would quantise the sum
     return bool(adapted)
