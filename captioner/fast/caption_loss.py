@@ -9,12 +9,11 @@ that predict a token or stand behind the last row.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import sdpa_kernel
 
 from captioner.blip2.batches import IGNORED
 from captioner.blip2.lora import get_blip2
 from captioner.fast.adapters import copy_lora
-from captioner.fast.kernels.attention import BACKENDS, Rows, attend
+from captioner.fast.kernels.attention import Rows, attend
 from captioner.fast.kernels.head import softmax_nll
 from captioner.fast.layers import embed_images, run_decoder
 
@@ -22,7 +21,6 @@ CHUNK = 512  # text positions whose logits are in memory at once
 FP16_SCALE = 256.0  # of the head's gradients in fp16, in which the small ones of most tokens would be 0
 
 
-@sdpa_kernel(BACKENDS)
 def caption_nll(model, pixel_values: Tensor, input_ids: Tensor, labels: Tensor, starts: Tensor, longest: int) -> Tensor:
     """(B,) sums of -log p over each row's caption tokens, of a batch as PackedCollator makes it.
 

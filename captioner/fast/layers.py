@@ -13,14 +13,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers import Blip2ForConditionalGeneration, OPTForCausalLM
 
 from captioner.blip2.lora import get_blip2
 from captioner.fast.adapters import Adapters
 from captioner.fast.kernels import choice, norm
-from captioner.fast.kernels.attention import BACKENDS, attend
+from captioner.fast.kernels.attention import attend
 from captioner.fast.kernels.lora import lora_backward, project_low
 from captioner.fast.linears import group_linears, is_plain, join_linears, list_groups
 
@@ -88,10 +87,8 @@ def run_opt_layer(layer, look: Look, end: End, lora: Adapters, *hidden: Tensor) 
     """
     run = functools.partial(opt_layer, layer, look, end, lora)
     if getattr(layer, "gradient_checkpointing", False) and layer.training:
-        # the repetition happens when the caller's choice of attention is gone
-        options = {"use_reentrant": False, "context_fn": lambda: (sdpa_kernel(BACKENDS), sdpa_kernel(BACKENDS))}
         draws = draws_by_kernels(hidden[0], layer.self_attn.dropout)
-        return checkpoint(run, *hidden, **options, preserve_rng_state=not draws)
+        return checkpoint(run, *hidden, use_reentrant=False, preserve_rng_state=not draws)
     return run(*hidden)
 
 
