@@ -8,7 +8,6 @@ batch together, L queries and S keys of a row, G linear layers that read the sam
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +26,6 @@ from captioner.fast.linears import group_linears, is_plain, join_linears, list_g
 Look = Callable[[Tensor], Tensor]
 
 
-class End(NamedTuple):
-    """What follows an OPT layer."""
-
-    norm: nn.LayerNorm
-    wanted: Tensor | None = None  # (C,) the places whose result is read; None: all
-
-
 def supports(model) -> bool:
     """Whether a model is a BLIP-2 of the form that the functions here compute, as the one with OPT-2.7B is.
 
@@ -47,8 +39,7 @@ def supports(model) -> bool:
         config.do_layer_norm_before
         and config.enable_bias
         and decoder.final_layer_norm is not None
-        and decoder.project_in is None
-        and decoder.project_out is None
+        and config.word_embed_proj_dim == config.hidden_size
         and not config.layerdrop
         and not blip.config.qformer_config.use_qformer_text_input
         and all(is_plain(layer) for group in list_groups(model) for layer in group)
@@ -70,26 +61,20 @@ def run_decoder(decoder, x: Tensor, looks: Sequence[Look], lora: Adapters, wante
     """OPT's last hidden states, normed, at the places `wanted` (C,), or all, for embeddings x (N, H) with positions.
 
     `looks` is the attention of each layer. Where nothing is wanted the last layer ends with it: what it would give
-    there is read by none.
-    """
-    ends = [End(layer.self_attn_layer_norm) for layer in decoder.layers[1:]] + [End(decoder.final_layer_norm, wanted)]
-    normed = decoder.layers[0].self_attn_layer_norm(x)
-    for layer, look, end in zip(decoder.layers, looks, ends, strict=True):
-        x, normed = run_opt_layer(layer, look, end, lora, x, normed)
-    return normed
-
-
-def run_opt_layer(layer, look: Look, end: End, lora: Adapters, *hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """opt_layer, its activations computed again in the backward pass if the layer is set to that.
+    there is read by none. Activations of layers that are set to that are computed again in the backward pass.
 
     torch looks for tensors in all arguments of what it will compute again: of thousands of modules in `lora`, for each
     layer, that took longer than the layer.
     """
-    run = functools.partial(opt_layer, layer, look, end, lora)
-    if getattr(layer, "gradient_checkpointing", False) and layer.training:
-        draws = draws_by_kernels(hidden[0], layer.self_attn.dropout)
-        return checkpoint(run, *hidden, use_reentrant=False, preserve_rng_state=not draws)
-    return run(*hidden)
+    ends = [(layer.self_attn_layer_norm, None) for layer in decoder.layers[1:]] + [(decoder.final_layer_norm, wanted)]
+    normed = decoder.layers[0].self_attn_layer_norm(x)
+    for layer, look, end in zip(decoder.layers, looks, ends, strict=True):
+        run = functools.partial(opt_layer, layer, look, *end, lora)
+        if layer.gradient_checkpointing and layer.training:
+            draws = draws_by_kernels(x, layer.self_attn.dropout)
+            run = functools.partial(checkpoint, run, use_reentrant=False, preserve_rng_state=not draws)
+        x, normed = run(x, normed)
+    return normed
 
 
 def draws_by_kernels(x: Tensor, attention_dropout: float) -> bool:
@@ -100,21 +85,21 @@ def draws_by_kernels(x: Tensor, attention_dropout: float) -> bool:
     return choice.use_kernels(x) and not attention_dropout
 
 
-def opt_layer(layer, look: Look, end: End, lora: Adapters, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
-    """An OPTDecoderLayer on x (N, H) whose attention is `look`: the new x, and end.norm of it.
+def opt_layer(layer, look: Look, next_norm, wanted, lora: Adapters, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+    """An OPTDecoderLayer on x (N, H) whose attention is `look`: the new x, and the norm that follows of it.
 
-    `normed` is x as the layer's first norm makes it. Both results are of the places end.wanted.
+    `normed` is x as the layer's first norm makes it. Both results are of the places `wanted` (C,); None: all.
     """
     qkv, out, fc1, fc2 = group_linears(layer)
     h = look(apply_linears(qkv, normed, lora))
-    if end.wanted is not None:
-        x, h = x.index_select(0, end.wanted), h.index_select(0, end.wanted)
+    if wanted is not None:
+        x, h = x.index_select(0, wanted), h.index_select(0, wanted)
     h = apply_linears(out, h, lora)
     x, normed = add_and_norm(x, h, layer.dropout * layer.training, layer.final_layer_norm, lora)
     relu = isinstance(layer.activation_fn, nn.ReLU)
     h = apply_linears(fc1, normed, lora, relu=relu)
     h = apply_linears(fc2, h if relu else layer.activation_fn(h), lora, after_relu=relu)
-    return add_and_norm(x, h, layer.dropout * layer.training, end.norm, lora)
+    return add_and_norm(x, h, layer.dropout * layer.training, next_norm, lora)
 
 
 def qformer_layer(layer, x: Tensor, vision: Tensor, lora: Adapters) -> Tensor:
