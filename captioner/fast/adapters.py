@@ -42,23 +42,10 @@ def list_lora(model) -> tuple[list[list[nn.Module]], list[nn.Parameter]]:
     return groups, all_a + all_b
 
 
-def join_lora(model) -> tuple[Tensor, list[nn.Parameter]]:
-    """Put LoRA's weights behind each other in one tensor (N,), to be copied and trained as one.
-
-    Returns the tensor and the weights, which the layers keep, as parts of it. Gradients of copy_lora's result reach
-    the tensor, not its parts.
-    """
-    weights = list_lora(model)[1]
-    whole = torch.cat([weight.detach().flatten() for weight in weights])
-    for weight, part in zip(weights, whole.split([weight.numel() for weight in weights]), strict=True):
-        weight.data = part.view_as(weight)
-    get_blip2(model).joined_lora = whole.requires_grad_(), weights
-    return whole, weights
-
-
-def copy_lora(model) -> Adapters:
+def copy_lora(model, whole: Tensor | None = None) -> Adapters:
     """LoRA's matrices in the precision in which their layer computes, B times LoRA's scale; gradients reach them.
 
+    Where its weights are parts of one tensor, `whole` (N,), they are taken from that, and gradients reach it alone.
     That precision differs between layers: the Q-Former of a model in fp16 stays in fp32. The scale is one for all
     layers. The seed is drawn anew.
     """
@@ -67,9 +54,7 @@ def copy_lora(model) -> Adapters:
     if groups:
         [name] = groups[0][0].active_adapters
         [scale] = {layer.scaling[name] for group in groups for layer in group}
-        whole, parts = getattr(blip, "joined_lora", (None, []))
-        if [*map(id, parts)] != [*map(id, weights)]:  # not joined, or another adapter was
-            whole = torch.cat([weight.flatten() for weight in weights])
+        whole = nn.utils.parameters_to_vector(weights) if whole is None else whole
         a_shapes = [(sum(layer.r[name] for layer in group), group[0].in_features) for group in groups]
         b_shapes = [(sum(layer.out_features for layer in group), group[0].r[name]) for group in groups]
         all_a, all_b = whole.split([sum(map(math.prod, shapes)) for shapes in (a_shapes, b_shapes)])

@@ -21,13 +21,16 @@ CHUNK = 512  # text positions whose logits are in memory at once
 FP16_SCALE = 256.0  # of the head's gradients in fp16, in which the small ones of most tokens would be 0
 
 
-def caption_nll(model, pixel_values: Tensor, input_ids: Tensor, labels: Tensor, starts: Tensor, longest: int) -> Tensor:
+def caption_nll(
+    model, pixel_values: Tensor, input_ids: Tensor, labels: Tensor, starts: Tensor, longest: int, whole=None
+) -> Tensor:
     """(B,) sums of -log p over each row's caption tokens, of a batch as PackedCollator makes it.
 
     The sum over rows divided by the tokens is Blip2ForConditionalGeneration's loss. What stands behind the last row
-    counts as a row of its own, whose tokens are not predicted.
+    counts as a row of its own, whose tokens are not predicted. Gradients reach LoRA's weights, or the tensor `whole`
+    that they are parts of.
     """
-    blip, lora = get_blip2(model), copy_lora(model)
+    blip, lora = get_blip2(model), copy_lora(model, whole)
     with torch.no_grad():  # the ViT is frozen
         vision = blip.vision_model(pixel_values=pixel_values).last_hidden_state  # (B, P, D)
     image = embed_images(blip, vision, lora)  # (B, Q, H)

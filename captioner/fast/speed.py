@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captioner.fast.adapters import join_lora
+from captioner.fast.adapters import list_lora
 from captioner.fast.caption_loss import caption_nll
 from captioner.fast.kernels import lora
 from captioner.fast.layers import supports
@@ -116,7 +116,9 @@ class FastStep:
 
     def __init__(self, model, cuda_graphs: bool):
         self.model, self.cuda_graphs = model, cuda_graphs
-        self.whole, self.weights = join_lora(model)
+        self.weights = list_lora(model)[1]  # which the layers keep, as parts of the whole
+        self.whole = torch.nn.Parameter(torch.nn.utils.parameters_to_vector(self.weights))
+        torch.nn.utils.vector_to_parameters(self.whole, self.weights)
         self.whole.grad = torch.zeros_like(self.whole)
         self.recordings: dict[tuple, tuple] = {}
         self.pool = torch.cuda.graph_pool_handle() if cuda_graphs else None
@@ -140,10 +142,10 @@ class FastStep:
         return self._run(self._sum, batch)
 
     def _sum(self, **batch) -> Tensor:
-        return caption_nll(self.model, **batch)
+        return caption_nll(self.model, **batch, whole=self.whole)
 
     def _learn(self, tokens: Tensor, scale: Tensor, **batch) -> Tensor:
-        loss = caption_nll(self.model, **batch).sum() / tokens
+        loss = self._sum(**batch).sum() / tokens
         self.whole.grad += torch.autograd.grad(loss * scale, self.whole)[0]
         return loss.detach()
 
