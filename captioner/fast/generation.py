@@ -65,16 +65,14 @@ class DecodingState:
         self.tokens = torch.empty(size, positions, **whole)  # of all rows, from position 0 on
         self.seeds = torch.empty(size, **whole)  # of all rows
         self.rows = torch.empty(size, **whole)  # which of `tokens` a decoded row is
-        self.current = torch.empty(size, **whole)  # token that a decoded row is fed
         self.finished = torch.empty(size, dtype=torch.bool, device=like.device)
-        self.position = torch.empty(1, **whole)  # of `current`
+        self.position = torch.empty(1, **whole)  # of the token that a decoded row is fed
 
     def start(self, rows: int, seeds: Sequence[int]) -> None:
         """Empty the state; rows behind the first `rows` count as finished."""
         self.cache.zero_()  # a position that is masked counts 0 times its value, and 0 times NaN is NaN
         self.tokens.fill_(self.pad)
         torch.arange(len(self.rows), out=self.rows)
-        self.current.fill_(self.pad)
         self.finished.fill_(False)
         self.finished[rows:] = True
         self.seeds.fill_(0)
@@ -85,7 +83,6 @@ class DecodingState:
         """Append the next token (n,) of each decoded row; of those that have ended it is padding."""
         n = len(token)
         token = token.masked_fill(self.finished[:n], self.pad)
-        self.current[:n] = token
         self.finished[:n] |= token == self.eos
         self.position += 1
         self.tokens.index_put_((self.rows[:n], self.position.expand(n)), token)
@@ -94,7 +91,7 @@ class DecodingState:
         """Move the unfinished of the first `size` rows to the front, among the first `smaller`; `position` of the
         cache are filled."""
         kept = self.finished[:size].byte().argsort(stable=True)[:smaller].sort().values
-        for state in (self.rows, self.current, self.finished):
+        for state in (self.rows, self.finished):
             state[:smaller] = state[kept]
         for part in self.cache.flatten(0, 1):  # (B, H, positions, D); one at a time, as each needs a copy
             part[:smaller, :, :position] = part[kept, :, :position]
@@ -102,9 +99,8 @@ class DecodingState:
     def read(self, rows: int, position: int) -> Tensor:
         """The new tokens (rows, N) up to `position`, N as the longest caption; this waits for the GPU."""
         tokens = self.tokens[:rows, self.prefix : position + 1]
-        ended = tokens == self.eos
-        lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, tokens.shape[1])
-        return tokens[:, : int(lengths.max())].clone()
+        goes_on = ((tokens == self.eos).cumsum(1) == 0).any(0)  # (N,) whether some caption does behind a place
+        return tokens[:, : int(goes_on.sum()) + 1].clone()
 
 
 class FastGenerator:
@@ -215,7 +211,7 @@ class FastGenerator:
     def _step(self, size: int, length: int, choice: Choice | None) -> None:
         """Feed the first `size` rows their current token, and choose the next; `length` is L."""
         state = self.state
-        x = self.decoder.embed_tokens(state.current[:size, None])  # (n, 1, E)
+        x = self.decoder.embed_tokens(state.tokens[state.rows[:size, None], state.position])  # (n, 1, E)
         self._choose(self._run_layers(x, state.position, state.cache[:, :, :size, :, :length]), choice)
 
     def _run_step(self, size: int, length: int, choice: Choice | None) -> None:
