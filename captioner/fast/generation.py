@@ -124,7 +124,9 @@ class FastGenerator:
         self.device, self.dtype = embedding.device, embedding.dtype
         self.use_kernels = kernel_choice.use_kernels(embedding)
         self.use_graphs = self.device.type == "cuda"
-        self.recorded: dict[tuple, tuple[Adapters, dict, object]] = {}  # by adapted layers: LoRA, graphs, their pool
+        self.loras: dict[tuple, Adapters] = {}  # by adapted layers
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self.pool = torch.cuda.graph_pool_handle() if self.use_graphs else None
         with torch.inference_mode():
             self.state = DecodingState(self.model, batch_size, round_up(self.end, bucket))
 
@@ -161,10 +163,7 @@ class FastGenerator:
     def _copy_lora(self) -> None:
         """Take LoRA's weights as they are now, to where recorded steps read them."""
         now = copy_lora(self.model)
-        adapted = tuple(now.matrices)  # others, and other graphs, where it was switched on or off
-        if adapted not in self.recorded:
-            self.recorded[adapted] = now, {}, torch.cuda.graph_pool_handle() if self.use_graphs else None
-        self.lora, self.graphs, self.pool = self.recorded[adapted]
+        self.lora = self.loras.setdefault(tuple(now.matrices), now)  # another where it was switched on or off
         for layer, matrices in now.matrices.items():
             for kept, matrix in zip(self.lora.matrices[layer], matrices, strict=True):
                 kept.copy_(matrix)
@@ -175,16 +174,13 @@ class FastGenerator:
     def _read_prefix(self, pixel_values: Tensor, choice: Choice | None) -> None:
         """Fill the cache with image tokens and bos, and choose the first new token of each row."""
         positions = torch.arange(self.prefix, device=self.device)
-        bos = torch.tensor([[self.model.config.text_config.bos_token_id]], device=self.device)
-        bos = self.decoder.embed_tokens(bos)  # (1, 1, E)
-        last, start = [], 0
-        for pixels in pixel_values.split(CHUNK):
+        bos = self.decoder.embed_tokens.weight[self.model.config.text_config.bos_token_id]  # (E,)
+        last, caches = [], self.state.cache[:, :, : len(pixel_values)].split(CHUNK, 2)
+        for pixels, cache in zip(pixel_values.split(CHUNK), caches, strict=True):
             vision = self.model.vision_model(pixel_values=pixels.to(self.device)).last_hidden_state  # (., P, D)
             image = embed_images(self.model, vision, self.lora)  # (., Q, E)
-            prefix = torch.cat([image.to(self.dtype), bos.expand(len(image), -1, -1)], dim=1)  # (., Q+1, E)
-            cache = self.state.cache[:, :, start : start + len(image)]
+            prefix = torch.cat([image.to(self.dtype), bos.expand(len(image), 1, -1)], dim=1)  # (., Q+1, E)
             last.append(self._run_layers(prefix, positions, cache))
-            start += len(image)
         self._choose(torch.cat(last), choice)
 
     def _run_layers(self, x: Tensor, positions: Tensor, cache: Tensor) -> Tensor:
@@ -217,7 +213,7 @@ class FastGenerator:
     def _run_step(self, size: int, length: int, choice: Choice | None) -> None:
         """_step, by a graph if there is one. The first step of its kind runs without, which warms it up, and is then
         captured for those that follow; capturing runs nothing."""
-        key = (size, length, choice)
+        key = (id(self.lora), size, length, choice)
         if key in self.graphs:
             self.graphs[key].replay()
             return
