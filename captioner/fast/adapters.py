@@ -30,16 +30,11 @@ class Adapters(NamedTuple):
 
 def list_lora(model) -> tuple[list[list[nn.Module]], list[nn.Parameter]]:
     """The groups of layers with active LoRA; and its weights, A of each of their layers and then B of each."""
-    groups, all_a, all_b = [], [], []
-    for group in list_groups(model):
-        layers = [layer for layer in group if has_active_lora(layer)]
-        assert len(layers) in (0, len(group)), "LoRA on some of the layers that read the same input"
-        groups += [layers] if layers else []
-        for layer in layers:
-            [name] = layer.active_adapters
-            all_a.append(layer.lora_A[name].weight)
-            all_b.append(layer.lora_B[name].weight)
-    return groups, all_a + all_b
+    groups = [group for group in list_groups(model) if any(map(has_active_lora, group))]
+    layers = [layer for group in groups for layer in group]
+    assert all(map(has_active_lora, layers)), "LoRA on some of the layers that read the same input"
+    parts = [layer.lora_A for layer in layers] + [layer.lora_B for layer in layers]
+    return groups, [part[layers[0].active_adapters[0]].weight for part in parts]
 
 
 def copy_lora(model, whole: Tensor | None = None) -> Adapters:
