@@ -182,12 +182,11 @@ class LoraLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         x, *saved = ctx.saved_tensors
-        weight, grad_x = join_linears(ctx.layers)[0], None
-        if not saved:
-            if ctx.needs_input_grad[0]:
-                grad_x = grad_y @ weight
-                if ctx.after_relu:
-                    grad_x.masked_fill_(x <= 0, 0)
+        weight = join_linears(ctx.layers)[0]
+        if not saved:  # and so x has a gradient
+            grad_x = grad_y @ weight
+            if ctx.after_relu:
+                grad_x.masked_fill_(x <= 0, 0)
             return grad_x, None, None, None, None, None, None
         a, low, mask, beside = saved
         groups, width = len(ctx.layers), x.shape[1]

@@ -17,10 +17,9 @@ from config import TrainConfig
 
 def speed_up(config: TrainConfig, model) -> tuple[Callable[..., CaptionTrainer], CaptionCollator, Callable]:
     """What stands in for CaptionTrainer, its collator, and micro_batch.compute_loss; see speed.use_fast_step."""
-    graphs = model.device.type == "cuda"
-    if config.training.gradient_checkpointing:  # which asks torch for its generator's state if that draws dropouts
-        weight = model.get_input_embeddings().weight
-        graphs = graphs and draws_by_kernels(weight, model.config.text_config.attention_dropout)
+    weight, lean = model.get_input_embeddings().weight, config.training.gradient_checkpointing
+    # checkpointing asks torch for its generator's state if that draws dropouts
+    graphs = weight.is_cuda and (not lean or draws_by_kernels(weight, model.config.text_config.attention_dropout))
 
     def compute_loss(model, batch: dict) -> torch.Tensor:
         return caption_nll(model, **batch).sum()
