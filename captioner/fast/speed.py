@@ -8,7 +8,6 @@ about one size (packing.PackedSampler). trainer.py trains with them.
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
 
 import bitsandbytes as bnb
 import peft
@@ -24,9 +23,6 @@ from captioner.fast.linears import get_base, has_active_lora, join_linears, list
 from captioner.runtime.errors import UserError
 from captioner.runtime.processes import is_sharded
 from config import TrainConfig
-
-T = TypeVar("T")
-
 
 # --------------------------------------------------------------------------------------------------------------
 # weights
@@ -95,8 +91,8 @@ def has_room_to_unpack(model, device: torch.device, times: float = 3) -> bool:
 # one pass
 
 
-def record_graph(work: Callable[[], T], pool=None) -> tuple[torch.cuda.CUDAGraph, T]:
-    """A CUDA graph that does what work() launches, and the tensors that each replay writes anew.
+def record_graph(work: Callable[[], Tensor | None], pool=None) -> tuple[torch.cuda.CUDAGraph, Tensor | None]:
+    """A CUDA graph that does what work() launches, and its result, which each replay writes anew.
 
     Such work must have been done before: libraries set themselves up then, which can't be recorded.
     """
