@@ -69,13 +69,11 @@ class DecodingState:
         self.position = torch.empty(1, **whole)  # of the token that a decoded row is fed
 
     def start(self, rows: int, seeds: Sequence[int]) -> None:
-        """Empty the state; rows behind the first `rows` count as finished."""
+        """Empty the state; rows behind the first `rows` count as finished, whatever their seeds."""
         self.cache.zero_()  # a position that is masked counts 0 times its value, and 0 times NaN is NaN
         self.tokens.fill_(self.pad)
         torch.arange(len(self.rows), out=self.rows)
-        self.finished.fill_(False)
-        self.finished[rows:] = True
-        self.seeds.fill_(0)
+        torch.ge(self.rows, rows, out=self.finished)
         self.seeds[: len(seeds)] = torch.tensor(seeds, dtype=torch.long)
         self.position.fill_(self.prefix - 1)
 
