@@ -34,17 +34,16 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def look_back(keys: Tensor, values: Tensor, positions: Tensor, qkv: Tensor) -> Tensor:
+def look_back(cache: Tensor, positions: Tensor, qkv: Tensor) -> Tensor:
     """A layer's attention of the tokens at `positions` (T,) of each row: qkv (n x T, 3E) -> (n x T, E).
 
-    Several look back on themselves, at the beginning of the row; one on the cache, keys and values (n, H, L, D), into
-    which all go.
+    Several look back on themselves, at the beginning of the row; one on the cache of keys and values (2, n, H, L, D),
+    into which all go.
     """
-    new = qkv.view(len(keys), len(positions), 3, keys.shape[1], -1)  # (n, T, 3, H, D)
+    new = qkv.view(cache.shape[1], len(positions), 3, cache.shape[2], -1)  # (n, T, 3, H, D)
     if len(positions) == 1:
-        return attend_one(new[:, 0], keys, values, positions).flatten(1)
-    keys.index_copy_(2, positions, new[:, :, 1].transpose(1, 2))
-    values.index_copy_(2, positions, new[:, :, 2].transpose(1, 2))
+        return attend_one(new[:, 0], *cache, positions).flatten(1)
+    cache.index_copy_(3, positions, new[:, :, 1:].permute(2, 0, 3, 1, 4))
     return attend_rows(*new.unbind(2), is_causal=True).flatten(0, 1)
 
 
@@ -188,7 +187,7 @@ class FastGenerator:
         """
         (n, length, _), table = x.shape, self.decoder.embed_positions
         x = x + F.embedding(positions + table.offset, table.weight)
-        looks = [functools.partial(look_back, *layer, positions) for layer in cache]
+        looks = [functools.partial(look_back, layer, positions) for layer in cache]
         last = torch.arange(length - 1, n * length, length, device=x.device)
         return run_decoder(self.decoder, x.flatten(0, 1), looks, self.lora, last if length > 1 else None)
 
