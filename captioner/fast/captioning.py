@@ -63,9 +63,8 @@ class FastCaptioner(Captioner):
 
     def _load(self) -> None:
         super()._load()
-        folder = None
-        if not self.config.blank:
-            folder = find_folder(self.config.fast.features, self.config.adapter, self.model.device)
+        setting = "off" if self.config.blank else self.config.fast.features
+        folder = find_folder(setting, self.config.adapter, self.model.device)
         self.features = folder and FeatureFile(folder, self.vision, self.model.config.vision_config, self.processor)
 
     def _prepare(self, images: int) -> None:
