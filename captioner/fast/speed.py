@@ -172,16 +172,11 @@ class FastStep:
         return inputs, graph, result
 
 
-def find_obstacle(model) -> str | None:
-    """What FastStep is not made for, None if it can train this model here."""
+def find_obstacle(config: TrainConfig, model, device: torch.device) -> str | None:
+    """What FastStep is not made for; None where it is wanted and possible."""
+    obstacle = None if supports(model) else "a language model of another form than OPT-2.7B's"
     if is_sharded():
-        return "weights that FSDP spreads over the GPUs"
-    return None if supports(model) else "a language model of another form than OPT-2.7B's"
-
-
-def use_fast_step(config: TrainConfig, model, device: torch.device) -> bool:
-    """Whether FastStep is wanted and possible."""
-    obstacle = find_obstacle(model)
+        obstacle = "weights that FSDP spreads over the GPUs"
     if config.fast.fast == "on" and obstacle:
         raise UserError(f"--fast on: not made for {obstacle}; use --fast auto")
-    return config.fast.fast == "on" or (device.type == "cuda" and not obstacle)
+    return obstacle if config.fast.fast == "on" or device.type == "cuda" else "a CPU, unless --fast on is given"

@@ -16,7 +16,7 @@ from config import TrainConfig
 
 
 def speed_up(config: TrainConfig, model) -> tuple[Callable[..., CaptionTrainer], CaptionCollator, Callable]:
-    """What stands in for CaptionTrainer, its collator, and micro_batch.compute_loss; see speed.use_fast_step."""
+    """What stands in for CaptionTrainer, its collator, and micro_batch.compute_loss."""
     weight, lean = model.get_input_embeddings().weight, config.training.gradient_checkpointing
     # checkpointing asks torch for its generator's state if that draws dropouts
     graphs = weight.is_cuda and (not lean or draws_by_kernels(weight, model.config.text_config.attention_dropout))
