@@ -145,9 +145,8 @@ def apply_linears(
     what is below 0 zero, for both.
     """
     matrices = lora.matrices.get(layers[0], ())
-    dropouts = [m for m in layers[0].lora_dropout.values() if isinstance(m, nn.Dropout)] if matrices else []
-    dropout = dropouts[0].p if dropouts and dropouts[0].training else 0.0
-    drop = lora.drop(layers[0], dropout)
+    shares = [getattr(m, "p", 0.0) for m in layers[0].lora_dropout.values() if m.training] if matrices else []
+    drop = lora.drop(layers[0], max(shares, default=0.0))
     y = LoraLinears.apply(x.reshape(-1, x.shape[-1]), layers, drop, relu, after_relu, *matrices)
     return y.view(*x.shape[:-1], -1)
 
