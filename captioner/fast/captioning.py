@@ -48,10 +48,8 @@ class FastGreedyCaptioner(GreedyCaptioner):
     def __call__(self, model, pixel_values: Tensor) -> list[str]:
         if self.generator is None:
             return super().__call__(model, pixel_values)
-        captions = []
-        for part in pixel_values.to(self.generator.dtype).split(self.generator.batch_size):
-            captions += decode_captions(self.processor, self.generator.generate(part))
-        return captions
+        parts = map(self.generator.generate, pixel_values.to(self.generator.dtype).split(self.generator.batch_size))
+        return [caption for tokens in parts for caption in decode_captions(self.processor, tokens)]
 
     def finish(self) -> None:
         if self.lean:
