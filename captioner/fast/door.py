@@ -66,7 +66,7 @@ class FastWay(PlainWay):
     def make_parts(self, model) -> Parts:
         plain = super().make_parts(model)
         if reason := find_obstacle(self.config, model, self.device):
-            print(f"training goes the plain way: the fast one is not made for {reason}")
+            print(f"training takes the plain way: the fast one is not made for {reason}")
             return plain
         lean = self.config.training.gradient_checkpointing
         if not lean and has_room_to_unpack(model, self.device) and (count := unpack_nf4(model)):

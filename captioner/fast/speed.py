@@ -179,4 +179,4 @@ def find_obstacle(config: TrainConfig, model, device: torch.device) -> str | Non
         obstacle = "weights that FSDP spreads over the GPUs"
     if config.fast.fast == "on" and obstacle:
         raise UserError(f"--fast on: not made for {obstacle}; use --fast auto")
-    return obstacle if config.fast.fast == "on" or device.type == "cuda" else "a CPU, unless --fast on is given"
+    return obstacle if config.fast.fast == "on" or device.type == "cuda" else "a CPU (--fast on takes it all the same)"
