@@ -74,13 +74,24 @@ GOLDEN = [
         STREET,
         "natural",
         "It is a daytime scene in clear weather on a city street. The traffic light is green. There are 2 buses. "
-        "There are 9 cars, 4 of them partially occluded, one truncated and one both. There is one drivable area. "
-        "There are 3 lane markings. There are 2 people. There is one partially occluded traffic sign.",
+        "There are 9 cars, 4 of them partially occluded, one truncated, and one partially occluded and truncated. "
+        "There is one drivable area. There are 3 lane markings. There are 2 people. "
+        "There is one partially occluded traffic sign.",
     ),
     (FACTS, "natural", "It is an evening scene in clear weather on a highway. The traffic light is red. "
         "There is one car. There is one truncated pedestrian."),
     (Facts("dawn/dusk", "undefined", "residential"), "natural", "It is a dawn or dusk scene in a residential area."),
-    (Facts("undefined", "undefined", "undefined"), "natural", "It is a scene."),
+    (Facts("undefined", "undefined", "undefined"), "natural", "It is a driving scene."),
+    (Facts("undefined", "clear", "tunnel"), "natural", "It is a driving scene in clear weather in a tunnel."),
+    (Facts(objects={ObjectKind("car"): 1, ObjectKind("car", True, True): 1}), "natural",
+        "There are 2 cars, one of them partially occluded and truncated."),
+    (Facts(objects={ObjectKind("bus", True, True): 1, ObjectKind("person", True, True): 2}), "natural",
+        "There is one partially occluded and truncated bus. There are 2 partially occluded and truncated people."),
+    (Facts(objects={ObjectKind("bus", True, True): 1}), "plain", "There is one partially occluded truncated bus."),
+    (Facts(objects={ObjectKind("other person", truncated=True): 2, ObjectKind("person"): 1,
+                    ObjectKind("other vehicle", True, True): 1, ObjectKind("truck"): 1}), "natural",
+        "There is one person. There is one truck. There are 2 other truncated people. "
+        "There is one other partially occluded and truncated vehicle."),
     (Facts("undefined", "foggy", "undefined"), "plain",
         "It is a undefined scene in foggy weather on a undefined road."),
     (Facts("night", "rainy", "tunnel"), "markdown",
@@ -93,6 +104,25 @@ GOLDEN = [
 def test_facts_have_this_wording(facts, style, caption):
     assert describe(facts, style) == caption
     assert parse_caption(caption) == facts
+
+
+@pytest.mark.parametrize(
+    ("caption", "facts"),
+    [
+        ("It is a scene in a tunnel.", Facts("undefined", "undefined", "tunnel")),
+        ("It is a scene.", Facts("undefined", "undefined", "undefined")),
+        (
+            "There are 5 cars, 2 of them truncated and one both.",
+            Facts(objects={ObjectKind("car"): 2, ObjectKind("car", False, True): 2, ObjectKind("car", True, True): 1}),
+        ),
+        (
+            "There are 2 partially occluded truncated other people.",
+            Facts(objects={ObjectKind("other person", True, True): 2}),
+        ),
+    ],
+)
+def test_what_older_captions_say_is_read(caption, facts):
+    assert read_caption(caption) == Reading(facts, [], [], [])
 
 
 def test_generated_caption_of_the_reference_is_read():
