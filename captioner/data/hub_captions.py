@@ -34,15 +34,18 @@ def is_data_set(captions: Path) -> bool:
 def fetch_captions(name: str, run_dir: Path, group_column: str | None = None) -> pd.DataFrame:
     """The captions of a data set, as read_captions gives them; its images are written to `run_dir`/images.
 
-    Which commit of it was read is kept in `run_dir`/captions.json. Raises UserError when it can't be had, or has no
-    images or captions.
+    Of several splits those are read that are train, validation or test, by any usual name. Which commit was read is
+    kept in `run_dir`/captions.json. Raises UserError when the data set can't be had, or has no images or captions.
     """
     sets, commit = _load(name)
+    has_splits = len(sets) > 1  # a single one is split here, whatever it is called
+    if has_splits:
+        sets = _leave_out_others(name, sets)
     columns, tables = {split: _find_columns(name, table, group_column) for split, table in sets.items()}, []
     for split, table in sets.items():
         rows = _write_images(table, columns[split], split, run_dir / IMAGES)
         frame = pd.DataFrame(rows, columns=["name", "caption", *(["group"] if group_column else [])])
-        tables.append(frame.assign(split=split) if split in SPLIT_NAMES and len(sets) > 1 else frame)
+        tables.append(frame.assign(split=split) if has_splits else frame)
     captions = pd.concat(tables, ignore_index=True)
     write_json(run_dir / SOURCE, {"data_set": name.partition("@")[0], "commit": commit})
     return check_captions(Path(name), captions.rename_axis("row"))
@@ -72,6 +75,19 @@ def _load(name: str) -> tuple["DatasetDict", str | None]:
             if isinstance(feature, Image):
                 sets[split] = sets[split].cast_column(column, Image(decode=False))
     return sets, commit
+
+
+def _leave_out_others(name: str, sets: "DatasetDict") -> dict[str, "Dataset"]:
+    """The splits whose names are known. How many rows the others have is printed."""
+    known = {split: table for split, table in sets.items() if split.lower() in SPLIT_NAMES}
+    others = {split: len(table) for split, table in sets.items() if split not in known}
+    found = escape_controls(", ".join(others))[:200]
+    if not known:
+        raise UserError(f"--captions {name}: its splits are {found}; one of {', '.join(SPLIT_NAMES)} is wanted")
+    if others:
+        rows = sum(others.values())
+        print(f"{name}: {rows:,} rows are of splits other than train, val and test ({found}) and are left out")
+    return known
 
 
 def _find_columns(name: str, table: "Dataset", group_column: str | None) -> list[str]:

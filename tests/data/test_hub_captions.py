@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,6 +75,36 @@ def test_a_data_set_is_read_by_its_name_at_one_commit(tmp_path, copy, monkeypatc
         assert len(fetch_captions(name, tmp_path / "run")) == 5
         assert json.loads((tmp_path / "run/captions.json").read_text()) == {"data_set": "me/cars", "commit": COMMIT}
     assert asked == [("me/cars", COMMIT)] * 3
+
+
+def rename_split(copy: Path, split: str, name: str) -> None:
+    [file] = copy.glob(f"data/{split}-*")
+    file.rename(file.with_name(file.name.replace(split, name)))
+
+
+def test_splits_of_other_names_are_left_out_and_told(tmp_path, copy, capsys):
+    """Before any image is written."""
+    shutil.copy(next(copy.glob("data/test-*")), copy / "data/another-00000-of-00001.parquet")
+    captions = fetch_captions(str(copy), tmp_path / "run")
+    assert set(captions["split"]) == {"train", "test"} and len(captions) == 5
+    told = "copy: 1 rows are of splits other than train, val and test (another) and are left out"
+    assert told in capsys.readouterr().out
+    assert not (tmp_path / "run/images/another").exists()
+    rename_split(copy, "train", "more")
+    with pytest.raises(UserError, match="no image is in the split train: test alone"):
+        prepare_splits(make_config(TrainConfig, captions=copy), tmp_path / "run")
+    rename_split(copy, "test", "most")
+    message = "its splits are another, more, most; one of train, training, val, .* is wanted"
+    with pytest.raises(UserError, match=message):
+        fetch_captions(str(copy), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_single_split_is_split_whatever_its_name_is(tmp_path, copy):
+    rename_split(copy, "train", "whole")
+    next(copy.glob("data/test-*")).unlink()
+    splits = prepare_splits(make_config(TrainConfig, captions=copy), tmp_path / "run")
+    assert {split: len(part) for split, part in splits.items()} == {"train": 1, "val": 1, "test": 1}
 
 
 def test_a_data_set_without_images_or_captions_is_refused(tmp_path, copy):
