@@ -280,7 +280,8 @@ def move_images(examples: list[Example], root: Path) -> list[Example]:
     """
     images = {e.name: root / e.image for e in examples if not e.image.is_absolute() and (root / e.image).is_file()}
     if len(images) < len(examples):
-        images |= locate_images([example.name for example in examples if example.name not in images], root)
+        index = index_images(root, "--images-root")
+        images |= locate_images([example.name for example in examples if example.name not in images], root, index)
     moved = [example._replace(image=images[example.name]) for example in examples if example.name in images]
     if not moved:
         raise UserError(f"--images-root {root}: none of the {len(examples):,} images that are wanted is in it")

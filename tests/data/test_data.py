@@ -179,7 +179,7 @@ def test_captions_without_an_image_are_counted(tmp_path, capsys):
 def test_a_folder_without_images_is_named(tmp_path):
     with pytest.raises(UserError, match="no image"):
         index_images(tmp_path)
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match=r"^--images .*missing: no such folder; give the folder with the images$"):
         index_images(tmp_path / "missing")
 
 
@@ -272,6 +272,8 @@ def test_images_that_were_moved_are_found_in_their_new_folder(tmp_path, capsys):
     assert sorted(found) == [Example(f"{name}.jpg", tmp_path / f"new/deep/{name}.jpg", name) for name in "ab"]
     assert left_out == {"images not in --images-root": 1}
     assert "1 of 3 images are not in" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"^--images-root .*nope: no such folder; give the folder with the images$"):
+        choose_examples(make_config(EvalConfig, adapter=tmp_path, images_root=tmp_path / "nope"))
 
 
 def test_a_split_has_all_captions_and_the_group_and_its_images_by_folder(tmp_path):
