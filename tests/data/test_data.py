@@ -248,11 +248,27 @@ def test_images_of_other_kinds_are_counted_and_named(tmp_path, told, listing):
         (b"....ftypheic", "HEIC"),
         (b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
         (b"<!DOCTYPE html>", "web page"),
+        (b"RIFF....AVI ", "video"),
+        (b"\0\0\0\x20ftypisom", "video"),
+        (b"", "empty"),
     ],
 )
 def test_what_only_has_the_name_of_a_jpeg_is_named(tmp_path, content, kind):
     (tmp_path / "a.jpg").write_bytes(content)
     with pytest.raises(UserError, match=rf"a\.jpg: not readable as an image \(it is .*{kind}"):
+        open_image(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\xd8\xff\xe0\0\x10JFIF", "Truncated File Read"),  # what is wrong with a JPEG the decoder knows
+        (b"\x02, \x01;\n", "cannot identify image file"),  # bytes that are no text are no table
+    ],
+)
+def test_what_a_file_can_only_be_mistaken_for_is_not_told(tmp_path, content, said):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.jpg: not readable as an image \({said}"):
         open_image(tmp_path / "a.jpg")
 
 
