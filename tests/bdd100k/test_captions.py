@@ -1,11 +1,23 @@
 """The caption grammar: the reference's texts to the letter, and describe/parse_caption as exact inverses."""
 
+import re
+
 import pytest
 from caption_facts import all_facts
+from conftest import ROOT
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from captioner.bdd100k.facts import MAX_COUNT, SYNONYMS, Facts, ObjectKind
+from captioner.bdd100k.facts import (
+    CLASSES,
+    MAX_COUNT,
+    SCENES,
+    SYNONYMS,
+    TIMES_OF_DAY,
+    WEATHERS,
+    Facts,
+    ObjectKind,
+)
 from captioner.bdd100k.parsing import Reading, mark_caption, parse_caption, read_caption
 from captioner.bdd100k.wording import STYLES, describe
 
@@ -15,6 +27,54 @@ def test_parse_inverts_describe(facts, style):
     reading = read_caption(describe(facts, style))
     assert reading.facts == facts
     assert reading.unread == reading.repeated == reading.contradicting == []
+
+
+def read_grammar() -> dict[str, str]:
+    """The rules of the grammar in docs/captions.md, without comments."""
+    text = (
+        (ROOT / "docs/captions.md").read_text(encoding="utf-8").split("<!-- grammar -->\n```abnf\n")[1].split("```")[0]
+    )
+    rules = re.sub(r" *;.*", "", text).replace("\n  ", " ").splitlines()
+    return {name.strip(): rule for name, rule in (line.split(" = ", 1) for line in rules)}
+
+
+def convert_rule(name: str, rules: dict[str, str]) -> str:
+    """The regular expression of an ABNF rule."""
+    pattern, ends = "", []
+    for token in re.findall(r'"[^"]*"|1\*4DIGIT|\w+|\*\(|\S', rules[name]):
+        if token in ("(", "*(", "["):
+            pattern += "(?:"
+            ends.append({"(": ")", "*(": ")*", "[": ")?"}[token])
+        elif token in (")", "]"):
+            pattern += ends.pop()
+        elif token[0] == '"':
+            pattern += re.escape(token[1:-1])
+        else:
+            words = {"/": "|", "SP": " ", "1*4DIGIT": "[0-9]{1,4}"}
+            pattern += words[token] if token in words else f"(?:{convert_rule(token, rules)})"
+    return pattern
+
+
+CAPTION = re.compile(convert_rule("caption", read_grammar()))
+
+
+@given(all_facts)
+def test_captions_are_of_the_grammar_that_is_documented(facts):
+    assert CAPTION.fullmatch(describe(facts))
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ("time", TIMES_OF_DAY),
+        ("weather", WEATHERS),
+        ("place", SCENES),
+        ("class", CLASSES),
+        ("classes", [plural for plural, *_ in CLASSES.values()]),
+    ],
+)
+def test_the_grammar_that_is_documented_has_the_words_that_are_read(rule, words):
+    assert re.findall('"(.*?)"', read_grammar()[rule]) == list(words)
 
 
 @given(all_facts, all_facts, st.sampled_from(STYLES))
