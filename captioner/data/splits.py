@@ -131,11 +131,11 @@ def caption_frames(config: TrainConfig, labels: Sequence[Path], images: Path, ru
 def read_own_captions(config: TrainConfig, run_dir: Path) -> tuple["pd.DataFrame", Path]:
     """The table of captions that were given, and the folder of their images."""
     from captioner.data.caption_files import read_captions
-    from captioner.data.hub_captions import IMAGES, fetch_captions, is_data_set
+    from captioner.data.hub_captions import fetch_captions, is_data_set
 
     path, group_column = config.data.captions, config.data.group_column
     if config.data.images is None and is_data_set(path):
-        return fetch_captions(str(path), run_dir, group_column), run_dir / IMAGES
+        return fetch_captions(str(path), run_dir, group_column)
     return read_captions(path, group_column), find_image_folder(config)
 
 
