@@ -90,12 +90,10 @@ def _read_file(path: Path) -> pd.DataFrame:
     if text[:HEAD].lstrip().startswith(("{", "[")):
         return _read_json(path, text)
     if TOKEN_FILE.match(text):
-        table = pd.read_csv(
-            io.StringIO(text), sep="\t", header=None, names=["name", "caption"], quoting=csv.QUOTE_NONE, dtype=str,
-            keep_default_na=False, skip_blank_lines=False,
-        )  # fmt: skip
-        table["name"] = table["name"].str.replace(r"#\d+$", "", regex=True)
-        return table.set_axis(pd.RangeIndex(1, len(table) + 1, name="line"))
+        rows = [line.partition("\t")[::2] for line in io.StringIO(text, newline=None)]
+        table = pd.DataFrame(rows, pd.RangeIndex(1, len(rows) + 1, name="line"), ["name", "caption"], dtype=str)
+        table["name"] = table["name"].str.replace(r"#\d+\s*$", "", regex=True)
+        return table
     return _read_table(path, text)
 
 

@@ -37,6 +37,7 @@ GOOD = {
         json.dumps(COCO),
         [("COCO_7.jpg", "A cat sleeps."), ("COCO_9.jpg", "A dog runs."), ("COCO_7.jpg", "The cat is grey.")],
     ),
+    "tabs.token.txt": ("a.jpg#0\tA\tcat.\r\nb.jpg#0\tA dog\truns.", [("a.jpg", "A cat."), ("b.jpg", "A dog runs.")]),
     "Flickr8k.token.txt": (
         '1_a.jpg#0\tA "cat sleeps .\n1_a.jpg#1\tThe cat is grey .\n2_b.jpg#0\tA dog runs .\n',
         [("1_a.jpg", 'A "cat sleeps .'), ("1_a.jpg", "The cat is grey ."), ("2_b.jpg", "A dog runs .")],
