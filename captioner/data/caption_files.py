@@ -219,16 +219,19 @@ def _join_coco(path: Path, document: dict) -> pd.DataFrame:
 
 def _read_image_folder(folder: Path, group_column: str | None) -> pd.DataFrame:
     """The captions of an imagefolder: of its metadata file, or of those in its folders train, validation and test."""
-    folders = {"": folder} | {child.name: child for child in sorted(folder.iterdir()) if child.name in SPLIT_NAMES}
     tables = []
-    for name, place in folders.items():
-        files = [place / file for file in METADATA if (place / file).is_file()]
+    for place in (folder, *sorted(child for child in folder.iterdir() if child.is_dir())):
+        files = [file for file in sorted(place.iterdir()) if file.name.lower() in METADATA and file.is_file()]
         if len(files) > 1:
             raise UserError(f"{files[0]}: {files[1].name} lies beside it; keep the one that is meant")
+        split = SPLIT_NAMES.get(place.name.lower())
+        if files and place != folder and split is None:
+            print(f"{files[0]} is not read: a folder of a split has one of the names {', '.join(SPLIT_NAMES)}")
+            continue
         for file in files:
             table = read_captions(file, group_column)
-            if name:
-                table["name"], table["split"] = name + "/" + table["name"], SPLIT_NAMES[name]
+            if place != folder:
+                table["name"], table["split"] = place.name + "/" + table["name"], split
             tables.append(table)
     if not tables:
         raise UserError(f"{folder}: a folder without {' or '.join(METADATA)}; --captions takes {WANTED}")

@@ -69,20 +69,21 @@ def test_splits_and_groups_are_read(tmp_path):
         read_captions(tmp_path / "c.csv", "ride")
 
 
-def test_an_image_folder_is_read_with_its_splits(tmp_path):
+def test_an_image_folder_is_read_with_its_splits(tmp_path, capsys):
     write(tmp_path, "metadata.csv", "file_name,text\ntrain/a.jpg,One\n")
     assert read_captions(tmp_path)["name"].tolist() == ["train/a.jpg"]
     (tmp_path / "metadata.csv").unlink()
-    for split in ("train", "validation", "test"):
-        write(tmp_path, f"{split}/metadata.jsonl", json.dumps({"file_name": "a.jpg", "text": split}))
+    for split in ("Train", "validation", "test", "evaluation"):
+        write(tmp_path, f"{split}/Metadata.jsonl", json.dumps({"file_name": "a.jpg", "text": split}))
     table = read_captions(tmp_path)
     assert dict(zip(table["name"], table["split"], strict=True)) == {
-        "train/a.jpg": "train",
+        "Train/a.jpg": "train",
         "validation/a.jpg": "val",
         "test/a.jpg": "test",
     }
+    assert "evaluation/Metadata.jsonl is not read: a folder of a split has one of the names" in capsys.readouterr().out
     write(tmp_path, "test/metadata.csv", "file_name,text\na.jpg,x\n")
-    with pytest.raises(UserError, match=r"metadata\.csv: metadata\.jsonl lies beside it"):
+    with pytest.raises(UserError, match=r"Metadata\.jsonl: metadata\.csv lies beside it"):
         read_captions(tmp_path)
     with pytest.raises(UserError, match=r"a folder without metadata\.csv or metadata\.jsonl"):
         read_captions(write(tmp_path / "empty", "a.txt", "").parent)
