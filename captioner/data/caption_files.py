@@ -5,6 +5,7 @@ table = read_captions(Path("captions.csv"))      # columns name, caption, split,
 
 import csv
 import io
+import itertools
 import json
 import re
 import warnings
@@ -15,6 +16,7 @@ import pandas as pd
 
 from captioner.bdd100k.file_kinds import name_kind
 from captioner.data.image_files import LEADS_OUT
+from captioner.data.written_values import flatten, unpack_texts
 from captioner.runtime.errors import UserError, escape_controls
 
 COLUMNS = ("name", "caption", "split", "group")  # of the table
@@ -247,6 +249,7 @@ def check_captions(path: Path, table: pd.DataFrame) -> pd.DataFrame:
 
     Both are counted and printed. Raises UserError with the line of a bad row, in the unit that the index is named for.
     """
+    table = _list_captions(path, table)
     for column in table:
         if not isinstance(table[column].dtype, pd.StringDtype):
             table = _take_texts(path, table, column)
@@ -275,6 +278,21 @@ def check_captions(path: Path, table: pd.DataFrame) -> pd.DataFrame:
         differs = table[column] != table.groupby("name")[column].transform("first")
         _refuse(path, table, differs, column, f"its image has another {column} above")
     return table.reindex(columns=COLUMNS, fill_value="")
+
+
+def _list_captions(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """The table with a row for each caption of a list, also of one that was written as text, and "" for an empty one.
+
+    Raises UserError where most rows have another value that was written as text, or one has where most have lists.
+    """
+    pairs = [(unpack_texts(value) if isinstance(value, str) else flatten(value), value) for value in table["caption"]]
+    lists = sum(bool(texts) and isinstance(value, str) and texts != [value] for texts, value in pairs)
+    odd = pd.Series([texts is None for texts, _ in pairs], table.index)
+    if 2 * max(lists, odd.sum()) > len(table):
+        _refuse(path, table, odd, "caption", "it is a value written as text, no caption")
+    captions = [[value] if texts is None else texts or [""] for texts, value in pairs]
+    rows = [row for row, texts in enumerate(captions) for _ in texts]
+    return table.iloc[rows].assign(caption=pd.Series([*itertools.chain(*captions)], table.index[rows], dtype=object))
 
 
 def _take_texts(path: Path, table: pd.DataFrame, column: str) -> pd.DataFrame:

@@ -6,7 +6,6 @@ frames of one ride, if their names don't. COCO's results and captions files are 
 a file of their own.
 """
 
-import ast
 import csv
 import itertools
 import json
@@ -19,12 +18,12 @@ from typing import NamedTuple
 
 from captioner.data.label_captions import CSV_HEADER
 from captioner.data.splits import FRAME_NAME, ride_of
+from captioner.data.written_values import NO_TEXTS, is_list, parse_literal
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write
 
 WANTED = 'must be {"name": TEXT, "prediction": TEXT, "references": [TEXT, ...]}'
 REFERENCE = re.compile(r"references?_?\d*")  # fields of a row that are references
-NO_TEXTS = ("nan", "none", "null", "<na>", "n/a")  # what programs write where a value is missing
 
 
 class Prediction(NamedTuple):
@@ -97,7 +96,7 @@ def read_predictions(path: Path, references: dict[str, list[str]] | None = None)
         rows[row.name] = row
     if not rows:
         raise UserError(f"{path}: no predictions in it")
-    if all(row.prediction.lstrip().startswith("[") and _parse_literal(row.prediction) for row in rows.values()):
+    if all(row.prediction.lstrip().startswith("[") and parse_literal(row.prediction) for row in rows.values()):
         raise UserError(f"{path}: its predictions are lists written as text; write the one text of each without [ ]")
     left_out: Counter[str] = Counter()
     if references is not None:
@@ -138,9 +137,9 @@ def _read_captions(path: Path, names: dict[int, str]) -> list[tuple[str, Predict
     lists, odd = 0, []
     for place, row in rows:
         for text in row.references:
-            value = _parse_literal(text)
-            lists += _is_list(value)
-            if value is not None and not _is_list(value):
+            value = parse_literal(text)
+            lists += is_list(value)
+            if value is not None and not is_list(value):
                 odd.append((place, text))
     if odd and 2 * max(lists, len(odd)) > len(rows):
         place, text = odd[0]
@@ -154,17 +153,12 @@ def _read_captions(path: Path, names: dict[int, str]) -> list[tuple[str, Predict
     return rows
 
 
-def _is_list(value) -> bool:
-    """Whether what _parse_literal found is a list of captions."""
-    return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
-
-
 def _unpack_references(texts: Sequence[str]) -> list[str]:
     """The captions in `texts`, some of which may be lists written as text, and some words for a missing one."""
     references = []
     for text in texts:
-        value = _parse_literal(text)
-        if _is_list(value):
+        value = parse_literal(text)
+        if is_list(value):
             references += filter(str.strip, value)
         elif text.strip().lower() not in NO_TEXTS:
             references.append(text)
@@ -261,28 +255,6 @@ def _name_image(number: int, names: Mapping[int, str], place: str) -> str:
             'image_id with --references, or write lines of {"name": FILE NAME, "prediction": TEXT}'
         )
     return names.get(number, str(number))
-
-
-def _parse_literal(text: str):
-    """What `text` stands for if it is a value that JSON or Python has written as text; None for a caption.
-
-    What neither can have written, but is no caption either, such as a list of numpy's, is given as bytes.
-    """
-    text = text.strip()
-    unknown = text.encode(errors="backslashreplace")
-    if text.lower() in NO_TEXTS or text.startswith(("array(", "tensor(")):
-        return unknown
-    if not (text.startswith(("[", "{", "(", '"', "'", "b'", 'b"')) and text.endswith(("]", "}", ")", '"', "'"))):
-        return None
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        value = ast.literal_eval(text)
-        return value if repr(value) == text else unknown  # Python joins the texts of ['a' 'b'], which is numpy's
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return unknown if text.startswith("[") and text.endswith("]") else None
 
 
 def _read_csv(file: Iterable[str], path: Path) -> Iterator[tuple[str, Prediction]]:

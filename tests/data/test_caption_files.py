@@ -37,6 +37,13 @@ GOOD = {
         json.dumps(COCO),
         [("COCO_7.jpg", "A cat sleeps."), ("COCO_9.jpg", "A dog runs."), ("COCO_7.jpg", "The cat is grey.")],
     ),
+    "pandas.csv": (
+        "name,caption\na.jpg,\"['One', \"\"It's two\"\"]\"\nb.jpg,\"[[\"\"Three\"\"], [\"\"Four\"\"]]\"\nc.jpg,(Five)",
+        [("a.jpg", "One"), ("a.jpg", "It's two"), ("b.jpg", "Three"), ("b.jpg", "Four"), ("c.jpg", "(Five)")],
+    ),
+    "nested.json": (
+        '[{"name": "a.jpg", "caption": [["One", null], [["Two"]]], "\\ud83d": 1}]', [("a.jpg", "One"), ("a.jpg", "Two")]
+    ),
     "tabs.token.txt": ("a.jpg#0\tA\tcat.\r\nb.jpg#0\tA dog\truns.", [("a.jpg", "A cat."), ("b.jpg", "A dog runs.")]),
     "Flickr8k.token.txt": (
         '1_a.jpg#0\tA "cat sleeps .\n1_a.jpg#1\tThe cat is grey .\n2_b.jpg#0\tA dog runs .\n',
@@ -95,6 +102,12 @@ def test_rows_without_a_caption_are_left_out_and_told(tmp_path, capsys):
     assert "c.csv: 2 rows have no caption and are left out (line 2, 5)" in capsys.readouterr().out
 
 
+def test_words_for_a_missing_caption_are_none(tmp_path, capsys):
+    table = read_captions(write(tmp_path, "c.csv", "name,caption\na.jpg,nan\nb.jpg,One\nc.jpg,None\nd.jpg,[]\n"))
+    assert table["name"].tolist() == ["b.jpg"]
+    assert "c.csv: 3 rows have no caption and are left out (line 2, 4, 5)" in capsys.readouterr().out
+
+
 def test_rows_of_unknown_splits_are_left_out_and_told(tmp_path, capsys):
     rows = [("a.jpg", "train"), ("b.jpg", "restval"), ("c.jpg", None), ("d.jpg", "test"), ("e.jpg", "restval")]
     lines = [json.dumps({"name": name, "caption": "x", "split": split}) for name, split in rows]
@@ -139,6 +152,7 @@ BAD = {
     "boxes of COCO": ('{"images": [], "annotations": [{"bbox": []}]}', "COCO's captions must have images with id"),
     "instances of COCO": (json.dumps(COCO | {"annotations": [{"image_id": 7}]}), "no caption: .* captions_"),
     "unknown image": (json.dumps(COCO | {"images": [{"id": 7, "file_name": "a"}]}), "annotation 2: no image .* id 9"),
+    "numpy's": ("name,caption\na.jpg,['One' 'Two']\n", "line 2: it is a value written as text, no caption"),
     "broken line": ('{"name": "a.jpg", "text": "x"}\n{"name": "b', "line 2: wanted an object with an image and a text"),
     "list line": ('{"name": "a.jpg", "text": "x"}\n[1]\n', r"line 2: wanted an object .*found '\[1\]"),
     "other keys": ('{"path": "a.jpg", "text": "x"}\n', "no column one of name, file_name, .* path, text"),
