@@ -4,12 +4,13 @@ table = read_captions(Path("captions.csv"))      # columns name, caption, split,
 """
 
 import csv
+import functools
 import io
 import itertools
 import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -30,6 +31,7 @@ SPLIT_NAMES = {
 }
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
 METADATA = ("metadata.csv", "metadata.jsonl")  # of an imagefolder, beside the images
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # as of an emoji that was cut: no UTF-8
 MAX_CHARACTERS = 10_000  # of a caption: about as many as OPT's 2,048 positions hold
 HEAD = 1 << 16  # bytes in which labels show that they are labels
 LISTED = 3  # lines that a message gives as examples
@@ -53,22 +55,22 @@ def read_captions(path: Path, group_column: str | None = None) -> pd.DataFrame:
     if path.is_dir():
         return _read_image_folder(path, group_column)
     table = _read_file(path)
-    columns = {"name": _find_column(path, table, IMAGE_COLUMNS), "caption": _find_column(path, table, TEXT_COLUMNS)}
+    columns = {"name": _take_column(path, table, IMAGE_COLUMNS), "caption": _take_column(path, table, TEXT_COLUMNS)}
     if SPLIT_COLUMN in table:
-        columns["split"] = SPLIT_COLUMN
+        columns["split"] = table[SPLIT_COLUMN]
     if group_column:
-        columns["group"] = _find_column(path, table, [group_column.strip().lower()])
-    table = table[list(columns.values())].set_axis(list(columns), axis=1)
-    return check_captions(path, table)
+        columns["group"] = _take_column(path, table, [group_column.strip().lower()])
+    return check_captions(path, pd.DataFrame(columns))
 
 
-def _find_column(path: Path, table: pd.DataFrame, titles: Sequence[str]) -> str:
-    for title in titles:
-        if title in table:
-            return title
-    wanted = titles[0] if len(titles) == 1 else f"one of {', '.join(titles)}"
-    found = ", ".join(map(str, table.columns))
-    raise UserError(f"{path}: has no column {wanted}; its columns are {escape_controls(found)[:200]}")
+def _take_column(path: Path, table: pd.DataFrame, titles: Sequence[str]) -> pd.Series:
+    """The first column that is there, whose gaps the others fill: rows of JSON may differ in their keys."""
+    columns = [table[title] for title in titles if title in table]
+    if not columns:
+        wanted = titles[0] if len(titles) == 1 else f"one of {', '.join(titles)}"
+        found = ", ".join(map(str, table.columns))
+        raise UserError(f"{path}: has no column {wanted}; its columns are {escape_controls(found)[:200]}")
+    return functools.reduce(lambda first, other: first.where(first.notna(), other), columns)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -170,18 +172,27 @@ def _read_json(path: Path, text: str) -> pd.DataFrame:
     try:
         document = json.loads(text)
     except (ValueError, RecursionError):
-        rows = list(_read_json_lines(path, text))
-        table = pd.DataFrame([row for _, row in rows], index=pd.Index([line for line, _ in rows], name="line"))
-    else:
-        if isinstance(document, dict) and "annotations" in document:
-            table = _join_coco(path, document)
-        else:
-            rows = document if isinstance(document, list) else [document]
-            if not rows or not all(isinstance(row, dict) for row in rows):
-                raise UserError(f"{path}: wanted rows of {{{IMAGE_COLUMNS[0]!r}: ..., {TEXT_COLUMNS[1]!r}: ...}} in it")
-            table = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="row"))
-    table.columns = [str(title).strip().lower() for title in table.columns]
-    return table.loc[:, ~table.columns.duplicated()]
+        rows = dict(_read_json_lines(path, text))
+        return _tabulate(rows.values(), pd.Index(rows, name="line"))
+    if isinstance(document, dict) and "annotations" in document:
+        return _join_coco(path, document)
+    rows = document if isinstance(document, list) else [document]
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: wanted rows of {{{IMAGE_COLUMNS[0]!r}: ..., {TEXT_COLUMNS[1]!r}: ...}} in it")
+    return _tabulate(rows, pd.RangeIndex(1, len(rows) + 1, name="row"))
+
+
+def _tabulate(rows: Iterable[dict], index: pd.Index) -> pd.DataFrame:
+    """JSON's rows, their values as they are, the keys in small letters; of two alike the first that is not null."""
+    small_rows = []
+    for row in rows:
+        small: dict[str, object] = {}
+        for key, value in row.items():
+            key = key.strip().lower().encode(errors="replace").decode()  # half a character is no text for pandas
+            if small.get(key) is None:
+                small[key] = value
+        small_rows.append(small)
+    return pd.DataFrame(small_rows, index, dtype=object)  # else whole numbers among nulls become 1.0
 
 
 def _read_json_lines(path: Path, text: str) -> Iterator[tuple[int, dict]]:
@@ -296,12 +307,14 @@ def _list_captions(path: Path, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _take_texts(path: Path, table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """The table with a column of JSON as texts: whole numbers as they are written, a row for each caption of a list."""
-    kinds = (str, int, list, type(None)) if column == "caption" else (str, int, type(None))
-    no_text = ~table[column].map(type).isin(kinds) & table[column].notna()
-    _refuse(path, table, no_text, column, f"its {column} is no text")
-    table = table.explode(column)
-    return table.assign(**{column: table[column].where(table[column].notna(), "").map(str)})
+    """The table with a column of JSON as texts, whole numbers as 1."""
+    values = [int(value) if isinstance(value, float) and value.is_integer() else value for value in table[column]]
+    texts = pd.Series(values, table.index, dtype=object)
+    table = table.assign(**{column: texts})
+    _refuse(path, table, ~texts.map(type).isin((str, int)) & texts.notna(), column, f"its {column} is no text")
+    halves = pd.Series([bool(HALF_CHARACTER.search(str(text))) for text in texts], table.index)
+    _refuse(path, table, halves, column, f"its {column} has half a character in it")
+    return table.assign(**{column: texts.where(texts.notna(), "").map(str)})
 
 
 def _refuse(path: Path, table: pd.DataFrame, bad: pd.Series, column: str, why: str) -> None:

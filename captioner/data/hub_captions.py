@@ -29,7 +29,7 @@ SOURCE = "captions.json"  # in the run folder
 def is_data_set(captions: Path) -> bool:
     """Whether --captions names a data set: user/name that is no file, or a folder with tables in place of metadata."""
     if captions.is_dir():
-        names = {path.name for path in captions.glob("**/*")}
+        names = {path.name.lower() for path in captions.glob("**/*")}
         return names.isdisjoint(METADATA) and any(name.endswith(".parquet") for name in names)
     return not captions.exists() and bool(HUB_NAME.fullmatch(str(captions)))
 
@@ -51,7 +51,7 @@ def fetch_captions(name: str, run_dir: Path, group_column: str | None = None) ->
     folder = run_dir.parent / IMAGES / f"{repo.replace('/', '--')}@{commit}" if commit else run_dir / IMAGES
     for split, table in sets.items():
         rows = _write_images(table, columns[split], folder / split, keep=bool(commit))
-        frame = pd.DataFrame(rows, columns=["name", "caption", *(["group"] if group_column else [])])
+        frame = pd.DataFrame(rows, columns=["name", "caption", *(["group"] if group_column else [])], dtype=object)
         tables.append(frame.assign(split=split) if has_splits else frame)
     captions = pd.concat(tables, ignore_index=True)
     write_json(run_dir / SOURCE, {"data_set": repo, "commit": commit})

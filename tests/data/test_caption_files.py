@@ -37,6 +37,10 @@ GOOD = {
         json.dumps(COCO),
         [("COCO_7.jpg", "A cat sleeps."), ("COCO_9.jpg", "A dog runs."), ("COCO_7.jpg", "The cat is grey.")],
     ),
+    "other keys.jsonl": (
+        '{"file_name": "a.jpg", "text": "One", "caption": null}\n{"image": "b.jpg", "Caption": "Two", "caption": 2}',
+        [("a.jpg", "One"), ("b.jpg", "Two")],
+    ),
     "pandas.csv": (
         "name,caption\na.jpg,\"['One', \"\"It's two\"\"]\"\nb.jpg,\"[[\"\"Three\"\"], [\"\"Four\"\"]]\"\nc.jpg,(Five)",
         [("a.jpg", "One"), ("a.jpg", "It's two"), ("b.jpg", "Three"), ("b.jpg", "Four"), ("c.jpg", "(Five)")],
@@ -108,6 +112,12 @@ def test_words_for_a_missing_caption_are_none(tmp_path, capsys):
     assert "c.csv: 3 rows have no caption and are left out (line 2, 4, 5)" in capsys.readouterr().out
 
 
+def test_groups_of_whole_numbers_may_have_gaps(tmp_path):
+    rows = [{"name": f"{n}.jpg", "caption": "x", "video": video} for n, video in enumerate([1, None, 2.0, "2"])]
+    path = write(tmp_path, "c.jsonl", "\n".join(map(json.dumps, rows)))
+    assert read_captions(path, "video")["group"].tolist() == ["1", "", "2", "2"]
+
+
 def test_rows_of_unknown_splits_are_left_out_and_told(tmp_path, capsys):
     rows = [("a.jpg", "train"), ("b.jpg", "restval"), ("c.jpg", None), ("d.jpg", "test"), ("e.jpg", "restval")]
     lines = [json.dumps({"name": name, "caption": "x", "split": split}) for name, split in rows]
@@ -153,6 +163,10 @@ BAD = {
     "instances of COCO": (json.dumps(COCO | {"annotations": [{"image_id": 7}]}), "no caption: .* captions_"),
     "unknown image": (json.dumps(COCO | {"images": [{"id": 7, "file_name": "a"}]}), "annotation 2: no image .* id 9"),
     "numpy's": ("name,caption\na.jpg,['One' 'Two']\n", "line 2: it is a value written as text, no caption"),
+    "half a character": (
+        '{"name": "a.jpg", "text": ["x", "y\\ud83d"]}', r"row 1: its caption has half a character.*'y\\ud83d"
+    ),
+    "half a name": ('{"name": "\\udc00.jpg", "text": "x"}', "row 1: its name has half a character in it"),
     "broken line": ('{"name": "a.jpg", "text": "x"}\n{"name": "b', "line 2: wanted an object with an image and a text"),
     "list line": ('{"name": "a.jpg", "text": "x"}\n[1]\n', r"line 2: wanted an object .*found '\[1\]"),
     "other keys": ('{"path": "a.jpg", "text": "x"}\n', "no column one of name, file_name, .* path, text"),
