@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -213,20 +214,30 @@ def _read_json_lines(path: Path, text: str) -> Iterator[tuple[int, dict]]:
 
 def _join_coco(path: Path, document: dict) -> pd.DataFrame:
     """COCO's {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]} as one table."""
+    names: dict[object, str] = {}
     try:
-        annotations, images = pd.DataFrame(document["annotations"]), pd.DataFrame(document["images"])
-        names = images.set_index("id")["file_name"].to_dict()
-        annotations["name"] = annotations["image_id"].map(names)
+        for image in document["images"]:
+            number, name = image["id"], image.get("file_name")
+            if names.setdefault(number, name) != name:
+                raise UserError(
+                    f"{path}: two images have the id {number!r:.40}, {names[number]!r:.80} and {name!r:.80}: of files "
+                    "that are put together, each image needs an id of its own"
+                )
+        annotations = document["annotations"]
+        table = _tabulate(annotations, pd.RangeIndex(1, len(annotations) + 1, name="annotation"))
+        table["name"] = pd.Series(map(names.get, table["image_id"]), table.index, dtype=object)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{path}: COCO's captions must have images with id and file_name, and annotations with image_id ({error!r})"
         ) from None
-    if "caption" not in annotations:
+    if "caption" not in table:
         raise UserError(f"{path}: its annotations have no caption: of COCO's files, take captions_*.json")
-    table = annotations.set_axis(pd.RangeIndex(1, len(annotations) + 1, name="annotation"))
     unknown = table.index[table["name"].isna()]
     if len(unknown):
         raise UserError(f"{path}, annotation {unknown[0]}: no image has the id {table.loc[unknown[0], 'image_id']}")
+    if twice := [str(name) for name, ids in Counter(names.values()).items() if ids > 1]:
+        found = escape_controls(", ".join(twice[:LISTED]))[:200]
+        print(f"{path}: {len(twice):,} file names have several ids ({found}): their captions are taken together")
     return table
 
 

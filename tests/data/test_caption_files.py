@@ -118,6 +118,12 @@ def test_groups_of_whole_numbers_may_have_gaps(tmp_path):
     assert read_captions(path, "video")["group"].tolist() == ["1", "", "2", "2"]
 
 
+def test_images_of_coco_with_one_name_are_told(tmp_path, capsys):
+    images = [*COCO["images"], {"id": 8, "file_name": "COCO_7.jpg"}, COCO["images"][0]]
+    assert len(read_captions(write(tmp_path, "c.json", json.dumps(COCO | {"images": images})))) == 3
+    assert "1 file names have several ids (COCO_7.jpg): their captions are taken" in capsys.readouterr().out
+
+
 def test_rows_of_unknown_splits_are_left_out_and_told(tmp_path, capsys):
     rows = [("a.jpg", "train"), ("b.jpg", "restval"), ("c.jpg", None), ("d.jpg", "test"), ("e.jpg", "restval")]
     lines = [json.dumps({"name": name, "caption": "x", "split": split}) for name, split in rows]
@@ -162,6 +168,10 @@ BAD = {
     "boxes of COCO": ('{"images": [], "annotations": [{"bbox": []}]}', "COCO's captions must have images with id"),
     "instances of COCO": (json.dumps(COCO | {"annotations": [{"image_id": 7}]}), "no caption: .* captions_"),
     "unknown image": (json.dumps(COCO | {"images": [{"id": 7, "file_name": "a"}]}), "annotation 2: no image .* id 9"),
+    "id twice": (
+        json.dumps(COCO | {"images": [*COCO["images"], {"id": 9, "file_name": "b.jpg"}]}),
+        "two images have the id 9, 'COCO_9.jpg' and 'b.jpg'",
+    ),
     "numpy's": ("name,caption\na.jpg,['One' 'Two']\n", "line 2: it is a value written as text, no caption"),
     "half a character": (
         '{"name": "a.jpg", "text": ["x", "y\\ud83d"]}', r"row 1: its caption has half a character.*'y\\ud83d"
