@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import itertools
 import os
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from captioner.bdd100k.label_report import LabelReport
 from captioner.bdd100k.parsing import read_caption
 from captioner.bdd100k.wording import describe
 from captioner.runtime.errors import UserError
-from captioner.runtime.files import atomic_write, write_json
+from captioner.runtime.files import atomic_write, is_replaceable, write_json
 from config import DEMO_DATA, DEMO_SCENES, PipelineConfig, SourceSettings, TrainConfig
 
 CSV_HEADER = ["name", "raw_caption"]
@@ -33,19 +32,24 @@ def write_captions(path: Path, rows: Iterable[tuple[str, str]]) -> int:
 
 
 def check_replaceable(path: Path, flag: str) -> None:
-    """Raise UserError if `path` is a file that write_captions has not written, and that it would replace.
+    """Raise UserError if `path` is there and is no file that write_captions has written, which it would replace.
 
     `flag` is what led to the path.
     """
-    if not path.exists() or not path.stat().st_size:
-        return
+    if path.exists() and not (is_replaceable(path) and (not path.stat().st_size or _is_written(path))):
+        raise UserError(f"{flag} {path}: is there, and is no file of captions made from labels; take another {flag}")
+
+
+def _is_written(path: Path) -> bool:
+    """Whether write_captions may have written all rows of a file: one that was edited is its editor's."""
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            header, *rows = itertools.islice(csv.reader(file), 2)
+            rows = csv.reader(file)
+            return next(rows, None) == CSV_HEADER and all(
+                len(row) == 2 and not read_caption(row[1]).unread for row in rows
+            )
     except (OSError, ValueError, csv.Error):
-        header, rows = None, []
-    if header != CSV_HEADER or not all(len(row) == 2 and not read_caption(row[1]).unread for row in rows):
-        raise UserError(f"{flag} {path}: is there, and is no file of captions made from labels; take another {flag}")
+        return False
 
 
 def find_labels(config: PipelineConfig | TrainConfig) -> Sequence[Path]:

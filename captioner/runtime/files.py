@@ -29,6 +29,8 @@ def atomic_write(path: Path) -> Iterator:
     """Open `path` for writing text under a temporary name; it gets its own name only when all is written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if path.exists() and not is_replaceable(path):
+            raise UserError(f"{path}: can't be written: it is no regular file; name another")
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "w", encoding="utf-8", newline="") as file:
             yield file
@@ -40,6 +42,11 @@ def atomic_write(path: Path) -> Iterator:
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+def is_replaceable(path: Path) -> bool:
+    """Whether what is at `path` is a regular file: no folder, no pipe, no device, not /dev/stdout wherever it leads."""
+    return path.is_file() and not (path.is_symlink() and os.readlink(path).startswith("/proc/"))
 
 
 def read_json(path: Path, remedy: str, kind: type = dict) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections import Counter
 
 import pytest
@@ -14,6 +15,7 @@ from captioner.bdd100k.label_files import read_labels
 from captioner.bdd100k.label_report import LabelReport
 from captioner.data.caption_files import read_captions
 from captioner.runtime.errors import UserError
+from captioner.runtime.files import atomic_write, is_replaceable
 
 SCENE = {"timeofday": "night", "weather": "clear", "scene": "highway"}
 CAR = {"category": "car"}
@@ -223,6 +225,7 @@ def test_a_census_tells_how_the_objects_of_each_class_are_seen(capsys):
         "[]",
         "\0\xff",
         'name,raw_caption\n"a',
+        'name,raw_caption\na.jpg,"There is one car."\nb.jpg,"Two cars, as I see it."\n',
     ],
 )
 def test_a_file_that_is_no_captions_of_ours_is_not_written_over(folder, content):
@@ -232,6 +235,19 @@ def test_a_file_that_is_no_captions_of_ours_is_not_written_over(folder, content)
     run = call_script("bdd100k_data_pipeline.py", "--labels", labels, "--output", output)
     assert run.returncode == 2 and f"--output {output}: is there" in run.stderr
     assert output.read_text() == content and not (folder / "logs").exists()
+
+
+def test_a_pipe_is_not_replaced(folder):
+    labels, pipe = folder / "labels.json", folder / "pipe"
+    labels.write_text(json.dumps([{"name": "a.jpg", "attributes": SCENE, "labels": [CAR]}]))
+    os.mkfifo(pipe)
+    run = call_script("bdd100k_data_pipeline.py", "--labels", labels, "--output", pipe)
+    assert run.returncode == 2 and f"--output {pipe}: is there" in run.stderr
+    with pytest.raises(UserError, match=r"pipe: can't be written: it is no regular file"), atomic_write(pipe):
+        pass
+    assert pipe.is_fifo()
+    (folder / "stdout").symlink_to("/proc/self/fd/1")
+    assert not is_replaceable(folder / "stdout")
 
 
 @pytest.mark.parametrize("style", ["plain", "natural", "markdown"])
