@@ -33,13 +33,18 @@ if TYPE_CHECKING:
 TRAINED_ON = ("train", "val")  # splits whose images training sees
 MAX_UNREADABLE = 0.05  # share of the images that may be unreadable
 LISTED = 10  # of them that are listed
-FRAME_NAME = re.compile(r"[0-9a-f]{8}-[0-9a-f]{8}(\.\w+)?")  # of BDD100K
+FRAME_NAME = re.compile(r"[0-9a-f]{8}-[0-9a-f]{8}([\W_].*)?", re.IGNORECASE)  # of BDD100K; -0000001 in tracking sets
 SPLIT_COLUMNS = ["name", "split", "image", "raw_caption", "group"]  # of split.csv
 
 
+def is_frame_name(name: str) -> bool:
+    """Whether a name is one of BDD100K's, which tells the ride, whatever folder and suffix it has."""
+    return FRAME_NAME.fullmatch(Path(name).name) is not None
+
+
 def ride_of(name: str) -> str:
-    """The ride that a frame belongs to: the first half of `<8 hex>-<8 hex>.jpg`. Frames of a ride look alike."""
-    return Path(name).stem.split("-")[0]
+    """The ride that a frame belongs to: the start of `<8 hex>-<8 hex>.jpg`. Frames of a ride look alike."""
+    return Path(name).stem.split("-")[0].lower()
 
 
 def split_by_ride(names: Sequence[str], shares: Mapping[str, float], seed: int) -> dict[str, list[str]]:
@@ -51,7 +56,7 @@ def split_by_ride(names: Sequence[str], shares: Mapping[str, float], seed: int) 
             f"{len(names)} frames of {len(set(groups.values()))} rides can't be split: {', '.join(shares)} need a ride "
             f'each; the ride of a frame is the part of its name before the first "-" ({rides})'
         )
-    if others := [name for name in names if not FRAME_NAME.fullmatch(name)]:
+    if others := [name for name in names if not is_frame_name(name)]:
         print(
             f"note: {len(others):,} of {len(names):,} names, {others[0]} for one, aren't <8 hex>-<8 hex> as BDD100K's: "
             'what is before the first "-" is taken for the ride, and a name without it for a ride of its own, so that '
@@ -143,7 +148,7 @@ def split_own_captions(config: TrainConfig, run_dir: Path) -> dict[str, list[Exa
     """The examples of a captions file that was given, split as it says or by group."""
     captions, images = read_own_captions(config, run_dir)
     if not config.data.group_column:
-        frames = captions["name"].map(lambda name: bool(FRAME_NAME.fullmatch(Path(name).name)))
+        frames = captions["name"].map(is_frame_name)
         captions["group"] = captions["name"].where(~frames, captions["name"].map(ride_of))
         if not frames.all() and not captions["split"].any():
             print("note: each image counts as a group of its own; --group-column names the column that groups them")

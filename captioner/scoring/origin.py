@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from captioner.data.run_record import read_run
+from captioner.data.splits import is_frame_name
 from captioner.runtime.errors import UserError
-from captioner.scoring.predictions import is_frame_name
 
 # settings of the run that scores.json keeps
 KEPT = ("demo", "captions", "class_names", "lanes", "merge_duplicates", "min_box_size", "without_scene")

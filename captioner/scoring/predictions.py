@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from captioner.data.label_captions import CSV_HEADER
-from captioner.data.splits import FRAME_NAME, ride_of
+from captioner.data.splits import is_frame_name, ride_of
 from captioner.data.written_values import NO_TEXTS, is_list, parse_literal
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write
@@ -52,11 +52,6 @@ def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
 def format_prediction(prediction: Prediction) -> str:
     row = {name: value for name, value in prediction._asdict().items() if value or name not in ("floors", "ride")}
     return json.dumps(row) + "\n"  # in ASCII: whatever is in the text, the file is valid UTF-8
-
-
-def is_frame_name(name: str) -> bool:
-    """Whether a name is one of BDD100K's, whose first half is the ride."""
-    return FRAME_NAME.fullmatch(Path(name).name) is not None
 
 
 def find_ride(prediction: Prediction) -> str:

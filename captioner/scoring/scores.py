@@ -15,12 +15,13 @@ import numpy as np
 
 from captioner.bdd100k.facts import Facts
 from captioner.bdd100k.parsing import Reading, read_caption
+from captioner.data.splits import is_frame_name
 from captioner.scoring import bootstrap, fact_metrics, text_metrics
 from captioner.scoring.bootstrap import BOOTSTRAP_SEED, LEVEL, RESAMPLES, Metric, Rides
 from captioner.scoring.floors import make_floors
 from captioner.scoring.grammar import find_facts
 from captioner.scoring.headlines import HEADLINES, RANKED_BY, Headline, choose_headlines
-from captioner.scoring.predictions import Prediction, find_ride, is_frame_name
+from captioner.scoring.predictions import Prediction, find_ride
 
 SCHEMA_VERSION = 2
 CLASS_GROUP = "classes: "  # what fact_metrics puts before a class

@@ -15,6 +15,7 @@ from captioner.data.label_captions import write_captions
 from captioner.data.splits import (
     choose_examples,
     find_images_root,
+    is_frame_name,
     prepare_splits,
     read_split,
     ride_of,
@@ -22,6 +23,7 @@ from captioner.data.splits import (
     write_splits,
 )
 from captioner.runtime.errors import UserError
+from captioner.scoring.predictions import Prediction, find_ride
 from config import EvalConfig, TrainConfig, make_config
 
 SHARES = {"train": 0.6, "val": 0.28, "test": 0.12}
@@ -78,6 +80,23 @@ def test_names_that_tell_no_ride_are_said_to_leak(name, capsys):
 def test_names_of_bdd100k_need_no_warning(capsys):
     split_by_ride([f"0000000{ride}-00001ef{frame}.jpg" for ride in range(4) for frame in range(9)], SHARES, 42)
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "is_frame"),
+    [
+        ("b1c66a40-6f7d68ca.jpg", True),
+        ("b1c66a40-6f7d68ca-0000001.jpg", True),  # of a tracking set
+        ("b1c66a40-6f7d68ca/b1c66a40-6f7d68ca-0000001.jpg", True),
+        ("B1C66A40-6F7D68CA_flipped.png", True),
+        ("b1c66a40-6f7d-68ca-9a0b-0123456789ab.jpg", False),
+        ("b1c66a40-6f7d68ca0.jpg", False),
+    ],
+)
+def test_names_of_bdd100k_tell_their_ride(name, is_frame):
+    assert is_frame_name(name) is is_frame
+    assert ride_of(name) == "b1c66a40"
+    assert find_ride(Prediction(name, "", [])) == ("b1c66a40" if is_frame else name)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -269,6 +269,13 @@ def test_frames_of_bdd100k_are_split_by_ride(tmp_path, drawn, capsys):
     path = write_table(tmp_path / "c.csv", [(name, "A car.") for name in names])
     splits = prepare_splits(make_config(TrainConfig, captions=path, images=drawn / "images"), tmp_path)
     assert all(example.group == example.name.split("-")[0] for part in splits.values() for example in part)
+    for number, name in enumerate(names):  # as in tracking sets: three videos
+        file = tmp_path / f"v/{number % 3}F7d68ca-00000000-{number:07d}.jpg"
+        file.parent.mkdir(exist_ok=True)
+        shutil.copy(drawn / "images" / name, file)
+    path = write_table(tmp_path / "c.csv", [(image.name, "A car.") for image in (tmp_path / "v").iterdir()])
+    splits = prepare_splits(make_config(TrainConfig, captions=path, images=tmp_path / "v"), tmp_path)
+    assert all(len({example.group for example in part}) == 1 for part in splits.values())
     assert "group" not in capsys.readouterr().out
 
 
