@@ -298,11 +298,13 @@ def _read_scene(attributes: dict[str, Any], report: LabelReport) -> tuple[str | 
     if not _TABLES.keys() <= attributes.keys():
         attributes = _spell_keys(attributes)
     values = tuple([_read_attribute(key, attributes.get(key), table, report) for key, table in _TABLES.items()])
-    if None not in values:
-        if values == (UNDEFINED,) * 3:
-            report.choices["timeofday, weather and scene all labelled undefined, captioned so"] += 1
-        return values
-    return NO_SCENE if values == NO_SCENE else tuple(value or UNDEFINED for value in values)
+    if values == NO_SCENE:
+        return NO_SCENE
+    if None in values:
+        values = tuple(value or UNDEFINED for value in values)
+    if values == (UNDEFINED,) * 3:
+        report.choices["timeofday, weather and scene all undefined, captioned so"] += 1
+    return values
 
 
 def _read_attribute(key: str, value: Any, table, report: LabelReport) -> str | None:

@@ -156,11 +156,12 @@ def test_a_scene_attribute_of_a_wrong_type_is_told(tmp_path, value):
         read(tmp_path, {"name": "a.jpg", "attributes": {**SCENE, "weather": value}, "labels": [CAR]})
 
 
-def test_attributes_that_are_all_labelled_undefined_are_captioned_and_told(tmp_path):
-    facts, report = read_one(tmp_path, [], dict.fromkeys(SCENE, "undefined"))
+@pytest.mark.parametrize("attributes", [dict.fromkeys(SCENE, "undefined"), {"weather": "undefined", "scene": None}])
+def test_attributes_that_are_all_undefined_are_captioned_and_told(tmp_path, attributes):
+    facts, report = read_one(tmp_path, [], attributes)
     assert (facts.time_of_day, facts.weather, facts.scene) == ("undefined",) * 3
     assert not report.remarks
-    assert "1 x timeofday, weather and scene all labelled undefined" in str(report)
+    assert "1 x timeofday, weather and scene all undefined, captioned so" in str(report)
 
 
 def test_a_frame_without_labels_leaves_the_fast_way_to_the_others():
