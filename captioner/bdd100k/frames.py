@@ -40,6 +40,7 @@ _SYNONYMS = [
 ]  # fmt: skip
 _LIGHT_OF = {"g": "green", "y": "yellow", "r": "red", "green": "green", "yellow": "yellow", "red": "red"}
 _NO_LIGHT = ("none", "na", None)
+_AREA_STARTS = ("lane", "drivable area", "area/")  # of the categories that are never occluded nor truncated
 NEAR_DUPLICATE_IOU = 0.85  # above it two boxes of one class are taken for the same object boxed twice
 
 
@@ -99,7 +100,7 @@ class _Label(msgspec.Struct, Generic[Category, Light], gc=False):
 
 
 class _Moment(msgspec.Struct, Generic[Category, Light], gc=False):
-    objects: list[_Label[Category, Light]] | None = None
+    objects: list[_Label[Category, Light]] | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class _Frame(msgspec.Struct, Generic[Category, Light], gc=False):
@@ -158,7 +159,8 @@ def decode_frames(data: bytes | bytearray | memoryview) -> tuple[list, bool]:
         for decoders in (_USUAL, _ANY):
             with contextlib.suppress(msgspec.ValidationError):
                 frames, wrapped = decoders.decode(data[mark:])
-                return _decode_untyped(data[mark:]) if _lack_a_key(frames) else (frames, wrapped)
+                plain = _lack_a_key(frames) or (any(map(_may_be_respelt, frames)) and _RESPELT.search(data))
+                return _decode_untyped(data[mark:]) if plain else (frames, wrapped)
         return _decode_untyped(data[mark:])
     except UnicodeDecodeError:
         reason, position = _find_bad_text(data)
@@ -189,12 +191,36 @@ def _lack_a_key(frames: list[_Frame]) -> bool:
     """
     if any(frame.name is None or (frame.labels and frame.labels[0].category is None) for frame in frames):
         return True
-    return all(frame.labels is msgspec.UNSET and frame.frames is None for frame in frames)
+    return all(_list_labels(frame) is msgspec.UNSET for frame in frames)
+
+
+def _list_labels(frame: _Frame) -> list[_Label] | msgspec.UnsetType | None:
+    """The labels of a frame, or of the first moment of a file of one image; UNSET where there is no such key."""
+    if frame.labels in (None, msgspec.UNSET) and frame.frames:
+        return frame.frames[0].objects
+    return frame.labels
+
+
+def _may_be_respelt(frame: _Frame) -> bool:
+    """Whether a frame lacks what most have: it may be there under a key in another case."""
+    labels = _list_labels(frame)
+    return frame.attributes is None or labels is msgspec.UNSET or not all(map(_is_complete, labels or ()))
+
+
+def _is_complete(label: _Label) -> bool:
+    """Whether a label has all attributes that its class has in BDD100K."""
+    seen, category = label.attributes, label.category
+    if seen is None or seen.occluded is None or seen.truncated is None:
+        return category is not None and category.startswith(_AREA_STARTS)
+    return category is not None and (category != TRAFFIC_LIGHT or seen.light is not None)
 
 
 _KEYS = ["name", "attributes", "labels", "frames", "objects", "timeofday", "weather", "scene"]
 _KEYS += ["category", "occluded", "truncated", "trafficLightColor", "box2d"]
+_SPACED = r"[\s_-]*"  # what may stand between the letters of a key
+_KNOWN = "|".join([*_KEYS, "Occluded", "Truncated", "Traffic Light Color"])
 _KEYS = {key.lower(): key for key in _KEYS}
+_RESPELT = re.compile(rf'"(?!(?:{_KNOWN})"){_SPACED}(?i:{"|".join(map(_SPACED.join, _KEYS))}){_SPACED}"\s*:'.encode())
 
 
 def _spell_keys(value):
@@ -244,17 +270,13 @@ def read_frame(
     name = _read_name(raw)
     if name in used:
         raise BadFrame("its name came before, the first frame of a name is used")
-    labels = raw.labels
-    if labels is msgspec.UNSET:
-        labels = None
-    if labels is None and raw.frames:
-        labels = raw.frames[0].objects
-        if len(raw.frames) > 1:
-            report.remarks["a file of several moments, of which the first is used"] += 1
+    labels = _list_labels(raw)
+    if labels is not raw.labels and len(raw.frames) > 1:
+        report.remarks["a file of several moments, of which the first is used"] += 1
     scene = _read_scene(raw.attributes or {}, report)
     if scene == NO_SCENE and options.without_scene == "skip":
         raise BadFrame("no scene attributes, as in tracking and segmentation sets; see --without-scene")
-    light, objects = _read_objects(labels or [], report, options)
+    light, objects = _read_objects([] if labels is msgspec.UNSET else labels or [], report, options)
     if scene == NO_SCENE and light is None and not objects:
         raise BadFrame("neither scene attributes nor objects, of which a caption could tell")
     return Frame(name, Facts.of_known(*scene, light, objects))

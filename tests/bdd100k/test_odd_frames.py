@@ -164,6 +164,32 @@ def test_attributes_that_are_all_undefined_are_captioned_and_told(tmp_path, attr
     assert "1 x timeofday, weather and scene all undefined, captioned so" in str(report)
 
 
+RED = {"category": "traffic light", "attributes": {"occluded": False, "truncated": False, "trafficLightColor": "red"}}
+
+
+@pytest.mark.parametrize(
+    ("key", "respelt"),
+    [
+        ("attributes", "Attributes"),
+        ("labels", "LABELS"),
+        ("category", "Category"),
+        ("trafficLightColor", "trafficlightcolor"),
+        ("trafficLightColor", "traffic_light_color"),
+        ("occluded", "OCCLUDED"),
+        ("truncated", "_truncated "),
+        ("timeofday", "timeOfDay"),
+    ],
+)
+def test_one_key_in_another_case_is_read(tmp_path, key, respelt):
+    whole = CAR | {"attributes": {"occluded": True, "truncated": True, "trafficLightColor": "none"}}
+    frame = {"name": "a.jpg", "attributes": SCENE, "labels": [whole, whole, RED]}
+    changed = json.loads(json.dumps(frame | {"name": "b.jpg"}).replace(f'"{key}"', f'"{respelt}"'))
+    frames, report = read(tmp_path, frame, changed)
+    assert frames["a.jpg"] == frames["b.jpg"] and frames["a.jpg"].objects == {ObjectKind("car", True, True): 2}
+    assert read(tmp_path, changed)[0]["b.jpg"] == frames["b.jpg"]
+    assert not report.remarks
+
+
 def test_a_frame_without_labels_leaves_the_fast_way_to_the_others():
     """Writers that leave out empty keys are common; plain JSON values take fifty times as long."""
     raw = [{"name": "a.jpg", "attributes": {"weather": "clear"}}, {"name": "b.jpg", "labels": [{"category": "car"}]}]
