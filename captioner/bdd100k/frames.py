@@ -201,6 +201,16 @@ def _list_labels(frame: _Frame) -> list[_Label] | msgspec.UnsetType | None:
     return frame.labels
 
 
+def has_labels(raw: object) -> bool:
+    """Whether a frame has a key for labels, be it empty. Of frames that decode_frames takes apart at least one has."""
+    if not isinstance(raw, dict):
+        return isinstance(raw, _Frame)
+    moments = raw.get("frames")
+    return "labels" in raw or (
+        isinstance(moments, list) and any(isinstance(m, dict) and "objects" in m for m in moments)
+    )
+
+
 def _may_be_respelt(frame: _Frame) -> bool:
     """Whether a frame lacks what most have: it may be there under a key in another case."""
     labels = _list_labels(frame)

@@ -37,7 +37,16 @@ from tqdm import tqdm
 
 from captioner.bdd100k.facts import Facts, Frame
 from captioner.bdd100k.file_kinds import WANTED, name_kind
-from captioner.bdd100k.frames import DEFAULT_OPTIONS, BadFile, BadFrame, LabelOptions, _Frame, decode_frames, read_frame
+from captioner.bdd100k.frames import (
+    DEFAULT_OPTIONS,
+    BadFile,
+    BadFrame,
+    LabelOptions,
+    _Frame,
+    decode_frames,
+    has_labels,
+    read_frame,
+)
 from captioner.bdd100k.label_report import LabelReport
 from captioner.runtime.errors import UserError, get_or_none
 from captioner.runtime.files import is_inside
@@ -406,6 +415,8 @@ def _read_frames(
         except BadFrame as error:
             name = raw.name if isinstance(raw, _Frame) else raw.get("name") if isinstance(raw, dict) else None
             report.skip(str(error), f"in {file.name}" if name is None else name)
+    if frames and not any(map(has_labels, raw_frames)):
+        report.remarks["frame without labels, as all of its file: captioned without objects"] += len(frames)
     return frames
 
 

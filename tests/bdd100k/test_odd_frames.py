@@ -190,6 +190,15 @@ def test_one_key_in_another_case_is_read(tmp_path, key, respelt):
     assert not report.remarks
 
 
+@pytest.mark.parametrize("other", [{"objects": [CAR]}, {"annotations": [CAR]}, {"frames": [{"labels": [CAR]}]}, {}])
+def test_a_file_in_which_no_frame_has_labels_is_told(tmp_path, other):
+    bare = [{"name": name, "attributes": SCENE, **other} for name in ("a.jpg", "b.jpg")]
+    frames, report = read(tmp_path, *bare)
+    assert len(frames) == 2
+    assert report.remarks == {"frame without labels, as all of its file: captioned without objects": 2}
+    assert not read(tmp_path, *bare, {"name": "c.jpg", "attributes": SCENE, "labels": []})[1].remarks
+
+
 def test_a_frame_without_labels_leaves_the_fast_way_to_the_others():
     """Writers that leave out empty keys are common; plain JSON values take fifty times as long."""
     raw = [{"name": "a.jpg", "attributes": {"weather": "clear"}}, {"name": "b.jpg", "labels": [{"category": "car"}]}]
