@@ -28,8 +28,9 @@ from captioner.bdd100k.facts import (
 from captioner.bdd100k.file_kinds import name_format
 from captioner.bdd100k.label_report import LabelReport
 
-# Names that an image file may have: no folder, no control character, nothing that a CSV or a spreadsheet acts on.
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,250}")
+# Names that an image file may have: no folder, nothing that a CSV or a spreadsheet acts on; and, as str.isprintable()
+# tells, no control character.
+NAME = re.compile(r'\w[^/\\:*?"<>|,;]{0,250}(?<! )')
 ClassNames = Literal["file", "2018", "det20"]
 # The same class in the 2018 release, in det_20, and in other variants.
 _SYNONYMS = [
@@ -316,7 +317,7 @@ def _read_name(raw: _Frame) -> str:
     name = raw.name
     if raw.frames is not None and "." not in name:  # one file an image
         name += ".jpg"
-    if not NAME.fullmatch(name):
+    if not (NAME.fullmatch(name) and name.isprintable()):
         raise BadFrame("its name is not a plain file name")
     return name
 

@@ -123,6 +123,16 @@ def test_capitalised_keys_and_nulls_are_read(tmp_path):
     assert other.facts.objects == {}
 
 
+def test_names_of_any_script_are_read_back_from_the_csv(tmp_path):
+    names = ["Straße 1 (a+b).jpg", "ü é 猫's.jpg", "0a #1 & [2].JPG"]
+    odd = ["a,b.jpg", 'a"b.jpg', "a\nb.jpg", "a\u202eb.jpg", "a.jpg ", " a.jpg", "@a.jpg", "a\\b.jpg", "C:a.jpg"]
+    labels, output = tmp_path / "labels.json", tmp_path / "o.csv"
+    labels.write_text(json.dumps([frame(name, [{"category": "car"}]) for name in names + odd]))
+    run = call_script("bdd100k_data_pipeline.py", "--labels", labels, "--output", output, "--run-name", tmp_path / "r")
+    assert f"{len(odd)} left out: its name is not a plain file name" in run.stdout
+    assert read_captions(output)["name"].tolist() == names
+
+
 def test_what_is_left_out_is_counted(tmp_path):
     frames, report = read_all(
         tmp_path,
