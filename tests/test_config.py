@@ -90,6 +90,12 @@ def test_defaults_are_those_of_the_reference():
     assert (evaluation.num_samples, generation.temperature, generation.top_p) == (20, 0.7, 0.9)
 
 
+@pytest.mark.parametrize("words", [["--labels", ""], ["--labels", "a.json", ""], ["--labels="], ["--output", ""]])
+def test_an_empty_path_is_not_the_current_folder(words):
+    run = call_script("bdd100k_data_pipeline.py", *words)
+    assert run.returncode == 2 and f"{words[0].rstrip('=')}: is given an empty path" in run.stderr
+
+
 def test_flags_come_on_top_of_the_demo():
     config = parse_args(TrainConfig, ["--demo", "--learning-rate", "1e-4"])
     assert config.demo

@@ -1,6 +1,7 @@
 """What a file is that people mistake for labels, captions or images, or get instead of them: tables of signatures."""
 
 import re
+from collections.abc import Sequence
 
 WANTED = "--labels takes BDD100K's label files (.json, .jsonl, .json.gz, .zip) and folders of them"
 _UNPACK, _FETCH, _CONVERT = "unpack it and give the folder", "fetch it again", f"{WANTED}: convert it"
@@ -93,3 +94,8 @@ def name_kind(head: bytes) -> tuple[str, str] | None:
 def name_format(value: dict) -> str | None:
     """Whose format an object is in that is no frame; None if that is not known."""
     return next((name for keys, name in _FORMATS if keys <= value.keys()), None)
+
+
+def is_hidden(parts: Sequence[str]) -> bool:
+    """Whether a file is no one's labels or images: macOS's notes (._a, __MACOSX/), copies (.ipynb_checkpoints/)."""
+    return any(part == "__MACOSX" or (part.startswith(".") and part.strip(".")) for part in parts)

@@ -36,7 +36,7 @@ from typing import NamedTuple, TypeVar
 from tqdm import tqdm
 
 from captioner.bdd100k.facts import Facts, Frame
-from captioner.bdd100k.file_kinds import WANTED, name_kind
+from captioner.bdd100k.file_kinds import WANTED, is_hidden, name_kind
 from captioner.bdd100k.frames import (
     DEFAULT_OPTIONS,
     BadFile,
@@ -147,28 +147,23 @@ def find_label_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def _list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
-    """(the label files, the other files) below a folder, in alphabetical order. No link leads out of it."""
+    """(the label files, the other files) below a folder, in alphabetical order: no pipe, and no link that leads out."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: can't be read ({error.strerror}); see to the folder") from None
 
     found, others = [], []
     for parent, folders, names in os.walk(folder, onerror=refuse):  # which enters no linked folder
-        folders[:] = [name for name in folders if not _is_hidden([name])]
+        folders[:] = [name for name in folders if not is_hidden([name])]
         for name in names:
             path = Path(parent, name)
-            if not _is_hidden([name]) and (not path.is_symlink() or (path.is_file() and is_inside(path, folder))):
+            if not is_hidden([name]) and path.is_file() and (not path.is_symlink() or is_inside(path, folder)):
                 (found if _has_suffix(name, LABEL_SUFFIXES) else others).append(path)
     return sorted(found), sorted(others)
 
 
 def _has_suffix(name: str, suffixes: tuple[str, ...]) -> bool:
     return name.lower().endswith(suffixes)
-
-
-def _is_hidden(parts: Sequence[str]) -> bool:
-    """Whether a file is no one's labels: macOS's notes (._a.json, __MACOSX/), copies (.ipynb_checkpoints/), rubbish."""
-    return any(part == "__MACOSX" or (part.startswith(".") and part.strip(".")) for part in parts)
 
 
 def _describe_others(files: Sequence[Path]) -> str:
@@ -215,7 +210,7 @@ def _can_be_cut(path: Path) -> bool:
 def _plan_archive(path: Path) -> Iterator[_Job]:
     try:
         with zipfile.ZipFile(path) as archive:
-            infos = [info for info in archive.infolist() if not _is_hidden(info.filename.split("/"))]
+            infos = [info for info in archive.infolist() if not is_hidden(info.filename.split("/"))]
     except (zipfile.BadZipFile, OSError, UnicodeDecodeError, NotImplementedError) as error:
         raise UserError(f"{path}: not readable as a zip archive ({error}); is the download complete?") from None
     members = [info for info in infos if _has_suffix(info.filename, (".json", ".jsonl"))]

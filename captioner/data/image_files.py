@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 from unicodedata import normalize
 
+from captioner.bdd100k.file_kinds import is_hidden
 from captioner.data.examples import Example
 from captioner.runtime.errors import UserError, escape_controls
 from captioner.runtime.files import is_inside
@@ -39,13 +40,13 @@ def list_images(folder: Path) -> list[Path]:
     """
     found, links, others = [], [], Counter()
     for parent, folders, files in os.walk(folder):  # which enters no linked folder
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not is_hidden([name]))
         links += [path for path in (Path(parent, name) for name in folders) if leads_out(path, folder)]
         for name in sorted(files):
             path, suffix = Path(parent, name), os.path.splitext(name)[1].lower()
             if suffix in OTHER_SUFFIXES:
                 others[suffix] += 1
-            elif suffix not in IMAGE_SUFFIXES or name.startswith("._"):  # ._: what macOS keeps beside a file
+            elif suffix not in IMAGE_SUFFIXES or is_hidden([name]):
                 continue
             elif leads_out(path, folder):
                 links.append(path)

@@ -39,10 +39,21 @@ def read_flags(default: Config, args: Sequence[str]) -> Config:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     find_home()
     try:
+        refuse_empty_paths(type(default), args)
         args = spell_out(type(default), args)
         return tyro.cli(type(default), default=default, args=args, config=(tyro.conf.OmitArgPrefixes,))
     except UserError as error:
         sys.exit(report_error(error))
+
+
+def refuse_empty_paths(config_class: type, args: Sequence[str]) -> None:
+    """Raise UserError for an empty path, as of a shell's variable that is not set: it would be the current folder."""
+    flag, paths = "", name_paths(config_class)
+    for word in args:
+        for part in word.split("=", 1) if word.startswith("--") else [word]:
+            flag = part if part.startswith("--") else flag
+            if not part and flag.removeprefix("--").replace("-", "_") in paths:
+                raise UserError(f"{flag}: is given an empty path; name one, or leave the flag out")
 
 
 def spell_out(config_class: type, args: Sequence[str]) -> list[str]:

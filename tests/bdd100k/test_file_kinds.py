@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import lzma
+import os
 import pickle
 import sys
 import tarfile
@@ -16,7 +17,7 @@ import pytest
 
 from captioner.bdd100k import frames, label_files
 from captioner.bdd100k.frames import decode_frames
-from captioner.bdd100k.label_files import read_labels
+from captioner.bdd100k.label_files import find_label_files, read_labels
 from captioner.bdd100k.label_report import LabelReport
 from captioner.runtime.errors import UserError
 
@@ -323,6 +324,13 @@ def test_labels_are_read_by_processes_that_were_not_forked(tmp_path, monkeypatch
     (tmp_path / "a.json").write_text(TEXT)
     assert len(read(tmp_path / "a.json")[0]) == 40
     assert sys.modules["__main__"] is script
+
+
+def test_a_pipe_in_a_folder_is_passed_over(tmp_path):
+    for name in ("a.json", "b.txt"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=r"no \.json file in this folder; --labels"):
+        find_label_files([tmp_path])
 
 
 def test_a_folder_that_cannot_be_looked_into_is_named(tmp_path, monkeypatch):

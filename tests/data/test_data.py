@@ -195,6 +195,13 @@ def test_captions_without_an_image_are_counted(tmp_path, capsys):
         match_images(tabulate([("a.png", "y")]), tmp_path)
 
 
+def test_copies_that_programs_keep_are_no_images(tmp_path):
+    for name in ("a.jpg", ".ipynb_checkpoints/a-checkpoint.jpg", "__MACOSX/b.jpg", "._a.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert index_images(tmp_path) == {"a.jpg": [tmp_path / "a.jpg"]}
+
+
 def test_a_folder_without_images_is_named(tmp_path):
     with pytest.raises(UserError, match="no image"):
         index_images(tmp_path)
