@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NoReturn
 from unicodedata import normalize
 
@@ -161,12 +161,16 @@ def _refuse_second_names(images: Mapping[str, Path]) -> NoReturn:
 
 
 def _explain_no_match(names: Sequence[str], folder: Path) -> NoReturn:
-    images = list_images(folder)
-    same = next((image.name for image in images if image.stem == Path(names[0]).stem), None)
+    images, wanted = list_images(folder), PurePosixPath(names[0])
+    same = next((image for image in images if image.stem == wanted.stem), None)
+    above = next((parent for parent in folder.absolute().parents if os.path.isfile(parent / wanted)), None)
+    if same and wanted.suffix and same.suffix != wanted.suffix:
+        remedy = f"{same.name} is: give both one suffix"
+    else:
+        remedy = f"give the folder that belongs to the captions with --images{f', {above}' if above else ''}"
     raise UserError(
         f"none of the {len(names)} captioned images is in {folder}: {names[0]}, for one, is not among its "
-        f"{len(images)} images; "
-        + (f"{same} is: give both one suffix" if same else "give the folder that belongs to the captions with --images")
+        f"{len(images)} images; {remedy}"
     )
 
 
