@@ -221,6 +221,19 @@ def test_all_that_is_due_at_exit_is_done(what, code, told):
     assert done.stdout.startswith("written a thread\nregistered later")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_log_on_a_full_disk_is_told(flush):
+    script = "from captioner.runtime.cli import run_script\n"
+    script += f"run_script(lambda _: print('line', flush={flush}), None)"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.stderr == "error: what is printed can't be written (No space left on device): free some space\n"
+    assert done.returncode == 2
+
+
 def test_what_runs_a_script_ends_as_it_says(tmp_path):
     """And not with the script's exit code."""
     script = "from captioner.runtime.cli import run_script\ndef main(config): print('ran')\nrun_script(main, None)"

@@ -5,6 +5,7 @@ run_script(main, config)
 """
 
 import atexit
+import errno
 import gc
 import logging
 import os
@@ -75,6 +76,8 @@ def run_script(main, config) -> None:
         print("nobody reads what is printed any more: ended", file=sys.stderr)
         sys.exit(141)  # as a shell tells of SIGPIPE
     except Exception as error:  # safetensors has a type of its own
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:  # as of a log
+            sys.exit(report_error(UserError(f"what is printed can't be written ({error.strerror}): free some space")))
         if not lacks_memory(error):
             raise
         sys.exit(report_error(explain_memory(error)))
