@@ -286,6 +286,7 @@ class EvalConfig:
 
     demo: bool = False  # evaluate what `main.py --demo` trained
     adapter: Path = Path("blip2-finetuned")  # folder that main.py wrote
+    model: str | None = None  # folder or name of the base model, if it is not where main.py had it
     predictions: Path | None = None  # score this file of name, prediction, references (JSON lines or CSV), no model
     references: Path | None = None  # references of --predictions: a captions CSV, predictions, COCO's captions
     labels: tuple[Path, ...] = ()  # label files whose facts the captions are held against; none: as in the references
