@@ -51,7 +51,9 @@ def start_imports() -> None:
 
 def run_script(main, config) -> None:
     """Call main(config); an error that the user can mend is one message and exit code 2, no traceback."""
-    gc.enable()
+    if not gc.isenabled():  # by start_imports()
+        gc.freeze()  # what was imported stays: to look through it for garbage takes a third of a second each time
+        gc.enable()
     if sys.excepthook is _end_imports:  # no library has put its own there
         sys.excepthook = _SHOW_ERROR
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
