@@ -55,6 +55,7 @@ class Found(NamedTuple):
     images: dict[str, Path]  # by name, for the report
     signature: dict[str, str]  # how the predictions came about
     left_out: Counter  # images without a prediction, by reason
+    adapter: str | None = None  # what hash_adapter gave before it captioned them; None: of --predictions
 
 
 def main(config: EvalConfig) -> None:
@@ -85,15 +86,17 @@ def main(config: EvalConfig) -> None:
         print_scores(scores)
         print(f"predictions in {found.file}; scores.json and report.html in {run_dir}")
         if not (config.predictions or config.base or config.blank) and config.split == "test":
-            from captioner.publishing.adapter_scores import keep_scores  # here: the hub's library imports slowly
+            from captioner.publishing.adapter_scores import keep_scores
 
-            keep_scores(config.adapter, scores)
+            keep_scores(config.adapter, scores, found.adapter)
 
 
 def caption_split(config: EvalConfig, run_dir: Path) -> Found:
     """Caption a sample of a split, to predictions.jsonl."""
     from captioner.blip2.caption_split import caption_examples  # here: who only scores captions does without torch
+    from captioner.publishing.adapter_scores import hash_adapter  # here: the hub's library imports slowly
 
+    adapter = hash_adapter(config.adapter)
     examples, left_out = ask_main(choose_examples, config)
     captioner = make_captioner(config, len(examples))
     rows, unreadable = caption_examples(captioner, examples, config.model_floors)
@@ -107,7 +110,7 @@ def caption_split(config: EvalConfig, run_dir: Path) -> Found:
     ask_main(write_predictions, file := run_dir / "predictions.jsonl", predictions)
     print_left_out(unreadable)
     left_out += Counter({"unreadable images": len(unreadable)})
-    return Found(file, title, {example.name: example.image for example in examples}, way, left_out)
+    return Found(file, title, {example.name: example.image for example in examples}, way, left_out, adapter)
 
 
 def read_file(config: EvalConfig) -> Found:
