@@ -159,8 +159,6 @@ def describe_scoring(run: dict, scores: dict) -> str:
     said = ""
     if "split" in config:
         said += f" of the {config['split']} split"
-    if config.get("split") == "train":
-        said += ", which it was trained on"
     if config.get("greedy"):
         said += "; the likeliest token each time"
     elif "temperature" in config and "top_p" in config:
