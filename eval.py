@@ -68,7 +68,9 @@ def main(config: EvalConfig) -> None:
         found = read_file(config) if config.predictions else caption_split(config, run_dir)
         go_on_alone()
         predictions, incomplete = read_predictions(found.file, config.references and read_references(config.references))
-        origin = find_origin(config.adapter, config.predictions)
+        names = [prediction.name for prediction in predictions]
+        is_default = config.predictions and config.adapter == EvalConfig.adapter  # a folder that nobody has named
+        origin = find_origin(config.adapter, config.predictions, names if is_default else None)
         predictions, facts, unlabelled = read_facts(predictions, config.labels, origin, asdict(config.reading))
         names = [prediction.name for prediction in predictions]
         training, groups = read_origin_split(origin, names)

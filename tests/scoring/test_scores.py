@@ -649,6 +649,23 @@ def test_the_record_may_lie_beside_the_adapter_or_in_earlier_scores(without_lane
     assert scores["scores"]["facts"]["whole_caption"]["value"] < 1 and scores["published"] == []
 
 
+def test_an_adapter_that_happens_to_be_there_is_not_taken_for_the_origin(without_lanes, drawn):
+    """Unless it is named, or its split has all the images, of whichever split they are."""
+    (without_lanes / "elsewhere").mkdir()
+    (without_lanes / "run.json").rename(without_lanes / "elsewhere/run.json")
+    (without_lanes / "elsewhere").rename(without_lanes / "blip2-finetuned")
+    names = [row.name for row in read_predictions(without_lanes / "p.jsonl")[0]]
+    for known, adapter in ((names[1:], None), (names, "blip2-finetuned")):
+        with open(without_lanes / "blip2-finetuned/split.csv", "w", newline="") as file:
+            rows = [[name, "train", name, RIGHT, name] for name in known]
+            csv.writer(file).writerows([["name", "split", "image", "raw_caption", "group"], *rows])
+        scores, _ = score_labels(without_lanes, drawn)
+        assert (scores["trained_with"] or {}).get("adapter") == adapter
+    (without_lanes / "blip2-finetuned").rename(without_lanes / "mine")
+    (without_lanes / "mine/split.csv").unlink()
+    assert score_labels(without_lanes, drawn, "--adapter", "mine")[0]["trained_with"]["adapter"] == "mine"
+
+
 def test_a_record_that_is_none_is_named(without_lanes, drawn):
     (without_lanes / "run.json").write_text(json.dumps({"config": {"model": "base", "lanes": "perhaps"}}))
     finished = call_script(
