@@ -282,7 +282,8 @@ class EvalConfig:
     demo: bool = False  # evaluate what `main.py --demo` trained
     adapter: Path = Path("blip2-finetuned")  # folder that main.py wrote
     predictions: Path | None = None  # score this file of name, prediction, references (JSON lines or CSV), no model
-    references: Path | None = None  # references of --predictions: a captions CSV, predictions, COCO's captions
+    # references of --predictions: captions in any form that main.py reads, or predictions that have references
+    references: Path | None = None
     labels: tuple[Path, ...] = ()  # label files whose facts the captions are held against; none: as in the references
     compare: tuple[Path, ...] = ()  # two predictions files: how they differ, and whether by chance
     against: tuple[Path, ...] = ()  # with --compare: the other model's files, where each has one for each of its seeds

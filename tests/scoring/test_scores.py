@@ -187,6 +187,7 @@ def test_ten_thousand_arbitrary_strings():
         ("p.jsonl", '{"name": "a.jpg", "prediction": "x"}\n', "--references"),
         ("p.jsonl", '{"name": "a.jpg", "prediction": "x", "references": ["y"], "floors": {"z": 1}}\n', "line 1"),
         ("p.jsonl", "[1]\n", "line 1"),
+        ("p.json", '{"images": [], "annotations": []}', "give them with --references"),
         ("p.jsonl", b"\xff\xfe", "UTF-8"),
     ],
 )
@@ -279,8 +280,58 @@ def test_results_of_coco_need_the_names_of_their_images(tmp_path):
 @pytest.mark.parametrize("change", [{"images": []}, {"annotations": [{"image_id": 5, "bbox": []}]}, {"images": None}])
 def test_a_file_of_coco_without_captions_is_named(tmp_path, change):
     (tmp_path / "c.json").write_text(json.dumps(COCO_CAPTIONS | change))
-    with pytest.raises(UserError, match=r"c.json: a COCO file must have"):
+    with pytest.raises(UserError, match=r"c.json: (COCO's captions must have|its annotations have no caption)"):
         read_references(tmp_path / "c.json")
+
+
+CAPTIONS = [("a.jpg", "A car."), ("b.jpg", "A bus."), ("a.jpg", "One car.")]
+OWN_CAPTIONS = {  # the forms of docs/own_captions.md, by file
+    "c.csv": "image,caption\na.jpg,A car.\nb.jpg,A bus.\na.jpg,One car.\n",
+    "semicolons.csv": "\ufeffname;raw_caption\r\na.jpg;A car.\r\n.\\b.jpg;A bus.\r\na.jpg;One car.\r\n",
+    "c.tsv": "file_name\ttext\na.jpg\tA car.\nb.jpg\tA bus.\na.jpg\tOne car.\n",
+    "lists.csv": "name,raw_caption\na.jpg,\"['A car.', 'One car.']\"\nb.jpg,['A bus.']\n",  # as pandas writes them
+    "c.jsonl": '{"image": "a.jpg", "caption": ["A car.", "One car."]}\n{"image": "b.jpg", "caption": "A bus."}\n',
+    "c.json": json.dumps([{"name": name, "text": text} for name, text in CAPTIONS]),
+    "coco.json": json.dumps(COCO_CAPTIONS),
+    "token.txt": "".join(f"{name}#{number}\t{text}\n" for number, (name, text) in enumerate(CAPTIONS)),
+    "metadata.csv": "file_name,text\na.jpg,A car.\nb.jpg,A bus.\na.jpg,One car.\n",
+}
+
+
+@pytest.mark.parametrize("name", OWN_CAPTIONS)
+def test_own_captions_of_every_form_are_references(tmp_path, name):
+    path = tmp_path / name
+    path.write_text(OWN_CAPTIONS[name], newline="")
+    wanted = {"a.jpg": ["A car.", "One car."], "b.jpg": ["A bus."]}
+    references = read_references(tmp_path if name == "metadata.csv" else path)
+    assert references == wanted
+    (tmp_path / "q.csv").write_text("name,prediction\nb.jpg,A bus.\na.jpg,A car.\n.\\b.jpg,A bus.\n")
+    predictions, left_out = read_predictions(tmp_path / "q.csv", references)
+    assert [row.references for row in predictions] == [wanted["b.jpg"], wanted["a.jpg"], wanted["b.jpg"]]
+    assert not left_out
+
+
+def test_results_of_coco_are_held_against_captions_by_number(tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps(COCO_RESULTS))
+    (tmp_path / "c.csv").write_text("image_id,caption\n7,A bus.\n5,A car.\n")
+    rows, _ = read_predictions(tmp_path / "r.json", read_references(tmp_path / "c.csv"))
+    assert [(row.name, row.references) for row in rows] == [("7", ["A bus."]), ("5", ["A car."])]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.csv", "id,words\na.jpg,x\n", "line 1: found id, words; wanted the titles of an image column"),
+        ("c.json", '{"labels": []}', "these are BDD100K's labels.* with --labels in place of --references"),
+        ("c.csv", "name,caption\na.jpg,\n", "no captions in it; --references takes"),
+        ("gone.csv", None, "can't be read"),
+    ],
+)
+def test_references_that_are_none_are_one_message(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{name}.*{message}"):
+        read_references(tmp_path / name)
 
 
 def test_an_array_of_rows_is_read_and_a_bad_row_is_named(tmp_path):
@@ -293,7 +344,8 @@ def test_an_array_of_rows_is_read_and_a_bad_row_is_named(tmp_path):
 
 
 def test_references_that_come_twice_are_refused(tmp_path):
-    (tmp_path / "r.csv").write_text("name,raw_caption\na.jpg,x\na.jpg,y\n")
+    """In a predictions file, whose rows have all that there are; in captions each has a row of its own."""
+    (tmp_path / "r.csv").write_text("name,prediction,reference\na.jpg,z,x\na.jpg,z,y\n")
     with pytest.raises(UserError, match=r"r\.csv, line 3: a\.jpg came before"):
         read_references(tmp_path / "r.csv")
 
