@@ -44,7 +44,7 @@ from captioner.scoring.origin import find_origin, is_bdd100k, read_origin_split
 from captioner.scoring.predictions import Prediction, add_rides, read_predictions, read_references, write_predictions
 from captioner.scoring.reference_facts import read_facts
 from captioner.scoring.report import make_gallery, make_rows, write_report
-from captioner.scoring.scores import score_predictions
+from captioner.scoring.scores import count_things, score_predictions
 
 
 class Found(NamedTuple):
@@ -137,13 +137,13 @@ def caption_own_images(config: EvalConfig, run_dir: Path) -> None:
     images, captions, unreadable = caption_folder(config, run_dir, make_captioner)
     go_on_alone()
     write_captions(run_dir / "captions.csv", captions)
-    told = f"{len(captions):,} caption{'s' * (len(captions) != 1)}"
+    told = count_things(len(captions), "caption")
     write_report(run_dir / "report.html", told, make_gallery(captions), images, None)
     print_left_out(unreadable)
     print_captions([Prediction(name, text, []) for name, text in captions.items()], config.show)
     print(f"\n{told} in {run_dir}: captions.csv, captions.jsonl, report.html")
     if not captions:
-        raise UserError(f"none of the {len(images)} images can be read")
+        raise UserError(f"{count_things(len(images), 'image')} given, and none can be read")
 
 
 def compare(config: EvalConfig, run_dir: Path) -> None:

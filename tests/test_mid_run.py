@@ -378,7 +378,7 @@ def test_an_image_vanishes_while_others_are_captioned(folder, undisturbed, image
         patch.setattr(caption_folder, "find_images", find_images)
         caption_own(undisturbed, Path("images"))
     said = capsys.readouterr().out
-    assert "1 images can't be read" in said and "No such file" in said and "19 captions in" in said
+    assert "1 image can't be read" in said and "No such file" in said and "19 captions in" in said
 
 
 @pytest.mark.parametrize("size", [2**23, 64])

@@ -6,6 +6,7 @@ from captioner.publishing.model_card import write_model_card
 from captioner.publishing.records import read_scores
 from captioner.runtime.errors import UserError, get_or_none
 from captioner.runtime.files import hash_file, lock_folder, write_json
+from captioner.scoring.scores import count_things
 
 
 def hash_adapter(adapter: Path) -> str | None:
@@ -26,7 +27,7 @@ def keep_scores(adapter: Path, scores: dict, scored: str | None) -> None:
                 raise UserError(f"{adapter}: another adapter is there than was captioned with; run eval.py again")
             before = read_scores(adapter)
             if before is not None and before["n"] > scores["n"]:
-                print(f"{adapter / 'README.md'} keeps its scores, of {before['n']:,} images")
+                print(f"{adapter / 'README.md'} keeps its scores, of {count_things(before['n'], 'image')}")
                 return
             write_json(adapter / "scores.json", scores)
             write_model_card(adapter)

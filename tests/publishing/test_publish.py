@@ -147,7 +147,7 @@ def test_card_has_the_real_numbers(tmp_path):
     assert "`labels.json`" in card.text and model_card.BDD100K_LICENCE in card.text
     exact = scores["scores"]["classes"]["truck"]["exact"]
     assert f"{exact['value']:.3f} [{exact['low']:.3f}" in rows["truck"]
-    for known in ("c0ffee" * 6, "NVIDIA H100", "2.13.0", "3.11.7", "3 unreadable images"):
+    for known in ("c0ffee" * 6, "NVIDIA H100", "2.13.0", "3.11.7", "left out, unreadable images: 3"):
         assert known in card.text
     assert "alice" not in card.content and "None" not in card.content
     assert str(card) == (tmp_path / "README.md").read_text()  # the metadata is in the form the hub writes

@@ -24,13 +24,13 @@ from captioner.bdd100k.wording import describe
 from captioner.runtime.errors import UserError
 from captioner.scoring import fact_metrics, text_metrics
 from captioner.scoring.comparison import compare_files, compare_predictions
-from captioner.scoring.console import print_scores
+from captioner.scoring.console import print_left_out, print_scores
 from captioner.scoring.grammar import find_facts
 from captioner.scoring.origin import find_origin, read_origin_split
 from captioner.scoring.predictions import Prediction, add_rides, read_predictions, read_references, write_predictions
 from captioner.scoring.reference_facts import read_facts
 from captioner.scoring.report import make_rows
-from captioner.scoring.scores import score_predictions
+from captioner.scoring.scores import count_things, score_predictions
 from captioner.scoring.text_metrics import measure_mean
 
 validate = fastjsonschema.compile(json.loads((ROOT / "tests/scores.schema.json").read_text()))
@@ -83,7 +83,14 @@ def test_shuffled_predictions_fall_to_the_floor(references):
     assert scored["slices"][0]["scores"]["facts_f1"]["value"] <= scored["slices"][-1]["scores"]["facts_f1"]["value"]
 
 
-@pytest.mark.parametrize(("count", "note"), [(19, "19 images are too few"), (20, "20 images: .*between")])
+@pytest.mark.parametrize(
+    ("count", "note"),
+    [
+        (1, "1 image: too few"),
+        (19, "19 images: too few"),
+        (20, r"20 images: the widest 95 % interval, of .*, is \d\.\d\d to \d\.\d\d, too wide"),
+    ],
+)
 def test_a_note_says_how_far_the_figures_can_be_trusted(references, count, note):
     few = dict(list(references.items())[:count])
     scores = score_predictions(predict(few, lambda name, text: text.replace("car", "bus")), {}, resamples=50)
@@ -113,7 +120,7 @@ def test_a_csv_and_references_apart_score_the_same(references, tmp_path):
     assert scores["n"] == len(captions) - 1
     assert scores["left_out"] == {"references without a prediction": 1, "predictions without a reference": 1}
     assert scores["scores"]["facts"]["whole_caption"]["value"] == 1
-    assert "left out: 1 predictions without a reference" in printed
+    assert "left out, predictions without a reference: 1" in printed
 
 
 def test_facts_come_from_labels_where_they_are_given(drawn, tmp_path):
@@ -136,7 +143,7 @@ def test_comparison_on_the_command_line(references, tmp_path):
     assert (compared["n"], compared["only_in_one"], compared["only_in_other"]) == (len(references) - 1, 1, 0)
     row = compared["scores"]["facts_f1"]
     assert row["difference"] == pytest.approx(row["other"] - row["one"]) and row["p"] < 0.05
-    assert "1 images only A captioned" in finished.stdout
+    assert "left out, images that only A captioned: 1" in finished.stdout
 
 
 def test_comparison_of_files_that_share_no_image():
@@ -409,7 +416,7 @@ def test_free_captions_are_held_against_all_their_references(capsys):
     shown = [row.score for row in make_rows(rows, None)]
     assert min(shown[:16]) > max(shown[16:]), "like the first reference, like the second, like neither"
     assert np.mean(shown) == pytest.approx(scores["scores"]["cider_d"]["CIDEr-D"]["value"])
-    assert "BLEU-4 is known to lie between" in scores["notes"][0]
+    assert "the widest 95 % interval, of BLEU-4, is" in scores["notes"][0]
     print_scores(scores)
     printed = capsys.readouterr().out
     assert f"{scores['scores']['cider_d']['CIDEr-D']['value']:.2f}" in printed
@@ -548,7 +555,7 @@ def test_slices_are_large_enough_and_hold_at_once():
     for item in slices:
         figure = item["scores"]["objects_f1"]
         assert figure["low"] <= overall <= figure["high"], item
-    assert any(f"worst of {len(slices)} slices is low by chance" in note for note in scores["notes"])
+    assert any(f"worst of {len(slices)} slices may be low by chance" in note for note in scores["notes"])
 
 
 def test_frames_of_a_ride_make_wider_intervals():
@@ -575,6 +582,21 @@ def test_all_right_is_shown_with_the_lower_end(capsys):
     print_scores(scores)
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("  from") and "0.83" in line for line in lines), lines
+
+
+def test_one_of_a_kind_is_told_in_the_singular(capsys):
+    scores = score_texts(["There is one car."] * 20, ["There is one car."], names="{}.jpg")
+    assert "too narrow if some images look alike" in scores["notes"][-2] and "20 images, 0.jpg" in scores["notes"][-2]
+    print_scores(scores | {"slices": scores["slices"][:1], "n": 1, "rides": 1, "left_out": {"unreadable images": 1}})
+    print_left_out({"a.jpg": "a.jpg: empty"})
+    said = capsys.readouterr().out
+    for text in ("\n1 image. Shares", "\nthe only slice, facts F1: ", "\nleft out, unreadable images: 1\n"):
+        assert text in said
+    assert "\n1 image can't be read and is left out:\n" in said
+    assert count_things(2000, "ride") == "2,000 rides"
+    rows = [Prediction(f"{n}.jpg", RIGHT, [text]) for n, text in enumerate([RIGHT, *FREE, *FREE])]
+    read_facts(rows)
+    assert capsys.readouterr().out.startswith("1 of 7 references is in this project's wording")
 
 
 def test_published_figures_stand_beside_bdd100k_alone():
@@ -623,7 +645,7 @@ def test_what_is_left_out_of_a_comparison_is_told(references, tmp_path, capsys):
     for name, part in (("a", rows), ("b", [*rows, Prediction("unknown.jpg", "x", [])])):
         write_predictions(tmp_path / name, part)
     assert compare_files([tmp_path / "a"], [tmp_path / "b"])["n"] == len(rows)
-    assert capsys.readouterr().out == f"left out of {tmp_path / 'b'}: 1 predictions without a reference\n"
+    assert capsys.readouterr().out == f"left out of {tmp_path / 'b'}, predictions without a reference: 1\n"
 
 
 def test_several_files_a_side_tell_the_chance_of_training():
