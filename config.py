@@ -11,7 +11,7 @@ imports anything heavy, so that --help and a misspelt flag answer at once:
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,6 +136,7 @@ class TrainingSettings:
     def __post_init__(self):
         check(self, "more than 0", lambda value: value > 0, "num_train_epochs", "train_batch_size", "learning_rate")
         check(self, "more than 0", lambda value: value > 0, "per_device_eval_batch_size", "max_caption_tokens")
+        check(self, "more than 0, or -1", lambda value: value > 0 or value == -1, "max_steps")
         check(self, "0 or more", lambda value: value >= 0, "weight_decay", "length_window", "dataloader_workers")
         check(self, "0 or more, and less than 1", lambda value: 0 <= value < 1, "warmup_ratio")
         check(self, "0 to 4294967295", lambda value: 0 <= value < 2**32, "seed")
@@ -273,6 +274,10 @@ class TrainConfig:
         given = self.source.labels or self.data.captions or self.demo
         if self.data.held_out == "val" and (self.source.subset != "train" or given):
             raise UserError("--held-out val: goes with --subset train of the Kaggle set, whose val labels it takes")
+        of_labels = [name for name, value in asdict(SourceSettings()).items() if getattr(self.source, name) != value]
+        if self.data.captions and of_labels:
+            flag = f"--{of_labels[0].replace('_', '-')}"
+            raise UserError(f"--captions {flag}: captions are read as they are; {flag} is for those made from labels")
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,8 @@ def train(config: TrainConfig, choose_way: Callable[..., PlainWay]) -> None:
         way.finish()
         save_run(run, trainer, processor, generation, splits)
         if run.is_main:
-            print(f"adapter saved to {config.run.output} after {time.perf_counter() - start:.0f} s")
+            if not config.check:
+                print(f"adapter saved to {config.run.output} after {time.perf_counter() - start:.0f} s")
             publish(config)
             if not config.check:
                 print(f"next: python eval.py{' --demo' * config.demo} --adapter {config.run.output}")

@@ -119,6 +119,17 @@ def test_impossible_values_are_refused(config_class, args, capsys):
     assert args[0].lstrip("-") in capsys.readouterr().err.replace("_", "-").lower()
 
 
+@pytest.mark.parametrize(
+    ("flags", "lanes"),
+    [("--lanes", True), ("--no-lanes", False), ("--lanes False", False), ("--lanes None", None), ("", None)],
+)
+def test_what_is_on_off_or_as_in_training_has_the_flags_of_main(flags, lanes):
+    args = ["--labels", "labels.json", *flags.split(), "--no-merge-duplicates"]
+    reading = parse_args(EvalConfig, args).reading
+    assert (reading.lanes, reading.merge_duplicates) == (lanes, False)
+    assert parse_args(EvalConfig, [*args[2:], "--labels", "a", "b"]).labels == (Path("a"), Path("b"))
+
+
 BOUNDS = [  # the last value that is taken, and the first that is refused
     (TrainConfig, "lora_rank", 1, 0),
     (TrainConfig, "lora_alpha", 1, 0),
@@ -132,6 +143,8 @@ BOUNDS = [  # the last value that is taken, and the first that is refused
     (TrainConfig, "val_captions", 0, -1),
     (TrainConfig, "max_caption_tokens", 1, 0),
     (TrainConfig, "num_train_epochs", 1e-9, 0),
+    (TrainConfig, "max_steps", 1, 0),
+    (TrainConfig, "max_steps", -1, -2),
     (TrainConfig, "seed", 0, -1),
     (TrainConfig, "seed", 2**32 - 1, 2**32),
     (TrainConfig, "weight_decay", 0, -1e-9),

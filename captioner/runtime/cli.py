@@ -16,10 +16,10 @@ from captioner.runtime.errors import UserError, escape_controls, lacks_memory
 
 # On a CPU bitsandbytes warns at import that an optional kernel, which it would fetch from the hub, is not there.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 # Nothing here needs these two, but transformers imports them where they are: scikit-learn takes it more than a second,
 # and it fails on a torchvision of another torch.
-for name in ("torchvision", "sklearn"):
-    sys.modules.setdefault(name, None)
+LEFT_OUT = ("torchvision", "sklearn")
 
 LESS_MEMORY = (
     "end other programs, or take less at once with --per-device-train-batch-size, --per-device-eval-batch-size and "
@@ -38,9 +38,11 @@ def find_home() -> None:
 
 
 def start_imports() -> None:
-    """Have imports take a sixth less time, without a look for garbage, which they don't leave; and Ctrl-C, or want of
-    memory, end them without a traceback. Until run_script()."""
+    """Have a script's imports take less time, without a look for garbage, which they don't leave, and without LEFT_OUT;
+    and Ctrl-C, or want of memory, end them without a traceback. Until run_script()."""
     gc.disable()
+    for name in LEFT_OUT:
+        sys.modules.setdefault(name, None)
     sys.excepthook = _end_imports
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where nohup has it ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -39,9 +39,23 @@ def read_flags(default: Config, args: Sequence[str]) -> Config:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     find_home()
     try:
+        args = spell_out(type(default), args)
         return tyro.cli(type(default), default=default, args=args, config=(tyro.conf.OmitArgPrefixes,))
     except UserError as error:
         sys.exit(report_error(error))
+
+
+def spell_out(config_class: type, args: Sequence[str]) -> list[str]:
+    """`args` with --name and --no-name of a bool that may be None as tyro takes them: --name True and --name False."""
+    names = {known.name for _, known in list_fields(config_class) if known.type == bool | None}
+    spelt = []
+    for word, following in zip(args, [*args[1:], ""], strict=False):
+        name = word.removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name.removeprefix("no_") in names and following not in ("True", "False", "None"):
+            spelt += [f"--{name.removeprefix('no_')}", str(not name.startswith("no_"))]
+        else:
+            spelt.append(word)
+    return spelt
 
 
 def make_config(config_class: type[Config], **settings) -> Config:

@@ -187,11 +187,12 @@ def estimate_run(config: TrainConfig, trial: TrainConfig, watch: Stopwatch) -> E
 
 def report_estimate(config: TrainConfig, estimate: Estimate) -> None:
     """Print the estimate, and what of it this machine lacks."""
-    hours = sum(estimate.stages.values()) / 3600
+    minutes = sum(estimate.stages.values()) / 60
+    time_told = f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.1f} minutes"
     parts = ", ".join(f"{stage} {seconds / 60:.1f}" for stage, seconds in estimate.stages.items() if seconds)
     print("\ncheck: every stage works; the whole run will take, by this trial:")
     print(f"  frames   {', '.join(f'{count:,} {split}' for split, count in estimate.frames.items())}")
-    print(f"  time     {hours:.2f} hours for {estimate.steps:,} steps (minutes: {parts}), the model's loading beside")
+    print(f"  time     {time_told} for {estimate.steps:,} steps (minutes: {parts}), the model's loading beside")
     print(f"  memory   {estimate.memory_bytes / 2**30:.1f} GiB, on {name_memory()}")
     if estimate.stored_bytes:
         print(f"  stored   the ViT's outputs of each image, {estimate.stored_bytes / 2**30:.1f} GiB of disk")

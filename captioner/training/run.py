@@ -101,11 +101,21 @@ def choose_folder(run_name: str | None, before: dict | None) -> Path:
 
 
 def is_finished(config: TrainConfig) -> bool:
-    """Whether a run with these settings has come to its end in the output folder."""
-    if read_state(checkpoint_folder(config.run.output)) or not (config.run.output / "run.json").is_file():
+    """Whether a run has come to its end in the output folder.
+
+    Settings that are left at their defaults are taken for its own. Raises UserError when others are not.
+    """
+    output = config.run.output
+    if read_state(checkpoint_folder(output)) or not (output / "run.json").is_file():
         return False
-    now = describe_state(config, 1)["config"]  # however many processes there were
-    return not list_changes({"config": read_run(config.run.output)["config"]}, {"config": now})
+    settings, defaults = describe_state(config, 1)["config"], flatten(TrainConfig())
+    given = {name: value for name, value in settings.items() if value != defaults[name]}
+    if changes := list_changes({"config": read_run(output)["config"]}, {"config": given}):
+        raise UserError(
+            f"--resume: the run in {output} is finished, with other settings:\n" + "\n".join(changes) + "\n"
+            "leave these away to take its adapter as it is, or train with them into another --output"
+        )
+    return True
 
 
 def prepare_output(output: Path) -> None:
@@ -159,7 +169,8 @@ def save_run(run: Run, trainer: CaptionTrainer, processor, generation, splits: d
     with atomic_write(output / "run.json") as file:  # last: what it stands beside is whole
         json.dump(describe_run(run.state, run.folder.name, run.device, results), file, indent=2)
     remove_checkpoints(output)
-    print(f"best validation loss {trainer.state.best_metric:.4f}; curves in {run.folder / 'dashboard.png'}")
+    if not run.config.check:
+        print(f"best validation loss {trainer.state.best_metric:.4f}; curves in {run.folder / 'dashboard.png'}")
 
 
 def fill_folder(output: Path, write: Callable[[Path], None]) -> None:

@@ -71,7 +71,9 @@ def choose_micro_batch(run: Run, model, dataset: Dataset, parts: Parts) -> None:
         fitting = gather(find_micro_batch, model, dataset, share, parts.collator, parts.compute_loss)
         run.state["micro_batch"] = min(fitting)
     micro = run.state["micro_batch"]
-    print(f"{step} frames an optimiser step: {micro} a forward pass, {share // micro} passes")
+    devices = run.arguments.world_size
+    shared = f", {share} on each of {devices} devices" if devices > 1 else ""
+    print(f"an optimiser step takes {step} frames{shared}, {micro} at a time")
 
 
 def try_to_train(run: Run, build: partial) -> CaptionTrainer | None:

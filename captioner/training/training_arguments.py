@@ -54,6 +54,7 @@ def make_arguments(config: TrainConfig, device: torch.device) -> TrainingArgumen
         ddp_timeout=WAITING,
         average_tokens_across_devices=True,  # a loss is divided by the tokens of the step in all processes
         report_to="none",  # see dashboard.RunLog
+        disable_tqdm=False,  # else without a bar where transformers' own messages are switched off
     )
     if "LOCAL_RANK" not in os.environ and arguments.n_gpu > 1:
         arguments._n_gpu = 1  # without a launcher Trainer would multiply the batch by the GPUs, and use one

@@ -267,6 +267,7 @@ def test_frames_of_bdd100k_are_split_by_ride(tmp_path, drawn, capsys):
     ("rows", "flags", "message"),
     [
         ([("a", "b")], ["--labels", "labels.json"], "--captions --labels: captions are read, or made from labels"),
+        ([("a", "b")], ["--no-lanes"], "--captions --lanes: captions are read as they are"),
         ([("a", "b")], ["--held-out", "val", "--subset", "train"], "--held-out val: goes with"),
         ([("gone.jpg", "x")], [], "none of the 1 captioned images"),
         ([("2.jpg", "x"), ("gone.jpg", "x")], [], "1 of 2 captioned images are not in .* more than 5%"),

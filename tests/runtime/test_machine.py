@@ -330,13 +330,15 @@ def test_a_user_without_a_home_has_the_folder_where_the_run_is(folder, monkeypat
     assert capsys.readouterr().out == ""
 
 
-def test_a_torchvision_of_another_torch_is_not_looked_at(tmp_path):
+@pytest.mark.parametrize(("starts", "found"), [("", "True"), ("start_imports(); ", "False")])
+def test_a_torchvision_of_another_torch_is_not_looked_at(tmp_path, starts, found):
+    """By a script: who imports a part of the package may need it."""
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('no operator torchvision::nms')")
-    look = "import sys; sys.path[:0] = sys.argv[1:]; import captioner.runtime.cli, importlib.util as util\n"
-    look += "print(util.find_spec('torchvision'))"
+    look = "import importlib.util, sys; sys.path[:0] = sys.argv[1:]; from captioner.runtime.cli import start_imports\n"
+    look += f"{starts}print(importlib.util.find_spec('torchvision') is not None)"
     command = [sys.executable, "-c", look, str(tmp_path), str(ROOT)]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "None\n"
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == f"{found}\n"
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 
 from captioner.publishing import publish
 from captioner.runtime.errors import UserError
+from captioner.runtime.settings import flatten
 from captioner.training import checkpoints, dashboard, provenance, run, run_state, tracking, train
 from captioner.training.stopping import Pace
 from config import TrainConfig, make_config
@@ -174,6 +175,20 @@ def test_a_finished_run_that_is_resumed_keeps_its_card_as_it_is(tmp_path):
     (tmp_path / "README.md").write_text("edited by hand")
     publish.publish(make_config(TrainConfig, output=tmp_path))
     assert (tmp_path / "README.md").read_text() == "edited by hand"
+
+
+def test_a_finished_run_is_known_by_its_folder_alone(folder):
+    """As for `main.py --output out --resume --merge`; what else is given must be what it was trained with."""
+    trained = make_config(TrainConfig, output=Path("out"), seed=3, lora_rank=8, max_steps=5)
+    Path("out").mkdir()
+    Path("out/run.json").write_text(json.dumps({"config": flatten(trained)}))
+    for settings in ({}, {"merge": True}, {"seed": 3}):
+        assert run.is_finished(make_config(TrainConfig, output=Path("out"), **settings))
+    with pytest.raises(
+        UserError, match=r"out is finished, with other settings:\n  --seed: was 3, is 4\n.* another --out"
+    ):
+        run.is_finished(make_config(TrainConfig, output=Path("out"), seed=4, lora_rank=8))
+    assert not run.is_finished(make_config(TrainConfig, output=Path("elsewhere"), seed=4))
 
 
 @pytest.mark.parametrize("finished", [True, False])
