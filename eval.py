@@ -6,7 +6,7 @@
     python eval.py --predictions predictions.jsonl   # score captions from anywhere, no model needed
     python eval.py --compare a.jsonl b.jsonl         # do two models differ?
     python eval.py --compare a1.jsonl a2.jsonl --against b1.jsonl b2.jsonl    # over other seeds of training too?
-    python eval.py --images my_images/               # caption images without references
+    python eval.py --images my_images/               # caption images without references, by the likeliest tokens
     accelerate launch --num_processes 4 eval.py ...  # the same captions, by four GPUs
 
 Predictions are written first, to logs/<run>/predictions.jsonl, and scored from there: scores.json and report.html.
