@@ -52,7 +52,7 @@ def write_space(adapter: Path, folder: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     try:
         copy(ROOT / "captioner", temporary / "captioner")
-        copy(ROOT / "demo", temporary / "demo", "base", "pretrain*")
+        copy(ROOT / "demo", temporary / "demo", "base", "pretrain*", "screenshots*")
         (temporary / "adapter").mkdir()
         stage_files(adapter, temporary / "adapter", "adapter")
         shutil.copy(ROOT / "config.py", temporary)

@@ -81,7 +81,7 @@ def add_rides(predictions: Iterable[Prediction], groups: Mapping[str, str]) -> l
     return told
 
 
-def read_predictions(path: Path, references: dict[str, list[str]] | None = None) -> tuple[list[Prediction], Counter]:
+def read_predictions(path: Path, references: References | None = None) -> tuple[list[Prediction], Counter]:
     """The predictions of a file that have a reference, and how many were left out, by reason.
 
     `references` by name, if given, replace those in the file. Raises UserError with the line for one that is malformed
