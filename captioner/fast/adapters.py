@@ -30,35 +30,17 @@ class Adapters(NamedTuple):
 
 def list_lora(model) -> tuple[list[list[nn.Module]], list[nn.Parameter]]:
     """The groups of layers with active LoRA; and its weights, A of each of their layers and then B of each."""
-    groups, all_a, all_b = [], [], []
-    for group in list_groups(model):
-        layers = [layer for layer in group if has_active_lora(layer)]
-        assert len(layers) in (0, len(group)), "LoRA on some of the layers that read the same input"
-        groups += [layers] if layers else []
-        for layer in layers:
-            [name] = layer.active_adapters
-            all_a.append(layer.lora_A[name].weight)
-            all_b.append(layer.lora_B[name].weight)
-    return groups, all_a + all_b
+    groups = [group for group in list_groups(model) if any(map(has_active_lora, group))]
+    layers = [layer for group in groups for layer in group]
+    assert all(map(has_active_lora, layers)), "LoRA on some of the layers that read the same input"
+    parts = [layer.lora_A for layer in layers] + [layer.lora_B for layer in layers]
+    return groups, [part[layers[0].active_adapters[0]].weight for part in parts]
 
 
-def join_lora(model) -> tuple[Tensor, list[nn.Parameter]]:
-    """Put LoRA's weights behind each other in one tensor (N,), to be copied and trained as one.
-
-    Returns the tensor and the weights, which the layers keep, as parts of it. Gradients of copy_lora's result reach
-    the tensor, not its parts.
-    """
-    weights = list_lora(model)[1]
-    whole = torch.cat([weight.detach().flatten() for weight in weights])
-    for weight, part in zip(weights, whole.split([weight.numel() for weight in weights]), strict=True):
-        weight.data = part.view_as(weight)
-    get_blip2(model).joined_lora = whole.requires_grad_(), weights
-    return whole, weights
-
-
-def copy_lora(model) -> Adapters:
+def copy_lora(model, whole: Tensor | None = None) -> Adapters:
     """LoRA's matrices in the precision in which their layer computes, B times LoRA's scale; gradients reach them.
 
+    Where its weights are parts of one tensor, `whole` (N,), they are taken from that, and gradients reach it alone.
     That precision differs between layers: the Q-Former of a model in fp16 stays in fp32. The scale is one for all
     layers. The seed is drawn anew.
     """
@@ -67,9 +49,7 @@ def copy_lora(model) -> Adapters:
     if groups:
         [name] = groups[0][0].active_adapters
         [scale] = {layer.scaling[name] for group in groups for layer in group}
-        whole, parts = getattr(blip, "joined_lora", (None, []))
-        if [*map(id, parts)] != [*map(id, weights)]:  # not joined, or another adapter was
-            whole = torch.cat([weight.flatten() for weight in weights])
+        whole = nn.utils.parameters_to_vector(weights) if whole is None else whole
         a_shapes = [(sum(layer.r[name] for layer in group), group[0].in_features) for group in groups]
         b_shapes = [(sum(layer.out_features for layer in group), group[0].r[name]) for group in groups]
         all_a, all_b = whole.split([sum(map(math.prod, shapes)) for shapes in (a_shapes, b_shapes)])

@@ -9,12 +9,11 @@ that predict a token or stand behind the last row.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import sdpa_kernel
 
 from captioner.blip2.batches import IGNORED
 from captioner.blip2.lora import get_blip2
 from captioner.fast.adapters import copy_lora
-from captioner.fast.kernels.attention import BACKENDS, Rows, attend
+from captioner.fast.kernels.attention import Rows, attend
 from captioner.fast.kernels.head import softmax_nll
 from captioner.fast.layers import embed_images, run_decoder
 
@@ -22,14 +21,16 @@ CHUNK = 512  # text positions whose logits are in memory at once
 FP16_SCALE = 256.0  # of the head's gradients in fp16, in which the small ones of most tokens would be 0
 
 
-@sdpa_kernel(BACKENDS)
-def caption_nll(model, pixel_values: Tensor, input_ids: Tensor, labels: Tensor, starts: Tensor, longest: int) -> Tensor:
+def caption_nll(
+    model, pixel_values: Tensor, input_ids: Tensor, labels: Tensor, starts: Tensor, longest: int, whole=None
+) -> Tensor:
     """(B,) sums of -log p over each row's caption tokens, of a batch as PackedCollator makes it.
 
     The sum over rows divided by the tokens is Blip2ForConditionalGeneration's loss. What stands behind the last row
-    counts as a row of its own, whose tokens are not predicted.
+    counts as a row of its own, whose tokens are not predicted. Gradients reach LoRA's weights, or the tensor `whole`
+    that they are parts of.
     """
-    blip, lora = get_blip2(model), copy_lora(model)
+    blip, lora = get_blip2(model), copy_lora(model, whole)
     with torch.no_grad():  # the ViT is frozen
         vision = blip.vision_model(pixel_values=pixel_values).last_hidden_state  # (B, P, D)
     image = embed_images(blip, vision, lora)  # (B, Q, H)

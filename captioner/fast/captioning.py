@@ -48,10 +48,8 @@ class FastGreedyCaptioner(GreedyCaptioner):
     def __call__(self, model, pixel_values: Tensor) -> list[str]:
         if self.generator is None:
             return super().__call__(model, pixel_values)
-        captions = []
-        for part in pixel_values.to(self.generator.dtype).split(self.generator.batch_size):
-            captions += decode_captions(self.processor, self.generator.generate(part))
-        return captions
+        parts = map(self.generator.generate, pixel_values.to(self.generator.dtype).split(self.generator.batch_size))
+        return [caption for tokens in parts for caption in decode_captions(self.processor, tokens)]
 
     def finish(self) -> None:
         if self.lean:
@@ -63,9 +61,8 @@ class FastCaptioner(Captioner):
 
     def _load(self) -> None:
         super()._load()
-        folder = None
-        if not self.config.blank:
-            folder = find_folder(self.config.fast.features, self.config.adapter, self.model.device)
+        setting = "off" if self.config.blank else self.config.fast.features
+        folder = find_folder(setting, self.config.adapter, self.model.device)
         self.features = folder and FeatureFile(folder, self.vision, self.model.config.vision_config, self.processor)
 
     def _prepare(self, images: int) -> None:

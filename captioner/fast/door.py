@@ -19,7 +19,7 @@ from captioner.data.splits import leave_out_unreadable, list_split_images
 from captioner.fast.building import build_kernels
 from captioner.fast.captioning import FastGreedyCaptioner
 from captioner.fast.features import FeatureFile, choose_place, has_rows, keep_features, measure_row
-from captioner.fast.speed import find_obstacle, has_room_to_unpack, join_weights, unpack_nf4, use_fast_step
+from captioner.fast.speed import find_obstacle, has_room_to_unpack, join_weights, unpack_nf4
 from captioner.fast.trainer import speed_up
 from captioner.runtime.processes import ask_main, find_place
 from captioner.training.plain import Parts, PlainWay, Splits
@@ -55,7 +55,7 @@ class FastWay(PlainWay):
             unpack_nf4(vision)  # which the file is not known by, and which changes no digit
         images = list_split_images(splits)  # eval.py finds those of the test split
         with ThreadPoolExecutor(1) as pool:
-            if use_fast_step(self.config, model, self.device):  # what fails there fails again where it is needed
+            if not find_obstacle(self.config, model, self.device):  # what fails there fails again where it is needed
                 pool.submit(build_kernels, model, self.config.lora.lora_rank)
             features, unreadable = keep_features(file, self.config.fast.features_disk_gib, images, self.reading)
         self.reading = None
@@ -65,9 +65,8 @@ class FastWay(PlainWay):
 
     def make_parts(self, model) -> Parts:
         plain = super().make_parts(model)
-        if not use_fast_step(self.config, model, self.device):
-            reason = find_obstacle(model) if self.device.type == "cuda" else "a CPU, unless --fast on is given"
-            print(f"training goes the plain way: the fast one is not made for {reason}")
+        if reason := find_obstacle(self.config, model, self.device):
+            print(f"training takes the plain way: the fast one is not made for {reason}")
             return plain
         lean = self.config.training.gradient_checkpointing
         if not lean and has_room_to_unpack(model, self.device) and (count := unpack_nf4(model)):

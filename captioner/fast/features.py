@@ -122,7 +122,11 @@ class FeatureFile:
         return {image: outputs[number] for image, number in found.items()}
 
     def map_records(self) -> np.ndarray:
-        """The N records of the file: of each, what is used is read from the disk."""
+        """The N records of the file: of each, what is used is read from the disk.
+
+        Linux stops to read ahead in a map where places far from each other are looked at, as those of sums are; rows
+        are to be read ahead, in another.
+        """
         count = self.path.stat().st_size // self.record.itemsize if self.path.is_file() else 0
         return np.memmap(self.path, self.record, "r", shape=count) if count else np.empty(0, self.record)
 
@@ -136,7 +140,8 @@ class FeatureFile:
 
         All images are read, and the records that they have.
         """
-        used = {number: each for number, each in enumerate(self.read_sums(len(records))) if any(each)}
+        there = self.map_records()["image"][: len(records)]  # of a map of its own: see map_records()
+        used = {number: each for number, each in enumerate(there.tolist()) if each}
         numbers = {image_sum: number for number, image_sum in used.items()}
         sums = dict(zip(images, read_ahead(hash_image, images, at_once=8), strict=True)) if used else {}
         wanted = sorted({numbers[image_sum] for image_sum in sums.values() if image_sum in numbers})
@@ -144,13 +149,6 @@ class FeatureFile:
         damaged = {number for number, row_sum in zip(wanted, found, strict=True) if row_sum != records["sum"][number]}
         kept = used.keys() - damaged
         return {image: numbers[each] for image, each in sums.items() if numbers.get(each) in kept}, damaged, kept
-
-    def read_sums(self, count: int) -> Iterator[bytes]:
-        """The images' sums of `count` records: read one by one, as mapped memory would bring in what lies between."""
-        with open(self.path if count else os.devnull, "rb", buffering=0) as file:
-            for number in range(count):
-                file.seek(number * self.record.itemsize)
-                yield file.read(SUM)
 
     def sum_row(self, image_sum: bytes, row: np.ndarray) -> bytes:
         """SHA-256 over what the row depends on, and the row."""

@@ -34,17 +34,16 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def look_back(keys: Tensor, values: Tensor, positions: Tensor, qkv: Tensor) -> Tensor:
+def look_back(cache: Tensor, positions: Tensor, qkv: Tensor) -> Tensor:
     """A layer's attention of the tokens at `positions` (T,) of each row: qkv (n x T, 3E) -> (n x T, E).
 
-    Several look back on themselves, at the beginning of the row; one on the cache, keys and values (n, H, L, D), into
-    which all go.
+    Several look back on themselves, at the beginning of the row; one on the cache of keys and values (2, n, H, L, D),
+    into which all go.
     """
-    new = qkv.view(len(keys), len(positions), 3, keys.shape[1], -1)  # (n, T, 3, H, D)
+    new = qkv.view(cache.shape[1], len(positions), 3, cache.shape[2], -1)  # (n, T, 3, H, D)
     if len(positions) == 1:
-        return attend_one(new[:, 0], keys, values, positions).flatten(1)
-    keys.index_copy_(2, positions, new[:, :, 1].transpose(1, 2))
-    values.index_copy_(2, positions, new[:, :, 2].transpose(1, 2))
+        return attend_one(new[:, 0], *cache, positions).flatten(1)
+    cache.index_copy_(3, positions, new[:, :, 1:].permute(2, 0, 3, 1, 4))
     return attend_rows(*new.unbind(2), is_causal=True).flatten(0, 1)
 
 
@@ -65,19 +64,15 @@ class DecodingState:
         self.tokens = torch.empty(size, positions, **whole)  # of all rows, from position 0 on
         self.seeds = torch.empty(size, **whole)  # of all rows
         self.rows = torch.empty(size, **whole)  # which of `tokens` a decoded row is
-        self.current = torch.empty(size, **whole)  # token that a decoded row is fed
         self.finished = torch.empty(size, dtype=torch.bool, device=like.device)
-        self.position = torch.empty(1, **whole)  # of `current`
+        self.position = torch.empty(1, **whole)  # of the token that a decoded row is fed
 
     def start(self, rows: int, seeds: Sequence[int]) -> None:
-        """Empty the state; rows behind the first `rows` count as finished."""
+        """Empty the state; rows behind the first `rows` count as finished, whatever their seeds."""
         self.cache.zero_()  # a position that is masked counts 0 times its value, and 0 times NaN is NaN
         self.tokens.fill_(self.pad)
         torch.arange(len(self.rows), out=self.rows)
-        self.current.fill_(self.pad)
-        self.finished.fill_(False)
-        self.finished[rows:] = True
-        self.seeds.fill_(0)
+        torch.ge(self.rows, rows, out=self.finished)
         self.seeds[: len(seeds)] = torch.tensor(seeds, dtype=torch.long)
         self.position.fill_(self.prefix - 1)
 
@@ -85,7 +80,6 @@ class DecodingState:
         """Append the next token (n,) of each decoded row; of those that have ended it is padding."""
         n = len(token)
         token = token.masked_fill(self.finished[:n], self.pad)
-        self.current[:n] = token
         self.finished[:n] |= token == self.eos
         self.position += 1
         self.tokens.index_put_((self.rows[:n], self.position.expand(n)), token)
@@ -94,7 +88,7 @@ class DecodingState:
         """Move the unfinished of the first `size` rows to the front, among the first `smaller`; `position` of the
         cache are filled."""
         kept = self.finished[:size].byte().argsort(stable=True)[:smaller].sort().values
-        for state in (self.rows, self.current, self.finished):
+        for state in (self.rows, self.finished):
             state[:smaller] = state[kept]
         for part in self.cache.flatten(0, 1):  # (B, H, positions, D); one at a time, as each needs a copy
             part[:smaller, :, :position] = part[kept, :, :position]
@@ -102,9 +96,8 @@ class DecodingState:
     def read(self, rows: int, position: int) -> Tensor:
         """The new tokens (rows, N) up to `position`, N as the longest caption; this waits for the GPU."""
         tokens = self.tokens[:rows, self.prefix : position + 1]
-        ended = tokens == self.eos
-        lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, tokens.shape[1])
-        return tokens[:, : int(lengths.max())].clone()
+        goes_on = ((tokens == self.eos).cumsum(1) == 0).any(0)  # (N,) whether some caption does behind a place
+        return tokens[:, : int(goes_on.sum()) + 1].clone()
 
 
 class FastGenerator:
@@ -128,7 +121,9 @@ class FastGenerator:
         self.device, self.dtype = embedding.device, embedding.dtype
         self.use_kernels = kernel_choice.use_kernels(embedding)
         self.use_graphs = self.device.type == "cuda"
-        self.recorded: dict[tuple, tuple[Adapters, dict, object]] = {}  # by adapted layers: LoRA, graphs, their pool
+        self.loras: dict[tuple, Adapters] = {}  # by adapted layers
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self.pool = torch.cuda.graph_pool_handle() if self.use_graphs else None
         with torch.inference_mode():
             self.state = DecodingState(self.model, batch_size, round_up(self.end, bucket))
 
@@ -165,10 +160,7 @@ class FastGenerator:
     def _copy_lora(self) -> None:
         """Take LoRA's weights as they are now, to where recorded steps read them."""
         now = copy_lora(self.model)
-        adapted = tuple(now.matrices)  # others, and other graphs, where it was switched on or off
-        if adapted not in self.recorded:
-            self.recorded[adapted] = now, {}, torch.cuda.graph_pool_handle() if self.use_graphs else None
-        self.lora, self.graphs, self.pool = self.recorded[adapted]
+        self.lora = self.loras.setdefault(tuple(now.matrices), now)  # another where it was switched on or off
         for layer, matrices in now.matrices.items():
             for kept, matrix in zip(self.lora.matrices[layer], matrices, strict=True):
                 kept.copy_(matrix)
@@ -179,16 +171,13 @@ class FastGenerator:
     def _read_prefix(self, pixel_values: Tensor, choice: Choice | None) -> None:
         """Fill the cache with image tokens and bos, and choose the first new token of each row."""
         positions = torch.arange(self.prefix, device=self.device)
-        bos = torch.tensor([[self.model.config.text_config.bos_token_id]], device=self.device)
-        bos = self.decoder.embed_tokens(bos)  # (1, 1, E)
-        last, start = [], 0
-        for pixels in pixel_values.split(CHUNK):
+        bos = self.decoder.embed_tokens.weight[self.model.config.text_config.bos_token_id]  # (E,)
+        last, caches = [], self.state.cache[:, :, : len(pixel_values)].split(CHUNK, 2)
+        for pixels, cache in zip(pixel_values.split(CHUNK), caches, strict=True):
             vision = self.model.vision_model(pixel_values=pixels.to(self.device)).last_hidden_state  # (., P, D)
             image = embed_images(self.model, vision, self.lora)  # (., Q, E)
-            prefix = torch.cat([image.to(self.dtype), bos.expand(len(image), -1, -1)], dim=1)  # (., Q+1, E)
-            cache = self.state.cache[:, :, start : start + len(image)]
+            prefix = torch.cat([image.to(self.dtype), bos.expand(len(image), 1, -1)], dim=1)  # (., Q+1, E)
             last.append(self._run_layers(prefix, positions, cache))
-            start += len(image)
         self._choose(torch.cat(last), choice)
 
     def _run_layers(self, x: Tensor, positions: Tensor, cache: Tensor) -> Tensor:
@@ -198,7 +187,7 @@ class FastGenerator:
         """
         (n, length, _), table = x.shape, self.decoder.embed_positions
         x = x + F.embedding(positions + table.offset, table.weight)
-        looks = [functools.partial(look_back, *layer, positions) for layer in cache]
+        looks = [functools.partial(look_back, layer, positions) for layer in cache]
         last = torch.arange(length - 1, n * length, length, device=x.device)
         return run_decoder(self.decoder, x.flatten(0, 1), looks, self.lora, last if length > 1 else None)
 
@@ -215,13 +204,13 @@ class FastGenerator:
     def _step(self, size: int, length: int, choice: Choice | None) -> None:
         """Feed the first `size` rows their current token, and choose the next; `length` is L."""
         state = self.state
-        x = self.decoder.embed_tokens(state.current[:size, None])  # (n, 1, E)
+        x = self.decoder.embed_tokens(state.tokens[state.rows[:size, None], state.position])  # (n, 1, E)
         self._choose(self._run_layers(x, state.position, state.cache[:, :, :size, :, :length]), choice)
 
     def _run_step(self, size: int, length: int, choice: Choice | None) -> None:
         """_step, by a graph if there is one. The first step of its kind runs without, which warms it up, and is then
         captured for those that follow; capturing runs nothing."""
-        key = (size, length, choice)
+        key = (id(self.lora), size, length, choice)
         if key in self.graphs:
             self.graphs[key].replay()
             return

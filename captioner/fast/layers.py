@@ -8,31 +8,22 @@ batch together, L queries and S keys of a row, G linear layers that read the sam
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers import Blip2ForConditionalGeneration, OPTForCausalLM
 
 from captioner.blip2.lora import get_blip2
 from captioner.fast.adapters import Adapters
 from captioner.fast.kernels import choice, norm
-from captioner.fast.kernels.attention import BACKENDS, attend
+from captioner.fast.kernels.attention import attend
 from captioner.fast.kernels.lora import lora_backward, project_low
 from captioner.fast.linears import group_linears, is_plain, join_linears, list_groups
 
 # attention of one layer: queries, keys and values of N positions, side by side (N, 3H) -> (N, H)
 Look = Callable[[Tensor], Tensor]
-
-
-class End(NamedTuple):
-    """What follows an OPT layer."""
-
-    norm: nn.LayerNorm
-    wanted: Tensor | None = None  # (C,) the places whose result is read; None: all
 
 
 def supports(model) -> bool:
@@ -48,8 +39,7 @@ def supports(model) -> bool:
         config.do_layer_norm_before
         and config.enable_bias
         and decoder.final_layer_norm is not None
-        and decoder.project_in is None
-        and decoder.project_out is None
+        and config.word_embed_proj_dim == config.hidden_size
         and not config.layerdrop
         and not blip.config.qformer_config.use_qformer_text_input
         and all(is_plain(layer) for group in list_groups(model) for layer in group)
@@ -71,28 +61,20 @@ def run_decoder(decoder, x: Tensor, looks: Sequence[Look], lora: Adapters, wante
     """OPT's last hidden states, normed, at the places `wanted` (C,), or all, for embeddings x (N, H) with positions.
 
     `looks` is the attention of each layer. Where nothing is wanted the last layer ends with it: what it would give
-    there is read by none.
-    """
-    ends = [End(layer.self_attn_layer_norm) for layer in decoder.layers[1:]] + [End(decoder.final_layer_norm, wanted)]
-    normed = decoder.layers[0].self_attn_layer_norm(x)
-    for layer, look, end in zip(decoder.layers, looks, ends, strict=True):
-        x, normed = run_opt_layer(layer, look, end, lora, x, normed)
-    return normed
-
-
-def run_opt_layer(layer, look: Look, end: End, lora: Adapters, *hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """opt_layer, its activations computed again in the backward pass if the layer is set to that.
+    there is read by none. Activations of layers that are set to that are computed again in the backward pass.
 
     torch looks for tensors in all arguments of what it will compute again: of thousands of modules in `lora`, for each
     layer, that took longer than the layer.
     """
-    run = functools.partial(opt_layer, layer, look, end, lora)
-    if getattr(layer, "gradient_checkpointing", False) and layer.training:
-        # the repetition happens when the caller's choice of attention is gone
-        options = {"use_reentrant": False, "context_fn": lambda: (sdpa_kernel(BACKENDS), sdpa_kernel(BACKENDS))}
-        draws = draws_by_kernels(hidden[0], layer.self_attn.dropout)
-        return checkpoint(run, *hidden, **options, preserve_rng_state=not draws)
-    return run(*hidden)
+    ends = [(layer.self_attn_layer_norm, None) for layer in decoder.layers[1:]] + [(decoder.final_layer_norm, wanted)]
+    normed = decoder.layers[0].self_attn_layer_norm(x)
+    for layer, look, end in zip(decoder.layers, looks, ends, strict=True):
+        run = functools.partial(opt_layer, layer, look, *end, lora)
+        if layer.gradient_checkpointing and layer.training:
+            draws = draws_by_kernels(x, layer.self_attn.dropout)
+            run = functools.partial(checkpoint, run, use_reentrant=False, preserve_rng_state=not draws)
+        x, normed = run(x, normed)
+    return normed
 
 
 def draws_by_kernels(x: Tensor, attention_dropout: float) -> bool:
@@ -103,21 +85,21 @@ def draws_by_kernels(x: Tensor, attention_dropout: float) -> bool:
     return choice.use_kernels(x) and not attention_dropout
 
 
-def opt_layer(layer, look: Look, end: End, lora: Adapters, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
-    """An OPTDecoderLayer on x (N, H) whose attention is `look`: the new x, and end.norm of it.
+def opt_layer(layer, look: Look, next_norm, wanted, lora: Adapters, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+    """An OPTDecoderLayer on x (N, H) whose attention is `look`: the new x, and the norm that follows of it.
 
-    `normed` is x as the layer's first norm makes it. Both results are of the places end.wanted.
+    `normed` is x as the layer's first norm makes it. Both results are of the places `wanted` (C,); None: all.
     """
     qkv, out, fc1, fc2 = group_linears(layer)
     h = look(apply_linears(qkv, normed, lora))
-    if end.wanted is not None:
-        x, h = x.index_select(0, end.wanted), h.index_select(0, end.wanted)
+    if wanted is not None:
+        x, h = x.index_select(0, wanted), h.index_select(0, wanted)
     h = apply_linears(out, h, lora)
     x, normed = add_and_norm(x, h, layer.dropout * layer.training, layer.final_layer_norm, lora)
     relu = isinstance(layer.activation_fn, nn.ReLU)
     h = apply_linears(fc1, normed, lora, relu=relu)
     h = apply_linears(fc2, h if relu else layer.activation_fn(h), lora, after_relu=relu)
-    return add_and_norm(x, h, layer.dropout * layer.training, end.norm, lora)
+    return add_and_norm(x, h, layer.dropout * layer.training, next_norm, lora)
 
 
 def qformer_layer(layer, x: Tensor, vision: Tensor, lora: Adapters) -> Tensor:
@@ -163,9 +145,8 @@ def apply_linears(
     what is below 0 zero, for both.
     """
     matrices = lora.matrices.get(layers[0], ())
-    dropouts = [m for m in layers[0].lora_dropout.values() if isinstance(m, nn.Dropout)] if matrices else []
-    dropout = dropouts[0].p if dropouts and dropouts[0].training else 0.0
-    drop = lora.drop(layers[0], dropout)
+    shares = [getattr(m, "p", 0.0) for m in layers[0].lora_dropout.values() if m.training] if matrices else []
+    drop = lora.drop(layers[0], max(shares, default=0.0))
     y = LoraLinears.apply(x.reshape(-1, x.shape[-1]), layers, drop, relu, after_relu, *matrices)
     return y.view(*x.shape[:-1], -1)
 
@@ -200,12 +181,11 @@ class LoraLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         x, *saved = ctx.saved_tensors
-        weight, grad_x = join_linears(ctx.layers)[0], None
-        if not saved:
-            if ctx.needs_input_grad[0]:
-                grad_x = grad_y @ weight
-                if ctx.after_relu:
-                    grad_x.masked_fill_(x <= 0, 0)
+        weight = join_linears(ctx.layers)[0]
+        if not saved:  # and so x has a gradient
+            grad_x = grad_y @ weight
+            if ctx.after_relu:
+                grad_x.masked_fill_(x <= 0, 0)
             return grad_x, None, None, None, None, None, None
         a, low, mask, beside = saved
         groups, width = len(ctx.layers), x.shape[1]

@@ -21,12 +21,11 @@ def group_linears(layer) -> list[list[nn.Module]]:
 
 def group_qformer_linears(layer) -> list[list[nn.Module]]:
     """The same of a Q-Former layer's part for queries."""
-    groups = []
-    for block in (layer.attention, layer.crossattention if layer.has_cross_attention else None):
-        if block is not None:
-            q, k, v = block.attention.query, block.attention.key, block.attention.value
-            groups += [[q, k, v]] if block is layer.attention else [[q], [k, v]]
-            groups.append([block.output.dense])
+    own = layer.attention.attention
+    groups = [[own.query, own.key, own.value], [layer.attention.output.dense]]
+    if layer.has_cross_attention:
+        cross = layer.crossattention.attention
+        groups += [[cross.query], [cross.key, cross.value], [layer.crossattention.output.dense]]
     return [*groups, [layer.intermediate_query.dense], [layer.output_query.dense]]
 
 
@@ -52,7 +51,7 @@ def read_weight(base: nn.Linear) -> Tensor:
     """(out, in) weight of a layer without LoRA, in the precision in which it computes; NF4 is unpacked."""
     if not isinstance(base, bnb.nn.Linear4bit):
         return base.weight
-    return bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state).to(pick_compute_dtype(base))
+    return bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state).to(base.compute_dtype)
 
 
 def join_linears(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
@@ -71,6 +70,4 @@ def has_active_lora(layer: nn.Module) -> bool:
 
 def pick_compute_dtype(base: nn.Linear) -> torch.dtype:
     """The precision in which a layer without LoRA computes."""
-    if not isinstance(base, bnb.nn.Linear4bit):
-        return base.weight.dtype
-    return base.compute_dtype or base.weight.quant_state.dtype
+    return base.compute_dtype if isinstance(base, bnb.nn.Linear4bit) else base.weight.dtype

@@ -1,15 +1,12 @@
 """Batches without padding: rows one behind the other, in batches of about one size."""
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from captioner.blip2.batches import IGNORED, CaptionCollator
 from captioner.training.order import LengthSampler, shuffle
-
-T = TypeVar("T")
 
 PACKED_TO = 32  # positions of a packed batch are an odd multiple of half of it
 LONGEST_TO = 64  # what positions of its longest row are rounded up to
@@ -52,7 +49,7 @@ class PackedSampler(LengthSampler):
         return [spread(step) for step in zip(*ranges, strict=True)]
 
 
-def spread(items: Sequence[T]) -> list[T]:
+def spread(items: Sequence[int]) -> list[int]:
     """Sorted items in an order in which each half, quarter and so on has about the same sum.
 
     They are dealt out to the halves by the Thue-Morse sequence, in which neither is always served first, and so to the

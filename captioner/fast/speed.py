@@ -7,9 +7,7 @@ about one size (packing.PackedSampler). trainer.py trains with them.
 """
 
 import functools
-import itertools
 from collections.abc import Callable
-from typing import TypeVar
 
 import bitsandbytes as bnb
 import peft
@@ -17,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captioner.fast.adapters import join_lora
+from captioner.fast.adapters import list_lora
 from captioner.fast.caption_loss import caption_nll
 from captioner.fast.kernels import lora
 from captioner.fast.layers import supports
@@ -25,9 +23,6 @@ from captioner.fast.linears import get_base, has_active_lora, join_linears, list
 from captioner.runtime.errors import UserError
 from captioner.runtime.processes import is_sharded
 from config import TrainConfig
-
-T = TypeVar("T")
-
 
 # --------------------------------------------------------------------------------------------------------------
 # weights
@@ -38,26 +33,20 @@ def unpack_nf4(model) -> int:
 
     The product of an NF4 layer is computed from unpacked weights at each use: doing it once changes no digit.
     """
-    packed = [
-        (parent, name, layer)
-        for parent in model.modules()
-        for name, layer in parent.named_children()
-        if isinstance(layer, bnb.nn.Linear4bit)
-    ]
-    for parent, name, layer in packed:
+    packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, bnb.nn.Linear4bit)}
+    for name, layer in packed.items():
         plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         plain.weight = torch.nn.Parameter(read_weight(layer), requires_grad=False)
         plain.bias = layer.bias
-        setattr(parent, name, plain)
+        model.set_submodule(name, plain)
     return len(packed)
 
 
 def merge_lora(model) -> bool:
     """Add LoRA to the weights that it adapts, unless some of them are NF4. Returns whether it was done."""
-    layers = list(itertools.chain.from_iterable(list_groups(model)))
-    if any(isinstance(get_base(layer), bnb.nn.Linear4bit) for layer in layers):
+    adapted = list(filter(has_active_lora, model.modules()))
+    if any(isinstance(layer.base_layer, bnb.nn.Linear4bit) for layer in adapted):
         return False
-    adapted = list(filter(has_active_lora, layers))
     for layer in adapted:
         peft.tuners.lora.Linear.merge(layer)  # that of a layer that was NF4 would quantise the sum
     return bool(adapted)
@@ -102,8 +91,8 @@ def has_room_to_unpack(model, device: torch.device, times: float = 3) -> bool:
 # one pass
 
 
-def record_graph(work: Callable[[], T], pool=None) -> tuple[torch.cuda.CUDAGraph, T]:
-    """A CUDA graph that does what work() launches, and the tensors that each replay writes anew.
+def record_graph(work: Callable[[], Tensor | None], pool=None) -> tuple[torch.cuda.CUDAGraph, Tensor | None]:
+    """A CUDA graph that does what work() launches, and its result, which each replay writes anew.
 
     Such work must have been done before: libraries set themselves up then, which can't be recorded.
     """
@@ -123,7 +112,9 @@ class FastStep:
 
     def __init__(self, model, cuda_graphs: bool):
         self.model, self.cuda_graphs = model, cuda_graphs
-        self.whole, self.weights = join_lora(model)
+        self.weights = list_lora(model)[1]  # which the layers keep, as parts of the whole
+        self.whole = torch.nn.Parameter(torch.nn.utils.parameters_to_vector(self.weights))
+        torch.nn.utils.vector_to_parameters(self.whole, self.weights)
         self.whole.grad = torch.zeros_like(self.whole)
         self.recordings: dict[tuple, tuple] = {}
         self.pool = torch.cuda.graph_pool_handle() if cuda_graphs else None
@@ -147,10 +138,10 @@ class FastStep:
         return self._run(self._sum, batch)
 
     def _sum(self, **batch) -> Tensor:
-        return caption_nll(self.model, **batch)
+        return caption_nll(self.model, **batch, whole=self.whole)
 
     def _learn(self, tokens: Tensor, scale: Tensor, **batch) -> Tensor:
-        loss = caption_nll(self.model, **batch).sum() / tokens
+        loss = self._sum(**batch).sum() / tokens
         self.whole.grad += torch.autograd.grad(loss * scale, self.whole)[0]
         return loss.detach()
 
@@ -181,16 +172,11 @@ class FastStep:
         return inputs, graph, result
 
 
-def find_obstacle(model) -> str | None:
-    """What FastStep is not made for, None if it can train this model here."""
+def find_obstacle(config: TrainConfig, model, device: torch.device) -> str | None:
+    """What FastStep is not made for; None where it is wanted and possible."""
+    obstacle = None if supports(model) else "a language model of another form than OPT-2.7B's"
     if is_sharded():
-        return "weights that FSDP spreads over the GPUs"
-    return None if supports(model) else "a language model of another form than OPT-2.7B's"
-
-
-def use_fast_step(config: TrainConfig, model, device: torch.device) -> bool:
-    """Whether FastStep is wanted and possible."""
-    obstacle = find_obstacle(model)
+        obstacle = "weights that FSDP spreads over the GPUs"
     if config.fast.fast == "on" and obstacle:
         raise UserError(f"--fast on: not made for {obstacle}; use --fast auto")
-    return config.fast.fast == "on" or (device.type == "cuda" and not obstacle)
+    return obstacle if config.fast.fast == "on" or device.type == "cuda" else "a CPU (--fast on takes it all the same)"

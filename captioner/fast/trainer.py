@@ -16,11 +16,10 @@ from config import TrainConfig
 
 
 def speed_up(config: TrainConfig, model) -> tuple[Callable[..., CaptionTrainer], CaptionCollator, Callable]:
-    """What stands in for CaptionTrainer, its collator, and micro_batch.compute_loss; see speed.use_fast_step."""
-    graphs = model.device.type == "cuda"
-    if config.training.gradient_checkpointing:  # which asks torch for its generator's state if that draws dropouts
-        weight = model.get_input_embeddings().weight
-        graphs = graphs and draws_by_kernels(weight, model.config.text_config.attention_dropout)
+    """What stands in for CaptionTrainer, its collator, and micro_batch.compute_loss."""
+    weight, lean = model.get_input_embeddings().weight, config.training.gradient_checkpointing
+    # checkpointing asks torch for its generator's state if that draws dropouts
+    graphs = weight.is_cuda and (not lean or draws_by_kernels(weight, model.config.text_config.attention_dropout))
 
     def compute_loss(model, batch: dict) -> torch.Tensor:
         return caption_nll(model, **batch).sum()
@@ -56,8 +55,9 @@ class FastTrainer(CaptionTrainer):
     def run_pass(self, model, inputs, num_items_in_batch) -> torch.Tensor:
         if not model.training:  # after validation: to tell thousands of modules at each step would take long
             model.train()
-        scale, scaler = torch.ones((), device=model.device), self.accelerator.scaler
-        if scaler is not None:  # of fp16, in which small gradients would be lost; the optimiser's step divides
+        scale = torch.ones((), device=model.device)
+        # of fp16, in which small gradients would be lost; the optimiser's step divides
+        if (scaler := self.accelerator.scaler) is not None:
             scale = scaler.scale(scale)
         loss = self.fast_step(self._prepare_inputs(inputs), num_items_in_batch, scale)
         return loss * self.args.world_size  # as Trainer's own, which it averages over the processes
@@ -66,8 +66,7 @@ class FastTrainer(CaptionTrainer):
         whole = self.fast_step.whole
         if self.args.world_size > 1:
             torch.distributed.all_reduce(whole.grad)
-        self.accelerator.unscale_gradients()
-        return torch.nn.utils.clip_grad_norm_(whole, self.args.max_grad_norm)
+        return self.accelerator.clip_grad_norm_([whole], self.args.max_grad_norm)
 
     def sum_losses(self, model, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = inputs["starts"].diff()[:-1] - model.config.num_query_tokens  # at each place but the image's
@@ -76,18 +75,14 @@ class FastTrainer(CaptionTrainer):
     def _prepare_for_training(self, *args):
         """The fast step adds up gradients itself, so nothing is wrapped in DDP."""
         self.model.zero_grad = self.fast_step.zero_grad  # Trainer's walks over thousands of modules, 3 ms a step
-        prepare = self.accelerator.prepare_model
-        how = {"device_placement": False, "evaluation_mode": True}  # the model is where it is to be; all else stays
-        self.accelerator.prepare_model = lambda model, **options: prepare(model, **options | how)
+        prepare = self.accelerator.prepare_model  # the model is where it is to be
+        self.accelerator.prepare_model = lambda model, **_: prepare(model, device_placement=False, evaluation_mode=True)
         return super()._prepare_for_training(*args)
 
     def create_optimizer(self, *args):
         """A fused AdamW gives each 65,536 values of a parameter a block of threads: most of a GPU would be idle with
         LoRA's hundreds of small ones."""
-        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
-        groups = [{"params": [self.fast_step.whole], "weight_decay": self.args.weight_decay}]
-        self.optimizer = optimizer_class(groups, **options)
-        return self.optimizer
+        return super().create_optimizer(torch.nn.ParameterList([self.fast_step.whole]))
 
     def _get_eval_sampler(self, eval_dataset):
         lengths = list_lengths(eval_dataset)

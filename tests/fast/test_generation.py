@@ -15,12 +15,12 @@ from captioner.blip2.lora import get_blip2
 from captioner.blip2.sampling import DrawTokens, seed_image
 from captioner.fast import captioning as fast_captioning
 from captioner.fast import generation
-from captioner.fast.adapters import copy_lora, join_lora
+from captioner.fast.adapters import copy_lora
 from captioner.fast.captioning import FastCaptioner, FastGreedyCaptioner, max_batch, pick_batch_size
 from captioner.fast.generation import FastGenerator
 from captioner.fast.kernels import choice
 from captioner.fast.layers import embed_images, supports
-from captioner.fast.speed import join_weights, merge_lora, unpack_nf4
+from captioner.fast.speed import FastStep, join_weights, merge_lora, unpack_nf4
 from captioner.runtime.errors import UserError
 from config import EvalConfig, make_config
 
@@ -146,8 +146,8 @@ def test_steps_end_soon_after_the_last_caption(tiny_checkpoint):
 @pytest.mark.parametrize("joined", [True, False])
 def test_adapter_switched_off_and_trained_between_calls(tiny_checkpoint, joined):
     model, pixels = load(tiny_checkpoint, True, True), make_pixels(4)
-    if joined:  # as FastStep trains
-        join_lora(model)
+    if joined:  # LoRA's weights as parts of one tensor
+        FastStep(model, cuda_graphs=False)
     generator = FastGenerator(model, 4, 20)
     with_adapter = generator.generate(pixels)
     with model.disable_adapter():

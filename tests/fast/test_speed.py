@@ -528,7 +528,7 @@ def test_a_run_does_not_go_on_in_another_way(folder, settings):
         stop_at(patch, 4)
         train(settings)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="way training: was plain, is fast"):
-        patch.setattr("captioner.fast.door.use_fast_step", lambda *_: True)
+        patch.setattr("captioner.fast.door.find_obstacle", lambda *_: None)
         train(settings)
 
 

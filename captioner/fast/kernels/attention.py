@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from captioner.fast.kernels import choice
 from captioner.fast.kernels.choice import tl, triton
@@ -52,6 +52,7 @@ def attend(joined: Sequence[Tensor], heads: int, dropout: float, rows: Rows | No
     return attend_rows(q, k, v, dropout, is_causal=True).flatten(0, 1).index_select(0, rows.places)
 
 
+@sdpa_kernel(BACKENDS)
 def attend_rows(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, is_causal: bool = False) -> Tensor:
     """(B, L, W) of q (B, L, heads, D), and k and v (B, S, heads, D)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
