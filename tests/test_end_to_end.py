@@ -343,3 +343,6 @@ def test_official_val_is_held_out(tmp_path, monkeypatch):
     assert names["test"] == {frame["name"] for frame in frames[8:]}
     assert names["train"] | names["val"] == {frame["name"] for frame in frames[:8]}
     assert names["train"] and names["val"] and not names["train"] & names["val"]
+    config = make_config(TrainConfig, subset="train", held_out="val", limit=6)
+    fewer = prepare_splits(config, tmp_path / "fewer")
+    assert sum(map(len, fewer.values())) == 6 and len(fewer["test"]) == 2

@@ -1,12 +1,16 @@
 """What labels hold, as tables and as an image."""
 
+import math
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 import pandas as pd
 
 from captioner.bdd100k.facts import ObjectKind
 from captioner.bdd100k.label_report import LabelReport
+
+MOST_BINS = 80  # of a histogram
 
 
 def print_census(report: LabelReport, tokens: Counter[int], tokenizer: str) -> None:
@@ -59,10 +63,17 @@ def draw_census(report: LabelReport, tokens: Counter[int], path: Path) -> None:
     draw_classes(axes[1][0], report.objects)
     lengths = {"objects a frame": report.boxes_a_frame, "words a caption": report.caption_words}
     for axis, (title, counts) in zip(axes[1][1:], {**lengths, "tokens a caption": tokens}.items(), strict=True):
-        axis.hist(list(counts), weights=list(counts.values()), bins=min(40, len(counts)), color="#3a6ea5")
+        axis.hist(list(counts), weights=list(counts.values()), bins=cut_bins(counts), color="#3a6ea5")
         axis.set(title=title, ylabel="frames")
     figure.suptitle(f"{report.frames:,} frames ({', '.join(report.variants)}), {report.skipped.total():,} left out")
     figure.savefig(path, dpi=110)
+
+
+def cut_bins(values: Collection[int]) -> list[float]:
+    """Edges of at most MOST_BINS bins for whole numbers: each bin has as many of them as every other."""
+    first, last = min(values), max(values)
+    width = math.ceil((last - first + 1) / MOST_BINS)
+    return [edge - 0.5 for edge in range(first, last + width + 1, width)]
 
 
 def draw_classes(axis, objects: Counter[ObjectKind]) -> None:

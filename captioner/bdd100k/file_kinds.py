@@ -1,11 +1,12 @@
-"""What a file is that people mistake for BDD100K's labels, or get instead of them: tables of signatures."""
+"""What a file is that people mistake for labels, captions or images, or get instead of them: tables of signatures."""
 
 import re
 
 WANTED = "--labels takes BDD100K's label files (.json, .jsonl, .json.gz, .zip) and folders of them"
 _UNPACK, _FETCH, _CONVERT = "unpack it and give the folder", "fetch it again", f"{WANTED}: convert it"
 
-# (how it begins, what it is, the remedy); the first that fits counts. Only files that are no JSON are held against it.
+# (how it begins, what it is, the remedy where labels are wanted); the first that fits counts. Only files that are not
+# what is wanted are held against it.
 _SIGNATURES = [
     (rb"\s*\Z", "it is empty", _FETCH),
     (rb"\0+\Z", "it holds zero bytes alone, as an unfinished download does", _FETCH),
@@ -29,8 +30,11 @@ _SIGNATURES = [
     # images and other documents
     (rb"\xff\xd8\xff", "it is a JPEG image", WANTED),
     (rb"\x89PNG", "it is a PNG image", WANTED),
-    (rb"(?s)GIF8|BM.{4}\0{4}|II\*\0|MM\0\*|RIFF.{4}WEBP", "it is an image", WANTED),
-    (rb"(?s).{4}ftyp(hei|hev|mif1|avif)", "it is an image", WANTED),
+    (rb"GIF8", "it is a GIF image", WANTED),
+    (rb"(?s)BM.{4}\0{4}", "it is a BMP image", WANTED),
+    (rb"II\*\0|MM\0\*", "it is a TIFF image", WANTED),
+    (rb"(?s)RIFF.{4}WEBP", "it is a WebP image", WANTED),
+    (rb"(?s).{4}ftyp(hei|hev|mif1|avif)", "it is a HEIC or AVIF image", WANTED),
     (rb"(?s).{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI", "it is a video", WANTED),
     (rb"%PDF", "it is a PDF document", WANTED),
     (rb"\xd0\xcf\x11\xe0", "it is an Office document", WANTED),
@@ -50,7 +54,7 @@ _SIGNATURES = [
     (rb"\s*(#[^\n]*\s+)*(\[\[?[\w.-]+\]\]?\s*(#.*)?\r?\n|[\w.-]+ *= )", "it is TOML or INI text", _CONVERT),
     (rb"%YAML|\s*(#[^\n]*\s+)*(---|(- )?[\w -]+:(\s|\Z))", "it is YAML text", _CONVERT),
     (
-        rb"[^\n,;\t{}\[\]]+([,;\t][^\n,;\t{}\[\]]*)+\r?\n",
+        rb"[^\0-\x1f,;{}\[\]]+([,;\t][^\0-\x1f,;{}\[\]]*)+\r?\n",
         "it is a CSV table",
         f"{WANTED}: captions go to --captions, other tables must be converted",
     ),
@@ -81,7 +85,7 @@ _FORMATS = [
 
 
 def name_kind(head: bytes) -> tuple[str, str] | None:
-    """What a file is that begins with `head` and is no JSON, and the remedy; None if that is not known."""
+    """What a file is that begins with `head` and is not what is wanted, and the remedy; None if that is not known."""
     head = head.removeprefix(b"\xef\xbb\xbf")
     return next(((what, remedy) for pattern, what, remedy in _SIGNATURES if pattern.match(head)), None)
 

@@ -277,7 +277,7 @@ def _name_variant(raw: _Frame, wrapped: bool) -> str:
                 return "2018 release" if label.attributes.light in _LIGHTS_OF_2018 else "det_20"
             if label.attributes.light_too is not None:
                 return "Scalabel export"
-    return "frames without boxes"
+    return "frames without a light attribute"  # with boxes or without: nothing else tells the releases apart
 
 
 def _read_name(raw: _Frame) -> str:

@@ -4,6 +4,7 @@ parse_caption(describe(facts))    # == facts, for every style
 """
 
 import functools
+import itertools
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -21,7 +22,7 @@ from captioner.bdd100k.facts import (
     ObjectKind,
     merge_synonyms,
 )
-from captioner.bdd100k.wording import OBJECTS_LEAD, SHARES
+from captioner.bdd100k.wording import OBJECTS_LEAD, SHARES, qualify
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,13 @@ def _any_of(words) -> str:
 _SENTENCE = re.compile(r"[^.\s][^.]*\.?")
 _TIMES = {time.replace("/", " or "): time for time in TIMES_OF_DAY} | {time: time for time in TIMES_OF_DAY}
 _PLACES = {place: scene for scene, place in SCENES.items() if place}
-_NOUNS = {noun: name for name, forms in CLASSES.items() for noun in (name, *forms)}
-_SHARE_OF = {word: seen for seen, word in SHARES.items()}
+_KINDS = {  # what is counted, in the words of every style
+    phrase: kind
+    for kind in itertools.starmap(ObjectKind, itertools.product(CLASSES, (False, True), (False, True)))
+    for noun in (kind.name, *CLASSES[kind.name])
+    for phrase in (kind.qualifier + noun, qualify(noun, kind))
+}
+_SHARE_OF = {word: seen for seen, word in SHARES.items()} | {"both": (True, True)}  # both: in older captions
 _COUNT = r"(?:one|[0-9]{1,5})"  # five digits: a class has four kinds of up to MAX_COUNT
 _SHARE = rf"{_COUNT} (?:{_any_of(_SHARE_OF)})"
 _PLAIN_SCENE = re.compile(
@@ -92,14 +98,13 @@ _PLAIN_SCENE = re.compile(
     rf"on an? (?P<scene>{_any_of(SCENES)}) road\."
 )
 _NATURAL_SCENE = re.compile(
-    rf"it is an? (?:(?P<time>{_any_of(_TIMES)}) )?scene(?: in (?P<weather>{_any_of(WEATHERS)}) weather)?"
+    rf"it is an? (?:(?P<time>{_any_of(_TIMES)}) |driving )?scene(?: in (?P<weather>{_any_of(WEATHERS)}) weather)?"
     rf"(?: (?P<place>{_any_of(_PLACES)}))?\."
 )
 _LIGHT = re.compile(rf"the traffic light is (?P<light>{_any_of(LIGHTS)})\.")
 _OBJECTS = re.compile(
-    rf"there (?:is|are) (?P<count>{_COUNT}) (?P<occluded>partially occluded )?(?P<truncated>truncated )?"
-    rf"(?P<noun>{_any_of(_NOUNS)})"
-    rf"(?:, (?P<shares>{_COUNT} of them (?:{_any_of(_SHARE_OF)})(?:, {_SHARE})*(?: and {_SHARE})?))?\."
+    rf"there (?:is|are) (?P<count>{_COUNT}) (?P<objects>{_any_of(_KINDS)})"
+    rf"(?:, (?P<shares>{_COUNT} of them (?:{_any_of(_SHARE_OF)})(?:, {_SHARE})*(?:,? and {_SHARE})?))?\."
 )
 
 
@@ -126,14 +131,12 @@ def _read_sentence(sentence: str) -> dict[str | ObjectKind, str | int] | None:
 
 
 def _read_objects(match: re.Match) -> dict[ObjectKind, int] | None:
-    name, total = _NOUNS[match["noun"]], _to_int(match["count"])
-    kind = ObjectKind(name, match["occluded"] is not None, match["truncated"] is not None)
-    counts = {}
+    kind, total, counts = _KINDS[match["objects"]], _to_int(match["count"]), {}
     if match["shares"]:
-        if kind != ObjectKind(name):
+        if kind != ObjectKind(kind.name):
             return None
         told = re.findall(rf"({_COUNT}) ({_any_of(_SHARE_OF)})", match["shares"].replace(" of them", ""))
-        counts = {ObjectKind(name, *_SHARE_OF[word]): _to_int(count) for count, word in told}
+        counts = {ObjectKind(kind.name, *_SHARE_OF[word]): _to_int(count) for count, word in told}
         if len(counts) < len(told) or min(counts.values()) < 1:
             return None
     rest = total - sum(counts.values())

@@ -45,21 +45,26 @@ def _describe_natural(facts: Facts) -> str:
     """Correct English: one sentence a class, and what is undefined is left unsaid."""
     sentences = []
     if facts.time_of_day is not None:
-        time = "" if facts.time_of_day == UNDEFINED else facts.time_of_day.replace("/", " or ") + " "
+        time = "driving" if facts.time_of_day == UNDEFINED else facts.time_of_day.replace("/", " or ")
         weather = "" if facts.weather == UNDEFINED else f" in {facts.weather} weather"
         place = f" {SCENES[facts.scene]}".rstrip()
         article = "an" if time.startswith(("a", "e")) else "a"
-        sentences.append(f"It is {article} {time}scene{weather}{place}.")
+        sentences.append(f"It is {article} {time} scene{weather}{place}.")
     if facts.traffic_light:
         sentences.append(f"The traffic light is {facts.traffic_light}.")
-    for name in sorted({kind.name for kind in facts.objects}):
+    for name in sorted({kind.name for kind in facts.objects}, key=lambda name: (name.startswith(OTHER), name)):
         counts = {kind: count for kind, count in facts.objects.items() if kind.name == name}
         sentences.append(_describe_class(name, counts))
     return " ".join(sentences)
 
 
-# how a share of one class is told, in this order
-SHARES = {(True, False): "partially occluded", (False, True): "truncated", (True, True): "both"}
+# (occluded, truncated): how it is told, in this order
+SHARES = {
+    (True, False): "partially occluded",
+    (False, True): "truncated",
+    (True, True): "partially occluded and truncated",
+}
+OTHER = "other "  # begins the names of classes that are told last; it stands before any qualifier
 
 
 def _describe_class(name: str, counts: Mapping[ObjectKind, int]) -> str:
@@ -68,15 +73,22 @@ def _describe_class(name: str, counts: Mapping[ObjectKind, int]) -> str:
     if len(counts) == 1:  # all alike: the qualifier stands before the noun
         [kind] = counts
         verb, noun = ("is", singular) if total == 1 else ("are", plural)
-        return f"There {verb} {_number(total)} {kind.qualifier}{noun}."
+        return f"There {verb} {_number(total)} {qualify(noun, kind)}."
     shares = [
         f"{_number(counts[ObjectKind(name, *seen)])} {word}"
         for seen, word in SHARES.items()
         if ObjectKind(name, *seen) in counts
     ]
     shares[0] = shares[0].replace(" ", " of them ", 1)
-    told = shares[0] if len(shares) == 1 else ", ".join(shares[:-1]) + " and " + shares[-1]
+    told = ", ".join(shares[:2]) + f", and {shares[2]}" if len(shares) == 3 else " and ".join(shares)
     return f"There are {total} {plural}, {told}."
+
+
+def qualify(noun: str, kind: ObjectKind) -> str:
+    """The noun with how the objects are seen: partially occluded and truncated cars, other truncated people."""
+    look = f"{SHARES[kind[1:]]} " if kind[1:] in SHARES else ""
+    _, other, rest = noun.rpartition(OTHER)
+    return other + look + rest
 
 
 def _number(count: int) -> str:

@@ -45,8 +45,8 @@ def read_captions(path: Path, group_column: str | None = None) -> pd.DataFrame:
 
     Columns: name (of the image, with its folder below that of the images), caption (with single spaces), split (train,
     val, test, or "" where the file has no such column) and group ("" without `group_column`). The index is the line, or
-    for COCO the number of the annotation, as its name says. Rows without a caption are left out, which is printed.
-    Raises UserError, with the file, the line, what was found and what is wanted.
+    for COCO the number of the annotation, as its name says. Rows without a caption or of an unknown split are left out,
+    which is printed. Raises UserError, with the file, the line, what was found and what is wanted.
     """
     if path.is_dir():
         return _read_image_folder(path, group_column)
@@ -242,18 +242,18 @@ def _read_image_folder(folder: Path, group_column: str | None) -> pd.DataFrame:
 
 
 def check_captions(path: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """The table with all columns and clean texts, without rows that have no caption.
+    """The table with all columns and clean texts, without rows that have no caption or are of an unknown split.
 
-    Raises UserError with the line of a bad one, in the unit that the index is named for.
+    Both are counted and printed. Raises UserError with the line of a bad row, in the unit that the index is named for.
     """
     for column in table:
         if not isinstance(table[column].dtype, pd.StringDtype):
             table = _take_texts(path, table, column)
-        table[column] = table[column].str.strip()
+        table[column] = table[column].fillna("").str.strip()  # pandas has null among texts as NaN
     table["caption"] = table["caption"].map(lambda text: " ".join(text.split()))  # a line end would end the caption
     table["name"] = table["name"].str.replace("\\", "/").str.removeprefix("./")
     empty = table["caption"] == ""
-    _tell_empty(path, table[empty & (table["name"] != "")])
+    _tell_left_out(path, table[empty & (table["name"] != "")].index, "have no caption")
     table = table[~empty].copy()
     if table.empty:
         raise UserError(f"{path}: no captions in it; --captions takes {WANTED}")
@@ -264,8 +264,12 @@ def check_captions(path: Path, table: pd.DataFrame) -> pd.DataFrame:
     _refuse(path, table, table["caption"].str.len() > MAX_CHARACTERS, "caption", too_long)
     if "split" in table:
         splits = table["split"].str.lower().map(SPLIT_NAMES)
-        _refuse(path, table, splits.isna(), "split", f"a split is one of {', '.join(SPLIT_NAMES)}")
-        table["split"] = splits
+        if splits.isna().all():
+            _refuse(path, table, splits.isna(), "split", f"a split is one of {', '.join(SPLIT_NAMES)}")
+        others = table["split"][splits.isna()]
+        found = escape_controls(", ".join(map(repr, others.unique()[:LISTED])))[:200]
+        _tell_left_out(path, others.index, f"are of splits other than train, val and test ({found})")
+        table = table.assign(split=splits)[splits.notna()]
     for column in table.columns.difference(["name", "caption"]):
         differs = table[column] != table.groupby("name")[column].transform("first")
         _refuse(path, table, differs, column, f"its image has another {column} above")
@@ -289,7 +293,7 @@ def _refuse(path: Path, table: pd.DataFrame, bad: pd.Series, column: str, why: s
         raise UserError(f"{path}, {table.index.name} {line}: {why}; found {value!r}")
 
 
-def _tell_empty(path: Path, empty: pd.DataFrame) -> None:
-    if len(empty):
-        first = ", ".join(map(str, empty.index[:LISTED])) + ", ..." * (len(empty) > LISTED)
-        print(f"{path}: {len(empty):,} rows have no caption and are left out ({empty.index.name} {first})")
+def _tell_left_out(path: Path, rows: pd.Index, why: str) -> None:
+    if len(rows):
+        first = ", ".join(map(str, rows[:LISTED])) + ", ..." * (len(rows) > LISTED)
+        print(f"{path}: {len(rows):,} rows {why} and are left out ({rows.name} {first})")

@@ -1,14 +1,16 @@
 """A data set on the Hugging Face hub, or a copy of one, as a table of captions and image files.
 
-captions = fetch_captions("user/name@revision", run_dir)       # images in run_dir/images/, read by our decoder alone
+captions, images = fetch_captions("user/name@revision", run_dir)     # a table, and a folder for our decoder to read
 """
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
+from tqdm import tqdm
 
 from captioner.data.caption_files import METADATA, SPLIT_NAMES, TEXT_COLUMNS, check_captions
 from captioner.data.image_files import IMAGE_SUFFIXES
@@ -20,7 +22,8 @@ if TYPE_CHECKING:  # it takes a while to import
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+)?")
 COMMIT = re.compile("[0-9a-f]{40}")
-IMAGES, SOURCE = "images", "captions.json"  # in the run folder
+IMAGES = "images"  # in the run folder, or beside it
+SOURCE = "captions.json"  # in the run folder
 
 
 def is_data_set(captions: Path) -> bool:
@@ -31,21 +34,28 @@ def is_data_set(captions: Path) -> bool:
     return not captions.exists() and bool(HUB_NAME.fullmatch(str(captions)))
 
 
-def fetch_captions(name: str, run_dir: Path, group_column: str | None = None) -> pd.DataFrame:
-    """The captions of a data set, as read_captions gives them; its images are written to `run_dir`/images.
+def fetch_captions(name: str, run_dir: Path, group_column: str | None = None) -> tuple[pd.DataFrame, Path]:
+    """The captions of a data set, as read_captions gives them, and the folder of its images, which are written.
 
-    Which commit of it was read is kept in `run_dir`/captions.json. Raises UserError when it can't be had, or has no
+    Those of a commit on the hub are written once, to a folder beside that of the run; those of a copy, which may
+    change, to `run_dir`/images. Of several splits those are read that are train, validation or test, by any usual name.
+    Which commit was read is kept in `run_dir`/captions.json. Raises UserError when the data set can't be had, or has no
     images or captions.
     """
     sets, commit = _load(name)
+    has_splits = len(sets) > 1  # a single one is split here, whatever it is called
+    if has_splits:
+        sets = _leave_out_others(name, sets)
     columns, tables = {split: _find_columns(name, table, group_column) for split, table in sets.items()}, []
+    repo = name.partition("@")[0]
+    folder = run_dir.parent / IMAGES / f"{repo.replace('/', '--')}@{commit}" if commit else run_dir / IMAGES
     for split, table in sets.items():
-        rows = _write_images(table, columns[split], split, run_dir / IMAGES)
+        rows = _write_images(table, columns[split], folder / split, keep=bool(commit))
         frame = pd.DataFrame(rows, columns=["name", "caption", *(["group"] if group_column else [])])
-        tables.append(frame.assign(split=split) if split in SPLIT_NAMES and len(sets) > 1 else frame)
+        tables.append(frame.assign(split=split) if has_splits else frame)
     captions = pd.concat(tables, ignore_index=True)
-    write_json(run_dir / SOURCE, {"data_set": name.partition("@")[0], "commit": commit})
-    return check_captions(Path(name), captions.rename_axis("row"))
+    write_json(run_dir / SOURCE, {"data_set": repo, "commit": commit})
+    return check_captions(Path(name), captions.rename_axis("row")), folder
 
 
 def _load(name: str) -> tuple["DatasetDict", str | None]:
@@ -74,6 +84,19 @@ def _load(name: str) -> tuple["DatasetDict", str | None]:
     return sets, commit
 
 
+def _leave_out_others(name: str, sets: "DatasetDict") -> dict[str, "Dataset"]:
+    """The splits whose names are known. How many rows the others have is printed."""
+    known = {split: table for split, table in sets.items() if split.lower() in SPLIT_NAMES}
+    others = {split: len(table) for split, table in sets.items() if split not in known}
+    found = escape_controls(", ".join(others))[:200]
+    if not known:
+        raise UserError(f"--captions {name}: its splits are {found}; one of {', '.join(SPLIT_NAMES)} is wanted")
+    if others:
+        rows = sum(others.values())
+        print(f"{name}: {rows:,} rows are of splits other than train, val and test ({found}) and are left out")
+    return known
+
+
 def _find_columns(name: str, table: "Dataset", group_column: str | None) -> list[str]:
     """The columns of images, captions and groups."""
     from datasets import Image
@@ -89,14 +112,21 @@ def _find_columns(name: str, table: "Dataset", group_column: str | None) -> list
     return [images[0], texts[0], *([group_column] if group_column else [])]
 
 
-def _write_images(table: "Dataset", columns: list[str], split: str, folder: Path) -> Iterator[tuple]:
-    """(name, caption or list of them, group) of each row, whose image is then in `folder`."""
-    (folder / split).mkdir(parents=True, exist_ok=True)
-    for number, row in enumerate(table.select_columns(columns)):
+def _write_images(table: "Dataset", columns: list[str], folder: Path, keep: bool) -> Iterator[tuple]:
+    """(name, caption or list of them, group) of each row, whose image is then in the `folder` of its split.
+
+    Files that are there stay if they are to `keep`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = tqdm(table.select_columns(columns), f"writing {folder.name} images", unit="image")
+    for number, row in enumerate(rows):
         image, *values = (row[column] for column in columns)
         source = Path((image or {}).get("path") or "")
         content = (image or {}).get("bytes") or (source.read_bytes() if source.is_file() else b"")
         suffix = source.suffix.lower() if source.suffix.lower() in IMAGE_SUFFIXES else ".jpg"
-        name = f"{split}/{number:06d}{suffix}"
-        (folder / name).write_bytes(content)
-        yield name, *values
+        file = folder / f"{number:06d}{suffix}"
+        if not (keep and file.exists()):
+            temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+            temporary.write_bytes(content)
+            temporary.replace(file)
+        yield f"{folder.name}/{file.name}", *values

@@ -9,20 +9,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from captioner.bdd100k.file_kinds import name_kind
 from captioner.runtime.errors import UserError
 
 FORMATS = ("JPEG", "PNG")  # decoders that are tried, whatever a file's name is
 MAX_PIXELS = 50_000_000  # of an image; a BDD100K frame has 0.9 million
 DRAFT = (256, 256)  # pixels to which a JPEG is decoded at least when it is only checked
-MAGIC = {  # how files begin that are often named .jpg
-    b"RIFF": "WebP",
-    b"BM": "BMP",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"GIF8": "GIF",
-    b"version https://git-lfs": "a Git LFS pointer, fetch the file itself with git lfs pull",
-    b"<": "a web page or XML",
-}
+HEAD = 4096  # bytes in which a file shows what it is
 
 
 def open_image(path: Path, draft: bool = False) -> Image.Image:
@@ -50,13 +43,12 @@ def _name_kind(path: Path) -> str | None:
     """What a file is that is no JPEG and no PNG; None if that is not known."""
     try:
         with open(path, "rb") as file:
-            start = file.read(32)
+            what, remedy = name_kind(file.read(HEAD)) or ("", "")
     except OSError:
         return None
-    kind = next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), None)
-    if start[4:8] == b"ftyp":
-        kind = "HEIC or AVIF"
-    return kind and f"it is {kind}: images must be JPEG or PNG"
+    if not what or any(form in what for form in FORMATS):
+        return None
+    return f"{what}: {remedy if 'fetch the file' in remedy else 'images must be JPEG or PNG'}"
 
 
 def normalize_image(image: Image.Image | np.ndarray) -> Image.Image:

@@ -81,10 +81,10 @@ def tell_once(note: str) -> None:
     print(escape_controls(note))
 
 
-def index_images(folder: Path) -> dict[str, list[Path]]:
-    """{file name: paths} of the images below `folder`."""
+def index_images(folder: Path, flag: str = "--images") -> dict[str, list[Path]]:
+    """{file name: paths} of the images below `folder`, that `flag` names."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give the folder with the images with --images, or try --demo")
+        raise UserError(f"{flag} {folder}: no such folder; give the folder with the images")
     index: dict[str, list[Path]] = {}
     for path in list_images(folder):
         index.setdefault(normalize("NFC", path.name), []).append(path)  # macOS writes é as e and an accent

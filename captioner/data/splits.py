@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import itertools
-import math
 import os
 import random
 import re
@@ -111,10 +110,11 @@ def prepare_splits(config: TrainConfig, run_dir: Path) -> dict[str, list[Example
     by_name = {example.name: example for example in examples if example.group not in rides}
     if len(by_name) < len(examples):
         print(f"{len(examples) - len(by_name):,} frames are of rides that are held out, and are left out")
-    names = split_by_ride(list(by_name)[: config.data.limit], shares, config.training.seed)
+    frames = list(by_name) if held_out else list(by_name)[: config.data.limit]
+    names = split_by_ride(frames, shares, config.training.seed)
     splits = {split: [by_name[name] for name in names[split]] for split in names}
     splits.setdefault("test", held_out)
-    return splits
+    return limit_splits(splits, config.data.limit)
 
 
 def caption_frames(config: TrainConfig, labels: Sequence[Path], images: Path, run_dir: Path) -> list[Example]:
@@ -131,11 +131,11 @@ def caption_frames(config: TrainConfig, labels: Sequence[Path], images: Path, ru
 def read_own_captions(config: TrainConfig, run_dir: Path) -> tuple["pd.DataFrame", Path]:
     """The table of captions that were given, and the folder of their images."""
     from captioner.data.caption_files import read_captions
-    from captioner.data.hub_captions import IMAGES, fetch_captions, is_data_set
+    from captioner.data.hub_captions import fetch_captions, is_data_set
 
     path, group_column = config.data.captions, config.data.group_column
     if config.data.images is None and is_data_set(path):
-        return fetch_captions(str(path), run_dir, group_column), run_dir / IMAGES
+        return fetch_captions(str(path), run_dir, group_column)
     return read_captions(path, group_column), find_image_folder(config)
 
 
@@ -157,11 +157,20 @@ def split_own_captions(config: TrainConfig, run_dir: Path) -> dict[str, list[Exa
     names = {split: [name for name in examples if given[name] == split] for split in shares}
     if not any(names.values()):
         names["train"] = list(examples)
-    if config.data.limit is not None:
-        share = min(1, config.data.limit / len(examples))
-        names = {split: part[: math.ceil(share * len(part))] for split, part in names.items()}
     names |= _fill_splits(names, examples, shares, config.training.seed)
-    return {split: [examples[name] for name in names[split]] for split in shares}
+    splits = {split: [examples[name] for name in names[split]] for split in shares}
+    return limit_splits(splits, config.data.limit)
+
+
+def limit_splits(splits: dict[str, list[Example]], limit: int | None) -> dict[str, list[Example]]:
+    """The first examples of each split, `limit` in all: in proportion to the splits, and one of each at least."""
+    total = sum(map(len, splits.values()))
+    if limit is None or limit >= total:
+        return splits
+    counts = dict.fromkeys(splits, 1)
+    while sum(counts.values()) < limit:
+        counts[max(splits, key=lambda split: limit * len(splits[split]) / total - counts[split])] += 1
+    return {split: examples[: counts[split]] for split, examples in splits.items()}
 
 
 def _fill_splits(names, examples: Mapping[str, Example], shares, seed: int) -> dict[str, list[str]]:
@@ -280,7 +289,8 @@ def move_images(examples: list[Example], root: Path) -> list[Example]:
     """
     images = {e.name: root / e.image for e in examples if not e.image.is_absolute() and (root / e.image).is_file()}
     if len(images) < len(examples):
-        images |= locate_images([example.name for example in examples if example.name not in images], root)
+        index = index_images(root, "--images-root")
+        images |= locate_images([example.name for example in examples if example.name not in images], root, index)
     moved = [example._replace(image=images[example.name]) for example in examples if example.name in images]
     if not moved:
         raise UserError(f"--images-root {root}: none of the {len(examples):,} images that are wanted is in it")

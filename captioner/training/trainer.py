@@ -74,6 +74,10 @@ class CaptionTrainer(SealedTrainer):
         """Not counted: Trainer would walk over all weights at each step, for longer than a GPU takes for some."""
         return 0
 
+    def log(self, logs, *args, **kwargs):
+        logs.pop("total_flos", None)  # which are not counted
+        super().log(logs, *args, **kwargs)
+
     # one step
 
     def training_step(self, model, inputs, num_items_in_batch=None):

@@ -52,6 +52,21 @@ def test_one_scene_attribute_is_enough(tmp_path):
     assert (facts.time_of_day, facts.weather, facts.scene) == ("undefined", "rainy", "undefined")
 
 
+@pytest.mark.parametrize(
+    ("labels", "variant"),
+    [
+        ([], "frames without a light attribute"),
+        ([CAR | {"box2d": {"x1": 1, "y1": 2, "x2": 3, "y2": 4}}], "frames without a light attribute"),
+        ([CAR | {"attributes": {"occluded": True}}], "frames without a light attribute"),
+        ([CAR | {"attributes": {"trafficLightColor": "none"}}], "2018 release"),
+        ([CAR, CAR | {"attributes": {"trafficLightColor": "NA"}}], "det_20"),
+    ],
+)
+def test_a_frame_is_counted_under_what_tells_its_release(tmp_path, labels, variant):
+    _, report = read_one(tmp_path, labels)
+    assert report.variants == {variant: 1}
+
+
 @pytest.mark.parametrize("spell", [str.upper, str.title, lambda key: f"{key[0]}_{key[1:]}", lambda key: f" {key}"])
 def test_keys_and_values_in_other_cases_are_read(tmp_path, spell):
     def respell(value):

@@ -16,6 +16,8 @@ from collections import Counter
 import pandas as pd
 import pytest
 from conftest import ROOT, SHARED, call_script, needs_real_samples
+from hypothesis import given
+from hypothesis import strategies as st
 
 from captioner.bdd100k import census, label_files
 from captioner.bdd100k.facts import MAX_COUNT, ObjectKind
@@ -414,6 +416,14 @@ def test_census_counts_objects_by_class_and_look(capsys):
     ]
     assert census.tabulate_classes(counts)["in full view"].to_dict() == {"car": 1200, "truck": 3}
     assert "car" not in str(print_of())
+
+
+@given(st.sets(st.integers(0, 500), min_size=1))
+def test_bins_of_the_census_hold_as_many_whole_numbers_each(values):
+    edges = census.cut_bins(values)
+    [width] = {after - before for before, after in itertools.pairwise(edges)}
+    assert width == int(width) and edges[0] == min(values) - 0.5 and len(edges) <= census.MOST_BINS + 1
+    assert edges[-2] < max(values) < edges[-1]
 
 
 def test_census_is_printed_and_drawn(tmp_path, figures):

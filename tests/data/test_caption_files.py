@@ -93,6 +93,26 @@ def test_rows_without_a_caption_are_left_out_and_told(tmp_path, capsys):
     assert "c.csv: 2 rows have no caption and are left out (line 2, 5)" in capsys.readouterr().out
 
 
+def test_rows_of_unknown_splits_are_left_out_and_told(tmp_path, capsys):
+    rows = [("a.jpg", "train"), ("b.jpg", "restval"), ("c.jpg", None), ("d.jpg", "test"), ("e.jpg", "restval")]
+    lines = [json.dumps({"name": name, "caption": "x", "split": split}) for name, split in rows]
+    table = read_captions(write(tmp_path, "c.jsonl", "\n".join(lines)))
+    assert list(zip(table["name"], table["split"], strict=True)) == [("a.jpg", "train"), ("d.jpg", "test")]
+    told = "3 rows are of splits other than train, val and test ('restval', '') and are left out (line 2, 3, 5)"
+    assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("key", "left"), [("name", None), ("caption", ["a.jpg"]), ("video", ["a.jpg", "b.jpg"])])
+def test_null_among_texts_is_an_empty_text(tmp_path, key, left):
+    row = {"name": "b.jpg", "caption": "x", "video": "1"}
+    path = write(tmp_path, "c.jsonl", "\n".join(map(json.dumps, [row | {"name": "a.jpg"}, row | {key: None}])))
+    if left is None:
+        with pytest.raises(UserError, match="line 2: it has no image; found 'x'"):
+            read_captions(path, "video")
+    else:
+        assert read_captions(path, "video")["name"].tolist() == left
+
+
 LONG = "x" * 10_000_000
 BAD = {
     "empty": ("", r"line 1: found nothing \(it is empty\); wanted the titles of an image column \(name, file_name"),

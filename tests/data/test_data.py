@@ -179,7 +179,7 @@ def test_captions_without_an_image_are_counted(tmp_path, capsys):
 def test_a_folder_without_images_is_named(tmp_path):
     with pytest.raises(UserError, match="no image"):
         index_images(tmp_path)
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match=r"^--images .*missing: no such folder; give the folder with the images$"):
         index_images(tmp_path / "missing")
 
 
@@ -248,11 +248,27 @@ def test_images_of_other_kinds_are_counted_and_named(tmp_path, told, listing):
         (b"....ftypheic", "HEIC"),
         (b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
         (b"<!DOCTYPE html>", "web page"),
+        (b"RIFF....AVI ", "video"),
+        (b"\0\0\0\x20ftypisom", "video"),
+        (b"", "empty"),
     ],
 )
 def test_what_only_has_the_name_of_a_jpeg_is_named(tmp_path, content, kind):
     (tmp_path / "a.jpg").write_bytes(content)
     with pytest.raises(UserError, match=rf"a\.jpg: not readable as an image \(it is .*{kind}"):
+        open_image(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\xd8\xff\xe0\0\x10JFIF", "Truncated File Read"),  # what is wrong with a JPEG the decoder knows
+        (b"\x02, \x01;\n", "cannot identify image file"),  # bytes that are no text are no table
+    ],
+)
+def test_what_a_file_can_only_be_mistaken_for_is_not_told(tmp_path, content, said):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.jpg: not readable as an image \({said}"):
         open_image(tmp_path / "a.jpg")
 
 
@@ -272,6 +288,8 @@ def test_images_that_were_moved_are_found_in_their_new_folder(tmp_path, capsys):
     assert sorted(found) == [Example(f"{name}.jpg", tmp_path / f"new/deep/{name}.jpg", name) for name in "ab"]
     assert left_out == {"images not in --images-root": 1}
     assert "1 of 3 images are not in" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"^--images-root .*nope: no such folder; give the folder with the images$"):
+        choose_examples(make_config(EvalConfig, adapter=tmp_path, images_root=tmp_path / "nope"))
 
 
 def test_a_split_has_all_captions_and_the_group_and_its_images_by_folder(tmp_path):

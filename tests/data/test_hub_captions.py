@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,9 +72,63 @@ def test_a_data_set_is_read_by_its_name_at_one_commit(tmp_path, copy, monkeypatc
     )
     assert is_data_set(Path("me/cars"))
     for name in ("me/cars", "me/cars@main", f"me/cars@{COMMIT}"):
-        assert len(fetch_captions(name, tmp_path / "run")) == 5
+        assert len(fetch_captions(name, tmp_path / "run")[0]) == 5
         assert json.loads((tmp_path / "run/captions.json").read_text()) == {"data_set": "me/cars", "commit": COMMIT}
     assert asked == [("me/cars", COMMIT)] * 3
+
+
+def rename_split(copy: Path, split: str, name: str) -> None:
+    [file] = copy.glob(f"data/{split}-*")
+    file.rename(file.with_name(file.name.replace(split, name)))
+
+
+def test_splits_of_other_names_are_left_out_and_told(tmp_path, copy, capsys):
+    """Before any image is written."""
+    shutil.copy(next(copy.glob("data/test-*")), copy / "data/another-00000-of-00001.parquet")
+    captions, folder = fetch_captions(str(copy), tmp_path / "run")
+    assert set(captions["split"]) == {"train", "test"} and len(captions) == 5
+    told = "copy: 1 rows are of splits other than train, val and test (another) and are left out"
+    assert told in capsys.readouterr().out
+    assert folder == tmp_path / "run/images" and {path.name for path in folder.iterdir()} == {"train", "test"}
+    rename_split(copy, "train", "more")
+    with pytest.raises(UserError, match="no image is in the split train: test alone"):
+        prepare_splits(make_config(TrainConfig, captions=copy), tmp_path / "run")
+    rename_split(copy, "test", "most")
+    message = "its splits are another, more, most; one of train, training, val, .* is wanted"
+    with pytest.raises(UserError, match=message):
+        fetch_captions(str(copy), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_single_split_is_split_whatever_its_name_is(tmp_path, copy):
+    rename_split(copy, "train", "whole")
+    next(copy.glob("data/test-*")).unlink()
+    splits = prepare_splits(make_config(TrainConfig, captions=copy), tmp_path / "run")
+    assert {split: len(part) for split, part in splits.items()} == {"train": 1, "val": 1, "test": 1}
+
+
+def test_images_of_a_commit_are_written_once(tmp_path, copy, monkeypatch, capfd):
+    """Those of a folder always: it may have changed."""
+    load_dataset = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, revision=None: load_dataset(str(copy)))
+
+    def fetch(name: str, run: str) -> dict[Path, int]:
+        _, folder = fetch_captions(name, tmp_path / "logs" / run)
+        assert "writing train images: 100%" in capfd.readouterr().err
+        return {path: path.stat().st_mtime_ns for path in folder.rglob("*.*")}
+
+    written = fetch(f"me/cars@{COMMIT}", "run")
+    assert {path.parent for path in written} == {
+        tmp_path / f"logs/images/me--cars@{COMMIT}" / split for split in ("train", "test")
+    }
+    first = min(written)
+    first.unlink()
+    again = fetch(f"me/cars@{COMMIT}", "other")
+    assert again.keys() == written.keys() and {path for path in written if again[path] != written[path]} == {first}
+    copies = fetch(str(copy), "run")
+    assert {path.relative_to(tmp_path / "logs/run/images").parts[0] for path in copies} == {"train", "test"}
+    again = fetch(str(copy), "run")
+    assert again.keys() == copies.keys() and not again.items() & copies.items()
 
 
 def test_a_data_set_without_images_or_captions_is_refused(tmp_path, copy):

@@ -238,6 +238,15 @@ def test_the_split_of_the_file_is_kept(tmp_path, photos, capsys):
     assert "group" not in capsys.readouterr().out
     fewer = split_by_file(tmp_path, photos, {"split": column}, limit=6)
     assert {split: len(part) for split, part in fewer.items()} == {"train": 4, "val": 1, "test": 1}
+    for column, limit, counts in [
+        (["train"] * 4 + ["val"] * 4 + ["test"] * 4, 4, [2, 1, 1]),
+        (["train"] * 10 + ["val", "test"], 4, [2, 1, 1]),
+        (["train"] * 10 + ["val", "test"], 3, [1, 1, 1]),
+        (["train"] * 2 + ["val"] * 5 + ["test"] * 5, 11, [2, 5, 4]),
+        (["train"] * 2 + ["test"] * 10, 4, [1, 1, 2]),  # the split val is a part of the two
+    ]:
+        parts = split_by_file(tmp_path, photos, {"split": column}, limit=limit)
+        assert [len(parts[split]) for split in ("train", "val", "test")] == counts
     parts = split_by_file(tmp_path, photos, {"split": ["test", *["train"] * 11]})
     assert parts["test"] == names[:1] and sorted(parts["train"] + parts["val"]) == sorted(names[1:]) and parts["val"]
     with pytest.raises(UserError, match="no image is in the split train: test alone"):
