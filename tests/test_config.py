@@ -130,6 +130,60 @@ def test_what_is_on_off_or_as_in_training_has_the_flags_of_main(flags, lanes):
     assert parse_args(EvalConfig, [*args[2:], "--labels", "a", "b"]).labels == (Path("a"), Path("b"))
 
 
+@pytest.mark.parametrize(
+    ("flags", "greedy"),
+    [
+        ("", False),
+        ("--images a", True),
+        ("--images a --no-greedy", False),
+        ("--images a --temperature 0.7", False),
+        ("--images a --top_p=0.9", False),
+        ("--images a --predictions b", False),
+        ("--demo", True),
+        ("--demo --temperature 0.9 --seed 1", False),
+    ],
+)
+def test_images_are_captioned_by_the_likeliest_tokens_unless_sampling_is_asked_for(flags, greedy):
+    assert parse_args(EvalConfig, flags.split()).generation.greedy == greedy
+
+
+@pytest.mark.parametrize(
+    ("mode", "flags"),
+    [
+        ("--compare a b", ["--base", "--split val", "--num-samples 5", "--show 1", "--adapter x", "--labels x"]),
+        ("--compare a b", ["--predictions x", "--images x", "--seed 1", "--fast off", "--images-root x"]),
+        ("--predictions a", ["--base", "--blank", "--model-floors", "--greedy", "--max-new-tokens 5", "--split val"]),
+        ("--predictions a --images b", ["--num-samples 5", "--images-root x", "--batch-size 2", "--features x"]),
+        ("--images a", ["--num-samples 5", "--split val", "--labels x", "--model-floors", "--seed 1"]),
+        ("--images a", ["--greedy --temperature 0.9", "--greedy --top-p 0.5"]),
+        ("--demo --predictions a", ["--num-samples 20", "--batch-size 16", "--no-greedy"]),
+    ],
+)
+def test_flags_without_effect_are_refused(mode, flags, capsys):
+    parse_args(EvalConfig, mode.split())
+    for flag in flags:
+        with pytest.raises(SystemExit) as stopped:
+            parse_args(EvalConfig, [*mode.split(), *flag.split()])
+        assert stopped.value.code == 2
+        last = flag.rpartition("--")[2].split()[0].removeprefix("no-")
+        assert f"--{last}" in capsys.readouterr().err, flag
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--predictions a --images b --labels c --references d --adapter e --show 0 --num-samples all",
+        "--images a --base --blank --adapter b --show 0 --num-samples all --batch-size 2 --features off",
+        "--images a --no-greedy --seed 1",
+        "--compare a b --references c --run-name d",
+        "--demo --compare a b",
+        "--demo --images a",
+    ],
+)
+def test_flags_with_an_effect_are_taken(flags):
+    parse_args(EvalConfig, flags.split())
+
+
 BOUNDS = [  # the last value that is taken, and the first that is refused
     (TrainConfig, "lora_rank", 1, 0),
     (TrainConfig, "lora_alpha", 1, 0),
@@ -169,6 +223,7 @@ BOUNDS = [  # the last value that is taken, and the first that is refused
     (EvalConfig, "top_p", 1, 1 + 1e-9),
     (EvalConfig, "top_p", 1e-9, 0),
     (EvalConfig, "num_samples", 1, 0),
+    (EvalConfig, "show", 0, -1),
     (EvalConfig, "max_new_tokens", 1, 0),
 ]
 
