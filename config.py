@@ -340,7 +340,7 @@ class EvalConfig:
 
 
 CAPTIONING = (  # settings of eval.py that have no effect where it captions nothing
-    *("base", "blank", "model_floors", "split", "images_root", "num_samples"),
+    *("model", "base", "blank", "model_floors", "split", "images_root", "num_samples"),
     *(field.name for field in (*fields(GenerationSettings), *fields(FastSettings))),
 )
 IDLE = {  # by what eval.py is asked for, the first that is: what it does, and settings that have no effect on that
