@@ -11,13 +11,13 @@ imports anything heavy, so that --help and a misspelt flag answer at once:
 """
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from captioner.bdd100k.wording import Style
 from captioner.runtime.errors import UserError
-from captioner.runtime.settings import Config, check, make_config, read_flags, setting
+from captioner.runtime.settings import Config, check, flatten, make_config, read_flags, setting
 
 DEMO_FOLDER = Path(__file__).parent / "demo"  # the renderer and the small base model
 DEMO_DATA = Path("demo-data")  # what the renderer draws
@@ -218,7 +218,8 @@ class ReadingSettings:
 class GenerationSettings:
     """How captions are generated."""
 
-    greedy: bool = False  # take the likeliest token each time instead of sampling
+    # take the likeliest token each time instead of sampling; --images alone does, unless it is told how to sample
+    greedy: bool = False
     temperature: float = 0.7  # of sampling
     top_p: float = 0.9  # share of the probability that sampling draws from
     max_new_tokens: int | None = None  # longest caption in tokens; none: as saved in training
@@ -229,6 +230,8 @@ class GenerationSettings:
         check(self, "more than 0", lambda value: value > 0, "temperature", "batch_size")
         check(self, "more than 0, and at most 1", lambda value: 0 < value <= 1, "top_p")
         check(self, "1 or more", lambda value: value >= 1, "max_new_tokens")
+        if self.greedy and (self.temperature, self.top_p) != (GenerationSettings.temperature, GenerationSettings.top_p):
+            raise UserError("--greedy: takes no --temperature and no --top-p, as the likeliest token is not drawn")
         check(self, "0 to 4294967295", lambda value: 0 <= value < 2**32, "seed")
 
 
@@ -286,8 +289,10 @@ class EvalConfig:
 
     demo: bool = False  # evaluate what `main.py --demo` trained
     adapter: Path = Path("blip2-finetuned")  # folder that main.py wrote
+    model: str | None = None  # folder or name of the base model, if it is not where main.py had it
     predictions: Path | None = None  # score this file of name, prediction, references (JSON lines or CSV), no model
-    references: Path | None = None  # references of --predictions: a captions CSV, predictions, COCO's captions
+    # references of --predictions: captions in any form that main.py reads, or predictions that have references
+    references: Path | None = None
     labels: tuple[Path, ...] = ()  # label files whose facts the captions are held against; none: as in the references
     compare: tuple[Path, ...] = ()  # two predictions files: how they differ, and whether by chance
     against: tuple[Path, ...] = ()  # with --compare: the other model's files, where each has one for each of its seeds
@@ -308,31 +313,44 @@ class EvalConfig:
     def __post_init__(self):
         if self.num_samples != "all" and self.num_samples < 1:
             raise UserError(f"--num-samples {self.num_samples}: must be 1 or more, or the word all")
-        if self.model_floors and (self.base or self.predictions):
-            raise UserError(
-                "--model-floors: needs the fine-tuned model, so it goes with neither --base nor --predictions"
-            )
-        if self.compare and (self.predictions or self.labels or self.images or self.model_floors):
-            raise UserError("--compare: goes with neither --predictions, --labels, --images nor --model-floors")
+        check(self, "0 or more", lambda value: value >= 0, "show")
+        if self.model_floors and self.base:
+            raise UserError("--model-floors: needs the fine-tuned model, so it does not go with --base")
         if len(self.compare) != 2 and bool(self.compare) != bool(self.against):
             raise UserError(
                 "--compare: takes two predictions files, or those of one model with the other's in --against"
             )
         if not self.labels and self.reading != ReadingSettings():
             raise UserError("--labels: is missing; class names, lanes and so on say how label files are read")
-        if self.images and not self.predictions and (self.labels or self.model_floors):
-            raise UserError(
-                "--images: without --predictions, images are captioned only, and nothing is scored; --images-root is "
-                "for the images of the split that were moved"
-            )
-        if self.images_root and (self.predictions or self.compare or self.images):
-            raise UserError(
-                "--images-root: goes with neither --predictions, --compare nor --images; only a split has a root"
-            )
-        if self.predictions and (self.base or self.blank):
-            raise UserError("--predictions: no model is loaded, so --base and --blank have nothing to act on")
         if self.references and not (self.predictions or self.compare):
             raise UserError("--references: goes with --predictions or --compare, whose captions they belong to")
+        if mode := next((name for name in IDLE if getattr(self, name)), None):
+            self._refuse_idle(mode)
+
+    def _refuse_idle(self, mode: str) -> None:
+        """Raise UserError for a setting that has no effect beside the flag `mode`, and has not its usual value."""
+        what_happens, idle = IDLE[mode]
+        values, usual = flatten(self), flatten(make_config(EvalConfig, **(DEMO[EvalConfig] if self.demo else {})))
+        for name in idle:
+            if values[name] not in (usual[name], "all"):  # which --num-samples may be: so it is
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"--{mode} {flag}: {what_happens}, so {flag} has no effect; leave it out")
+        if mode == "images" and values["greedy"] and values["seed"] != usual["seed"]:
+            raise UserError("--images --seed: the likeliest tokens are taken, and none is drawn; add --no-greedy")
+
+
+CAPTIONING = (  # settings of eval.py that have no effect where it captions nothing
+    *("model", "base", "blank", "model_floors", "split", "images_root", "num_samples"),
+    *(field.name for field in (*fields(GenerationSettings), *fields(FastSettings))),
+)
+IDLE = {  # by what eval.py is asked for, the first that is: what it does, and settings that have no effect on that
+    "compare": ("files are compared", ("predictions", "adapter", "labels", "images", "show", *CAPTIONING)),
+    "predictions": ("the captions of a file are scored", CAPTIONING),
+    "images": (
+        "all of them are captioned, and nothing is scored",
+        ("labels", "model_floors", "split", "images_root", "num_samples"),
+    ),
+}
 
 
 # What --demo changes; flags on the command line come on top.
@@ -368,5 +386,10 @@ DEMO: dict[type, dict[str, Any]] = {
 def parse_args(config_class: type[Config], args: list[str] | None = None) -> Config:
     """Read `args` (default: the command line). A wrong flag prints what it may have meant and exits with 2."""
     args = sys.argv[1:] if args is None else args
-    demo = {**DEMO[config_class], "demo": True} if "--demo" in args else {}
-    return read_flags(make_config(config_class, **demo), args)
+    defaults = {**DEMO[config_class], "demo": True} if "--demo" in args else {}
+    given = {word.partition("=")[0].replace("_", "-") for word in args}
+    if given & {"--temperature", "--top-p"}:
+        defaults.pop("greedy", None)
+    elif config_class is EvalConfig and "--images" in given and "--predictions" not in given:
+        defaults["greedy"] = True  # as load_captioner captions: one image gets one caption
+    return read_flags(make_config(config_class, **defaults), args)

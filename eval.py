@@ -6,7 +6,7 @@
     python eval.py --predictions predictions.jsonl   # score captions from anywhere, no model needed
     python eval.py --compare a.jsonl b.jsonl         # do two models differ?
     python eval.py --compare a1.jsonl a2.jsonl --against b1.jsonl b2.jsonl    # over other seeds of training too?
-    python eval.py --images my_images/               # caption images without references
+    python eval.py --images my_images/               # caption images without references, by the likeliest tokens
     accelerate launch --num_processes 4 eval.py ...  # the same captions, by four GPUs
 
 Predictions are written first, to logs/<run>/predictions.jsonl, and scored from there: scores.json and report.html.
@@ -44,7 +44,7 @@ from captioner.scoring.origin import find_origin, is_bdd100k, read_origin_split
 from captioner.scoring.predictions import Prediction, add_rides, read_predictions, read_references, write_predictions
 from captioner.scoring.reference_facts import read_facts
 from captioner.scoring.report import make_gallery, make_rows, write_report
-from captioner.scoring.scores import score_predictions
+from captioner.scoring.scores import count_things, score_predictions
 
 
 class Found(NamedTuple):
@@ -55,6 +55,7 @@ class Found(NamedTuple):
     images: dict[str, Path]  # by name, for the report
     signature: dict[str, str]  # how the predictions came about
     left_out: Counter  # images without a prediction, by reason
+    adapter: str | None = None  # what hash_adapter gave before it captioned them; None: of --predictions
 
 
 def main(config: EvalConfig) -> None:
@@ -67,7 +68,9 @@ def main(config: EvalConfig) -> None:
         found = read_file(config) if config.predictions else caption_split(config, run_dir)
         go_on_alone()
         predictions, incomplete = read_predictions(found.file, config.references and read_references(config.references))
-        origin = find_origin(config.adapter, config.predictions)
+        names = [prediction.name for prediction in predictions]
+        is_default = config.predictions and config.adapter == EvalConfig.adapter  # a folder that nobody has named
+        origin = find_origin(config.adapter, config.predictions, names if is_default else None)
         predictions, facts, unlabelled = read_facts(predictions, config.labels, origin, asdict(config.reading))
         names = [prediction.name for prediction in predictions]
         training, groups = read_origin_split(origin, names)
@@ -85,15 +88,17 @@ def main(config: EvalConfig) -> None:
         print_scores(scores)
         print(f"predictions in {found.file}; scores.json and report.html in {run_dir}")
         if not (config.predictions or config.base or config.blank) and config.split == "test":
-            from captioner.publishing.adapter_scores import keep_scores  # here: the hub's library imports slowly
+            from captioner.publishing.adapter_scores import keep_scores
 
-            keep_scores(config.adapter, scores)
+            keep_scores(config.adapter, scores, found.adapter)
 
 
 def caption_split(config: EvalConfig, run_dir: Path) -> Found:
     """Caption a sample of a split, to predictions.jsonl."""
     from captioner.blip2.caption_split import caption_examples  # here: who only scores captions does without torch
+    from captioner.publishing.adapter_scores import hash_adapter  # here: the hub's library imports slowly
 
+    adapter = hash_adapter(config.adapter)
     examples, left_out = ask_main(choose_examples, config)
     captioner = make_captioner(config, len(examples))
     rows, unreadable = caption_examples(captioner, examples, config.model_floors)
@@ -107,7 +112,7 @@ def caption_split(config: EvalConfig, run_dir: Path) -> Found:
     ask_main(write_predictions, file := run_dir / "predictions.jsonl", predictions)
     print_left_out(unreadable)
     left_out += Counter({"unreadable images": len(unreadable)})
-    return Found(file, title, {example.name: example.image for example in examples}, way, left_out)
+    return Found(file, title, {example.name: example.image for example in examples}, way, left_out, adapter)
 
 
 def read_file(config: EvalConfig) -> Found:
@@ -132,13 +137,13 @@ def caption_own_images(config: EvalConfig, run_dir: Path) -> None:
     images, captions, unreadable = caption_folder(config, run_dir, make_captioner)
     go_on_alone()
     write_captions(run_dir / "captions.csv", captions)
-    told = f"{len(captions):,} caption{'s' * (len(captions) != 1)}"
+    told = count_things(len(captions), "caption")
     write_report(run_dir / "report.html", told, make_gallery(captions), images, None)
     print_left_out(unreadable)
     print_captions([Prediction(name, text, []) for name, text in captions.items()], config.show)
     print(f"\n{told} in {run_dir}: captions.csv, captions.jsonl, report.html")
     if not captions:
-        raise UserError(f"none of the {len(images)} images can be read")
+        raise UserError(f"{count_things(len(images), 'image')} given, and none can be read")
 
 
 def compare(config: EvalConfig, run_dir: Path) -> None:

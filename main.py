@@ -64,7 +64,7 @@ def train(config: TrainConfig, choose_way: Callable[..., PlainWay]) -> None:
         set_seed(config.training.seed)  # before LoRA draws its first weights
         model_config = check_model(config.base.model, config.base.load_in_4bit, device, config.base.image_size)
         splits = ask_main(prepare_splits, config, run.folder)
-        processor = load_processor(config.base.model, config.base.image_size)
+        processor = load_processor(config.base.model, config.base.image_size, model_config)
         way = choose_way(config, model_config, device)
         splits = way.check_images(splits, processor)
         model = load_model(config.base.model, config.base.load_in_4bit, device, config.base.image_size, checked=True)

@@ -3,11 +3,14 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT
@@ -92,6 +95,31 @@ def test_a_space_holds_all_that_it_needs_and_no_path_of_this_machine(undisturbed
         write_space(adapter, tmp_path / "space")
     with pytest.raises(UserError, match="no fine-tuned model"):
         write_space(tmp_path, tmp_path / "other")
+
+
+def test_a_space_that_fails_leaves_nothing_behind(undisturbed, tmp_path, monkeypatch):
+    """Without gradio, with a record that can't be read, on a full disk, by Ctrl-C."""
+    adapter, space = tmp_path / "adapter", tmp_path / "spaces/mine"
+    shutil.copytree(undisturbed[1] / "blip2-finetuned", adapter)
+    space.parent.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.metadata.distribution", hide_package)
+        with pytest.raises(UserError, match=r"--space: .* gradio, .*: pip install -r requirements-app\.txt"):
+            write_space(adapter, space)
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "6.31.0")
+    (adapter / "scores.json").write_text("{")
+    with pytest.raises(UserError, match=r"scores\.json: can't be read"):
+        write_space(adapter, space)
+    (adapter / "scores.json").unlink()
+    for failure, told in ((OSError("full"), UserError), (KeyboardInterrupt(), KeyboardInterrupt)):
+        monkeypatch.setattr("demo.space.stage_files", Mock(side_effect=failure))
+        with pytest.raises(told):
+            write_space(adapter, space)
+    assert not list(space.parent.iterdir())
+
+
+def hide_package(name):
+    raise PackageNotFoundError(name)
 
 
 def test_without_gradio_the_remedy_is_told(tmp_path):

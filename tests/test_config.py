@@ -136,6 +136,60 @@ def test_what_is_on_off_or_as_in_training_has_the_flags_of_main(flags, lanes):
     assert parse_args(EvalConfig, [*args[2:], "--labels", "a", "b"]).labels == (Path("a"), Path("b"))
 
 
+@pytest.mark.parametrize(
+    ("flags", "greedy"),
+    [
+        ("", False),
+        ("--images a", True),
+        ("--images a --no-greedy", False),
+        ("--images a --temperature 0.7", False),
+        ("--images a --top_p=0.9", False),
+        ("--images a --predictions b", False),
+        ("--demo", True),
+        ("--demo --temperature 0.9 --seed 1", False),
+    ],
+)
+def test_images_are_captioned_by_the_likeliest_tokens_unless_sampling_is_asked_for(flags, greedy):
+    assert parse_args(EvalConfig, flags.split()).generation.greedy == greedy
+
+
+@pytest.mark.parametrize(
+    ("mode", "flags"),
+    [
+        ("--compare a b", ["--base", "--split val", "--num-samples 5", "--show 1", "--adapter x", "--labels x"]),
+        ("--compare a b", ["--predictions x", "--images x", "--seed 1", "--fast off", "--images-root x"]),
+        ("--predictions a", ["--base", "--blank", "--model-floors", "--greedy", "--max-new-tokens 5", "--split val"]),
+        ("--predictions a --images b", ["--num-samples 5", "--images-root x", "--batch-size 2", "--features x"]),
+        ("--images a", ["--num-samples 5", "--split val", "--labels x", "--model-floors", "--seed 1"]),
+        ("--images a", ["--greedy --temperature 0.9", "--greedy --top-p 0.5"]),
+        ("--demo --predictions a", ["--num-samples 20", "--batch-size 16", "--no-greedy"]),
+    ],
+)
+def test_flags_without_effect_are_refused(mode, flags, capsys):
+    parse_args(EvalConfig, mode.split())
+    for flag in flags:
+        with pytest.raises(SystemExit) as stopped:
+            parse_args(EvalConfig, [*mode.split(), *flag.split()])
+        assert stopped.value.code == 2
+        last = flag.rpartition("--")[2].split()[0].removeprefix("no-")
+        assert f"--{last}" in capsys.readouterr().err, flag
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--predictions a --images b --labels c --references d --adapter e --show 0 --num-samples all",
+        "--images a --base --blank --adapter b --show 0 --num-samples all --batch-size 2 --features off",
+        "--images a --no-greedy --seed 1",
+        "--compare a b --references c --run-name d",
+        "--demo --compare a b",
+        "--demo --images a",
+    ],
+)
+def test_flags_with_an_effect_are_taken(flags):
+    parse_args(EvalConfig, flags.split())
+
+
 BOUNDS = [  # the last value that is taken, and the first that is refused
     (TrainConfig, "lora_rank", 1, 0),
     (TrainConfig, "lora_alpha", 1, 0),
@@ -175,6 +229,7 @@ BOUNDS = [  # the last value that is taken, and the first that is refused
     (EvalConfig, "top_p", 1, 1 + 1e-9),
     (EvalConfig, "top_p", 1e-9, 0),
     (EvalConfig, "num_samples", 1, 0),
+    (EvalConfig, "show", 0, -1),
     (EvalConfig, "max_new_tokens", 1, 0),
 ]
 
@@ -227,6 +282,19 @@ def test_all_that_is_due_at_exit_is_done(what, code, told):
     assert done.stdout.startswith("written a thread\nregistered later")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_log_on_a_full_disk_is_told(flush):
+    script = "from captioner.runtime.cli import run_script\n"
+    script += f"run_script(lambda _: print('line', flush={flush}), None)"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.stderr == "error: what is printed can't be written (No space left on device): free some space\n"
+    assert done.returncode == 2
+
+
 def test_what_runs_a_script_ends_as_it_says(tmp_path):
     """And not with the script's exit code."""
     script = "from captioner.runtime.cli import run_script\ndef main(config): print('ran')\nrun_script(main, None)"
@@ -244,8 +312,8 @@ if sys.argv[1] == "nohup":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 start_imports()
 if sys.argv[1] == "late":
-    run_script(lambda _: [print(gc.isenabled(), flush=True), time.sleep(60)], None)
-print(gc.isenabled(), flush=True)
+    run_script(lambda _: [print(gc.isenabled(), gc.get_freeze_count() > 1000, flush=True), time.sleep(60)], None)
+print(gc.isenabled(), gc.get_freeze_count() > 1000, flush=True)
 time.sleep(60 if sys.argv[1] == "early" else 1)
 """
 
@@ -258,7 +326,7 @@ def test_ctrl_c_ends_a_script_without_a_traceback(when, code, told):
     """While it imports, and later; and not at all where it is ignored, as by nohup."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", IMPORTING, when], cwd=ROOT, text=True, **pipes) as process:
-        assert process.stdout.readline() == f"{when == 'late'}\n"
+        assert process.stdout.readline() == f"{when == 'late'} {when == 'late'}\n"  # garbage of imports is left alone
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == told
     assert process.returncode == code

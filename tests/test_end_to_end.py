@@ -144,7 +144,7 @@ def test_model_card_has_the_scores_of_most_images(trained):
     for flags in (["--blank"], []):  # black images say nothing of the adapter
         finished = call_script("eval.py", "--num-samples", 1, *flags, "--run-name", "card", cwd=trained)
         assert finished.returncode == 0, finished.stderr
-        assert ("1 images of the test split" in (adapter / "README.md").read_text()) == (not flags)
+        assert ("1 image of the test split" in (adapter / "README.md").read_text()) == (not flags)
     scores = json.loads((adapter / "scores.json").read_text())
     (adapter / "scores.json").write_text(json.dumps(scores | {"n": 100}))
     assert "keeps its scores" in call_script("eval.py", "--num-samples", 1, "--run-name", "card", cwd=trained).stdout
@@ -174,7 +174,7 @@ def test_own_images_are_captioned(trained, drawn, tmp_path):
     flags = ["--images", folder, "--greedy", "--run-name", "own", "--batch-size", 1]
     finished = call_script("eval.py", *flags, cwd=trained)
     assert finished.returncode == 0, finished.stderr
-    assert "1 images can't be read" in finished.stdout and "broken.jpg" in finished.stdout
+    assert "1 image can't be read" in finished.stdout and "broken.jpg" in finished.stdout
     lines = (trained / "logs/own/captions.jsonl").read_text().splitlines()
     captions = {json.loads(line)["name"]: json.loads(line)["prediction"] for line in lines}
     assert set(captions) == {"0.jpg", "2.jpg", "deeper/1.jpg", "deeper/3.jpg"}

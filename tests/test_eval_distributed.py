@@ -67,7 +67,7 @@ def test_greedy_captions_and_floors_are_the_same(trained):
     assert (two / "predictions.jsonl").read_bytes() == predictions
     rows = [json.loads(line) for line in predictions.splitlines()]
     assert all(row["floors"]["nearest training image"] == row["references"][0] for row in rows)
-    assert output.count("1 images can't be read") == 1
+    assert output.count("1 image can't be read and is left out") == 1
     assert json.loads((two / "scores.json").read_text())["left_out"] == {"unreadable images": 1}
 
 

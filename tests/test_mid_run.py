@@ -279,6 +279,29 @@ def test_disk_fills_up_while_eval_writes(folder, undisturbed, mount, file):
     assert {path.name: path.read_bytes() for path in (undisturbed[1] / OUTPUT).iterdir()} == before
 
 
+@pytest.mark.parametrize("what", ["replaced", "held"])
+def test_an_adapter_that_comes_while_eval_captions_gets_no_scores(folder, undisturbed, monkeypatch, capsys, what):
+    """Of a run that has saved its own there since, or is about to."""
+    adapter = Path(shutil.copytree(undisturbed[1] / OUTPUT, "adapter"))
+    before = {path.name for path in adapter.iterdir()}
+    real, weights = evaluation.write_predictions, adapter / "adapter_model.safetensors"
+
+    def write_predictions(*args):
+        real(*args)
+        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+
+    config = make_config(EvalConfig, adapter=adapter, run_name="run", max_new_tokens=8, num_samples=1)
+    if what == "held":
+        with lock_folder(adapter, "--output"):
+            evaluation.main(config)
+    else:
+        monkeypatch.setattr(evaluation, "write_predictions", write_predictions)
+        evaluation.main(config)
+    told = {"replaced": "another adapter is there than was captioned with", "held": "another run is writing there"}
+    assert f"{told[what]}; " in capsys.readouterr().out.partition("note: not kept beside the adapter: ")[2]
+    assert {path.name for path in adapter.iterdir()} == before and Path("logs/run/scores.json").is_file()
+
+
 # --------------------------------------------------------------------------------------------------------------
 # memory
 
@@ -355,7 +378,7 @@ def test_an_image_vanishes_while_others_are_captioned(folder, undisturbed, image
         patch.setattr(caption_folder, "find_images", find_images)
         caption_own(undisturbed, Path("images"))
     said = capsys.readouterr().out
-    assert "1 images can't be read" in said and "No such file" in said and "19 captions in" in said
+    assert "1 image can't be read" in said and "No such file" in said and "19 captions in" in said
 
 
 @pytest.mark.parametrize("size", [2**23, 64])

@@ -9,7 +9,8 @@ from lowest_requirements import REQUIREMENTS, list_lowest
 
 MODULES = {"pillow": "PIL"}  # imported under another name than the package's
 BROUGHT_ALONG = {"kagglesdk", "requests", "safetensors", "tokenizers"}  # by kagglehub and transformers
-OPTIONAL = {"triton", "gradio"}  # with torch where there is a GPU; in requirements-app.txt, for the page of demo/app.py
+# with torch where there is a GPU; in requirements-app.txt, for the page of demo/app.py; in requirements-dev.txt
+OPTIONAL = {"triton", "gradio", "selenium"}
 
 
 def list_imports() -> set[str]:

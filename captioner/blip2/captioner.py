@@ -39,7 +39,9 @@ class Captioner:
     def _load(self) -> None:
         logging.set_verbosity_error()
         config = self.config
-        self.model, self.processor, self.generation = load_finetuned(config.adapter, pick_device(), config.base)
+        self.model, self.processor, self.generation = load_finetuned(
+            config.adapter, pick_device(), config.base, config.model
+        )
         if config.generation.max_new_tokens is not None:
             self.generation.max_new_tokens = config.generation.max_new_tokens
             room = self.model.config.text_config.max_position_embeddings - self.model.config.num_query_tokens - 1

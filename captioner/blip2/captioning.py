@@ -130,12 +130,13 @@ class ImageCaptioner:
         return sentences
 
 
-def load_captioner(folder: str | Path, seed: int = 42) -> ImageCaptioner:
+def load_captioner(folder: str | Path, seed: int = 42, model: str | None = None) -> ImageCaptioner:
     """The fine-tuned model in a folder that main.py wrote, on the GPU if there is one.
 
-    Raises UserError when there is none in it, or when it can't be loaded.
+    `model`: where the base model is by now, if not where main.py had it. Raises UserError when there is none in the
+    folder, or when it can't be loaded.
     """
-    return ImageCaptioner(*load_finetuned(Path(folder), pick_device()), seed)
+    return ImageCaptioner(*load_finetuned(Path(folder), pick_device(), model=model), seed)
 
 
 def read_image(image: str | Path | Image | np.ndarray) -> Image:

@@ -74,10 +74,23 @@ def pick_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def load_processor(source: str | Path, image_size: int | None = None) -> Blip2Processor:
-    """The processor of a checkpoint; images are prepared with Pillow, so torchvision is not needed."""
+def load_processor(
+    source: str | Path, image_size: int | None = None, model_config: Blip2Config | None = None
+) -> Blip2Processor:
+    """The processor of a checkpoint; images are prepared with Pillow, so torchvision is not needed.
+
+    Raises UserError when its tokens are not those of a model of `model_config`.
+    """
     processor = load_pretrained(Blip2Processor, source, backend="pil")
     set_processor_size(processor, image_size)
+    if model_config is not None:
+        token, tokens = processor.tokenizer.convert_tokens_to_ids("<image>"), len(processor.tokenizer)
+        wanted, vocabulary = model_config.image_token_index, model_config.text_config.vocab_size
+        if token != wanted or tokens > vocabulary:
+            raise UserError(
+                f"{source}: its tokenizer has {tokens} tokens and <image> as {token}, the model {vocabulary} and "
+                f"{wanted}: a file is missing, such as tokenizer.json, or it is for another base model"
+            )
     return processor
 
 
@@ -224,39 +237,42 @@ def load_pretrained(auto_class, source: str | Path, **options):
         ) from None
 
 
-def load_finetuned(folder: Path, device: torch.device, base: bool = False):
+def load_finetuned(folder: Path, device: torch.device, base: bool = False, model: str | None = None):
     """(model, processor, generation settings) of a folder that main.py wrote; `base` leaves the adapter out.
 
-    Called in all processes; the main one's folder counts.
+    `model`: where the base model is by now, if not where main.py had it. Called in all processes; the main one's folder
+    counts.
     """
     with share_folder(folder) as here:
         run = read_run(here)
         source, size = run["config"]["model"], run["config"].get("image_size")
         check_adapter_folder(here, LORA_TARGETS.values(), split_revision(source)[0])
-        model, processor = load_model(source, run["config"]["load_in_4bit"], device, size), load_processor(here)
-        check_adapter_fits(here, model, processor)
+        blip2 = load_model(model or source, run["config"]["load_in_4bit"], device, size)
+        processor = load_processor(here, model_config=blip2.config)
+        check_adapter_fits(here, blip2)
         if not base:
-            with torch.device(model.device):  # as in add_lora
-                model = PeftModel.from_pretrained(model, here)
-        return model.eval(), processor, GenerationConfig.from_pretrained(here)
+            with torch.device(blip2.device):  # as in add_lora
+                blip2 = PeftModel.from_pretrained(blip2, here)
+        return blip2.eval(), processor, load_generation(here)
 
 
-def check_adapter_fits(folder: Path, model, processor: Blip2Processor) -> None:
-    """Raise UserError when the adapter in `folder` was made for a model of other tokens or layers."""
-    token, tokens = processor.tokenizer.convert_tokens_to_ids("<image>"), len(processor.tokenizer)
-    wanted, vocabulary = model.config.image_token_index, model.config.text_config.vocab_size
+def load_generation(folder: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder / 'generation_config.json'}: can't be read ({reason}); copy it there again") from None
+
+
+def check_adapter_fits(folder: Path, model) -> None:
+    """Raise UserError when the adapter in `folder` was made for a model of other layers."""
     remedy = f"is for another base model than {model.name_or_path}: give the one that it was trained on"
-    if token != wanted or tokens > vocabulary:
-        raise UserError(
-            f"{folder}: its tokenizer has {tokens} tokens and <image> as {token}, the model {vocabulary} and {wanted}; "
-            f"it {remedy}"
-        )
     modules = dict(model.named_modules())
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / ADAPTER_WEIGHTS}: can't be read ({error}); train again") from None
+        raise UserError(f"{folder / ADAPTER_WEIGHTS}: can't be read ({error}); copy it there again, or train") from None
     for key, shape in shapes.items():
         name, _, matrix = key.removeprefix("base_model.model.").partition(".lora_")
         layer = modules.get(name)

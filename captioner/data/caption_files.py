@@ -223,6 +223,8 @@ def _join_coco(path: Path, document: dict) -> pd.DataFrame:
                     f"{path}: two images have the id {number!r:.40}, {names[number]!r:.80} and {name!r:.80}: of files "
                     "that are put together, each image needs an id of its own"
                 )
+        if not names:
+            raise ValueError("no images")
         annotations = document["annotations"]
         table = _tabulate(annotations, pd.RangeIndex(1, len(annotations) + 1, name="annotation"))
         table["name"] = pd.Series(map(names.get, table["image_id"]), table.index, dtype=object)

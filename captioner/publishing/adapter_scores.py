@@ -4,22 +4,33 @@ from pathlib import Path
 
 from captioner.publishing.model_card import write_model_card
 from captioner.publishing.records import read_scores
-from captioner.runtime.errors import UserError
-from captioner.runtime.files import write_json
+from captioner.runtime.errors import UserError, get_or_none
+from captioner.runtime.files import hash_file, lock_folder, write_json
+from captioner.scoring.scores import count_things
 
 
-def keep_scores(adapter: Path, scores: dict) -> None:
+def hash_adapter(adapter: Path) -> str | None:
+    """SHA-256 of the weights in an adapter's folder, by which it is known again; None where they can't be read."""
+    return get_or_none(hash_file, adapter / "adapter_model.safetensors")
+
+
+def keep_scores(adapter: Path, scores: dict, scored: str | None) -> None:
     """Write scores.json beside the adapter and into its model card, unless scores of more images are there.
 
-    Prints what was done. A folder that can't be written, such as a shared one, is left as it is.
+    `scored` is what hash_adapter gave when captioning began: another adapter, which main.py has written there since,
+    does not get the scores. Prints what was done. A folder that can't be written, such as a shared one, is left as it
+    is, and so is one that main.py is writing to.
     """
     try:
-        before = read_scores(adapter)
-        if before is not None and before["n"] > scores["n"]:
-            print(f"{adapter / 'README.md'} keeps its scores, of {before['n']:,} images")
-            return
-        write_json(adapter / "scores.json", scores)
-        write_model_card(adapter)
-        print(f"{adapter / 'README.md'}, the model card, has these scores now")
+        with lock_folder(adapter, "--adapter"):
+            if hash_adapter(adapter) != scored:
+                raise UserError(f"{adapter}: another adapter is there than was captioned with; run eval.py again")
+            before = read_scores(adapter)
+            if before is not None and before["n"] > scores["n"]:
+                print(f"{adapter / 'README.md'} keeps its scores, of {count_things(before['n'], 'image')}")
+                return
+            write_json(adapter / "scores.json", scores)
+            write_model_card(adapter)
+            print(f"{adapter / 'README.md'}, the model card, has these scores now")
     except UserError as error:
         print(f"note: not kept beside the adapter: {error}")

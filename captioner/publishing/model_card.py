@@ -19,6 +19,7 @@ from captioner.publishing.records import PATH_FIELDS, name_base, read_scores, st
 from captioner.runtime.files import atomic_write
 from captioner.runtime.settings import name_fields
 from captioner.scoring.headlines import RANKED_BY, choose_headlines
+from captioner.scoring.scores import count_things
 from config import TrainConfig
 
 TEMPLATE = Path(__file__).with_suffix(".md")
@@ -88,7 +89,7 @@ def tell_scores(run: dict, scores: dict) -> dict:
     classes = scores["scores"].get("classes", {})
     rows = [[name, *(format_figure(groups.get(key)) for key in CLASS_SCORES)] for name, groups in classes.items()]
     return {
-        "how": describe_scoring(run, scores),
+        "scored": count_things(scores["n"], "image") + describe_scoring(run, scores),
         "results": list_figures(scores),
         "invented": format_figure(invented) if invented and invented["value"] is not None else None,
         "worst": [item | {"figure": format_figure(item["scores"][RANKED_BY])} for item in stating[:WORST_SLICES]],
@@ -159,8 +160,6 @@ def describe_scoring(run: dict, scores: dict) -> str:
     said = ""
     if "split" in config:
         said += f" of the {config['split']} split"
-    if config.get("split") == "train":
-        said += ", which it was trained on"
     if config.get("greedy"):
         said += "; the likeliest token each time"
     elif "temperature" in config and "top_p" in config:

@@ -25,21 +25,19 @@ def check_adapter(folder: Path) -> None:
 
 
 def read_scores(folder: Path) -> dict | None:
-    """scores.json of the folder; None where there is none, or where it isn't of this adapter, or of another version."""
+    """scores.json of the folder; None where there is none, or, with a note, one of another version."""
     if not (folder / "scores.json").is_file():
         return None
     scores = read_json(folder / "scores.json", "write it again with python eval.py")
-    config = scores.get("config", {})
-    if not isinstance(config, dict):
+    if not isinstance(scores.get("config", {}), dict):
         raise UserError(f"{folder / 'scores.json'}: its config is no JSON object; write it again with python eval.py")
-    foreign = config.get("base") or config.get("blank") or config.get("predictions")
     if scores.get("schema") != SCHEMA_VERSION:
         print(
             f"note: {folder / 'scores.json'}: not read: it is of form {scores.get('schema')}, and this program writes "
             f"{SCHEMA_VERSION}; score anew with python eval.py --adapter {folder}"
         )
         return None
-    return None if foreign else scores
+    return scores
 
 
 def strip_paths(record: dict) -> dict:

@@ -3,7 +3,6 @@
 with lock_folder(output, "--output"), atomic_write(output / "a.json") as file: ...
 """
 
-import errno
 import functools
 import hashlib
 import itertools
@@ -21,7 +20,6 @@ from filelock import FileLock, Timeout
 from captioner.runtime.errors import UserError, get_or_none
 
 LOCK_SECONDS = 0.2  # in which a lock is tried, every 0.05 s
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # of Lustre, NFS and FUSE without locks
 
 
 @contextmanager
@@ -94,7 +92,9 @@ def lock_folder(folder: Path, flag: str) -> Iterator[None]:
     except Timeout:
         raise UserError(f"{flag} {folder}: another run is writing there; wait for its end, or name another") from None
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        try:
+            Path(lock.lock_file).touch()  # it can be written, but not locked: Lustre, NFS and FUSE may be without
+        except OSError:
             raise UserError(f"{flag} {folder}: can't be written ({error.strerror}); name another folder") from None
         _tell_unlocked(folder, error.strerror)
     _locks.add(lock)

@@ -27,6 +27,7 @@ from captioner.runtime.errors import UserError
 NICE = 10  # of processes that read
 WAITING = 6 * 3600  # seconds that processes wait for the first, which may have a data set to fetch
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # variables of a launcher, for each process
+OTHER_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # of launchers whose ranks are not read
 MEETING = ("MASTER_ADDR", "MASTER_PORT")  # and where they meet
 
 T = TypeVar("T")
@@ -61,6 +62,9 @@ def check_launcher() -> None:
                 "or use accelerate launch"
             )
         return
+    for name in OTHER_SIZES:
+        if os.environ.get(name, "1") not in ("", "0", "1"):
+            raise UserError(f"{name}={os.environ[name]}: of mpirun or srun; unset it, or use accelerate launch")
     for name in PLACE:
         os.environ.pop(name, None)
 

@@ -21,7 +21,7 @@ from captioner.scoring.bootstrap import BOOTSTRAP_SEED, LEVEL, RESAMPLES, Metric
 from captioner.scoring.grammar import find_facts
 from captioner.scoring.headlines import HEADLINES, MORE
 from captioner.scoring.predictions import Prediction, find_ride, read_predictions, read_references
-from captioner.scoring.scores import FEW, SCHEMA_VERSION
+from captioner.scoring.scores import FEW, SCHEMA_VERSION, count_things
 
 COMPARED = ("facts", "corpus_bleu", "cider_d", "rouge_l", "hallucination")  # groups of scores, if they are measured
 System = Sequence[Sequence[Prediction]]  # the rows of each of its files
@@ -39,7 +39,7 @@ def compare_files(one: Sequence[Path], other: Sequence[Path], references: Path |
             rows, left_out = read_predictions(path, known)
             side.append(rows)
             for reason, count in left_out.items():
-                print(f"left out of {path}: {count:,} {reason}")
+                print(f"left out of {path}, {reason}: {count:,}")
     files = {"one": list(map(str, one)), "other": list(map(str, other))}
     try:
         return compare_predictions(*sides) | {"files": files}
@@ -77,7 +77,7 @@ def compare_predictions(one: System, other: System, resamples: int = RESAMPLES) 
             figures = {name: figure | measure_spread(name, first, second) for name, figure in figures.items()}
         compared |= figures
     shown = {**HEADLINES, **MORE}
-    few = f"{rides.size} rides are too few for intervals and p-values to be relied on"
+    few = f"{count_things(rides.size, 'ride')}: too few for intervals and p-values to be relied on"
     return {
         "schema": SCHEMA_VERSION,
         "n": len(names),

@@ -5,22 +5,23 @@ from collections.abc import Sequence
 from captioner.runtime.errors import escape_controls
 from captioner.scoring.headlines import HEADLINES, RANKED_BY, choose_headlines
 from captioner.scoring.predictions import Prediction
+from captioner.scoring.scores import count_things, describe_size
 
 WORST = 3  # slices that are printed
 
 
 def print_left_out(unreadable: dict[str, str]) -> None:
     if unreadable:
-        print(f"{len(unreadable):,} images can't be read and are left out:")
+        are = "is" if len(unreadable) == 1 else "are"
+        print(f"{count_things(len(unreadable), 'image')} can't be read and {are} left out:")
         print(escape_controls("\n".join(f"  {reason}" for reason in list(unreadable.values())[:10])))
 
 
 def print_scores(scores: dict) -> None:
     """Headline scores with the ends of their intervals, and the floors beneath."""
-    rides = "" if scores["rides"] == scores["n"] else f" of {scores['rides']:,} rides"
     shown = choose_headlines(scores["scores"])
     what = "Shares of right facts, F1 for facts and objects" if RANKED_BY in shown else "Likeness to the references"
-    print(f"\n{scores['n']:,} images{rides}. {what}; 95 % intervals")
+    print(f"\n{describe_size(scores['n'], scores['rides'])}. {what}; 95 % intervals")
     print(f"{'':<26}" + "".join(f"{headline.title:>10}" for headline in shown.values()))
     own = {name: headline.find(scores["scores"], name) for name, headline in shown.items()}
     digits = {name: choose_digits(figure) for name, figure in own.items()}
@@ -36,11 +37,12 @@ def print_scores(scores: dict) -> None:
     stating = [item for item in scores.get("slices", ()) if item["scores"][RANKED_BY]["value"] is not None]
     if stating:
         worst = ", ".join(map(format_slice, stating[:WORST]))
-        print(f"worst of {len(stating)} slices, {HEADLINES[RANKED_BY].title}: {worst}")
+        which = f"worst of {len(stating)} slices" if len(stating) > 1 else "the only slice"
+        print(f"{which}, {HEADLINES[RANKED_BY].title}: {worst}")
     print("\n".join(f"note: {note}" for note in scores["notes"]))
     print(f"signature: {scores['signatures']['corpus_bleu']}")
     for reason, count in scores.get("left_out", {}).items():
-        print(f"left out: {count:,} {reason}")
+        print(f"left out, {reason}: {count:,}")
 
 
 def format_slice(item: dict) -> str:
@@ -70,10 +72,10 @@ def print_captions(predictions: Sequence[Prediction], count: int) -> None:
 def print_comparison(compared: dict) -> None:
     one, other = compared["files"]["one"], compared["files"]["other"]
     print(f"A {', '.join(one)}\nB {', '.join(other)}")
-    print(f"{compared['n']:,} images of {compared['rides']:,} rides that all of these captioned")
+    print(f"{describe_size(compared['n'], compared['rides'])}, captioned by all of these")
     for name, count in (("A", compared["only_in_one"]), ("B", compared["only_in_other"])):
         if count:
-            print(f"{count:,} images only {name} captioned are left out")
+            print(f"left out, images that only {name} captioned: {count:,}")
     several = len(one) + len(other) > 2
     spread = f"   {'spread A':>9}{'B':>8}   {'over seeds':<18}" if several else ""
     print(f"{'':<22}{'A':>9}{'B':>9}{'B - A':>9}   {'95 % interval':<18}{'p':>7}{spread}")

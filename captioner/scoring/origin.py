@@ -1,6 +1,6 @@
 """Where predictions come from: the training run behind them, and what its record and split say. No torch.
 
-origin = find_origin(Path("blip2-finetuned"), Path("logs/run/predictions.jsonl"))
+origin = find_origin(Path("blip2-finetuned"), Path("logs/run/predictions.jsonl"), names)
 training, groups = read_origin_split(origin, names)
 """
 
@@ -31,17 +31,20 @@ class Origin(NamedTuple):
         return {"record": str(self.record), "adapter": str(self.adapter), **kept}
 
 
-def find_origin(adapter: Path, predictions: Path | None = None) -> Origin | None:
+def find_origin(adapter: Path, predictions: Path | None = None, names: Collection[str] | None = None) -> Origin | None:
     """The run whose record, run.json or the scores.json of these predictions, lies beside them, or else the adapter's.
 
-    None where there is no record, or, with a note, one that can't be read.
+    With `names`, of the images that were captioned, the adapter is one that nobody named: it counts only if all of them
+    are in its split. None where there is no record, or, with a note, one that can't be read.
     """
     if predictions is not None:
         if (predictions.parent / "run.json").is_file():
-            adapter = predictions.parent
+            adapter, names = predictions.parent, None
         elif (origin := _read_scores(predictions)) is not None:
             return origin
     record = adapter / "run.json"
+    if names is not None and not {name for name, *_ in _read_split(adapter)}.issuperset(names):
+        return None
     try:
         return Origin(record, read_run(adapter)["config"], adapter) if record.is_file() else None
     except UserError as error:
@@ -69,15 +72,20 @@ def read_origin_split(origin: Origin | None, names: Collection[str]) -> tuple[li
     """
     if origin is None:
         return None, {}
-    try:
-        with open(origin.adapter / "split.csv", encoding="utf-8", newline="") as file:
-            rows = [(r["name"], r["split"], r["raw_caption"], r.get("group") or "") for r in csv.DictReader(file)]
-    except (OSError, KeyError, UnicodeDecodeError, csv.Error):
-        return None, {}
+    rows = _read_split(origin.adapter)
     held_out = {name: group for name, split, _, group in rows if split != "train"}
     if not held_out.keys() >= set(names):
         return None, {}
     return [caption for _, split, caption, _ in rows if split == "train"], held_out
+
+
+def _read_split(adapter: Path) -> list[tuple[str, str, str, str]]:
+    """(name, split, caption, group) of each row of the adapter's split.csv; none where it can't be read."""
+    try:
+        with open(adapter / "split.csv", encoding="utf-8", newline="") as file:
+            return [(r["name"], r["split"], r["raw_caption"], r.get("group") or "") for r in csv.DictReader(file)]
+    except (OSError, KeyError, UnicodeDecodeError, csv.Error):
+        return []
 
 
 def is_bdd100k(origin: Origin | None, names: Collection[str]) -> bool:

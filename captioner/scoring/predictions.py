@@ -2,12 +2,12 @@
 
 JSON lines, {"name": ..., "prediction": ..., "references": [...]} each, or a JSON array of such rows, or CSV with the
 columns name, prediction and any number of columns whose title begins with "reference". A "ride" says which images are
-frames of one ride, if their names don't. COCO's results and captions files are read too. References may also come from
-a file of their own.
+frames of one ride, if their names don't. COCO's results are read too. References may also come from a file of their
+own: another predictions file, or captions in any form that training takes.
 """
 
 import csv
-import itertools
+import io
 import json
 import re
 from collections import Counter
@@ -16,7 +16,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from captioner.data.label_captions import CSV_HEADER
 from captioner.data.splits import is_frame_name, ride_of
 from captioner.data.written_values import NO_TEXTS, is_list, parse_literal
 from captioner.runtime.errors import UserError
@@ -24,6 +23,8 @@ from captioner.runtime.files import atomic_write
 
 WANTED = 'must be {"name": TEXT, "prediction": TEXT, "references": [TEXT, ...]}'
 REFERENCE = re.compile(r"references?_?\d*")  # fields of a row that are references
+HEAD = 1 << 16  # characters in which a CSV's titles are
+REFERENCE_KEY = re.compile(rf'"{REFERENCE.pattern}"\s*:')  # in JSON
 
 
 class Prediction(NamedTuple):
@@ -74,18 +75,16 @@ def add_rides(predictions: Iterable[Prediction], groups: Mapping[str, str]) -> l
     return told
 
 
-def read_predictions(path: Path, references: dict[str, list[str]] | None = None) -> tuple[list[Prediction], Counter]:
+def read_predictions(path: Path, references: References | None = None) -> tuple[list[Prediction], Counter]:
     """The predictions of a file that have a reference, and how many were left out, by reason.
 
     `references` by name, if given, replace those in the file. Raises UserError with the line for one that is malformed
     or whose name came before, and when nothing is left.
     """
     rows: dict[str, Prediction] = {}
-    for place, row in _read_captions(path, {}):
-        if row.prediction is None:
-            raise UserError(f"{path}: has no column prediction; a captions CSV is given with --references")
+    for place, row in _unpack_rows(_read_rows(path, _read_text(path))):
         if isinstance(row.name, int):
-            row = row._replace(name=_name_image(row.name, getattr(references, "names", {}), place))
+            row = row._replace(name=_name_image(row.name, references or References(), place))
         if row.name in rows:
             raise UserError(f"{place}: {row.name[:80]} came before; each image is scored once")
         rows[row.name] = row
@@ -95,40 +94,77 @@ def read_predictions(path: Path, references: dict[str, list[str]] | None = None)
         raise UserError(f"{path}: its predictions are lists written as text; write the one text of each without [ ]")
     left_out: Counter[str] = Counter()
     if references is not None:
-        left_out["references without a prediction"] = len(references.keys() - rows.keys())
-        rows = {name: row._replace(references=references.get(name, [])) for name, row in rows.items()}
+        known = {name: name if name in references else clean_name(name) for name in rows}
+        left_out["references without a prediction"] = len(references.keys() - known.values())
+        rows = {name: row._replace(references=references.get(known[name], [])) for name, row in rows.items()}
     scored = [row for row in rows.values() if row.references]
     left_out["predictions without a reference"] = len(rows) - len(scored)
     if not scored:
         name = next(iter(rows))
         raise UserError(
-            f"{path}: none of its {len(rows)} predictions has a reference, {name[:80]} for one; give a captions CSV or "
-            "a predictions file that has them, under the same names, with --references"
+            f"{path}: none of its {len(rows)} predictions has a reference, {name[:80]} for one; give captions, or "
+            "predictions that have references, under the same names with --references"
         )
     return scored, +left_out
 
 
 def read_references(path: Path) -> References:
-    """{name: references} of a captions CSV (name,raw_caption), a predictions file, or a captions file of COCO."""
-    references = References()
-    for place, row in _read_captions(path, references.names):
-        if row.references:
+    """{name: references} of a predictions file that has them, or of captions in any form that read_captions takes."""
+    references, text = References(), "" if path.is_dir() else _read_text(path)
+    if _has_references(path, text):
+        for place, row in _unpack_rows(_read_rows(path, text)):
             if row.name in references:
                 raise UserError(f"{place}: {str(row.name)[:80]} came before")
-            references[row.name] = row.references
+            if row.references:
+                references[row.name] = row.references
+    else:
+        for name, caption in _read_captions(path):
+            references.setdefault(name, []).append(caption)
+        references.names |= _read_coco_names(text)
     if not references:
         raise UserError(f"{path}: no references in it")
     return references
 
 
-def _read_captions(path: Path, names: dict[int, str]) -> list[tuple[str, Prediction]]:
-    """The rows of a file, and of their references those that are captions.
+def _has_references(path: Path, text: str) -> bool:
+    """Whether a file is one of predictions that have references."""
+    if path.suffix.lower() == ".csv":
+        titles = next(csv.reader([io.StringIO(text, newline="").readline(HEAD)]), [])
+        return "prediction" in titles and any(title.startswith("reference") for title in titles)
+    return REFERENCE_KEY.search(text) is not None
+
+
+def _read_captions(path: Path) -> Iterator[tuple[str, str]]:
+    """(name of its image, caption) of each caption."""
+    from captioner.data.caption_files import read_captions  # here: pandas takes a while to import
+
+    try:
+        table = read_captions(path)
+    except UserError as error:  # which speaks of main.py's flag
+        raise UserError(str(error).replace("--captions", "--references")) from None
+    yield from zip(table["name"], table["caption"], strict=True)
+
+
+def _read_coco_names(text: str) -> dict[int, str]:
+    """{id: file name} of the images of COCO's captions; none of other files."""
+    document = _parse_document(text) if '"annotations"' in text else None
+    images = document.get("images", []) if isinstance(document, dict) else []
+    return {image["id"]: image["file_name"] for image in images if "id" in image and "file_name" in image}
+
+
+def clean_name(name: str) -> str:
+    """The name of an image as read_captions gives it."""
+    return name.strip().replace("\\", "/").removeprefix("./")
+
+
+def _unpack_rows(rows: Iterable[tuple[str, Prediction]]) -> list[tuple[str, Prediction]]:
+    """The rows (place, row), and of their references those that are captions.
 
     Lists of captions that pandas or a JSON writer has turned into text are unpacked. Raises UserError where most rows
     have another value that was written as text, or one has where most have lists: it would be scored as if it were a
     caption. A few such texts among captions are captions, in brackets or quotes, or stand for a missing one.
     """
-    rows = list(_read_rows(path, names))
+    rows = list(rows)
     lists, odd = 0, []
     for place, row in rows:
         for text in row.references:
@@ -160,27 +196,31 @@ def _unpack_references(texts: Sequence[str]) -> list[str]:
     return references
 
 
-def _read_rows(path: Path, names: dict[int, str]) -> Iterator[tuple[str, Prediction]]:
-    """(place, row) of each row of a file; of a COCO file also {number: name} of its images, in `names`."""
+def _read_text(path: Path) -> str:
+    """All of a file at once, which may be a pipe."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix.lower() == ".csv":
-                yield from _read_csv(file, path)
-                return
-            text = file.read()  # once: it may be a pipe
-            document = _parse_document(text)
-            if isinstance(document, dict) and "annotations" in document:
-                yield from _read_coco_captions(document, path, names)
-            elif isinstance(document, list):
-                for number, row in enumerate(document, start=1):
-                    place = f"{path}, row {number}"
-                    yield place, _make_prediction(row, place)
-            elif document is not None:
-                yield str(path), _make_prediction(document, f"{path}, line 1")
-            else:
-                yield from _read_json_lines(re.split("\r\n?|\n", text), path)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: can't be read ({error}); it takes JSON lines or a CSV, in UTF-8") from None
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read ({error}); predictions and references are read in UTF-8") from None
+
+
+def _read_rows(path: Path, text: str) -> Iterator[tuple[str, Prediction]]:
+    """(place, row) of each row of a predictions file, whose text is given."""
+    if path.suffix.lower() == ".csv":
+        yield from _read_csv(io.StringIO(text, newline=""), path)
+        return
+    document = _parse_document(text)
+    if isinstance(document, dict) and "annotations" in document:
+        raise UserError(f"{path}: COCO's captions, no predictions; give them with --references")
+    if isinstance(document, list):
+        for number, row in enumerate(document, start=1):
+            place = f"{path}, row {number}"
+            yield place, _make_prediction(row, place)
+    elif document is not None:
+        yield str(path), _make_prediction(document, f"{path}, line 1")
+    else:
+        yield from _read_json_lines(re.split("\r\n?|\n", text), path)
 
 
 def _parse_document(text: str) -> dict | list | None:
@@ -224,45 +264,34 @@ def _make_prediction(row, place: str) -> Prediction:
     return prediction._replace(references=list(filter(str.strip, prediction.references)))
 
 
-def _read_coco_captions(document: dict, path: Path, names: dict[int, str]) -> Iterator[tuple[str, Prediction]]:
-    """The references of COCO's {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}."""
-    references: dict[str, list[str]] = {}
-    try:
-        names |= {image["id"]: image["file_name"] for image in document["images"]}
-        for row in document["annotations"]:
-            references.setdefault(names[row["image_id"]], []).append(row["caption"])
-        if not all(isinstance(text, str) for text in itertools.chain(references, *references.values())):
-            raise TypeError("no text")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: a COCO file must have images with id and file_name, and annotations with the image_id of one of "
-            f"them and a caption ({error!r})"
-        ) from None
-    for name, texts in references.items():
-        yield f"{path}, {name[:80]}", Prediction(name, None, list(filter(str.strip, texts)))
-
-
-def _name_image(number: int, names: Mapping[int, str], place: str) -> str:
+def _name_image(number: int, references: References, place: str) -> str:
     """The name of an image that COCO's results give by number."""
-    if not names:
+    name = references.names.get(number, str(number))
+    if not references.names and name not in references:
         raise UserError(
             f"{place}: COCO's results, image_id {number}: give the captions file that has the file_name of each "
             'image_id with --references, or write lines of {"name": FILE NAME, "prediction": TEXT}'
         )
-    return names.get(number, str(number))
+    return name
 
 
 def _read_csv(file: Iterable[str], path: Path) -> Iterator[tuple[str, Prediction]]:
     reader = csv.DictReader(file)
-    columns = reader.fieldnames or []
-    if len(set(columns)) < len(columns):
-        raise UserError(f"{path}: two of its columns have the same title; number them: reference, reference2 ...")
-    if "name" not in columns or not {"prediction", CSV_HEADER[1]} & set(columns):
-        raise UserError(f"{path}: its columns must be name, prediction, reference ..., not {', '.join(columns)[:200]}")
-    reference_columns = [column for column in columns if column.startswith("reference") or column == CSV_HEADER[1]]
-    for row in reader:
-        place = f"{path}, line {reader.line_num}"
-        if None in row or None in row.values():
-            raise UserError(f"{place}: must have {len(columns)} fields")
-        references = list(filter(str.strip, (row[column] for column in reference_columns)))
-        yield place, Prediction(row["name"], row.get("prediction"), references, ride=row.get("ride"))
+    try:
+        columns = reader.fieldnames or []
+        if len(set(columns)) < len(columns):
+            raise UserError(f"{path}: two of its columns have the same title; number them: reference, reference2 ...")
+        if not {"name", "prediction"} <= set(columns):
+            raise UserError(
+                f"{path}: no column name or no column prediction: its columns must be name, prediction, reference ..., "
+                f"not {', '.join(columns)[:200]}; captions are given with --references"
+            )
+        reference_columns = [column for column in columns if column.startswith("reference") or column == "raw_caption"]
+        for row in reader:
+            place = f"{path}, line {reader.line_num}"
+            if None in row or None in row.values():
+                raise UserError(f"{place}: must have {len(columns)} fields")
+            references = list(filter(str.strip, (row[column] for column in reference_columns)))
+            yield place, Prediction(row["name"], row["prediction"], references, ride=row.get("ride"))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: can't be read ({error})") from None

@@ -56,8 +56,8 @@ def read_facts(
         references = [prediction.references[0] for prediction in predictions]
         facts, worded = read_wording(references)
         if 0 < worded < len(references):
-            scored = "facts are scored" if facts else "too few for scores of facts"
-            print(f"{worded:,} of {len(references):,} references are in this project's wording: {scored}")
+            scored, are = "facts are scored" if facts else "too few for scores of facts", "is" if worded == 1 else "are"
+            print(f"{worded:,} of {len(references):,} references {are} in this project's wording: {scored}")
         return list(predictions), facts, Counter()
     (options, told), report = choose_options(origin, flags), LabelReport()
     labelled = {frame.name: frame.facts for frame in read_labels(labels, report, options)}

@@ -114,20 +114,20 @@ def make_notes(
     predictions: Sequence[Prediction], rides: int, scores: dict, floors_from_training: bool, slices: int
 ) -> list[str]:
     """What a reader of the scores must know."""
-    notes, n = [], len(predictions)
-    count = f"{n} images" if rides == n else f"{n} images of {rides} rides"
+    notes, count = [], describe_size(len(predictions), rides)
     if rides < FEW:
-        notes.append(f"{count} are too few for intervals and p-values to be relied on; score more images")
+        notes.append(f"{count}: too few for intervals and p-values to be relied on; score more images")
     elif widest := find_widest(scores):
         width, headline, figure = widest
         notes.append(
-            f"{count}: {headline.words} is known to lie between {figure['low']:.2f} and {figure['high']:.2f}, the "
-            "widest of the intervals" + ", too wide to tell models apart; score more images" * (width > WIDE)
+            f"{count}: the widest 95 % interval, of {headline.words}, is {figure['low']:.2f} to {figure['high']:.2f}"
+            + ", too wide to tell models apart; score more images" * (width > WIDE)
         )
     if slices > 1:
         notes.append(
-            f"the worst of {slices} slices is low by chance too: their intervals are so wide that those of one score "
-            "hold for all slices at once"
+            f"the worst of {slices} slices may be low by chance alone. To allow for that, a slice's interval is one of "
+            f"{100 * choose_level(slices):.1f} % in place of 95 % (Bonferroni): of each score, those of all slices "
+            "together hold the truth with 95 % confidence"
         )
     if not floors_from_training:
         notes.append(
@@ -136,12 +136,27 @@ def make_notes(
         )
     if others := [row.name for row in predictions if not row.ride and not is_frame_name(row.name)]:
         notes.append(
-            f"{len(others):,} names, {others[0][:80]} for one, don't tell the ride: each of these images is taken for "
-            "a ride of its own, and intervals are too narrow if some look alike"
+            f"names don't tell the ride of {count_things(len(others), 'image')}, {others[0][:80]} for one: each is "
+            "taken for a ride of its own, and intervals are too narrow if some images look alike"
         )
     if "meteor" not in scores:
         notes.append("METEOR is left out: it needs WordNet, python -m nltk.downloader wordnet")
     return notes
+
+
+def count_things(count: int, what: str) -> str:
+    """1 image, 2,000 images."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def describe_size(images: int, rides: int) -> str:
+    """How many images were scored and, where some are of one ride, of how many rides."""
+    return count_things(images, "image") + (f" of {count_things(rides, 'ride')}" if rides != images else "")
+
+
+def choose_level(slices: int) -> float:
+    """The level of each slice's interval, by which those of one score hold for all slices at once (Bonferroni)."""
+    return 1 - (1 - LEVEL) / max(slices, 1)
 
 
 def find_widest(scores: dict) -> tuple[float, Headline, dict] | None:
@@ -180,7 +195,7 @@ def slice_names(facts: Facts) -> dict[str, str]:
 def score_slices(measured: Measured, names: Sequence[dict[str, str]], rides: Rides) -> list[dict]:
     """Headline scores of each slice of FEW rides or more, that with the fewest right facts first.
 
-    Their intervals are wider than others (Bonferroni): so wide that those of one score hold for all slices at once.
+    Their intervals are those of choose_level, wider than others.
     """
     rows: dict[tuple[str, str], list[int]] = {}
     for row, slices in enumerate(names):
@@ -188,7 +203,7 @@ def score_slices(measured: Measured, names: Sequence[dict[str, str]], rides: Rid
             rows.setdefault(item, []).append(row)
     sizes = {item: len(np.unique(rides.index[members])) for item, members in rows.items()}
     large = {item: np.array(members) for item, members in rows.items() if sizes[item] >= FEW}
-    level, scored = 1 - (1 - LEVEL) / max(len(large), 1), []
+    level, scored = choose_level(len(large)), []
     for (by, value), members in large.items():
         figures = {}
         for group in dict.fromkeys(headline.group for headline in HEADLINES.values()):

@@ -129,6 +129,28 @@ def test_an_adapter_of_another_vocabulary_is_refused(adapter, copy):
         blip2.load_finetuned(adapter, CPU)
 
 
+def test_a_model_without_its_tokenizer_is_refused(copy):
+    (copy / "tokenizer.json").unlink()
+    config = blip2.load_config(copy)
+    with pytest.raises(UserError, match=r"its tokenizer has 3 tokens .* a file is missing, such as tokenizer\.json"):
+        blip2.load_processor(copy, model_config=config)
+
+
+def test_an_adapter_without_its_settings_of_generation_is_refused(adapter):
+    (adapter / "generation_config.json").unlink()
+    with pytest.raises(UserError, match=r"generation_config\.json: can't be read"):
+        blip2.load_finetuned(adapter, CPU)
+
+
+def test_an_adapter_finds_a_model_that_was_moved(adapter, copy, tiny_checkpoint, tmp_path):
+    edit(adapter / "run.json", config={"model": str(copy), "load_in_4bit": False})
+    edit(adapter / "adapter_config.json", base_model_name_or_path=str(copy))
+    copy.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"no model folder .* --model takes a folder"):
+        blip2.load_finetuned(adapter, CPU)
+    assert blip2.load_finetuned(adapter, CPU, model=str(tmp_path / "elsewhere"))[0].peft_config
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory, settings) -> Path:
     """A folder with a run that was stopped after its second step."""

@@ -40,13 +40,13 @@ CAPTIONS = [
 ]
 
 
-def make_scores(**config) -> dict:
+def make_scores() -> dict:
     """What eval.py writes of a model that says "one car" every time."""
     pairs = [(name, CAPTIONS[name % 2]) for name in range(12)]
     predictions = [Prediction(f"{name}.jpg", CAPTIONS[0], [caption]) for name, caption in pairs]
     scores = score_predictions(predictions, {"split": "test", "decoding": "greedy"}, resamples=50)
     scores |= {"left_out": {"unreadable images": 3}, "facts_from": "references"}
-    evaluation = make_config(EvalConfig, adapter=Path("/home/alice/adapter"), greedy=True, num_samples="all", **config)
+    evaluation = make_config(EvalConfig, adapter=Path("/home/alice/adapter"), greedy=True, num_samples="all")
     return scores | {"predictions": "/home/alice/logs/predictions.jsonl", "config": flatten(evaluation)}
 
 
@@ -147,7 +147,7 @@ def test_card_has_the_real_numbers(tmp_path):
     assert "`labels.json`" in card.text and model_card.BDD100K_LICENCE in card.text
     exact = scores["scores"]["classes"]["truck"]["exact"]
     assert f"{exact['value']:.3f} [{exact['low']:.3f}" in rows["truck"]
-    for known in ("c0ffee" * 6, "NVIDIA H100", "2.13.0", "3.11.7", "3 unreadable images"):
+    for known in ("c0ffee" * 6, "NVIDIA H100", "2.13.0", "3.11.7", "left out, unreadable images: 3"):
         assert known in card.text
     assert "alice" not in card.content and "None" not in card.content
     assert str(card) == (tmp_path / "README.md").read_text()  # the metadata is in the form the hub writes
@@ -178,11 +178,9 @@ def test_lines_of_the_card_run(adapter, tiny_checkpoint, drawn, capsys):
     assert capsys.readouterr().out.strip()
 
 
-@pytest.mark.parametrize("change", [{"base": True}, {"blank": True}, {"predictions": Path("of-somebody.jsonl")}, None])
-def test_scores_of_something_else_are_left_out(tmp_path, change):
-    scores = make_scores(**change) if change else make_scores() | {"schema": 0}
+def test_scores_of_another_version_are_left_out(tmp_path):
     write_json(tmp_path / "run.json", make_run())
-    write_json(tmp_path / "scores.json", scores)
+    write_json(tmp_path / "scores.json", make_scores() | {"schema": 0})
     write_model_card(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.eval_results is None and "Not measured." in card.text

@@ -31,6 +31,7 @@ def launched(monkeypatch):
         {"RANK": "3"},
         {"RANK": "", "LOCAL_RANK": "", "LOCAL_WORLD_SIZE": ""},
         {"LOCAL_WORLD_SIZE": "8"},
+        {"PMI_SIZE": "1", "PMI_RANK": "0"},
         {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"},
         {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
     ],
@@ -49,6 +50,7 @@ def test_a_process_without_others_works_alone(launched, capsys, variables):
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, but not RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
         ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "x"}, "but not MASTER_PORT"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_SIZE=2: of mpirun or srun"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: must be a number"),
         ({"RANK": "node3"}, "RANK=node3: must be a number"),
         (

@@ -196,7 +196,7 @@ def test_archive_with_a_damaged_name(tmp_path):
 # what a machine may lack
 
 
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, 524])
 def test_a_folder_that_cannot_be_locked_is_used_and_that_is_said_once(tmp_path, monkeypatch, capsys, number):
     def flock(*args):
         raise OSError(number, os.strerror(number))

@@ -24,13 +24,13 @@ from captioner.bdd100k.wording import describe
 from captioner.runtime.errors import UserError
 from captioner.scoring import fact_metrics, text_metrics
 from captioner.scoring.comparison import compare_files, compare_predictions
-from captioner.scoring.console import print_scores
+from captioner.scoring.console import print_left_out, print_scores
 from captioner.scoring.grammar import find_facts
 from captioner.scoring.origin import find_origin, read_origin_split
 from captioner.scoring.predictions import Prediction, add_rides, read_predictions, read_references, write_predictions
 from captioner.scoring.reference_facts import read_facts
 from captioner.scoring.report import make_rows
-from captioner.scoring.scores import score_predictions
+from captioner.scoring.scores import count_things, score_predictions
 from captioner.scoring.text_metrics import measure_mean
 
 validate = fastjsonschema.compile(json.loads((ROOT / "tests/scores.schema.json").read_text()))
@@ -83,7 +83,14 @@ def test_shuffled_predictions_fall_to_the_floor(references):
     assert scored["slices"][0]["scores"]["facts_f1"]["value"] <= scored["slices"][-1]["scores"]["facts_f1"]["value"]
 
 
-@pytest.mark.parametrize(("count", "note"), [(19, "19 images are too few"), (20, "20 images: .*between")])
+@pytest.mark.parametrize(
+    ("count", "note"),
+    [
+        (1, "1 image: too few"),
+        (19, "19 images: too few"),
+        (20, r"20 images: the widest 95 % interval, of .*, is \d\.\d\d to \d\.\d\d, too wide"),
+    ],
+)
 def test_a_note_says_how_far_the_figures_can_be_trusted(references, count, note):
     few = dict(list(references.items())[:count])
     scores = score_predictions(predict(few, lambda name, text: text.replace("car", "bus")), {}, resamples=50)
@@ -113,7 +120,7 @@ def test_a_csv_and_references_apart_score_the_same(references, tmp_path):
     assert scores["n"] == len(captions) - 1
     assert scores["left_out"] == {"references without a prediction": 1, "predictions without a reference": 1}
     assert scores["scores"]["facts"]["whole_caption"]["value"] == 1
-    assert "left out: 1 predictions without a reference" in printed
+    assert "left out, predictions without a reference: 1" in printed
 
 
 def test_facts_come_from_labels_where_they_are_given(drawn, tmp_path):
@@ -136,7 +143,7 @@ def test_comparison_on_the_command_line(references, tmp_path):
     assert (compared["n"], compared["only_in_one"], compared["only_in_other"]) == (len(references) - 1, 1, 0)
     row = compared["scores"]["facts_f1"]
     assert row["difference"] == pytest.approx(row["other"] - row["one"]) and row["p"] < 0.05
-    assert "1 images only A captioned" in finished.stdout
+    assert "left out, images that only A captioned: 1" in finished.stdout
 
 
 def test_comparison_of_files_that_share_no_image():
@@ -187,6 +194,7 @@ def test_ten_thousand_arbitrary_strings():
         ("p.jsonl", '{"name": "a.jpg", "prediction": "x"}\n', "--references"),
         ("p.jsonl", '{"name": "a.jpg", "prediction": "x", "references": ["y"], "floors": {"z": 1}}\n', "line 1"),
         ("p.jsonl", "[1]\n", "line 1"),
+        ("p.json", '{"images": [], "annotations": []}', "give them with --references"),
         ("p.jsonl", b"\xff\xfe", "UTF-8"),
     ],
 )
@@ -279,8 +287,58 @@ def test_results_of_coco_need_the_names_of_their_images(tmp_path):
 @pytest.mark.parametrize("change", [{"images": []}, {"annotations": [{"image_id": 5, "bbox": []}]}, {"images": None}])
 def test_a_file_of_coco_without_captions_is_named(tmp_path, change):
     (tmp_path / "c.json").write_text(json.dumps(COCO_CAPTIONS | change))
-    with pytest.raises(UserError, match=r"c.json: a COCO file must have"):
+    with pytest.raises(UserError, match=r"c.json: (COCO's captions must have|its annotations have no caption)"):
         read_references(tmp_path / "c.json")
+
+
+CAPTIONS = [("a.jpg", "A car."), ("b.jpg", "A bus."), ("a.jpg", "One car.")]
+OWN_CAPTIONS = {  # the forms of docs/own_captions.md, by file
+    "c.csv": "image,caption\na.jpg,A car.\nb.jpg,A bus.\na.jpg,One car.\n",
+    "semicolons.csv": "\ufeffname;raw_caption\r\na.jpg;A car.\r\n.\\b.jpg;A bus.\r\na.jpg;One car.\r\n",
+    "c.tsv": "file_name\ttext\na.jpg\tA car.\nb.jpg\tA bus.\na.jpg\tOne car.\n",
+    "lists.csv": "name,raw_caption\na.jpg,\"['A car.', 'One car.']\"\nb.jpg,['A bus.']\n",  # as pandas writes them
+    "c.jsonl": '{"image": "a.jpg", "caption": ["A car.", "One car."]}\n{"image": "b.jpg", "caption": "A bus."}\n',
+    "c.json": json.dumps([{"name": name, "text": text} for name, text in CAPTIONS]),
+    "coco.json": json.dumps(COCO_CAPTIONS),
+    "token.txt": "".join(f"{name}#{number}\t{text}\n" for number, (name, text) in enumerate(CAPTIONS)),
+    "metadata.csv": "file_name,text\na.jpg,A car.\nb.jpg,A bus.\na.jpg,One car.\n",
+}
+
+
+@pytest.mark.parametrize("name", OWN_CAPTIONS)
+def test_own_captions_of_every_form_are_references(tmp_path, name):
+    path = tmp_path / name
+    path.write_text(OWN_CAPTIONS[name], newline="")
+    wanted = {"a.jpg": ["A car.", "One car."], "b.jpg": ["A bus."]}
+    references = read_references(tmp_path if name == "metadata.csv" else path)
+    assert references == wanted
+    (tmp_path / "q.csv").write_text("name,prediction\nb.jpg,A bus.\na.jpg,A car.\n.\\b.jpg,A bus.\n")
+    predictions, left_out = read_predictions(tmp_path / "q.csv", references)
+    assert [row.references for row in predictions] == [wanted["b.jpg"], wanted["a.jpg"], wanted["b.jpg"]]
+    assert not left_out
+
+
+def test_results_of_coco_are_held_against_captions_by_number(tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps(COCO_RESULTS))
+    (tmp_path / "c.csv").write_text("image_id,caption\n7,A bus.\n5,A car.\n")
+    rows, _ = read_predictions(tmp_path / "r.json", read_references(tmp_path / "c.csv"))
+    assert [(row.name, row.references) for row in rows] == [("7", ["A bus."]), ("5", ["A car."])]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.csv", "id,words\na.jpg,x\n", "line 1: found id, words; wanted the titles of an image column"),
+        ("c.json", '{"labels": []}', "these are BDD100K's labels.* with --labels in place of --references"),
+        ("c.csv", "name,caption\na.jpg,\n", "no captions in it; --references takes"),
+        ("gone.csv", None, "can't be read"),
+    ],
+)
+def test_references_that_are_none_are_one_message(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{name}.*{message}"):
+        read_references(tmp_path / name)
 
 
 def test_an_array_of_rows_is_read_and_a_bad_row_is_named(tmp_path):
@@ -293,7 +351,8 @@ def test_an_array_of_rows_is_read_and_a_bad_row_is_named(tmp_path):
 
 
 def test_references_that_come_twice_are_refused(tmp_path):
-    (tmp_path / "r.csv").write_text("name,raw_caption\na.jpg,x\na.jpg,y\n")
+    """In a predictions file, whose rows have all that there are; in captions each has a row of its own."""
+    (tmp_path / "r.csv").write_text("name,prediction,reference\na.jpg,z,x\na.jpg,z,y\n")
     with pytest.raises(UserError, match=r"r\.csv, line 3: a\.jpg came before"):
         read_references(tmp_path / "r.csv")
 
@@ -357,7 +416,7 @@ def test_free_captions_are_held_against_all_their_references(capsys):
     shown = [row.score for row in make_rows(rows, None)]
     assert min(shown[:16]) > max(shown[16:]), "like the first reference, like the second, like neither"
     assert np.mean(shown) == pytest.approx(scores["scores"]["cider_d"]["CIDEr-D"]["value"])
-    assert "BLEU-4 is known to lie between" in scores["notes"][0]
+    assert "the widest 95 % interval, of BLEU-4, is" in scores["notes"][0]
     print_scores(scores)
     printed = capsys.readouterr().out
     assert f"{scores['scores']['cider_d']['CIDEr-D']['value']:.2f}" in printed
@@ -496,7 +555,7 @@ def test_slices_are_large_enough_and_hold_at_once():
     for item in slices:
         figure = item["scores"]["objects_f1"]
         assert figure["low"] <= overall <= figure["high"], item
-    assert any(f"worst of {len(slices)} slices is low by chance" in note for note in scores["notes"])
+    assert any(f"worst of {len(slices)} slices may be low by chance" in note for note in scores["notes"])
 
 
 def test_frames_of_a_ride_make_wider_intervals():
@@ -523,6 +582,21 @@ def test_all_right_is_shown_with_the_lower_end(capsys):
     print_scores(scores)
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("  from") and "0.83" in line for line in lines), lines
+
+
+def test_one_of_a_kind_is_told_in_the_singular(capsys):
+    scores = score_texts(["There is one car."] * 20, ["There is one car."], names="{}.jpg")
+    assert any(note.startswith("names don't tell the ride of 20 images, 0.jpg for one:") for note in scores["notes"])
+    print_scores(scores | {"slices": scores["slices"][:1], "n": 1, "rides": 1, "left_out": {"unreadable images": 1}})
+    print_left_out({"a.jpg": "a.jpg: empty"})
+    said = capsys.readouterr().out
+    for text in ("\n1 image. Shares", "\nthe only slice, facts F1: ", "\nleft out, unreadable images: 1\n"):
+        assert text in said
+    assert "\n1 image can't be read and is left out:\n" in said
+    assert count_things(2000, "ride") == "2,000 rides"
+    rows = [Prediction(f"{n}.jpg", RIGHT, [text]) for n, text in enumerate([RIGHT, *FREE, *FREE])]
+    read_facts(rows)
+    assert capsys.readouterr().out.startswith("1 of 7 references is in this project's wording")
 
 
 def test_published_figures_stand_beside_bdd100k_alone():
@@ -571,7 +645,7 @@ def test_what_is_left_out_of_a_comparison_is_told(references, tmp_path, capsys):
     for name, part in (("a", rows), ("b", [*rows, Prediction("unknown.jpg", "x", [])])):
         write_predictions(tmp_path / name, part)
     assert compare_files([tmp_path / "a"], [tmp_path / "b"])["n"] == len(rows)
-    assert capsys.readouterr().out == f"left out of {tmp_path / 'b'}: 1 predictions without a reference\n"
+    assert capsys.readouterr().out == f"left out of {tmp_path / 'b'}, predictions without a reference: 1\n"
 
 
 def test_several_files_a_side_tell_the_chance_of_training():
@@ -647,6 +721,23 @@ def test_the_record_may_lie_beside_the_adapter_or_in_earlier_scores(without_lane
     scores, said = score_labels(without_lanes, drawn)
     assert scores["trained_with"] is None and "no record of a run lies beside them" in said
     assert scores["scores"]["facts"]["whole_caption"]["value"] < 1 and scores["published"] == []
+
+
+def test_an_adapter_that_happens_to_be_there_is_not_taken_for_the_origin(without_lanes, drawn):
+    """Unless it is named, or its split has all the images, of whichever split they are."""
+    (without_lanes / "elsewhere").mkdir()
+    (without_lanes / "run.json").rename(without_lanes / "elsewhere/run.json")
+    (without_lanes / "elsewhere").rename(without_lanes / "blip2-finetuned")
+    names = [row.name for row in read_predictions(without_lanes / "p.jsonl")[0]]
+    for known, adapter in ((names[1:], None), (names, "blip2-finetuned")):
+        with open(without_lanes / "blip2-finetuned/split.csv", "w", newline="") as file:
+            rows = [[name, "train", name, RIGHT, name] for name in known]
+            csv.writer(file).writerows([["name", "split", "image", "raw_caption", "group"], *rows])
+        scores, _ = score_labels(without_lanes, drawn)
+        assert (scores["trained_with"] or {}).get("adapter") == adapter
+    (without_lanes / "blip2-finetuned").rename(without_lanes / "mine")
+    (without_lanes / "mine/split.csv").unlink()
+    assert score_labels(without_lanes, drawn, "--adapter", "mine")[0]["trained_with"]["adapter"] == "mine"
 
 
 def test_a_record_that_is_none_is_named(without_lanes, drawn):
