@@ -237,7 +237,7 @@ def _join_coco(path: Path, document: dict) -> pd.DataFrame:
     unknown = table.index[table["name"].isna()]
     if len(unknown):
         raise UserError(f"{path}, annotation {unknown[0]}: no image has the id {table.loc[unknown[0], 'image_id']}")
-    if twice := [str(name) for name, ids in Counter(names.values()).items() if ids > 1]:
+    if twice := [str(name) for name, ids in Counter(names.values()).items() if name and ids > 1]:
         found = escape_controls(", ".join(twice[:LISTED]))[:200]
         print(f"{path}: {len(twice):,} file names have several ids ({found}): their captions are taken together")
     return table
