@@ -14,6 +14,7 @@ from captioner.runtime.errors import UserError
 from captioner.runtime.files import is_inside, read_json
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+POINTER = b"version https://git-lfs"
 MAX_JSON = 64 * 2**20  # bytes of a JSON file beside a model; the largest, a tokenizer, has 4 MB
 FREE_KEYS = (  # of adapter_config.json; each other key must have LoRA's default, which names no module to import
     *("peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
@@ -22,10 +23,14 @@ FREE_KEYS = (  # of adapter_config.json; each other key must have LoRA's default
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raise UserError for a link that leaves the folder, and for settings that name code to be run."""
+    """Raise UserError for a link that leaves the folder, a pointer to a file, and settings that name code to be run."""
     for path in sorted(folder.iterdir()):
         if path.is_symlink() and not is_inside(path, folder):
             raise UserError(f"{path}: a link to {path.resolve()}, outside of the folder; put the file itself there")
+        if path.is_file():
+            with open(path, "rb") as file:
+                if file.read(len(POINTER)) == POINTER:
+                    raise UserError(f"{path}: a Git LFS pointer, not the file itself; fetch that with git lfs pull")
         if path.suffix == ".json" and path.is_file():
             if path.stat().st_size > MAX_JSON:
                 raise UserError(f"{path}: {path.stat().st_size:,} bytes, more than {MAX_JSON:,}; fetch it again")

@@ -245,7 +245,7 @@ def _read_rows(path: Path, split: str) -> list[Example]:
         raise explain_adapter(path.parent)
     examples: dict[str, Example] = {}
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:  # as Excel saves it
             for row in csv.DictReader(file):
                 if row["split"] != split:
                     continue

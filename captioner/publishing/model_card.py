@@ -8,6 +8,7 @@ No torch.
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -20,7 +21,7 @@ from captioner.runtime.files import atomic_write
 from captioner.runtime.settings import name_fields
 from captioner.scoring.headlines import RANKED_BY, choose_headlines
 from captioner.scoring.scores import count_things
-from config import TrainConfig
+from config import SourceSettings, TrainConfig
 
 TEMPLATE = Path(__file__).with_suffix(".md")
 CLASS_SCORES = {  # columns of the table of object classes
@@ -32,6 +33,7 @@ CLASS_SCORES = {  # columns of the table of object classes
 WORST_SLICES = 3  # that the card names
 BDD100K_LICENCE = "https://doc.bdd100k.com/license.html"
 UNLISTED = PATH_FIELDS | name_fields(TrainConfig, "unlisted")
+OF_LABELS = {field.name for field in fields(SourceSettings)}
 EXAMPLE = Facts("night", "rainy", "city street", "red", {ObjectKind("truck"): 1, ObjectKind("car", occluded=True): 2})
 
 
@@ -50,7 +52,8 @@ def format_card(folder: Path, adapter: str) -> str:
     run, scores = read_run(folder), read_scores(folder)
     base, run = name_base(run), strip_paths(run)
     config = run["config"]
-    settings = {name: value for name, value in config.items() if name not in UNLISTED}
+    unlisted = UNLISTED | OF_LABELS if name_kind(config) == "own" else UNLISTED
+    settings = {name: value for name, value in config.items() if name not in unlisted}
     tables = [list_values("setting", settings), list_values("result", run.get("results", {}))]
     card = ModelCard.from_template(
         make_metadata(run, base, scores, adapter),

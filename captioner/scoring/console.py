@@ -31,7 +31,7 @@ def print_scores(scores: dict) -> None:
         if row == "predictions":
             for end, title in (("low", "  from"), ("high", "  to")):
                 print(f"{title:<26}" + "".join(f"{format_value(own[name][end], digits[name]):>10}" for name in own))
-    for group, title in {"corpus_bleu": "corpus BLEU", "reference_bleu": "reference protocol"}.items():
+    for group, title in {"corpus_bleu": "corpus BLEU", "reference_bleu": "mean sentence BLEU"}.items():
         figures = scores["scores"][group].items()
         print(f"{title:<26}" + "  ".join(f"{name} {figure['value']:.3f}" for name, figure in figures))
     stating = [item for item in scores.get("slices", ()) if item["scores"][RANKED_BY]["value"] is not None]

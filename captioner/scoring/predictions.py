@@ -1,7 +1,7 @@
 """Predictions files: captions by image name, from any model, with the references that they are scored against.
 
 JSON lines, {"name": ..., "prediction": ..., "references": [...]} each, or a JSON array of such rows, or CSV with the
-columns name, prediction and any number of columns whose title begins with "reference". A "ride" says which images are
+columns name, prediction and any number of columns reference, reference2 and so on. A "ride" says which images are
 frames of one ride, if their names don't. COCO's results are read too. References may also come from a file of their
 own: another predictions file, or captions in any form that training takes.
 """
@@ -286,7 +286,11 @@ def _read_csv(file: Iterable[str], path: Path) -> Iterator[tuple[str, Prediction
                 f"{path}: no column name or no column prediction: its columns must be name, prediction, reference ..., "
                 f"not {', '.join(columns)[:200]}; captions are given with --references"
             )
-        reference_columns = [column for column in columns if column.startswith("reference") or column == "raw_caption"]
+        if unknown := [c for c in columns if c.startswith("reference") and not REFERENCE.fullmatch(c)]:
+            raise UserError(
+                f"{path}: column {unknown[0][:80]}: columns of references are reference, reference2 ...; rename it"
+            )
+        reference_columns = [column for column in columns if REFERENCE.fullmatch(column) or column == "raw_caption"]
         for row in reader:
             place = f"{path}, line {reader.line_num}"
             if None in row or None in row.values():

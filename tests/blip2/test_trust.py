@@ -66,6 +66,13 @@ def test_code_of_a_model_is_refused(copy, tmp_path, name):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_pointer_in_the_place_of_a_file_is_named(copy, name):
+    (copy / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(UserError, match=rf"{name}: a Git LFS pointer, .* git lfs pull"):
+        blip2.load_model(copy, False, CPU)
+
+
 def test_links_that_leave_a_model_are_refused_but_those_of_the_hubs_cache_work(copy, tmp_path):
     snapshot, blobs = tmp_path / "models--a--b/snapshots/0123", tmp_path / "models--a--b/blobs"
     snapshot.mkdir(parents=True)

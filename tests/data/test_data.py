@@ -340,9 +340,11 @@ def test_a_split_has_all_captions_and_the_group_and_its_images_by_folder(tmp_pat
     assert [example.image for example in sorted(moved)] == [tmp_path / "moved/x/1.jpg", tmp_path / "moved/y/1.jpg"]
 
 
-def test_a_split_of_absolute_paths_is_read(tmp_path):
-    """As it was written before it had a root."""
-    (tmp_path / "split.csv").write_text("name,split,image,raw_caption\na.jpg,test,/images/a.jpg,A car.\n")
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_split_of_absolute_paths_is_read(tmp_path, mark):
+    """As it was written before it had a root; also as Excel saves it."""
+    content = f"{mark}name,split,image,raw_caption\na.jpg,test,/images/a.jpg,A car.\n"
+    (tmp_path / "split.csv").write_text(content, encoding="utf-8")
     assert read_split(tmp_path, "test") == [Example("a.jpg", Path("/images/a.jpg"), "A car.")]
 
 

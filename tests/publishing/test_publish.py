@@ -92,6 +92,7 @@ def test_card_of_own_captions_speaks_of_no_other_data(tmp_path):
         card = ModelCard.load(tmp_path / "README.md")
         assert "Captions that the trainer gave: `mine.csv`." in card.text and "captions of images" in card.text
         said = card.content.lower()
+        assert "| lora_rank |" in said and not any(f"| {name} |" in said for name in ("lanes", "class_names", "style"))
         assert not any(word in said for word in ("bdd100k", "by ride", "driving scene", "drawn", "alice"))
         assert {result.dataset_type for result in card.data.eval_results} == {"own-captions"}
     old = make_run()

@@ -190,6 +190,7 @@ def test_ten_thousand_arbitrary_strings():
         ("p.csv", "name,prediction,reference\na.jpg,x\n", "3 fields"),
         ("p.csv", "name,prediction\na.jpg,x\n", "--references"),
         ("p.csv", "name,prediction,reference,reference\na.jpg,x,y,z\n", "same title"),
+        ("p.csv", "name,prediction,reference,reference_length\na.jpg,x,y,1\n", "column reference_length: columns of"),
         ("p.csv", "name,raw_caption\na.jpg,x\n", "no column prediction"),
         ("p.jsonl", '{"name": "a.jpg", "prediction": "x"}\n', "--references"),
         ("p.jsonl", '{"name": "a.jpg", "prediction": "x", "references": ["y"], "floors": {"z": 1}}\n', "line 1"),
