@@ -388,7 +388,7 @@ def parse_args(config_class: type[Config], args: list[str] | None = None) -> Con
     args = sys.argv[1:] if args is None else args
     defaults = {**DEMO[config_class], "demo": True} if "--demo" in args else {}
     given = {word.partition("=")[0].replace("_", "-") for word in args}
-    if given & {"--temperature", "--top-p"}:
+    if given & {"--temperature", "--top-p"} and not given & {"--compare", "--predictions"}:
         defaults.pop("greedy", None)
     elif config_class is EvalConfig and "--images" in given and "--predictions" not in given:
         defaults["greedy"] = True  # as load_captioner captions: one image gets one caption

@@ -190,6 +190,8 @@ def main(config: AppConfig) -> None:
 
 
 if __name__ == "__main__":
-    from captioner.runtime.cli import run_script
+    from captioner.runtime.cli import run_script, start_imports
 
-    run_script(main, tyro.cli(AppConfig))
+    config = tyro.cli(AppConfig)
+    start_imports()
+    run_script(main, config)

@@ -282,6 +282,14 @@ def test_all_that_is_due_at_exit_is_done(what, code, told):
     assert done.stdout.startswith("written a thread\nregistered later")
 
 
+@pytest.mark.slow
+def test_a_message_stands_alone(tmp_path):
+    """Libraries that are written in C++ would tell at the end of what the search for garbage has left out."""
+    with start_script("eval.py", "--adapter", tmp_path / "none", cwd=tmp_path) as process:
+        err = process.communicate()[1]
+    assert process.returncode == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 @pytest.mark.parametrize("flush", [True, False])
 def test_a_log_on_a_full_disk_is_told(flush):
@@ -291,7 +299,8 @@ def test_a_log_on_a_full_disk_is_told(flush):
         done = subprocess.run(
             [sys.executable, "-c", script], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
-    assert done.stderr == "error: what is printed can't be written (No space left on device): free some space\n"
+    said = "error: what is written, or what is printed: a disk is full (No space left on device): free some space\n"
+    assert done.stderr == said
     assert done.returncode == 2
 
 

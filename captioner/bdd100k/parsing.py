@@ -77,6 +77,11 @@ def read_caption(text: str) -> Reading:
     return Reading(Facts(**attributes, objects=claims), unread, repeated, contradicting, cut_off)
 
 
+def is_readable(text: str) -> bool:
+    """Whether each of its sentences can be read, whatever they say together."""
+    return all(_read_sentence(sentence.strip()) is not None for sentence in _SENTENCE.findall(text))
+
+
 def _any_of(words) -> str:
     return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
 

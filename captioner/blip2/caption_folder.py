@@ -90,6 +90,7 @@ def describe_settings(config: EvalConfig) -> dict:
     generation = dataclasses.asdict(config.generation)
     del generation["batch_size"]  # which changes no more than last digits
     settings = generation | {"adapter": str(config.adapter), "base": config.base, "blank": config.blank}
+    settings |= {"model": config.model} if config.model else {}
     return settings | {
         "images": [str(image.resolve()) for image in config.images],
         "trained": read_run(config.adapter),

@@ -313,7 +313,7 @@ def _list_captions(path: Path, table: pd.DataFrame) -> pd.DataFrame:
     lists = sum(bool(texts) and isinstance(value, str) and texts != [value] for texts, value in pairs)
     odd = pd.Series([texts is None for texts, _ in pairs], table.index)
     if 2 * max(lists, odd.sum()) > len(table):
-        _refuse(path, table, odd, "caption", "it is a value written as text, no caption")
+        _refuse(path, table, odd, "caption", "it is a value written as text, no caption: give each as it is")
     captions = [[value] if texts is None else texts or [""] for texts, value in pairs]
     rows = [row for row, texts in enumerate(captions) for _ in texts]
     return table.iloc[rows].assign(caption=pd.Series([*itertools.chain(*captions)], table.index[rows], dtype=object))

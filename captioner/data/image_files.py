@@ -167,7 +167,7 @@ def _explain_no_match(names: Sequence[str], folder: Path) -> NoReturn:
     if same and wanted.suffix and same.suffix != wanted.suffix:
         remedy = f"{same.name} is: give both one suffix"
     else:
-        remedy = f"give the folder that belongs to the captions with --images{f', {above}' if above else ''}"
+        remedy = f"give the folder that belongs to the captions with --images{f' {above}' if above else ''}"
     raise UserError(
         f"none of the {len(names)} captioned images is in {folder}: {names[0]}, for one, is not among its "
         f"{len(images)} images; {remedy}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from captioner.bdd100k.frames import LabelOptions
 from captioner.bdd100k.label_files import read_labels
 from captioner.bdd100k.label_report import LabelReport
-from captioner.bdd100k.parsing import read_caption
+from captioner.bdd100k.parsing import is_readable
 from captioner.bdd100k.wording import describe
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import atomic_write, is_replaceable, write_json
@@ -45,9 +45,7 @@ def _is_written(path: Path) -> bool:
     try:
         with open(path, encoding="utf-8", newline="") as file:
             rows = csv.reader(file)
-            return next(rows, None) == CSV_HEADER and all(
-                len(row) == 2 and not read_caption(row[1]).unread for row in rows
-            )
+            return next(rows, None) == CSV_HEADER and all(len(row) == 2 and is_readable(row[1]) for row in rows)
     except (OSError, ValueError, csv.Error):
         return False
 

@@ -12,7 +12,7 @@ def unpack_texts(text: str) -> list[str] | None:
     None for a value that is neither a text nor a list of texts.
     """
     value = parse_literal(text)
-    if value is None:
+    if value is None or isinstance(value, str):  # a caption, in quotes maybe
         return [text]
     if text.strip().lower() in NO_TEXTS:
         return []

@@ -51,7 +51,7 @@ def start_imports() -> None:
 
 def run_script(main, config) -> None:
     """Call main(config); an error that the user can mend is one message and exit code 2, no traceback."""
-    if not gc.isenabled():  # by start_imports()
+    if frozen := not gc.isenabled():  # by start_imports()
         gc.freeze()  # what was imported stays: to look through it for garbage takes a third of a second each time
         gc.enable()
     if sys.excepthook is _end_imports:  # no library has put its own there
@@ -78,11 +78,15 @@ def run_script(main, config) -> None:
         print("nobody reads what is printed any more: ended", file=sys.stderr)
         sys.exit(141)  # as a shell tells of SIGPIPE
     except Exception as error:  # safetensors has a type of its own
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:  # as of a log
-            sys.exit(report_error(UserError(f"what is printed can't be written ({error.strerror}): free some space")))
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            where = error.filename or "what is written, or what is printed"
+            sys.exit(report_error(UserError(f"{where}: a disk is full ({error.strerror}): free some space")))
         if not lacks_memory(error):
             raise
         sys.exit(report_error(explain_memory(error)))
+    finally:
+        if frozen:  # else the interpreter takes for leaks, at its end, what it does not look at
+            gc.unfreeze()
 
 
 def explain_memory(error: Exception) -> UserError:

@@ -62,7 +62,8 @@ def spell_out(config_class: type, args: Sequence[str]) -> list[str]:
     spelt = []
     for word, following in zip(args, [*args[1:], ""], strict=False):
         name = word.removeprefix("--").replace("-", "_")
-        if word.startswith("--") and name.removeprefix("no_") in names and following not in ("True", "False", "None"):
+        is_given = following.title() in ("True", "False", "None")
+        if word.startswith("--") and name.removeprefix("no_") in names and not is_given:
             spelt += [f"--{name.removeprefix('no_')}", str(not name.startswith("no_"))]
         else:
             spelt.append(word)

@@ -82,7 +82,7 @@ def read_origin_split(origin: Origin | None, names: Collection[str]) -> tuple[li
 def _read_split(adapter: Path) -> list[tuple[str, str, str, str]]:
     """(name, split, caption, group) of each row of the adapter's split.csv; none where it can't be read."""
     try:
-        with open(adapter / "split.csv", encoding="utf-8", newline="") as file:
+        with open(adapter / "split.csv", encoding="utf-8-sig", newline="") as file:  # as Excel saves it
             return [(r["name"], r["split"], r["raw_caption"], r.get("group") or "") for r in csv.DictReader(file)]
     except (OSError, KeyError, UnicodeDecodeError, csv.Error):
         return []

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -69,7 +70,8 @@ def add_rides(predictions: Iterable[Prediction], groups: Mapping[str, str]) -> l
     told = []
     for row in predictions:
         group = groups.get(row.name, "")
-        if not row.ride and not is_frame_name(row.name) and group not in ("", row.name, Path(row.name).stem):
+        own = ("", row.name.lower(), Path(row.name).stem.lower())
+        if not row.ride and not is_frame_name(row.name) and group.lower() not in own:
             row = row._replace(ride=group)
         told.append(row)
     return told
@@ -118,7 +120,7 @@ def read_references(path: Path) -> References:
             if row.references:
                 references[row.name] = row.references
     else:
-        for name, caption in _read_captions(path):
+        for name, caption in _read_captions(path, text):
             references.setdefault(name, []).append(caption)
         references.names |= _read_coco_names(text)
     if not references:
@@ -134,12 +136,16 @@ def _has_references(path: Path, text: str) -> bool:
     return REFERENCE_KEY.search(text) is not None
 
 
-def _read_captions(path: Path) -> Iterator[tuple[str, str]]:
-    """(name of its image, caption) of each caption."""
+def _read_captions(path: Path, text: str) -> Iterator[tuple[str, str]]:
+    """(name of its image, caption) of each caption of a file with that text."""
     from captioner.data.caption_files import read_captions  # here: pandas takes a while to import
 
     try:
-        table = read_captions(path)
+        with tempfile.TemporaryDirectory() as folder:
+            if not (path.is_dir() or path.is_file()):  # a pipe, which gives its text once
+                path = Path(folder, "references.json" if text.lstrip().startswith(("{", "[")) else "references.csv")
+                path.write_text(text, encoding="utf-8")
+            table = read_captions(path)
     except UserError as error:  # which speaks of main.py's flag
         raise UserError(str(error).replace("--captions", "--references")) from None
     yield from zip(table["name"], table["caption"], strict=True)

@@ -193,7 +193,7 @@ def test_captions_without_an_image_are_counted(tmp_path, capsys):
         match_images(tabulate([("b.jpg", "y")]), tmp_path)
     with pytest.raises(UserError, match=r"a\.png, for one, is not .*; a\.jpg is: give both one suffix"):
         match_images(tabulate([("a.png", "y")]), tmp_path)
-    with pytest.raises(UserError, match=rf"none of .*; give the folder .* with --images, {tmp_path.parent}$"):
+    with pytest.raises(UserError, match=rf"none of .*; give the folder .* with --images {tmp_path.parent}$"):
         match_images(tabulate([(f"{tmp_path.name}/a.jpg", "y")]), tmp_path)
     with pytest.raises(UserError, match=r"none of .*; give the folder that belongs to the captions with --images$"):
         match_images(tabulate([("elsewhere/a.jpg", "y")]), tmp_path)

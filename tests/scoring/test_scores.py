@@ -108,6 +108,16 @@ def test_the_command_writes_what_the_schema_says(references, tmp_path):
     assert f"{scores['scores']['corpus_bleu']['BLEU-1']['value']:.3f}" in printed
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+@pytest.mark.parametrize("text", ['[{"name": "a.jpg", "caption": "A car."}]', "image,caption\na.jpg,A car.\n"])
+def test_references_may_come_through_a_pipe(tmp_path, text):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(text,))
+    writer.start()
+    assert read_references(tmp_path / "pipe") == {"a.jpg": ["A car."]}
+    writer.join()
+
+
 def test_a_csv_and_references_apart_score_the_same(references, tmp_path):
     """Other people's file: CSV, in another order, with a name we don't know, and one of ours missing."""
     captions = list(references.items())

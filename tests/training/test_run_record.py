@@ -18,7 +18,7 @@ from captioner.runtime.errors import UserError
 from captioner.runtime.settings import flatten
 from captioner.training import checkpoints, dashboard, provenance, run, run_state, tracking, train
 from captioner.training.stopping import Pace
-from config import TrainConfig, make_config
+from config import DEMO, TrainConfig, make_config
 
 
 def describe() -> dict:
@@ -189,6 +189,14 @@ def test_a_finished_run_is_known_by_its_folder_alone(folder):
     ):
         run.is_finished(make_config(TrainConfig, output=Path("out"), seed=4, lora_rank=8))
     assert not run.is_finished(make_config(TrainConfig, output=Path("elsewhere"), seed=4))
+
+
+def test_a_finished_demo_is_known_whatever_it_was_trained_with(folder):
+    demo = {**DEMO[TrainConfig], "demo": True, "output": Path("out")}
+    Path("out").mkdir()
+    trained = make_config(TrainConfig, **demo | {"learning_rate": 1e-3})
+    Path("out/run.json").write_text(json.dumps({"config": flatten(trained)}))
+    assert run.is_finished(make_config(TrainConfig, **demo))
 
 
 @pytest.mark.parametrize("finished", [True, False])
