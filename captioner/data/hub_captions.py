@@ -98,18 +98,19 @@ def _leave_out_others(name: str, sets: "DatasetDict") -> dict[str, "Dataset"]:
 
 
 def _find_columns(name: str, table: "Dataset", group_column: str | None) -> list[str]:
-    """The columns of images, captions and groups."""
+    """The columns of images, captions and groups, by their names in any case."""
     from datasets import Image
 
     images = [column for column, feature in table.features.items() if isinstance(feature, Image)]
-    texts = [column for column in TEXT_COLUMNS if column in table.features]
+    names = {column.lower(): column for column in table.features}
+    texts = [names[column] for column in TEXT_COLUMNS if column in names]
     missing = [f"a text column ({', '.join(TEXT_COLUMNS)})"] * (not texts) + ["a column of images"] * (not images)
-    if group_column and group_column not in table.features:
+    if group_column and group_column.lower() not in names:
         missing.append(f"the column {group_column}")
     if missing:
         found = escape_controls(", ".join(table.features))[:200]
         raise UserError(f"--captions {name}: lacks {' and '.join(missing)}; its columns are {found}")
-    return [images[0], texts[0], *([group_column] if group_column else [])]
+    return [images[0], texts[0], *([names[group_column.lower()]] if group_column else [])]
 
 
 def _write_images(table: "Dataset", columns: list[str], folder: Path, keep: bool) -> Iterator[tuple]:

@@ -44,6 +44,14 @@ def copy(tmp_path, monkeypatch) -> Path:
     return folder
 
 
+def test_columns_are_known_in_any_case(tmp_path, copy):
+    table = datasets.load_dataset(str(copy))["train"].rename_columns({"caption": "Caption", "video": "Video"})
+    (tmp_path / "other").mkdir()
+    table.to_parquet(tmp_path / "other/train.parquet")
+    captions, _ = fetch_captions(str(tmp_path / "other"), tmp_path / "run", "video")
+    assert list(captions["caption"]) and set(captions["group"]) == set(map(str, table["Video"]))
+
+
 def test_a_copy_of_a_data_set_is_read(tmp_path, copy, monkeypatch):
     assert is_data_set(copy)
     splits = prepare_splits(make_config(TrainConfig, captions=copy, group_column="video"), tmp_path / "run")
