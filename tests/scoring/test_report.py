@@ -376,7 +376,7 @@ def test_scores_are_shown_as_precisely_as_they_are_known(browser, pages):
 def test_the_page_begins_with_a_verdict_in_words(browser, pages):
     open_page(browser, pages / "whole.html")
     assert read_texts(browser, "#verdict") == [
-        "Facts F1 is 0.81 (95 % interval 0.80 to 0.82); a caption written without a look at the image reaches 0.40 at "
+        "Facts F1 is 0.81 (95 % interval 0.80 to 0.82); a caption written without seeing the image reaches 0.40 at "
         "best (most frequent caption). The captions are better than every floor. Not clearly above the best floor: "
         "traffic light."
     ]
@@ -388,7 +388,7 @@ def test_free_captions_are_judged_by_their_text_alone(browser, pages):
     open_page(browser, pages / "free.html")
     [verdict] = read_texts(browser, "#verdict")
     figure = (
-        r"CIDEr-D is \d\.\d\d \(95 % interval \d\.\d\d to \d\.\d\d\); a caption written without a look at the image "
+        r"CIDEr-D is \d\.\d\d \(95 % interval \d\.\d\d to \d\.\d\d\); a caption written without seeing the image "
     )
     assert re.fullmatch(
         figure + r"reaches \d\.\d\d at best \(.*\)\. The captions are better than every floor\. "
