@@ -7,7 +7,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 from unicodedata import normalize
@@ -236,24 +236,29 @@ def write_splits(path: Path, splits: Mapping[str, Sequence[Example]]) -> None:
 
 def read_split(folder: Path, split: str, images_root: Path | None = None) -> list[Example]:
     """The examples of a split that main.py wrote to `folder`; with the images below `images_root`, if given."""
-    return place_images(folder, _read_rows(folder / "split.csv", split), images_root)
+    return place_images(folder, _read_examples(folder / "split.csv", split), images_root)
 
 
-def _read_rows(path: Path, split: str) -> list[Example]:
+def read_rows(path: Path) -> Iterator[dict[str, str]]:
+    """The rows of a split.csv as they are. Raises what csv and the disk raise."""
+    with open(path, encoding="utf-8-sig", newline="") as file:  # as Excel saves it
+        yield from csv.DictReader(file)
+
+
+def _read_examples(path: Path, split: str) -> list[Example]:
     """The examples of a split, their images as they are written: below the run's root, or absolute in older files."""
     if not path.is_file():
         raise explain_adapter(path.parent)
     examples: dict[str, Example] = {}
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:  # as Excel saves it
-            for row in csv.DictReader(file):
-                if row["split"] != split:
-                    continue
-                example = Example(row["name"], Path(row["image"]), row["raw_caption"], row.get("group") or "")
-                _check_example(path, example)
-                if first := examples.get(example.name):
-                    example = first._replace(more=(*first.more, example.caption))
-                examples[example.name] = example
+        for row in read_rows(path):
+            if row["split"] != split:
+                continue
+            example = Example(row["name"], Path(row["image"]), row["raw_caption"], row.get("group") or "")
+            _check_example(path, example)
+            if first := examples.get(example.name):
+                example = first._replace(more=(*first.more, example.caption))
+            examples[example.name] = example
     except (OSError, KeyError, TypeError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a split with columns {', '.join(SPLIT_COLUMNS)} ({error!r})") from None
     if not examples:
@@ -318,7 +323,7 @@ def choose_examples(config: EvalConfig) -> tuple[list[Example], Counter]:
 
     The sample is drawn before images are looked for, so that it is the same where some of them are missing.
     """
-    rows = _read_rows(config.adapter / "split.csv", config.split)
+    rows = _read_examples(config.adapter / "split.csv", config.split)
     sample = sample_examples(rows, config.num_samples, config.generation.seed)
     examples = place_images(config.adapter, sample, config.images_root)
     if config.images_root is not None:

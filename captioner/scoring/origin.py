@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from captioner.data.run_record import read_run
-from captioner.data.splits import is_frame_name
+from captioner.data.splits import is_frame_name, read_rows
 from captioner.runtime.errors import UserError
 
 # settings of the run that scores.json keeps
@@ -82,8 +82,8 @@ def read_origin_split(origin: Origin | None, names: Collection[str]) -> tuple[li
 def _read_split(adapter: Path) -> list[tuple[str, str, str, str]]:
     """(name, split, caption, group) of each row of the adapter's split.csv; none where it can't be read."""
     try:
-        with open(adapter / "split.csv", encoding="utf-8-sig", newline="") as file:  # as Excel saves it
-            return [(r["name"], r["split"], r["raw_caption"], r.get("group") or "") for r in csv.DictReader(file)]
+        rows = read_rows(adapter / "split.csv")
+        return [(row["name"], row["split"], row["raw_caption"], row.get("group") or "") for row in rows]
     except (OSError, KeyError, UnicodeDecodeError, csv.Error):
         return []
 

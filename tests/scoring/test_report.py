@@ -387,9 +387,7 @@ def test_the_page_begins_with_a_verdict_in_words(browser, pages):
 def test_free_captions_are_judged_by_their_text_alone(browser, pages):
     open_page(browser, pages / "free.html")
     [verdict] = read_texts(browser, "#verdict")
-    figure = (
-        r"CIDEr-D is \d\.\d\d \(95 % interval \d\.\d\d to \d\.\d\d\); a caption written without seeing the image "
-    )
+    figure = r"CIDEr-D is \d\.\d\d \(95 % interval \d\.\d\d to \d\.\d\d\); a caption written without seeing the image "
     assert re.fullmatch(
         figure + r"reaches \d\.\d\d at best \(.*\)\. The captions are better than every floor\. "
         r"Not clearly above the best floor: ROUGE-L.*\.",
