@@ -33,6 +33,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 from captioner.data.image_files import name_images
+from captioner.data.run_record import hash_adapter
 from captioner.data.splits import choose_examples
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import lock_folder, name_run, write_json
@@ -88,7 +89,7 @@ def main(config: EvalConfig) -> None:
         print_scores(scores)
         print(f"predictions in {found.file}; scores.json and report.html in {run_dir}")
         if not (config.predictions or config.base or config.blank) and config.split == "test":
-            from captioner.publishing.adapter_scores import keep_scores
+            from captioner.publishing.adapter_scores import keep_scores  # here: the hub's library imports slowly
 
             keep_scores(config.adapter, scores, found.adapter)
 
@@ -96,7 +97,6 @@ def main(config: EvalConfig) -> None:
 def caption_split(config: EvalConfig, run_dir: Path) -> Found:
     """Caption a sample of a split, to predictions.jsonl."""
     from captioner.blip2.caption_split import caption_examples  # here: who only scores captions does without torch
-    from captioner.publishing.adapter_scores import hash_adapter  # here: the hub's library imports slowly
 
     adapter = hash_adapter(config.adapter)
     examples, left_out = ask_main(choose_examples, config)

@@ -91,6 +91,12 @@ def name_kind(head: bytes) -> tuple[str, str] | None:
     return next(((what, remedy) for pattern, what, remedy in _SIGNATURES if pattern.match(head)), None)
 
 
+def name_pointer(head: bytes) -> str | None:
+    """What stands in for a file, if that begins with `head`, and the remedy; None: nothing does."""
+    what, remedy = name_kind(head) or ("", "")
+    return f"{what.removeprefix('it is ')}; {remedy}" if "pointer" in what else None
+
+
 def name_format(value: dict) -> str | None:
     """Whose format an object is in that is no frame; None if that is not known."""
     return next((name for keys, name in _FORMATS if keys <= value.keys()), None)

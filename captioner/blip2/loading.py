@@ -21,8 +21,8 @@ from transformers import (
 
 from captioner.blip2.image_size import resize_positions, set_image_size, set_processor_size
 from captioner.blip2.lora import LORA_TARGETS
-from captioner.blip2.trust import ADAPTER_WEIGHTS, check_adapter_folder, check_model_folder
-from captioner.data.run_record import read_run
+from captioner.blip2.trust import check_adapter_folder, check_model_folder
+from captioner.data.run_record import ADAPTER_WEIGHTS, read_run
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import split_revision
 from captioner.runtime.processes import share_folder

@@ -10,11 +10,12 @@ import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from captioner.bdd100k.file_kinds import name_pointer
+from captioner.data.run_record import ADAPTER_WEIGHTS
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import is_inside, read_json
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-POINTER = b"version https://git-lfs"
+HEAD = 64  # bytes in which a pointer in the place of a file shows
 MAX_JSON = 64 * 2**20  # bytes of a JSON file beside a model; the largest, a tokenizer, has 4 MB
 FREE_KEYS = (  # of adapter_config.json; each other key must have LoRA's default, which names no module to import
     *("peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
@@ -29,8 +30,8 @@ def check_model_folder(folder: Path) -> None:
             raise UserError(f"{path}: a link to {path.resolve()}, outside of the folder; put the file itself there")
         if path.is_file():
             with open(path, "rb") as file:
-                if file.read(len(POINTER)) == POINTER:
-                    raise UserError(f"{path}: a Git LFS pointer, not the file itself; fetch that with git lfs pull")
+                if pointer := name_pointer(file.read(HEAD)):
+                    raise UserError(f"{path}: {pointer}")
         if path.suffix == ".json" and path.is_file():
             if path.stat().st_size > MAX_JSON:
                 raise UserError(f"{path}: {path.stat().st_size:,} bytes, more than {MAX_JSON:,}; fetch it again")

@@ -1,10 +1,12 @@
-"""What main.py wrote about its run, run.json, and what a folder is that has none."""
+"""What main.py wrote about its run, run.json, which adapter lies beside it, and what a folder is that has none."""
 
 import re
 from pathlib import Path
 
-from captioner.runtime.errors import UserError
-from captioner.runtime.files import read_json
+from captioner.runtime.errors import UserError, get_or_none
+from captioner.runtime.files import hash_file, read_json
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def checkpoint_folder(output: Path) -> Path:
@@ -22,6 +24,11 @@ def read_run(folder: Path) -> dict:
     if not isinstance(config, dict) or not isinstance(config.get("model"), str):
         raise UserError(f"{path}: can't be read (its config names no base model); {remedy}")
     return run
+
+
+def hash_adapter(folder: Path) -> str | None:
+    """SHA-256 of the weights in an adapter's folder, by which it is known again; None where they can't be read."""
+    return get_or_none(hash_file, folder / ADAPTER_WEIGHTS)
 
 
 def explain_adapter(folder: Path) -> UserError:

@@ -2,16 +2,12 @@
 
 from pathlib import Path
 
+from captioner.data.run_record import hash_adapter
 from captioner.publishing.model_card import write_model_card
 from captioner.publishing.records import read_scores
-from captioner.runtime.errors import UserError, get_or_none
-from captioner.runtime.files import hash_file, lock_folder, write_json
+from captioner.runtime.errors import UserError
+from captioner.runtime.files import lock_folder, write_json
 from captioner.scoring.scores import count_things
-
-
-def hash_adapter(adapter: Path) -> str | None:
-    """SHA-256 of the weights in an adapter's folder, by which it is known again; None where they can't be read."""
-    return get_or_none(hash_file, adapter / "adapter_model.safetensors")
 
 
 def keep_scores(adapter: Path, scores: dict, scored: str | None) -> None:

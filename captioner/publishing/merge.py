@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from captioner.blip2.loading import count_parameters, load_config, load_processor, load_weights
 from captioner.blip2.lora import LORA_TARGETS
 from captioner.blip2.trust import check_adapter_folder
-from captioner.data.run_record import read_run
+from captioner.data.run_record import ADAPTER_WEIGHTS, read_run
 from captioner.publishing.records import check_adapter, take_names
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import find_existing, hash_file, measure_free, read_json, split_revision, write_json
@@ -79,7 +79,7 @@ def write_merged(merged: Path, folder: Path, run: dict) -> None:
     record = {
         "base": take_names(run["config"]["model"], only_absolute=True),
         "run_name": run.get("run_name"),
-        "adapter_sha256": hash_file(folder / "adapter_model.safetensors"),
+        "adapter_sha256": hash_file(folder / ADAPTER_WEIGHTS),
         "files": sorted(path.name for path in merged.iterdir()),
     }
     write_json(merged / MERGED, record)

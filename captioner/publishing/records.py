@@ -3,13 +3,14 @@
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from captioner.data.run_record import ADAPTER_WEIGHTS
 from captioner.runtime.errors import UserError
 from captioner.runtime.files import read_json, split_revision
 from captioner.runtime.settings import name_paths
 from captioner.scoring.scores import SCHEMA_VERSION
 from config import EvalConfig, TrainConfig
 
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER = ("adapter_config.json", ADAPTER_WEIGHTS)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 PATH_FIELDS = name_paths(TrainConfig) | name_paths(EvalConfig)
 
