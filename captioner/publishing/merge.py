@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import GenerationConfig
 
-from captioner.blip2.loading import count_parameters, load_config, load_processor, load_weights
+from captioner.blip2.loading import count_parameters, load_config, load_generation, load_processor, load_weights
 from captioner.blip2.lora import LORA_TARGETS
 from captioner.blip2.trust import check_adapter_folder
 from captioner.data.run_record import ADAPTER_WEIGHTS, read_run
@@ -45,7 +44,7 @@ def merge_adapter(folder: Path, output: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     try:
         merged = PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True)
-        merged.generation_config = GenerationConfig.from_pretrained(folder)
+        merged.generation_config = load_generation(folder)
         merged.save_pretrained(temporary)
         processor.save_pretrained(temporary)
         write_merged(temporary, folder, run)
