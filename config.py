@@ -330,7 +330,7 @@ class EvalConfig:
     def _refuse_idle(self, mode: str) -> None:
         """Raise UserError for a setting that has no effect beside the flag `mode`, and has not its usual value."""
         what_happens, idle = IDLE[mode]
-        values, usual = flatten(self), flatten(make_config(EvalConfig, **(DEMO[EvalConfig] if self.demo else {})))
+        values, usual = flatten(self), flatten(make_default(EvalConfig, self.demo))
         for name in idle:
             if values[name] not in (usual[name], "all"):  # which --num-samples may be: so it is
                 flag = f"--{name.replace('_', '-')}"
@@ -381,6 +381,11 @@ DEMO: dict[type, dict[str, Any]] = {
         "fast": "on",
     },
 }
+
+
+def make_default(config_class: type[Config], demo: bool) -> Config:
+    """The configuration of a command line without flags, or with --demo alone, which is not noted in it."""
+    return make_config(config_class, **(DEMO[config_class] if demo else {}))
 
 
 def parse_args(config_class: type[Config], args: list[str] | None = None) -> Config:

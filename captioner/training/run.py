@@ -26,7 +26,7 @@ from captioner.training.run_state import find_unfinished, fingerprint_data, list
 from captioner.training.tracking import choose_wandb_mode
 from captioner.training.trainer import CaptionTrainer
 from captioner.training.training_arguments import make_arguments, split_batch
-from config import DEMO, TrainConfig, make_config
+from config import TrainConfig, make_default
 
 FINISHED = ".checkpoints-of-a-finished-run"
 
@@ -108,8 +108,7 @@ def is_finished(config: TrainConfig) -> bool:
     output = config.run.output
     if read_state(checkpoint_folder(output)) or not (output / "run.json").is_file():
         return False
-    settings = describe_state(config, 1)["config"]
-    defaults = flatten(make_config(TrainConfig, **(DEMO[TrainConfig] if config.demo else {})))
+    settings, defaults = describe_state(config, 1)["config"], flatten(make_default(TrainConfig, config.demo))
     given = {name: value for name, value in settings.items() if value != defaults[name]}
     if changes := list_changes({"config": read_run(output)["config"]}, {"config": given}):
         raise UserError(
