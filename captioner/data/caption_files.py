@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from captioner.bdd100k.file_kinds import name_kind
-from captioner.data.image_files import LEADS_OUT
+from captioner.data.image_files import LEADS_OUT, clean_name
 from captioner.data.written_values import flatten, unpack_texts
 from captioner.runtime.errors import UserError, escape_controls
 
@@ -279,7 +279,7 @@ def check_captions(path: Path, table: pd.DataFrame) -> pd.DataFrame:
             table = _take_texts(path, table, column)
         table[column] = table[column].fillna("").str.strip()  # pandas has null among texts as NaN
     table["caption"] = table["caption"].map(lambda text: " ".join(text.split()))  # a line end would end the caption
-    table["name"] = table["name"].str.replace("\\", "/").str.removeprefix("./")
+    table["name"] = table["name"].map(clean_name)
     empty = table["caption"] == ""
     _tell_left_out(path, table[empty & (table["name"] != "")].index, "have no caption")
     table = table[~empty].copy()

@@ -32,6 +32,11 @@ LISTED = 5  # names that a message gives
 DEMO_IMAGES = DEMO_DATA / "images"
 
 
+def clean_name(name: str) -> str:
+    """An image's name as captions and predictions are matched by: with / between folders, and no ./ before them."""
+    return name.strip().replace("\\", "/").removeprefix("./")
+
+
 def list_images(folder: Path) -> list[Path]:
     """The images below `folder`, in alphabetical order within each folder.
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+from captioner.data.image_files import clean_name
 from captioner.data.splits import is_frame_name, ride_of
 from captioner.data.written_values import NO_TEXTS, is_list, parse_literal
 from captioner.runtime.errors import UserError
@@ -156,11 +157,6 @@ def _read_coco_names(text: str) -> dict[int, str]:
     document = _parse_document(text) if '"annotations"' in text else None
     images = document.get("images", []) if isinstance(document, dict) else []
     return {image["id"]: image["file_name"] for image in images if "id" in image and "file_name" in image}
-
-
-def clean_name(name: str) -> str:
-    """The name of an image as read_captions gives it."""
-    return name.strip().replace("\\", "/").removeprefix("./")
 
 
 def _unpack_rows(rows: Iterable[tuple[str, Prediction]]) -> list[tuple[str, Prediction]]:
