@@ -3,7 +3,6 @@
 captions, images = fetch_captions("user/name@revision", run_dir)     # a table, and a folder for our decoder to read
 """
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from captioner.data.caption_files import METADATA, SPLIT_NAMES, TEXT_COLUMNS, check_captions
 from captioner.data.image_files import IMAGE_SUFFIXES
 from captioner.runtime.errors import UserError, escape_controls
-from captioner.runtime.files import write_json
+from captioner.runtime.files import atomic_write, write_json
 
 if TYPE_CHECKING:  # it takes a while to import
     from datasets import Dataset, DatasetDict
@@ -118,7 +117,6 @@ def _write_images(table: "Dataset", columns: list[str], folder: Path, keep: bool
 
     Files that are there stay if they are to `keep`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     rows = tqdm(table.select_columns(columns), f"writing {folder.name} images", unit="image")
     for number, row in enumerate(rows):
         image, *values = (row[column] for column in columns)
@@ -127,7 +125,6 @@ def _write_images(table: "Dataset", columns: list[str], folder: Path, keep: bool
         suffix = source.suffix.lower() if source.suffix.lower() in IMAGE_SUFFIXES else ".jpg"
         file = folder / f"{number:06d}{suffix}"
         if not (keep and file.exists()):
-            temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-            temporary.write_bytes(content)
-            temporary.replace(file)
+            with atomic_write(file, binary=True) as writing:
+                writing.write(content)
         yield f"{folder.name}/{file.name}", *values

@@ -23,14 +23,14 @@ LOCK_SECONDS = 0.2  # in which a lock is tried, every 0.05 s
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator:
-    """Open `path` for writing text under a temporary name; it gets its own name only when all is written."""
+def atomic_write(path: Path, binary: bool = False) -> Iterator:
+    """Open `path` for writing text, or bytes, under a temporary name; it gets its own only when all is written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if path.exists() and not is_replaceable(path):
             raise UserError(f"{path}: can't be written: it is no regular file; name another")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
+        with open(temporary, "wb") if binary else open(temporary, "w", encoding="utf-8", newline="") as file:
             yield file
         os.replace(temporary, path)
     except OSError as error:
