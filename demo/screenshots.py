@@ -41,18 +41,17 @@ class Runs:
     evaluation: Path = Path("logs/demo-eval")  # of eval.py --demo --num-samples all
 
 
-def open_browser():
+def open_browser(*flags: str, **capabilities):
     """A headless Chromium, driven by selenium."""
     from selenium import webdriver  # here: of requirements-dev.txt
 
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
-    for flag in ("--headless=new", "--no-sandbox", "--hide-scrollbars"):
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", *flags):
         options.add_argument(flag)
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
-    view = {"width": WIDTH, "height": HEIGHT, "deviceScaleFactor": SCALE, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", view)
-    return browser
+    for name, value in capabilities.items():
+        options.set_capability(name, value)
+    return webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
 
 
 def save_jpeg(png: bytes, path: Path) -> None:
@@ -65,8 +64,10 @@ def main(runs: Runs) -> None:
         if not file.is_file():
             raise UserError(f"{file}: is missing; run what python -m demo.screenshots --help says first")
     shutil.copyfile(dashboard, EXAMPLES / dashboard.name)
-    browser = open_browser()
+    browser = open_browser("--hide-scrollbars")
     try:
+        view = {"width": WIDTH, "height": HEIGHT, "deviceScaleFactor": SCALE, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", view)
         browser.get(report.resolve().as_uri())
         save_jpeg(browser.get_screenshot_as_png(), EXAMPLES / "report.jpg")
         browser.execute_script(SHOW_CARDS, SHOWN)

@@ -140,24 +140,11 @@ def scenes(tmp_path_factory):
 @pytest.fixture(scope="session")
 def browser():
     """A headless Chromium, driven by selenium."""
-    chromium, driver_path = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver_path):
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
         skip_without("browser", "no chromium or no chromedriver on this machine")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
+    from demo.screenshots import open_browser
 
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--window-size=1200,900",
-    ):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(driver_path))
+    driver = open_browser("--window-size=1200,900", **{"goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}})
     yield driver
     driver.quit()
 
